@@ -1,0 +1,1 @@
+"""Comparing step latency: runs, comparisons and verdicts."""

@@ -1,0 +1,1 @@
+"""Making the model fast and warm. Knows torch, knows no HTTP."""

@@ -1,0 +1,1 @@
+"""A request, from HTTP to image."""
