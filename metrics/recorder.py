@@ -1,0 +1,70 @@
+"""One call that tells what happened: spans first, then metrics. It never raises into a request.
+
+Recording runs on a thread of its own, after the response has left: a request never waits for its
+telemetry, and a full queue or a broken exporter is telemetry's trouble alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from metrics.catalogue import GenerationMetrics
+from metrics.spans import Attributes, emit_request, emit_warmup
+from metrics.timeline import RequestTiming, WarmupTiming
+from metrics.tracing import TraceIdentity, Tracing
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Writes finished timings as spans and metrics, in the order they are handed over."""
+
+    def __init__(self, tracing: Tracing, metrics: GenerationMetrics) -> None:
+        self._tracing = tracing
+        self._metrics = metrics
+        # One thread: spans of one request stay together, and the queue order is the export order.
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
+
+    def record(self, request: RequestTiming, identity: TraceIdentity) -> None:
+        """Hand over a finished request; returns at once."""
+        self._submit(lambda: self._record(request, identity))
+
+    def record_warmup(self, warmup: WarmupTiming, attributes: Attributes) -> None:
+        """Hand over a finished start-up as a trace of its own; returns at once."""
+        identity = self._tracing.identify()
+        self._submit(
+            lambda: self._tracing.emit(
+                identity, lambda tracer, context: emit_warmup(tracer, context, warmup, attributes)
+            )
+        )
+
+    def close(self, budget_seconds: float) -> int:
+        """Record what was handed over and shut tracing down, within the budget.
+
+        Returns how many spans were lost.
+        """
+        self._executor.shutdown(wait=True)
+        return self._tracing.shutdown(budget_seconds)
+
+    def _record(self, request: RequestTiming, identity: TraceIdentity) -> None:
+        self._tracing.emit(identity, lambda tracer, context: emit_request(tracer, context, request))
+        exemplar = None
+        if identity.exported:
+            exemplar = {"trace_id": identity.trace_id_hex, "span_id": identity.span_id_hex}
+        self._metrics.observe_request(request, exemplar)
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                work()
+            except Exception:
+                # Nobody waits for this result; a request must not fail for its telemetry.
+                self._metrics.record_failed()
+                logger.exception("a finished request could not be recorded")
+
+        try:
+            self._executor.submit(guarded)
+        except RuntimeError:  # closed: the process is going down
+            self._metrics.record_failed()
