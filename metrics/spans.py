@@ -215,6 +215,8 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, str | i
 
 def _record_failure(span: Span, failure: Failure) -> None:
     span.set_attribute("error.type", failure.error_type)
+    if not failure.server_fault:
+        return
     span.add_event(
         "exception",
         {"exception.type": failure.exception_type, "exception.message": failure.message},
@@ -224,6 +226,6 @@ def _record_failure(span: Span, failure: Failure) -> None:
 
 
 def _mark_failed(span: Span, failure: Failure | None, start_ns: int, end_ns: int) -> None:
-    """Mark the stage in which the failure fell; the event itself is on its parents."""
-    if failure is not None and start_ns <= failure.at_ns <= end_ns:
+    """Mark the stage in which the failure lies; the event itself is on its parents."""
+    if failure is not None and failure.server_fault and start_ns <= failure.at_ns <= end_ns:
         span.set_status(Status(StatusCode.ERROR, failure.message))

@@ -152,6 +152,10 @@ class RunTimeline:
         start_ns, end_ns = self._clock.poll(start), self._clock.poll(end)
         return 0 if start_ns is None or end_ns is None else end_ns - start_ns
 
+    def step_has_ended(self, index: int) -> bool:
+        """Whether step `index` has ended on the device; never blocks."""
+        return self._clock.poll(self._step_bounds[index + 1]) is not None
+
     @property
     def steps_enqueued(self) -> int:
         return max(0, len(self._step_bounds) - 1)
@@ -220,12 +224,17 @@ class GenerationFacts:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a request failed. `message` must be free of user text; the caller sees to that."""
+    """Why a request failed. `message` must be free of user text; the caller sees to that.
+
+    What the caller of the service got wrong (`server_fault` false) is told on its span but does
+    not make the span an error, as the conventions for servers ask.
+    """
 
     error_type: str
     exception_type: str
     message: str
     at_ns: int
+    server_fault: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,381 @@
+"""What both servers put around the runtime: one middleware, the error table, the endpoints' bodies.
+
+The self-hosted server and the fal app differ in who parses the request and who listens; from the
+first byte to the last, what happens in between is here, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from metrics.catalogue import render
+from serve.call import Call, current_call
+from serve.errors import (
+    BodyTooLarge,
+    ClientGone,
+    FieldProblem,
+    GenerationFailed,
+    InvalidRequest,
+    RequestError,
+)
+from serve.images import data_uri, encode_image
+from serve.runtime import ENDPOINTS, Runtime, State
+from serve.schema import TextToImageRequest, TextToImageResponse
+
+logger = logging.getLogger(__name__)
+
+# Two prompts of 2,000 characters, each escaped to twelve bytes, and a tracestate fit well within.
+MAX_BODY_BYTES = 64 * 1024
+# A client that sends too much is heard out to here, so that it reads the answer instead of meeting
+# a closed connection; past it the connection is closed.
+MAX_DISCARDED_BYTES = 32 * 1024 * 1024
+MAX_DISCARD_SECONDS = 10.0
+
+KEEPALIVE_SECONDS = 15.0
+"""How often a silent stream says a comment, below the minute after which proxies cut it."""
+
+# Kept out of tests' way: problems whose message could quote the input.
+_QUOTING_KINDS = {"json_invalid": "the body is not valid JSON"}
+
+
+def install(app: FastAPI, runtime: Callable[[], Runtime | None]) -> None:
+    """Put the middleware, the error table and the GET endpoints into an app.
+
+    Args:
+        runtime: the runtime, or None while there is none yet; asked at every request.
+    """
+    app.add_middleware(RequestMiddleware, runtime=runtime)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(Exception, _on_exception)
+
+    async def health() -> Response:
+        """Alive: the process answers and its device works. Warmth is `/ready`'s business."""
+        current = runtime()
+        healthy = current is None or current.healthy
+        return JSONResponse(
+            {"status": "ok" if healthy else "unhealthy"}, status_code=200 if healthy else 503
+        )
+
+    async def ready() -> Response:
+        """Warm and able to serve; 503 with the start-up's progress until then."""
+        current = runtime()
+        if current is None:
+            return JSONResponse({"state": State.STARTING.value}, status_code=503)
+        ok = current.readiness.state is State.READY and current.healthy
+        return JSONResponse(current.readiness.as_json(), status_code=200 if ok else 503)
+
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_api_route("/ready", ready, methods=["GET"])
+
+
+async def metrics_endpoint(request: Request, runtime: Runtime) -> Response:
+    """The registry; OpenMetrics when asked for."""
+    body, content_type = await asyncio.to_thread(
+        render, runtime.metrics.registry, request.headers.get("accept", "")
+    )
+    return Response(body, headers={"Content-Type": content_type})
+
+
+async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:
+    """The body of `POST /`."""
+    call = _begin(runtime, request)
+    response = await runtime.generate(request, call)
+    call.timeline.begin("respond")
+    return _json(response)
+
+
+async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) -> Response:
+    """The body of `POST /stream`: the same request as server-sent events.
+
+    What is refused before work starts is an ordinary response with its status; once the stream has
+    begun, a failure is its last event.
+    """
+    call = _begin(runtime, request)
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+
+    def on_queued(waiting: int) -> None:
+        events.put_nowait(("queued", {"waiting": waiting, "trace_id": call.identity.trace_id_hex}))
+
+    def on_step(index: int, gpu_ms: float, preview: Any) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, ("step", (index, gpu_ms, preview)))
+
+    task = asyncio.create_task(runtime.generate(request, call, on_queued, on_step))
+    first = asyncio.create_task(events.get())
+    await asyncio.wait({task, first}, return_when=asyncio.FIRST_COMPLETED)
+    if not first.done():
+        first.cancel()
+        await task  # raises the refusal
+    return StreamingResponse(
+        _stream(call, request, task, events, first.result()),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _stream(
+    call: Call,
+    request: TextToImageRequest,
+    task: asyncio.Task[TextToImageResponse],
+    events: asyncio.Queue[tuple[str, Any]],
+    first: tuple[str, Any],
+) -> AsyncIterator[str]:
+    yield _event(*first)
+    task.add_done_callback(lambda _: events.put_nowait(("done", None)))
+    try:
+        while True:
+            try:
+                async with asyncio.timeout(KEEPALIVE_SECONDS):
+                    name, payload = await events.get()
+            except TimeoutError:
+                yield ": waiting\n\n"
+                continue
+            if name == "done":
+                break
+            index, gpu_ms, preview = payload
+            data = {"index": index, "total": request.num_inference_steps, "gpu_ms": gpu_ms}
+            if preview is not None:
+                small = await asyncio.to_thread(encode_image, preview, "jpeg")
+                data["preview"] = data_uri(small, "jpeg")
+            yield _event(name, data)
+        try:
+            response = task.result()
+        except RequestError as error:
+            call.fail(error)
+            yield _event("error", _error_body(error, call))
+        except Exception as error:  # noqa: BLE001 - the stream has begun: its last event tells
+            failure = GenerationFailed(type(error).__name__)
+            failure.__cause__ = error
+            call.fail(failure)
+            logger.error("a streamed request failed with %s", type(error).__name__)
+            yield _event("error", _error_body(failure, call))
+        else:
+            call.timeline.begin("respond")
+            yield f"event: image\ndata: {response.model_dump_json()}\n\n"
+    finally:
+        # The client left: what was started for it stops within two steps.
+        if not task.done():
+            call.cancellation.cancel(ClientGone())
+
+
+def _begin(runtime: Runtime, request: TextToImageRequest) -> Call:
+    """The request is read and validated; a trace context in its body is preferred to the header."""
+    call = current_call.get()
+    assert call is not None  # the middleware makes one for every endpoint that generates
+    if request.trace_context is not None:
+        identity = runtime.tracing.identify(request.trace_context.carrier())
+        if identity.parent is not None:
+            call.identity = identity
+    call.timeline.end()
+    return call
+
+
+class RequestMiddleware:
+    """Times a request from its first byte to its last, bounds its body, notices a client that left.
+
+    Plain ASGI and outermost, so that what other middleware does is inside the measured time.
+    """
+
+    def __init__(self, app: ASGIApp, runtime: Callable[[], Runtime | None]) -> None:
+        self._app = app
+        self._runtime = runtime
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        runtime = self._runtime()
+        generates = (
+            scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in ENDPOINTS
+        )
+        if runtime is None or not generates:
+            await self._app(scope, receive, send)
+            return
+
+        headers = Headers(scope=scope)
+        call = Call(
+            endpoint=scope["path"],
+            method=scope["method"],
+            identity=runtime.tracing.identify(_carrier(headers)),
+        )
+        call.timeline.begin_at_arrival("receive")
+        runtime.metrics.request_received()
+        token = current_call.set(call)
+        status = 500
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message.setdefault("headers", [])
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-trace-id", call.identity.trace_id_hex.encode()),
+                ]
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, watched_send, call)
+        finally:
+            current_call.reset(token)
+            runtime.metrics.request_answered()
+            if call.cancellation.reason is not None and status < 400:
+                call.fail(call.cancellation.reason)
+            timing = call.finish(499 if call.outcome == "cancelled" else status)
+            runtime.recorder.record(timing, call.identity)
+            logger.info(
+                "%s %s %d %s in %.1f ms",
+                call.method,
+                call.endpoint,
+                timing.status_code,
+                timing.outcome,
+                timing.duration_ns / 1e6,
+                extra={
+                    "trace_id": call.identity.trace_id_hex,
+                    "request_id": call.request_id,
+                },
+            )
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, call: Call) -> None:
+        try:
+            body = await _read_body(receive)
+        except ClientGone as gone:
+            call.fail(gone)
+            return
+        except BodyTooLarge as error:
+            await _error_response(error, call)(scope, receive, send)
+            return
+
+        watcher = asyncio.create_task(_watch_disconnect(receive, call))
+        handed_over = False
+
+        async def replay() -> Message:
+            nonlocal handed_over
+            if not handed_over:
+                handed_over = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await watcher
+            return {"type": "http.disconnect"}
+
+        try:
+            await self._app(scope, replay, send)
+        except ClientGone as gone:
+            call.fail(gone)
+        finally:
+            watcher.cancel()
+
+
+async def _read_body(receive: Receive) -> bytes:
+    """The whole body. Raises `BodyTooLarge` or `ClientGone`."""
+    chunks: list[bytes] = []
+    size = 0
+    give_up_at: float | None = None
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk: bytes = message.get("body", b"")
+        size += len(chunk)
+        if size <= MAX_BODY_BYTES:
+            chunks.append(chunk)
+        else:
+            chunks.clear()
+            give_up_at = give_up_at or time.monotonic() + MAX_DISCARD_SECONDS
+            if size > MAX_DISCARDED_BYTES or time.monotonic() > give_up_at:
+                raise BodyTooLarge(MAX_BODY_BYTES)
+        if not message.get("more_body", False):
+            if size > MAX_BODY_BYTES:
+                raise BodyTooLarge(MAX_BODY_BYTES)
+            return b"".join(chunks)
+
+
+async def _watch_disconnect(receive: Receive, call: Call) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    call.cancellation.cancel(ClientGone())
+
+
+def _carrier(headers: Headers) -> Mapping[str, str]:
+    return {
+        "traceparent": headers.get("traceparent", ""),
+        "tracestate": headers.get("tracestate", ""),
+    }
+
+
+def _json(response: TextToImageResponse) -> Response:
+    # Not through the framework's encoder, which walks a megabyte of data URI twice.
+    return Response(response.model_dump_json(), media_type="application/json")
+
+
+def _event(name: str, data: Any) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+async def _on_validation_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = []
+    for problem in error.errors():
+        kind = str(problem["type"])
+        problems.append(
+            FieldProblem(
+                location=tuple(problem["loc"]) if kind != "json_invalid" else ("body",),
+                message=_QUOTING_KINDS.get(kind, _without_input(problem)),
+                kind=kind,
+            )
+        )
+    return _fail(InvalidRequest(problems))
+
+
+def _without_input(problem: Mapping[str, Any]) -> str:
+    """pydantic's sentence, unless it was made from the input itself."""
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    value = problem.get("input")
+    if isinstance(value, str) and len(value) > 3 and value in message:
+        return "is not allowed"
+    return message
+
+
+async def _on_request_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return _fail(error)
+
+
+async def _on_exception(_request: Request, error: Exception) -> Response:
+    failure = GenerationFailed(type(error).__name__)
+    failure.__cause__ = error
+    return _fail(failure)
+
+
+def _fail(error: RequestError) -> Response:
+    call = current_call.get()
+    if call is None:
+        return PlainTextResponse(error.message, error.status)
+    return _error_response(error, call)
+
+
+def _error_response(error: RequestError, call: Call) -> Response:
+    call.fail(error)
+    call.timeline.begin("respond")
+    return JSONResponse(_error_body(error, call), error.status, headers=error.headers)
+
+
+def _error_body(error: RequestError, call: Call) -> dict[str, Any]:
+    detail: Any = error.message
+    if isinstance(error, InvalidRequest):
+        detail = [
+            {"loc": list(p.location), "msg": p.message, "type": p.kind} for p in error.problems
+        ]
+    return {
+        "detail": detail,
+        "error_type": error.error_type,
+        "trace_id": call.identity.trace_id_hex,
+    }

@@ -1,0 +1,198 @@
+"""What can go wrong, and what each failure is over HTTP.
+
+    ServeError
+    ├── ConfigurationError      start-up stops with this sentence; never reaches HTTP
+    ├── ModelError              the model cannot be loaded; start-up fails
+    └── RequestError            one request fails
+        ├── InvalidRequest      422
+        ├── BodyTooLarge        413
+        ├── QueueFull           429
+        ├── DeadlineExceeded    504
+        ├── ClientGone          499, which nobody is left to read
+        ├── NotReady            503
+        ├── Draining            503
+        ├── OutOfMemory         500
+        ├── NonFiniteOutput     500
+        ├── GenerationFailed    500
+        └── DeviceLost          503, and the process is unhealthy
+
+Messages are one sentence for the caller and never hold the request's text: fal's platform and the
+trace both carry them on. Two headers are fal's: `X-Fal-Needs-Retry: 0` keeps its platform from
+trying a request again that would fail again, `x-fal-stop-runner` takes a broken runner away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+NO_RETRY: Mapping[str, str] = {"X-Fal-Needs-Retry": "0"}
+
+
+class ServeError(Exception):
+    """Anything this package raises on purpose."""
+
+
+class ConfigurationError(ServeError):
+    """A setting is wrong; the text names it, its value and what is allowed."""
+
+
+class ModelError(ServeError):
+    """The model cannot be loaded; the text names it and what was found."""
+
+
+class RequestError(ServeError):
+    """One request fails. Subclasses are the rows of the failure table."""
+
+    status: ClassVar[int] = 500
+    error_type: ClassVar[str] = "internal"
+    outcome: ClassVar[str] = "error"
+
+    def __init__(self, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.headers = dict(headers or {})
+
+
+@dataclass(frozen=True, slots=True)
+class FieldProblem:
+    """One field of a request that is not as it must be."""
+
+    location: tuple[str | int, ...]
+    message: str
+    kind: str
+
+
+class InvalidRequest(RequestError):
+    """Bad or unknown field, or a shape that is not warm. Names fields, never echoes the input."""
+
+    status = 422
+    error_type = "invalid_request"
+    outcome = "invalid"
+
+    def __init__(self, problems: list[FieldProblem]) -> None:
+        super().__init__("; ".join(f"{_dotted(p.location)}: {p.message}" for p in problems))
+        self.problems = problems
+
+
+class BodyTooLarge(RequestError):
+    status = 413
+    error_type = "body_too_large"
+    outcome = "invalid"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"The request body is larger than the {limit_bytes} bytes allowed.")
+
+
+class QueueFull(RequestError):
+    # Never 503 here: fal takes a runner away that answers 503.
+    status = 429
+    error_type = "queue_full"
+    outcome = "rejected"
+
+    def __init__(self, waiting: int, retry_after_seconds: int) -> None:
+        super().__init__(
+            f"{waiting} requests are waiting already, which is all that may; "
+            f"try again in about {retry_after_seconds} s.",
+            {"Retry-After": str(retry_after_seconds)},
+        )
+
+
+class DeadlineExceeded(RequestError):
+    status = 504
+    error_type = "deadline_exceeded"
+    outcome = "deadline"
+
+    def __init__(self, deadline_seconds: float) -> None:
+        super().__init__(
+            f"The request was not done within its deadline of {deadline_seconds:g} s.", NO_RETRY
+        )
+
+
+class ClientGone(RequestError):
+    status = 499
+    error_type = "client_gone"
+    outcome = "cancelled"
+
+    def __init__(self) -> None:
+        super().__init__("The client closed the connection before the answer.")
+
+
+class NotReady(RequestError):
+    status = 503
+    error_type = "not_ready"
+    outcome = "rejected"
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why, {"Retry-After": "5"})
+
+
+class Draining(RequestError):
+    status = 503
+    error_type = "draining"
+    outcome = "rejected"
+
+    def __init__(self) -> None:
+        super().__init__("The process is shutting down and starts no new work.")
+
+
+class OutOfMemory(RequestError):
+    status = 500
+    error_type = "out_of_memory"
+
+    def __init__(self) -> None:
+        # A request that does not fit here fits on no other runner either.
+        super().__init__("The device ran out of memory on this request.", NO_RETRY)
+
+
+class NonFiniteOutput(RequestError):
+    status = 500
+    error_type = "non_finite_output"
+
+    def __init__(self) -> None:
+        super().__init__("The model produced values that are not finite.", NO_RETRY)
+
+
+class GenerationFailed(RequestError):
+    status = 500
+    error_type = "generation_failed"
+
+    def __init__(self, exception_type: str) -> None:
+        super().__init__(f"Generation failed with {exception_type}; the log has the traceback.")
+
+
+class DeviceLost(RequestError):
+    status = 503
+    error_type = "device_lost"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The device no longer answers; this process cannot recover.",
+            {"x-fal-stop-runner": "1"},
+        )
+
+
+REQUEST_ERRORS: tuple[type[RequestError], ...] = (
+    InvalidRequest,
+    BodyTooLarge,
+    QueueFull,
+    DeadlineExceeded,
+    ClientGone,
+    NotReady,
+    Draining,
+    OutOfMemory,
+    NonFiniteOutput,
+    GenerationFailed,
+    DeviceLost,
+)
+
+ERROR_TYPES = (*(error.error_type for error in REQUEST_ERRORS), "internal")
+"""The closed set of `error_type` label values."""
+
+OUTCOMES = ("ok", "invalid", "rejected", "deadline", "cancelled", "error")
+"""The closed set of `outcome` label values."""
+
+
+def _dotted(location: tuple[str | int, ...]) -> str:
+    return ".".join(str(part) for part in location)

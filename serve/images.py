@@ -1,0 +1,41 @@
+"""Pixels to bytes to a URL. Runs on the request's side, never on the thread that owns the model."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+
+from serve.schema import ImageFormat
+
+Upload = Callable[[bytes, ImageFormat], str]
+"""Puts encoded bytes somewhere and returns where, as a URL. May block; may raise."""
+
+CONTENT_TYPES: dict[ImageFormat, str] = {
+    "jpeg": "image/jpeg",
+    "png": "image/png",
+    "webp": "image/webp",
+}
+
+# Measured at 1024x1024: PNG's default level takes 376 ms and level 1 83 ms for files a tenth
+# larger; JPEG at quality 95 takes 2.7 ms.
+_SAVE_OPTIONS: dict[ImageFormat, dict[str, Any]] = {
+    "jpeg": {"quality": 95},
+    "png": {"compress_level": 1},
+    "webp": {"quality": 90, "method": 2},
+}
+
+
+def encode_image(pixels: Any, image_format: ImageFormat) -> bytes:
+    """Encode (height, width, 3) uint8 pixels; the same pixels give the same bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, image_format, **_SAVE_OPTIONS[image_format])
+    return buffer.getvalue()
+
+
+def data_uri(data: bytes, image_format: ImageFormat) -> str:
+    """The image itself as a URL: needs no storage, costs a third more bytes."""
+    return f"data:{CONTENT_TYPES[image_format]};base64,{base64.b64encode(data).decode('ascii')}"

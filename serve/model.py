@@ -1,0 +1,378 @@
+"""The SDXL model: loaded from one of four places, then encode, denoise, decode.
+
+Each method enqueues one stage's work and returns without waiting for the device; timing, pacing and
+errors belong to the caller. The denoising loop is diffusers' own pipeline, called with prompt
+embeddings; text is encoded here because diffusers logs the part of a prompt that it cuts.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
+
+from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
+from serve.demo_model import checkpoint_path
+from serve.errors import ModelError
+from serve.settings import DEMO_MODEL, RANDOM_SDXL_BASE, SDXL_BASE
+
+logger = logging.getLogger(__name__)
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """A prompt as the UNet takes it.
+
+    Shapes: embeddings (1, 77, width of both encoders), pooled (1, width of the second). The
+    negative ones are None without guidance.
+    """
+
+    prompt: torch.Tensor
+    pooled: torch.Tensor
+    negative: torch.Tensor | None
+    negative_pooled: torch.Tensor | None
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """Pixels on their way to the host: valid once the device has done the copy.
+
+    `pixels` is (height, width, 3) uint8 and `finite` a bool scalar, both in host memory.
+    """
+
+    pixels: torch.Tensor
+    finite: torch.Tensor
+
+
+class SdxlModel:
+    """A loaded SDXL pipeline. Used by one thread at a time."""
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        name: str,
+        device: torch.device,
+        trained_shapes: tuple[CompiledShape, ...],
+    ) -> None:
+        self.name = name
+        self.device = device
+        self.dtype: torch.dtype = pipeline.unet.dtype
+        self.trained_shapes = trained_shapes
+        self.pipeline = pipeline
+        self._loop_begins: Callable[[], None] = _nothing
+        self._preview_map: torch.Tensor | None = None
+        pipeline.set_progress_bar_config(disable=True)
+        self._watch_scheduler()
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str, negative_prompt: str, guided: bool) -> Conditioning:
+        """Both text encoders' view of the prompt, and of the negative prompt where it counts."""
+        zeros_for_empty = self.pipeline.config.force_zeros_for_empty_prompt
+        encode_negative = guided and (bool(negative_prompt.strip()) or not zeros_for_empty)
+        texts = [prompt, negative_prompt] if encode_negative else [prompt]
+        hidden, pooled, truncated = self._encode_texts(texts)
+        negative = negative_pooled = None
+        if encode_negative:
+            negative, negative_pooled = hidden[1:], pooled[1:]
+        elif guided:
+            negative, negative_pooled = torch.zeros_like(hidden), torch.zeros_like(pooled)
+        return Conditioning(hidden[:1], pooled[:1], negative, negative_pooled, truncated)
+
+    def denoise(
+        self,
+        conditioning: Conditioning,
+        *,
+        shape: CompiledShape,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+        on_loop_begins: Callable[[], None],
+        on_step_enqueued: Callable[[int, torch.Tensor | None], None],
+        watch_latents: bool = False,
+    ) -> torch.Tensor:
+        """Run the denoising loop; returns latents (1, channels, height / 8, width / 8).
+
+        Args:
+            on_loop_begins: called when the scheduler's loop is about to start.
+            on_step_enqueued: called with each step's index once its work is enqueued, and with the
+                step's latents if `watch_latents`; what it raises ends the loop.
+        """
+        # Noise is drawn on the CPU, so that a seed means the same image on every device.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        channels = self.pipeline.unet.config.in_channels
+        noise = torch.randn((1, channels, *shape.latent), generator=generator)
+        latents = noise.to(self.device, self.dtype, non_blocking=True)
+
+        def on_step_end(
+            _pipeline: Any, index: int, _timestep: Any, tensors: dict[str, torch.Tensor]
+        ) -> dict[str, torch.Tensor]:
+            # The timestep is a scalar on the device: looking at it would stall the loop.
+            on_step_enqueued(index, tensors.get("latents"))
+            return {}
+
+        self._loop_begins = on_loop_begins
+        try:
+            output = self.pipeline(
+                prompt_embeds=conditioning.prompt,
+                pooled_prompt_embeds=conditioning.pooled,
+                negative_prompt_embeds=conditioning.negative,
+                negative_pooled_prompt_embeds=conditioning.negative_pooled,
+                height=shape.height,
+                width=shape.width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                latents=latents,
+                generator=generator,
+                output_type="latent",
+                return_dict=False,
+                callback_on_step_end=on_step_end,
+                callback_on_step_end_tensor_inputs=["latents"] if watch_latents else [],
+            )
+        finally:
+            self._loop_begins = _nothing
+        result: torch.Tensor = output[0]
+        return result
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> DecodedImage:
+        """Latents to uint8 pixels on the host, without waiting for the device."""
+        vae = self.pipeline.vae
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+        decoded = vae.decode(scaled, return_dict=False)[0][0].float()
+        # Converting on the device quarters the bytes that cross to the host.
+        pixels = (decoded * 127.5 + 127.5).round_().clamp_(0, 255).to(torch.uint8)
+        finite = torch.isfinite(decoded).all()
+        return DecodedImage(_to_host(pixels.permute(1, 2, 0)), _to_host(finite))
+
+    @torch.no_grad()
+    def fit_preview(self) -> None:
+        """Fit `preview`'s linear map from latents to pixels to this model's own VAE."""
+        side, pictures = 16, 8
+        generator = torch.Generator("cpu").manual_seed(0)
+        channels = self.pipeline.unet.config.in_channels
+        coarse = torch.randn((pictures, channels, side // 4, side // 4), generator=generator)
+        latents = torch.nn.functional.interpolate(coarse, scale_factor=4.0)
+        vae = self.pipeline.vae
+        scaled = (latents / vae.config.scaling_factor).to(self.device, vae.dtype)
+        pixels = vae.decode(scaled, return_dict=False)[0].float().cpu()
+        pooled = torch.nn.functional.interpolate(pixels, size=(side, side), mode="area")
+        inputs = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
+        # (cells, channels + 1) against (cells, 3)
+        solution = torch.linalg.lstsq(
+            inputs.permute(0, 2, 3, 1).reshape(-1, channels + 1),
+            pooled.permute(0, 2, 3, 1).reshape(-1, 3),
+        ).solution
+        self._preview_map = solution.to(self.device)
+
+    @torch.no_grad()
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        """What latents look like, roughly: (height / 8, width / 8, 3) uint8 on its way to the host.
+
+        A linear map costs microseconds where the VAE costs a denoising step.
+        """
+        assert self._preview_map is not None, "fit_preview() runs before the first preview"
+        cells = latents[0].float().permute(1, 2, 0)
+        pixels = cells @ self._preview_map[:-1] + self._preview_map[-1]
+        return _to_host((pixels * 127.5 + 127.5).round_().clamp_(0, 255).to(torch.uint8))
+
+    def _encode_texts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        hidden: list[torch.Tensor] = []
+        pooled = torch.empty(0)
+        truncated = False
+        pipeline = self.pipeline
+        for tokenizer, encoder in (
+            (pipeline.tokenizer, pipeline.text_encoder),
+            (pipeline.tokenizer_2, pipeline.text_encoder_2),
+        ):
+            limit = tokenizer.model_max_length
+            # `verbose` off: the library's warning on long input is answered by `truncated`.
+            whole = tokenizer(texts, verbose=False).input_ids
+            truncated = truncated or len(whole[0]) > limit
+            tokens = tokenizer(
+                texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+            )
+            output = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+            pooled = output[0]
+        return torch.cat(hidden, dim=-1).to(self.dtype), pooled.to(self.dtype), truncated
+
+    def _watch_scheduler(self) -> None:
+        """Learn when the loop starts, from the one call the pipeline makes just before it."""
+        scheduler = self.pipeline.scheduler
+        original = scheduler.set_begin_index
+
+        def set_begin_index(begin_index: int = 0) -> None:
+            original(begin_index)
+            self._loop_begins()
+
+        scheduler.set_begin_index = set_begin_index
+
+
+def load_model(
+    name: str | None,
+    revision: str | None = None,
+    device_name: str = "auto",
+    dtype_name: str = "auto",
+) -> SdxlModel:
+    """Load the model a setting names, onto its device.
+
+    Args:
+        name: `demo`, `random:sdxl-base`, a hub repository or a local directory; None picks the
+            demo without a CUDA device and SDXL base with one.
+
+    Raises:
+        ModelError: there is no such model, or what is there is not a whole SDXL pipeline.
+    """
+    device = choose_device(device_name)
+    dtype = _DTYPES[dtype_name] if dtype_name != "auto" else _default_dtype(device)
+    if name is None:
+        name = SDXL_BASE if device.type == "cuda" else DEMO_MODEL
+    diffusers_logging.disable_progress_bar()
+    if name == RANDOM_SDXL_BASE:
+        pipeline = _build_random(device, dtype)
+        return SdxlModel(pipeline, "sdxl-base-random", device, SDXL_SHAPES)
+    if name == DEMO_MODEL:
+        pipeline = _load_directory(checkpoint_path(), dtype)
+        return SdxlModel(pipeline.to(device), "demo", device, DEMO_SHAPES)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        pipeline = _load_directory(directory, dtype)
+        label = directory.resolve().name
+    elif _HUB_NAME.fullmatch(name):
+        pipeline = _load_hub(name, revision, dtype)
+        label = name.split("/")[-1]
+    else:
+        raise ModelError(
+            f"SDXL_MODEL={name!r} is neither a directory here nor a hub repository like "
+            f"{SDXL_BASE}; `{DEMO_MODEL}` and `{RANDOM_SDXL_BASE}` need no download."
+        )
+    return SdxlModel(pipeline.to(device), label, device, _trained_shapes(pipeline))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a setting names; `auto` takes CUDA where there is one.
+
+    Raises:
+        ModelError: a CUDA device was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"SDXL_DEVICE={name}: this machine has {torch.cuda.device_count()} CUDA devices "
+            "that torch can use."
+        )
+    return device
+
+
+def _default_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _load_directory(directory: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    if not (directory / "model_index.json").is_file():
+        raise ModelError(
+            f"{directory} holds no model_index.json: a directory in diffusers layout is needed."
+        )
+    halves = any((directory / "unet").glob("*.fp16.safetensors"))
+    return _from_pretrained(
+        str(directory), dtype, variant="fp16" if halves else None, local_files_only=True
+    )
+
+
+def _load_hub(name: str, revision: str | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    # A variant that does not exist is an error to diffusers, so the hub is asked first; offline,
+    # what was downloaded before decides.
+    variant: str | None = "fp16"
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+        if not any(file.startswith("unet/") and ".fp16." in file for file in files):
+            variant = None
+    except (OfflineModeIsEnabled, OSError, HfHubHTTPError) as error:
+        logger.warning(
+            "the hub could not be asked about %s (%s); trying its fp16 files",
+            name,
+            type(error).__name__,
+        )
+    return _from_pretrained(name, dtype, variant=variant, revision=revision)
+
+
+def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> StableDiffusionXLPipeline:
+    try:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            name,
+            torch_dtype=dtype,
+            # Pickled weights run code when loaded.
+            use_safetensors=True,
+            add_watermarker=False,
+            **options,
+        )
+        modules = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    except Exception as error:
+        # Four libraries read these files, each with errors of its own; all mean the same here.
+        raise ModelError(
+            f"the model at {name!r} could not be loaded: {type(error).__name__}: "
+            f"{_first_line(error)}"
+        ) from error
+    for module in modules:
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ModelError(f"the model at {name!r} lacks weights of {type(module).__name__}.")
+    if dtype == torch.float16 and pipeline.vae.config.force_upcast:
+        # This VAE overflows in float16, and recasting it on every call breaks captured graphs;
+        # bfloat16 has float32's range.
+        pipeline.vae.to(torch.bfloat16)
+    return pipeline
+
+
+def _build_random(device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    from transformers import CLIPTokenizer
+
+    from serve.sdxl_base import build_random_sdxl_base
+
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint_path() / "tokenizer")
+    return build_random_sdxl_base(tokenizer, device, dtype)
+
+
+def _trained_shapes(pipeline: StableDiffusionXLPipeline) -> tuple[CompiledShape, ...]:
+    """SDXL's sizes for a UNet of SDXL's size, else the one square its configuration names."""
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    if side == SDXL_SHAPES[0].width:
+        return SDXL_SHAPES
+    return (CompiledShape(side, side),)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory; from a GPU into pinned memory, behind the work enqueued so far."""
+    if tensor.device.type == "cpu":
+        return tensor.contiguous()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else ""
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,132 @@
+"""The request and the response, as they cross the wire."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+MAX_PROMPT_CHARACTERS = 2000
+MAX_SEED = 2**63 - 1
+
+ImageFormat = Literal["jpeg", "png", "webp"]
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+
+
+class TraceContext(BaseModel):
+    """A caller's W3C trace context, for callers that cannot set headers."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    traceparent: str
+    tracestate: str = ""
+
+    def carrier(self) -> dict[str, str]:
+        """As a mapping that a propagator reads."""
+        return {"traceparent": self.traceparent, "tracestate": self.tracestate}
+
+
+def _well_formed_or_none(value: Any) -> Any:
+    """A malformed trace context is ignored, never an error: a trace is no reason to refuse work."""
+    if isinstance(value, TraceContext):
+        return value
+    if not isinstance(value, dict):
+        return None
+    traceparent, tracestate = value.get("traceparent"), value.get("tracestate")
+    if not isinstance(traceparent, str) or not _TRACEPARENT.fullmatch(traceparent.strip()):
+        return None
+    return {
+        "traceparent": traceparent.strip(),
+        "tracestate": tracestate if isinstance(tracestate, str) else "",
+    }
+
+
+class TextToImageRequest(BaseModel):
+    """What to draw and how. Numbers are numbers: `"20"` and `true` are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(
+        min_length=1,
+        max_length=MAX_PROMPT_CHARACTERS,
+        description="What to draw.",
+        examples=["a red circle on a white background"],
+    )
+    negative_prompt: str = Field(
+        default="", max_length=MAX_PROMPT_CHARACTERS, description="What to keep out."
+    )
+    num_inference_steps: int = Field(default=20, ge=1, le=100, description="Denoising steps.")
+    guidance_scale: float = Field(
+        default=5.0,
+        ge=0,
+        le=20,
+        allow_inf_nan=False,
+        description="How closely to follow the prompt; 1 and below turn guidance off.",
+    )
+    width: int | None = Field(default=None, description="Pixels; null: the default size.")
+    height: int | None = Field(default=None, description="Pixels; null: the default size.")
+    seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED, description="null: drawn; the response says which."
+    )
+    format: ImageFormat = Field(default="jpeg", description="The image's encoding.")
+    preview: bool = Field(default=False, description="On /stream: a small picture with every step.")
+    deadline_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="Give up after this long; null, or more than the server's own: the server's.",
+    )
+    trace_context: Annotated[TraceContext | None, BeforeValidator(_well_formed_or_none)] = Field(
+        default=None, description="The caller's trace; preferred to the traceparent header."
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_blank(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must not be blank")
+        return value
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance runs, which doubles the batch of the UNet."""
+        return self.guidance_scale > 1
+
+
+class GeneratedImage(BaseModel):
+    """Where the image is, or the image itself as a data URI."""
+
+    url: str
+    width: int
+    height: int
+    content_type: str
+
+
+class Timings(BaseModel):
+    """Where the time went, in milliseconds; a stage that did not run is null.
+
+    `clock` says whose the model's stages are: `cuda` timing events or the `host`.
+    """
+
+    receive_ms: float | None = None
+    queue_ms: float | None = None
+    text_encode_ms: float | None = None
+    denoise_ms: float | None = None
+    steps_ms: list[float] = Field(default_factory=list)
+    vae_decode_ms: float | None = None
+    image_encode_ms: float | None = None
+    upload_ms: float | None = None
+    clock: str
+
+
+class TextToImageResponse(BaseModel):
+    """The image, and everything needed to draw it again or to find its trace."""
+
+    image: GeneratedImage
+    seed: int
+    timings: Timings
+    trace_id: str
+    prompt_truncated: bool

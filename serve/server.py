@@ -1,0 +1,159 @@
+"""The self-hosted server: an ASGI app around a runtime, and the process that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+from serve.asgi import install, metrics_endpoint, text_to_image, text_to_image_stream
+from serve.errors import ConfigurationError, ModelError
+from serve.runtime import Runtime, build_runtime
+from serve.schema import TextToImageRequest, TextToImageResponse
+from serve.settings import ServeSettings
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 30
+"""How long running requests may take after SIGTERM before they are cut off."""
+
+FLUSH_SECONDS = 4.0
+"""How long the last spans may take to leave; with the hand-over it ends within 4.5 s."""
+
+
+def create_app(runtime: Runtime) -> FastAPI:
+    """The self-hosted endpoints. The runtime is started and closed by the app's lifespan."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        # In the background, so that /health and /ready answer while the model loads.
+        starting = asyncio.create_task(_start(runtime))
+        try:
+            yield
+        finally:
+            starting.cancel()
+            await asyncio.to_thread(runtime.close, FLUSH_SECONDS)
+
+    app = FastAPI(title="stepspan", lifespan=lifespan, docs_url=None, redoc_url=None)
+    install(app, lambda: runtime)
+
+    @app.post("/", response_model=TextToImageResponse)
+    async def generate(request: TextToImageRequest) -> Response:
+        """Text to image."""
+        return await text_to_image(runtime, request)
+
+    @app.post("/stream")
+    async def stream(request: TextToImageRequest) -> Response:
+        """The same as server-sent events: `queued`, `step`, `image` or `error`."""
+        return await text_to_image_stream(runtime, request)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """Prometheus text, or OpenMetrics with exemplars when asked for."""
+        return await metrics_endpoint(request, runtime)
+
+    return app
+
+
+async def _start(runtime: Runtime) -> None:
+    try:
+        await runtime.start(on_progress=lambda phase: logger.info("start-up: %s", phase))
+    except ModelError as error:
+        logger.error("%s", error)
+        # Nothing can be served: leave, so that whoever started this process notices.
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise
+    except asyncio.CancelledError:
+        raise
+    except Exception:
+        logger.exception("the model could not be started")
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, told to drain before it waits for what is running."""
+
+    def __init__(self, config: uvicorn.Config, runtime: Runtime) -> None:
+        super().__init__(config)
+        self._runtime = runtime
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._runtime.begin_drain)
+        super().handle_exit(sig, frame)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises `ConfigurationError` when the address is taken or not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigurationError(
+            f"cannot listen on {host} port {port}: {error}. Choose another with --host or --port; "
+            "port 0 takes a free one."
+        ) from None
+    return listener
+
+
+def run(settings: ServeSettings, host: str, port: int) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the process's exit status."""
+    listener = bind(host, port)
+    runtime = build_runtime(settings)
+    app = create_app(runtime)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        # Server and version in every answer help nobody but a scanner.
+        server_header=False,
+    )
+    server = _Server(config, runtime)
+    address, bound_port = listener.getsockname()[:2]
+
+    async def serve() -> None:
+        announcing = asyncio.create_task(_announce(runtime, f"http://{address}:{bound_port}"))
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            announcing.cancel()
+
+    asyncio.run(serve())
+    return 1 if runtime.failed else 0
+
+
+async def _announce(runtime: Runtime, address: str) -> None:
+    await runtime.ready.wait()
+    readiness = runtime.readiness
+    shapes = ", ".join(str(shape) for shape in readiness.shapes)
+    _say(
+        f"\nstepspan is ready at {address}\n"
+        f"  model {readiness.model} on {readiness.device}, shapes {shapes}\n\n"
+        "Try it:\n"
+        f"  curl -s {address} -H 'content-type: application/json' \\\n"
+        """    -d '{"prompt": "a red circle on a white background", "seed": 1}'\n"""
+    )
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,226 @@
+"""The service's settings: read once from the environment, frozen.
+
+A wrong value stops the start with a sentence that names the variable, the value and what is
+allowed; so does an `SDXL_` name that does not exist, since a misspelt setting silently ignored is
+worse than a start that fails. Telemetry uses the standard `OTEL_*` names, which the exporter reads
+by itself; only what we decide by is read here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from kernels_warmup.shapes import CompiledShape
+from serve.errors import ConfigurationError
+
+PREFIX = "SDXL_"
+
+DEMO_MODEL = "demo"
+RANDOM_SDXL_BASE = "random:sdxl-base"
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+def _rate(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError("out of range")
+    return value
+
+
+# Standard samplers of the OpenTelemetry specification and the root each gives.
+SamplerName = Literal[
+    "always_on",
+    "always_off",
+    "traceidratio",
+    "parentbased_always_on",
+    "parentbased_always_off",
+    "parentbased_traceidratio",
+]
+
+
+class ServeSettings(BaseSettings):
+    """Every setting with its default. Each description ends the sentence "... is allowed"."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True
+    )
+
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            f"`{DEMO_MODEL}`, `{RANDOM_SDXL_BASE}`, a hub repository like {SDXL_BASE}, "
+            "or a local directory in diffusers layout"
+        ),
+    )
+    model_revision: str | None = Field(
+        default=None, min_length=1, description="a branch, tag or commit of a hub repository"
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="auto, cpu, cuda or cuda:N",
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description="auto, bfloat16, float16 or float32"
+    )
+    shapes: Annotated[tuple[CompiledShape, ...] | None, NoDecode] = Field(
+        default=None,
+        description=(
+            "a comma-separated list of WIDTHxHEIGHT, each side a multiple of 8 from 64 to 2048"
+        ),
+    )
+    compile: Literal["auto", "off", "default"] = Field(
+        default="auto", description="auto, off or default"
+    )
+    max_waiting: int = Field(
+        default=32, ge=0, le=10_000, description="a whole number from 0 to 10000"
+    )
+    deadline_seconds: float = Field(
+        default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
+    )
+    trace_prompts: bool = Field(default=False, description="true or false")
+    log_format: Literal["auto", "text", "json"] = Field(
+        default="auto", description="auto, text or json"
+    )
+
+    # fal's documented names, and the standard ones.
+    enable_tracing: bool = Field(
+        default=True, validation_alias="ENABLE_TRACING", description="true or false"
+    )
+    sample_rate: Annotated[float, AfterValidator(_rate)] | None = Field(
+        default=None,
+        validation_alias="OTEL_SAMPLE_RATE",
+        allow_inf_nan=False,
+        description="a number from 0 to 1",
+    )
+    traces_sampler: SamplerName | None = Field(
+        default=None,
+        validation_alias="OTEL_TRACES_SAMPLER",
+        description=("always_on, always_off, traceidratio, or one of these after `parentbased_`"),
+    )
+    traces_sampler_arg: Annotated[float, AfterValidator(_rate)] | None = Field(
+        default=None,
+        validation_alias="OTEL_TRACES_SAMPLER_ARG",
+        allow_inf_nan=False,
+        description="a number from 0 to 1",
+    )
+    sdk_disabled: bool = Field(
+        default=False, validation_alias="OTEL_SDK_DISABLED", description="true or false"
+    )
+    service_name: str = Field(
+        default="stepspan", validation_alias="OTEL_SERVICE_NAME", description="any text"
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+        pattern=r"^https?://[^\s]+$",
+        description="an http:// or https:// URL without /v1/traces",
+    )
+    otlp_traces_endpoint: str | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        pattern=r"^https?://[^\s]+$",
+        description="an http:// or https:// URL, used as it stands",
+    )
+    otlp_timeout: float | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_TIMEOUT",
+        gt=0,
+        le=300,
+        # The Python SDK reads seconds where the specification says milliseconds: 10000 would
+        # be nearly three hours.
+        description="a number of seconds up to 300, above 0 (not milliseconds)",
+    )
+    bsp_max_queue_size: int | None = Field(
+        default=None,
+        validation_alias="OTEL_BSP_MAX_QUEUE_SIZE",
+        ge=1,
+        description="a whole number from 1",
+    )
+    bsp_max_export_batch_size: int | None = Field(
+        default=None,
+        validation_alias="OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+        ge=1,
+        description="a whole number from 1, at most OTEL_BSP_MAX_QUEUE_SIZE",
+    )
+    bsp_schedule_delay: float | None = Field(
+        default=None,
+        validation_alias="OTEL_BSP_SCHEDULE_DELAY",
+        gt=0,
+        description="a number of milliseconds above 0",
+    )
+
+    @field_validator("shapes", mode="before")
+    @classmethod
+    def _parse_shapes(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            shapes = tuple(CompiledShape.parse(part) for part in value.split(","))
+            return tuple(dict.fromkeys(shapes))
+        return value
+
+    @property
+    def tracing_enabled(self) -> bool:
+        """Spans are exported only where somebody named an endpoint and nobody turned it off."""
+        named = self.otlp_endpoint is not None or self.otlp_traces_endpoint is not None
+        return self.enable_tracing and not self.sdk_disabled and named
+
+
+def load_settings() -> ServeSettings:
+    """Read the environment. Raises `ConfigurationError` naming the first thing that is wrong."""
+    _refuse_unknown_names()
+    try:
+        settings = ServeSettings()
+    except ValidationError as error:
+        raise ConfigurationError(_sentence(error)) from None
+    _refuse_contradictions(settings)
+    return settings
+
+
+def environment_name(field: str) -> str:
+    """The environment variable of a field."""
+    alias = ServeSettings.model_fields[field].validation_alias
+    return alias if isinstance(alias, str) else PREFIX + field.upper()
+
+
+def _refuse_unknown_names() -> None:
+    known = {environment_name(field) for field in ServeSettings.model_fields}
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            ours = ", ".join(sorted(n for n in known if n.startswith(PREFIX)))
+            raise ConfigurationError(f"{name} is not a setting{hint} Allowed are {ours}.")
+
+
+def _sentence(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_context=False)[0]
+    location = str(problem["loc"][0])
+    field = next(
+        name for name in ServeSettings.model_fields if location in (name, environment_name(name))
+    )
+    name = environment_name(field)
+    allowed = ServeSettings.model_fields[field].description
+    return f"{name}={os.environ.get(name, '')!r} is not allowed: {allowed} is."
+
+
+def _refuse_contradictions(settings: ServeSettings) -> None:
+    rate, argument = settings.sample_rate, settings.traces_sampler_arg
+    if rate is not None and argument is not None and rate != argument:
+        raise ConfigurationError(
+            f"OTEL_SAMPLE_RATE={rate} and OTEL_TRACES_SAMPLER_ARG={argument} contradict each "
+            "other: set one of them."
+        )
+    if (
+        settings.bsp_max_queue_size is not None
+        and settings.bsp_max_export_batch_size is not None
+        and settings.bsp_max_export_batch_size > settings.bsp_max_queue_size
+    ):
+        raise ConfigurationError(
+            f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE={settings.bsp_max_export_batch_size} is larger than "
+            f"OTEL_BSP_MAX_QUEUE_SIZE={settings.bsp_max_queue_size}: at most as large is allowed."
+        )

@@ -1,0 +1,89 @@
+"""The settings' tracing, built: sampler, exporter and what the spans are said to come from."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from importlib.metadata import version
+
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    ALWAYS_ON,
+    ParentBased,
+    Sampler,
+    TraceIdRatioBased,
+)
+
+from metrics.tracing import SettledSpans, Tracing, otlp_exporter, ratio_sampler
+from serve.settings import ServeSettings
+
+
+def build_tracing(settings: ServeSettings, on_settled: SettledSpans) -> Tracing:
+    """Tracing as configured; without an endpoint nothing is exported and nothing complains."""
+    return Tracing(
+        sampler=build_sampler(settings),
+        exporter=otlp_exporter() if settings.tracing_enabled else None,
+        resource=build_resource(settings),
+        on_settled=on_settled,
+        version=version("stepspan"),
+    )
+
+
+def build_sampler(settings: ServeSettings) -> Sampler:
+    """The head decision: `OTEL_TRACES_SAMPLER` where it is set, else parent-based at the rate."""
+    rate = settings.sample_rate
+    if rate is None:
+        rate = settings.traces_sampler_arg
+    if rate is None:
+        rate = 1.0
+    match settings.traces_sampler:
+        case None | "parentbased_traceidratio":
+            return ratio_sampler(rate)
+        case "traceidratio":
+            return TraceIdRatioBased(rate)
+        case "always_on":
+            return ALWAYS_ON
+        case "always_off":
+            return ALWAYS_OFF
+        case "parentbased_always_on":
+            return ParentBased(ALWAYS_ON)
+        case "parentbased_always_off":
+            return ParentBased(ALWAYS_OFF)
+
+
+def build_resource(settings: ServeSettings) -> Resource:
+    """Service name, version and instance; the runner where fal names one.
+
+    `OTEL_RESOURCE_ATTRIBUTES` is merged in by the SDK and loses to none of these but by name.
+    """
+    attributes = {
+        "service.name": settings.service_name,
+        "service.version": version("stepspan"),
+        "service.instance.id": str(uuid.uuid4()),
+    }
+    runner = os.environ.get("FAL_RUNNER_ID")
+    if runner:
+        attributes["fal.runner.id"] = runner
+    return Resource.create(attributes | _gpu_identity(settings.device))
+
+
+def _gpu_identity(device: str) -> dict[str, str]:
+    """Name and UUID of the GPU in use, through NVML; empty without one or without its binding."""
+    if device == "cpu":
+        return {}
+    try:
+        import pynvml
+    except ImportError:
+        return {}
+    index = int(device.split(":")[1]) if ":" in device else 0
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        return {
+            "hw.type": "gpu",
+            "hw.name": str(pynvml.nvmlDeviceGetName(handle)),
+            "hw.id": str(pynvml.nvmlDeviceGetUUID(handle)),
+        }
+    except pynvml.NVMLError:
+        return {}
