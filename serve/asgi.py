@@ -14,8 +14,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -45,7 +47,7 @@ MAX_DISCARD_SECONDS = 10.0
 KEEPALIVE_SECONDS = 15.0
 """How often a silent stream says a comment, below the minute after which proxies cut it."""
 
-# Kept out of tests' way: problems whose message could quote the input.
+# Kinds of problem whose message could quote the input.
 _QUOTING_KINDS = {"json_invalid": "the body is not valid JSON"}
 
 
@@ -58,6 +60,7 @@ def install(app: FastAPI, runtime: Callable[[], Runtime | None]) -> None:
     app.add_middleware(RequestMiddleware, runtime=runtime)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_exception)
 
     async def health() -> Response:
@@ -342,6 +345,18 @@ def _without_input(problem: Mapping[str, Any]) -> str:
     if isinstance(value, str) and len(value) > 3 and value in message:
         return "is not allowed"
     return message
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """The framework's own refusals; a body that is no text at all is one of them."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 400 and current_call.get() is not None:
+        return _fail(
+            InvalidRequest(
+                [FieldProblem(("body",), _QUOTING_KINDS["json_invalid"], "json_invalid")]
+            )
+        )
+    return await http_exception_handler(request, error)
 
 
 async def _on_request_error(_request: Request, error: Exception) -> Response:

@@ -63,6 +63,7 @@ def configure_logging(log_format: str, level: int = logging.INFO) -> None:
 def _add_ids(
     _logger: Any, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
+    event.pop("color_message", None)  # uvicorn's line again, in colour
     call = current_call.get()
     if call is not None:
         event["trace_id"] = call.identity.trace_id_hex
