@@ -60,7 +60,7 @@ def build_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(24, 32, 64, 80),
+        block_out_channels=(16, 32, 64, 80),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -162,7 +162,11 @@ def _join(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 def save(pipeline: StableDiffusionXLPipeline, directory: Path) -> None:
     """Write the diffusers layout in float16 safetensors. The pipeline itself becomes float16."""
-    pipeline.to(dtype=torch.float16).save_pretrained(directory, safe_serialization=True)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            # The override in diffusers warns about modules to keep in float32; none are.
+            torch.nn.Module.to(component, torch.float16)
+    pipeline.save_pretrained(directory, safe_serialization=True)
 
 
 def main() -> None:

@@ -32,10 +32,10 @@ PLACES = ("left", "right", "top", "bottom", "centre")
 # Where the second object lies as seen from the first, and the same fact told the other way round.
 RELATIONS = {"left of": "right of", "above": "below", "right of": "left of", "below": "above"}
 
-_PLACE_CENTRES = {
+PLACE_CENTRES = {
     "left": (0.26, 0.5),
     "right": (0.74, 0.5),
-    "top": (0.5, 0.27),
+    "top": (0.5, 0.28),
     "bottom": (0.5, 0.73),
     "centre": (0.5, 0.5),
 }
@@ -46,11 +46,11 @@ _RELATION_CENTRES = {
     "below": ((0.5, 0.73), (0.5, 0.27)),
 }
 # Radius of a circle as a share of the shorter side, alone in the scene and as one of two.
-_RADIUS_ALONE = {"small": 0.115, "large": 0.195}
-_RADIUS_PAIRED = {"small": 0.11, "large": 0.17}
+RADIUS_ALONE = {"small": 0.115, "large": 0.185}
+RADIUS_PAIRED = {"small": 0.11, "large": 0.17}
 # Corner radius of each polygon over the radius of a circle that looks as large.
-_CORNER_SCALE = {"square": 1.24, "triangle": 1.3, "star": 1.32}
-_STAR_INNER = 0.46
+CORNER_SCALE = {"square": 1.24, "triangle": 1.3, "star": 1.32}
+STAR_INNER = 0.46
 _SUPERSAMPLING = 8
 _HELD_OUT_SHARE = 0.1
 
@@ -112,7 +112,7 @@ def draw_scene(
 def _single(rng: np.random.Generator, width: int, height: int) -> Scene:
     background, colour = _different_colours(rng, 2)
     place = _choose(rng, PLACES)
-    thing = _thing(rng, _PLACE_CENTRES[place], colour, _RADIUS_ALONE)
+    thing = _thing(rng, PLACE_CENTRES[place], colour, RADIUS_ALONE)
     return Scene(
         width, height, background, (thing,), place=place, background_rgb=_tint(rng, background)
     )
@@ -125,8 +125,8 @@ def _pair(rng: np.random.Generator, width: int, height: int) -> Scene:
     relation = _choose(rng, tuple(RELATIONS))
     centres = _RELATION_CENTRES[relation]
     things = (
-        _thing(rng, centres[0], first, _RADIUS_PAIRED),
-        _thing(rng, centres[1], second, _RADIUS_PAIRED),
+        _thing(rng, centres[0], first, RADIUS_PAIRED),
+        _thing(rng, centres[1], second, RADIUS_PAIRED),
     )
     return Scene(
         width, height, background, things, relation=relation, background_rgb=_tint(rng, background)
@@ -156,8 +156,9 @@ def _different_colours(rng: np.random.Generator, count: int) -> tuple[str, ...]:
 
 def _tint(rng: np.random.Generator, colour: str) -> RGB:
     """The colour, off by at most a few levels: varied, yet never near another colour's name."""
+    shift = rng.integers(-4, 5)
     red, green, blue = (
-        int(np.clip(level + rng.integers(-5, 6), 0, 255)) for level in COLOURS[colour]
+        int(np.clip(level + shift + rng.integers(-2, 3), 0, 255)) for level in COLOURS[colour]
     )
     return red, green, blue
 
@@ -179,7 +180,7 @@ def _paint(image: Image.Image, thing: Thing) -> None:
     scale = _SUPERSAMPLING
     unit = min(image.size)
     x, y = thing.x * image.width, thing.y * image.height
-    reach = thing.radius * unit * max(_CORNER_SCALE.values()) + 2
+    reach = thing.radius * unit * max(CORNER_SCALE.values()) + 2
     left, top = math.floor(x - reach), math.floor(y - reach)
     side = math.ceil(2 * reach) + 1
     mask = Image.new("L", (side * scale, side * scale), 0)
@@ -193,9 +194,9 @@ def _outline(thing: Thing, x: float, y: float, unit: int) -> list[tuple[float, f
     if thing.shape == "circle":
         corners = [(radius, 360.0 * i / 72) for i in range(72)]
     else:
-        outer = radius * _CORNER_SCALE[thing.shape]
+        outer = radius * CORNER_SCALE[thing.shape]
         if thing.shape == "star":
-            corners = [(outer if i % 2 == 0 else outer * _STAR_INNER, 36.0 * i) for i in range(10)]
+            corners = [(outer if i % 2 == 0 else outer * STAR_INNER, 36.0 * i) for i in range(10)]
         else:
             sides, start = {"square": (4, 45.0), "triangle": (3, 0.0)}[thing.shape]
             corners = [(outer, start + 360.0 * i / sides) for i in range(sides)]
@@ -293,9 +294,9 @@ def _caption(scene: Scene, rng: np.random.Generator, *, keep: float) -> str:
         subject = _related(nouns, scene.relation or "left of", rng)
     else:
         subject = f"{nouns[0]} and {nouns[1]}"
-    if rng.random() < 0.2:
-        subject = f"{_choose(rng, _OPENINGS)} {subject}"
-    return _on_background(subject, scene.background, rng, articles=articles) if kept() else subject
+    if kept():
+        subject = _on_background(subject, scene.background, rng, articles=articles)
+    return f"{_choose(rng, _OPENINGS)} {subject}" if rng.random() < 0.15 else subject
 
 
 def _noun(thing: Thing, rng: np.random.Generator, *, articles: bool, size: bool) -> str:
