@@ -1,0 +1,204 @@
+"""Attention backends by name, and the processor through which they take effect.
+
+diffusers' `set_attention_backend()` silently does nothing on the SDXL UNet, and flags such as
+`sdpa_kernel` only allow a kernel. Here a backend is one named operator, called directly, so the
+kernel that was asked for is the kernel that runs, eagerly and under `torch.compile`.
+
+Shapes: query, key and value are (batch, heads, tokens, head size) throughout.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from diffusers.models.attention import BasicTransformerBlock
+
+Backend = Literal["auto", "cudnn", "flash", "xformers", "math"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+SDXL_HEAD_SIZE = 64
+
+
+def attend(
+    backend: Backend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Scaled dot-product attention, unmasked, by the named backend.
+
+    `auto` is PyTorch's own choice among its kernels; `math` is the plain formula with the softmax
+    in float32, the reference for the others.
+    """
+    if backend == "cudnn":
+        return cast(
+            torch.Tensor,
+            torch.ops.aten._scaled_dot_product_cudnn_attention(
+                query, key, value, None, False, 0.0, False, False
+            )[0],
+        )
+    if backend == "flash":
+        return cast(
+            torch.Tensor,
+            torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, 0.0, False, False
+            )[0],
+        )
+    if backend == "xformers":
+        result: torch.Tensor = _xformers_attention(query, key, value)
+        return result
+    if backend == "math":
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        mixed: torch.Tensor = scores.float().softmax(-1).to(value.dtype) @ value
+        return mixed
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+@torch.library.custom_op("stepspan::xformers_attention", mutates_args=())
+def _xformers_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    # An operator of our own, since the compiler would otherwise trace into xformers' dispatch.
+    # xformers wants (batch, tokens, heads, head size): the layout the projections already have.
+    from xformers.ops import memory_efficient_attention
+
+    result = memory_efficient_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    )
+    return cast(torch.Tensor, result).contiguous().transpose(1, 2)
+
+
+@_xformers_attention.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+
+
+def why_unusable(
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int = SDXL_HEAD_SIZE,
+) -> str | None:
+    """One sentence saying why this backend cannot run here, or None when it can.
+
+    Answered by running it on a few tokens: a list of conditions would be out of date at the next
+    release of any of the libraries involved.
+    """
+    if backend not in BACKENDS:
+        return f"{backend!r} is not an attention backend: one of {', '.join(BACKENDS)} is"
+    if backend in ("auto", "math"):
+        return None
+    if device.type != "cuda":
+        return f"attention backend {backend!r} needs a CUDA device; this is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"attention backend {backend!r} needs bfloat16 or float16; the model is {dtype}"
+    if backend == "xformers":
+        try:
+            import xformers.ops  # noqa: F401
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"attention backend 'xformers' cannot be imported: {_first_line(error)}"
+    sample = torch.zeros(1, 1, 128, head_size, device=device, dtype=dtype)
+    try:
+        attend(backend, sample, sample, sample)
+        torch.cuda.synchronize(device)
+    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+        return f"attention backend {backend!r} does not run here: {_first_line(error)}"
+    return None
+
+
+def resolve(
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int = SDXL_HEAD_SIZE,
+) -> Backend:
+    """The backend to use for a name an operator gave; a ValueError says why it cannot be used.
+
+    `auto` becomes cuDNN on Hopper, where its kernel is the fastest of those PyTorch ships, and
+    stays PyTorch's own choice elsewhere.
+    """
+    if backend == "auto":
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+        if hopper and why_unusable("cudnn", device, dtype, head_size) is None:
+            return "cudnn"
+        return "auto"
+    reason = why_unusable(backend, device, dtype, head_size)
+    if reason is not None:
+        raise ValueError(reason)
+    return backend
+
+
+class StepAttention:
+    """A diffusers attention processor: SDXL's attention by a named backend.
+
+    Uses the fused query-key-value projection where there is one. Cross-attention whose text keys
+    and values were computed beforehand (`rewrites.TextOnce`) finds them on the module as
+    `text_key` and `text_value` and never looks at the text.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attention_mask is not None:
+            raise ValueError("SDXL attends to every token; an attention mask is not supported")
+        batch, tokens, _ = hidden_states.shape
+        text_key: torch.Tensor | None = getattr(attn, "text_key", None)
+        if text_key is not None:
+            query, key, value = attn.to_q(hidden_states), text_key, attn.text_value
+        elif encoder_hidden_states is None and attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            query = attn.to_q(hidden_states)
+            key, value = attn.to_k(context), attn.to_v(context)
+
+        def heads(flat: torch.Tensor) -> torch.Tensor:
+            return flat.view(batch, -1, attn.heads, flat.shape[-1] // attn.heads).transpose(1, 2)
+
+        mixed = attend(self.backend, heads(query), heads(key), heads(value))
+        mixed = mixed.transpose(1, 2).reshape(batch, tokens, -1)
+        return cast(torch.Tensor, attn.to_out[0](mixed))
+
+
+def set_attention(unet: torch.nn.Module, backend: Backend, *, fuse_qkv: bool = True) -> None:
+    """Give every transformer block of the UNet this backend, and fused projections if asked.
+
+    Only self-attention is fused: the text's keys and values are computed once a request, where
+    fusing buys nothing and a second copy of the weights costs 0.6 GB.
+    """
+    processor = StepAttention(backend)
+    for block in transformer_blocks(unet):
+        for attn in (block.attn1, block.attn2):
+            _require_plain(attn)
+            attn.set_processor(processor)
+        if fuse_qkv:
+            block.attn1.fuse_projections(fuse=True)
+
+
+def transformer_blocks(unet: torch.nn.Module) -> list[Any]:
+    """The UNet's transformer blocks, always in the same order; SDXL base has 70."""
+    return [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+
+
+def _require_plain(attn: Any) -> None:
+    """Refuse an attention that does more than SDXL's, rather than drop what it does."""
+    absent = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
+    extra = [name for name in absent if getattr(attn, name, None) is not None]
+    if attn.residual_connection or attn.rescale_output_factor != 1.0:
+        extra.append("residual_connection")
+    if getattr(attn, "scale", None) != (attn.inner_dim // attn.heads) ** -0.5:
+        extra.append("scale")
+    if extra:
+        raise ValueError(f"not SDXL's attention: it also has {', '.join(extra)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,140 @@
+import copy
+
+import pytest
+import torch
+
+from kernels_warmup.attention import transformer_blocks
+from kernels_warmup.compile import (
+    MODES,
+    RECIPES,
+    Captured,
+    PerShape,
+    Recipe,
+    compile_model,
+    inductor_options,
+)
+from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_models
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():  # type: ignore[no-untyped-def]
+    with torch.no_grad():
+        yield
+
+
+def test_off_leaves_every_module_as_it_was() -> None:
+    models = tiny_models()
+    plain = copy.deepcopy(models)
+    compiled = compile_model(models, "off")
+    assert compiled.functions == ()
+    assert "forward" not in vars(models.unet)
+    assert "forward" not in vars(models.vae.decoder)
+    processor = transformer_blocks(models.unet)[0].attn1.processor
+    assert type(processor) is type(transformer_blocks(plain.unet)[0].attn1.processor)
+    inputs = step_inputs(2)
+    assert torch.equal(models.unet(**inputs)[0], plain.unet(**inputs)[0])
+
+
+def test_off_still_takes_a_named_attention() -> None:
+    models = tiny_models()
+    compile_model(models, "off", attention="math")
+    attn = transformer_blocks(models.unet)[0].attn1
+    assert attn.processor.backend == "math"
+    assert not attn.fused_projections
+
+
+def test_wrong_names_are_refused_before_anything_changes() -> None:
+    models = tiny_models()
+    with pytest.raises(ValueError, match="one of off, regional, default, max is"):
+        compile_model(models, "fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        compile_model(models, "default", attention="cudnn")
+    assert "forward" not in vars(models.unet)
+
+
+def test_the_decoder_and_the_unet_keep_their_signatures() -> None:
+    models = tiny_models()
+    plain = copy.deepcopy(models)
+    compile_model(models, "default", recipe=Recipe(scope="none", replay="none"))
+    inputs = step_inputs(2) | {"return_dict": True}
+    assert relative_error(models.unet(**inputs).sample, plain.unet(**inputs).sample) < 1e-5
+    with pytest.raises(TypeError, match="does not take mid_block_additional_residual"):
+        models.unet(**inputs, mid_block_additional_residual=torch.zeros(1))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = plain.vae.decode(latents, return_dict=False)[0]
+    assert relative_error(models.vae.decode(latents, return_dict=False)[0], expected) < 1e-5
+    with pytest.raises(TypeError, match="latent_embeds"):
+        models.vae.decoder(torch.zeros(1, 4, 8, 8), torch.zeros(1))
+
+
+def test_a_frozen_function_still_runs_but_meets_no_new_shape() -> None:
+    function = PerShape(lambda a: a + 1, RECIPES["default"], CPU)
+    function(torch.zeros(2))
+    function(torch.zeros(2))
+    function(torch.zeros(3))
+    assert len(function.met) == 2
+    function.frozen = True
+    assert torch.equal(function(torch.zeros(4)), torch.ones(4))
+    assert len(function.met) == 2
+
+
+def test_more_shapes_than_dynamos_own_limit_stay_compiled() -> None:
+    traced = []
+
+    def function(tensor: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return tensor + 1
+        traced.append(tensor.shape)
+        return tensor + 1
+
+    compiled = torch.compile(function, backend="eager", dynamic=False)
+    per_shape = PerShape(compiled, RECIPES["default"], CPU)
+    for size in range(2, 14):
+        per_shape(torch.zeros(size))
+    for size in range(2, 14):
+        per_shape(torch.zeros(size))
+    assert not traced
+    torch.compiler.reset()
+
+
+def test_every_option_is_one_inductor_knows_and_a_cpu_gets_none() -> None:
+    known = set(torch._inductor.list_options())
+    for mode in MODES:
+        recipe = RECIPES[mode]
+        assert inductor_options(recipe, CPU) == {}
+        assert set(inductor_options(recipe, torch.device("cuda"))) <= known
+    trees = inductor_options(Recipe(replay="trees"), torch.device("cuda"))
+    assert trees == {"triton.cudagraphs": True}
+
+
+def test_capture_is_what_cuda_does_by_default() -> None:
+    assert PerShape(torch.relu, RECIPES["default"], torch.device("cuda"))._replay == "captured"
+    assert PerShape(torch.relu, RECIPES["default"], CPU)._replay == "none"
+    assert callable(Captured.replay)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["regional", "default"])
+def test_compiled_gives_the_unmodified_result(mode: str) -> None:
+    torch.compiler.reset()
+    models = tiny_models()
+    plain = copy.deepcopy(models)
+    compiled = compile_model(models, mode)  # type: ignore[arg-type]
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for batch, seed in ((2, 1), (1, 2), (2, 3)):
+        inputs = step_inputs(batch, seed=seed)
+        assert relative_error(models.unet(**inputs)[0], plain.unet(**inputs)[0]) < 1e-4
+    expected = plain.vae.decode(latents).sample
+    assert relative_error(models.vae.decode(latents).sample, expected) < 1e-4
+    assert compiled.shapes_met == 3
+    compiled.freeze()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in (2, 1):
+            inputs = step_inputs(batch, seed=9)
+            assert relative_error(models.unet(**inputs)[0], plain.unet(**inputs)[0]) < 1e-4
+        models.vae.decode(latents)
+    torch.compiler.reset()
