@@ -321,7 +321,7 @@ def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> StableDif
     try:
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             name,
-            torch_dtype=dtype,
+            dtype=dtype,
             # Pickled weights run code when loaded.
             use_safetensors=True,
             add_watermarker=False,

@@ -1,0 +1,42 @@
+"""One warmed runtime on the demo checkpoint for all in-process tests of this package."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from serve.call import Call
+from serve.runtime import Runtime, build_runtime
+from serve.schema import TextToImageRequest
+from serve.settings import ServeSettings
+
+
+@pytest.fixture(scope="session")
+def runtime() -> Iterator[Runtime]:
+    runtime = build_runtime(ServeSettings(model="demo", device="cpu"), CollectorRegistry())
+    asyncio.run(runtime.start())
+    yield runtime
+    runtime.close(5)
+
+
+@pytest.fixture
+def new_call(runtime: Runtime) -> Callable[[], Call]:
+    def make() -> Call:
+        call = Call("/", "POST", runtime.tracing.identify())
+        call.timeline.begin_at_arrival("receive")
+        return call
+
+    return make
+
+
+def request(**changes: object) -> TextToImageRequest:
+    """A small valid request, changed."""
+    fields: dict[str, object] = {
+        "prompt": "a red circle on a white background",
+        "num_inference_steps": 2,
+        "seed": 1,
+    }
+    return TextToImageRequest.model_validate(fields | changes)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serve.images import CONTENT_TYPES, data_uri, encode_image
+from serve.schema import ImageFormat
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    y, x = np.mgrid[0:96, 0:160]
+    return np.stack([x, y, x + y], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "png", "webp"])
+def test_formats_read_back(pixels: np.ndarray, image_format: ImageFormat) -> None:
+    data = encode_image(pixels, image_format)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.get_format_mimetype() == CONTENT_TYPES[image_format]
+        assert image.size == (160, 96)
+        difference = np.abs(np.asarray(image).astype(int) - pixels.astype(int))
+    assert difference.mean() < (1 if image_format == "png" else 6)
+    assert encode_image(pixels, image_format) == data
+
+
+def test_png_is_exact(pixels: np.ndarray) -> None:
+    with Image.open(io.BytesIO(encode_image(pixels, "png"))) as image:
+        assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_data_uri() -> None:
+    uri = data_uri(b"abc", "webp")
+    head, body = uri.split(",")
+    assert head == "data:image/webp;base64"
+    assert base64.b64decode(body) == b"abc"

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from kernels_warmup.shapes import CompiledShape
+from serve.errors import ConfigurationError
+from serve.settings import ServeSettings, environment_name, load_settings
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SDXL_", "OTEL_")) or name == "ENABLE_TRACING":
+            monkeypatch.delenv(name)
+
+
+def test_defaults_need_nothing_and_export_nothing() -> None:
+    settings = load_settings()
+    assert settings.model is None
+    assert settings.max_waiting == 32
+    assert not settings.tracing_enabled
+
+
+def test_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDXL_SHAPES", "128x128, 160x96,128x128")
+    monkeypatch.setenv("SDXL_MAX_WAITING", "0")
+    monkeypatch.setenv("OTEL_SAMPLE_RATE", "0.25")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    settings = load_settings()
+    assert settings.shapes == (CompiledShape(128, 128), CompiledShape(160, 96))
+    assert settings.max_waiting == 0
+    assert settings.sample_rate == 0.25
+    assert settings.tracing_enabled
+
+
+@pytest.mark.parametrize("switch", [("ENABLE_TRACING", "false"), ("OTEL_SDK_DISABLED", "true")])
+def test_tracing_can_be_turned_off(
+    monkeypatch: pytest.MonkeyPatch, switch: tuple[str, str]
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    monkeypatch.setenv(*switch)
+    assert not load_settings().tracing_enabled
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDXL_SHAPES", "")
+    monkeypatch.setenv("SDXL_MODEL", "")
+    assert load_settings().shapes is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("SDXL_MAX_WAITING", "many", "a whole number from 0 to 10000"),
+        ("SDXL_MAX_WAITING", "-1", "a whole number from 0 to 10000"),
+        ("SDXL_DEADLINE_SECONDS", "0", "above 0"),
+        ("SDXL_DEADLINE_SECONDS", "nan", "above 0"),
+        ("SDXL_DEADLINE_SECONDS", "inf", "above 0"),
+        ("SDXL_DEVICE", "tpu", "auto, cpu, cuda or cuda:N"),
+        ("SDXL_DTYPE", "fp8", "bfloat16"),
+        ("SDXL_SHAPES", "128", "WIDTHxHEIGHT"),
+        ("SDXL_SHAPES", "130x128", "multiple of 8"),
+        ("SDXL_SHAPES", "128x128,", "WIDTHxHEIGHT"),
+        ("SDXL_SHAPES", "9999999x8", "WIDTHxHEIGHT"),
+        ("SDXL_COMPILE", "fast", "off"),
+        ("SDXL_LOG_FORMAT", "xml", "text or json"),
+        ("SDXL_TRACE_PROMPTS", "perhaps", "true or false"),
+        ("ENABLE_TRACING", "perhaps", "true or false"),
+        ("OTEL_SAMPLE_RATE", "1.5", "from 0 to 1"),
+        ("OTEL_SAMPLE_RATE", "nan", "from 0 to 1"),
+        ("OTEL_TRACES_SAMPLER_ARG", "-0.1", "from 0 to 1"),
+        ("OTEL_TRACES_SAMPLER", "sometimes", "traceidratio"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318", "http://"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "10000", "not milliseconds"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "0", "a whole number from 1"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, allowed: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{name}={value!r} is not allowed")
+    assert allowed in sentence
+    assert "\n" not in sentence
+
+
+def test_an_unknown_name_is_refused_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDXL_MAX_WAITNG", "3")
+    with pytest.raises(ConfigurationError, match="did you mean SDXL_MAX_WAITING"):
+        load_settings()
+
+
+def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SAMPLE_RATE", "0.1")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.2")
+    with pytest.raises(ConfigurationError, match="contradict"):
+        load_settings()
+    monkeypatch.delenv("OTEL_TRACES_SAMPLER_ARG")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "10")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "20")
+    with pytest.raises(ConfigurationError, match="at most as large"):
+        load_settings()
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings().max_waiting = 1  # type: ignore[misc]
+
+
+def test_every_setting_says_what_is_allowed() -> None:
+    for name, field in ServeSettings.model_fields.items():
+        assert field.description, environment_name(name)
