@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from metrics.catalogue import render
+from metrics.timeline import GenerationFacts
 from serve.call import Call, current_call
 from serve.errors import (
     BodyTooLarge,
@@ -197,16 +199,14 @@ class RequestMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         runtime = self._runtime()
-        generates = (
-            scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in ENDPOINTS
-        )
-        if runtime is None or not generates:
+        path = _path(scope) if scope["type"] == "http" else ""
+        if runtime is None or path not in ENDPOINTS or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
 
         headers = Headers(scope=scope)
         call = Call(
-            endpoint=scope["path"],
+            endpoint=path,
             method=scope["method"],
             identity=runtime.tracing.identify(_carrier(headers)),
         )
@@ -214,20 +214,32 @@ class RequestMiddleware:
         runtime.metrics.request_received()
         token = current_call.set(call)
         status = 500
+        started = False
 
         async def watched_send(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
+                started = True
                 status = message["status"]
-                message.setdefault("headers", [])
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-trace-id", call.identity.trace_id_hex.encode()),
-                ]
+                ours = [(b"x-trace-id", call.identity.trace_id_hex.encode())]
+                if runtime.settings.fal_billing and call.facts is not None and status < 400:
+                    ours.append((b"x-fal-billable-units", _billable_units(call.facts)))
+                message["headers"] = [*message.get("headers", []), *ours]
             await send(message)
 
         try:
             await self._serve(scope, receive, watched_send, call)
+        except Exception as error:
+            # The framework's own handler is outside of here and would not know the call.
+            failure = GenerationFailed(type(error).__name__)
+            failure.__cause__ = error
+            call.fail(failure)
+            if started:
+                raise
+            # Without the exception's text: a library's message may quote the prompt.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("a request failed with %s\n%s", type(error).__name__, frames)
+            await _error_response(failure, call)(scope, receive, watched_send)
         finally:
             current_call.reset(token)
             runtime.metrics.request_answered()
@@ -305,6 +317,17 @@ async def _watch_disconnect(receive: Receive, call: Call) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     call.cancellation.cancel(ClientGone())
+
+
+def _path(scope: Scope) -> str:
+    """The path within the app: behind a proxy (fal's gateway) the scope's may hold its prefix."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
+
+
+def _billable_units(facts: GenerationFacts) -> bytes:
+    """Megapixels times steps: what an image's time on the GPU is about proportional to."""
+    return f"{facts.width * facts.height * facts.num_inference_steps / 1e6:.6f}".encode()
 
 
 def _carrier(headers: Headers) -> Mapping[str, str]:

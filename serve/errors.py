@@ -17,8 +17,9 @@
         └── DeviceLost          503, and the process is unhealthy
 
 Messages are one sentence for the caller and never hold the request's text: fal's platform and the
-trace both carry them on. Two headers are fal's: `X-Fal-Needs-Retry: 0` keeps its platform from
-trying a request again that would fail again, `x-fal-stop-runner` takes a broken runner away.
+trace both carry them on. Three headers are fal's: `X-Fal-Needs-Retry: 0` keeps its platform from
+trying a request again that would fail again, `x-fal-stop-runner` takes a broken runner away, and
+`x-fal-billable-units: 0` keeps it from charging its default for a request that gave no image.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 NO_RETRY: Mapping[str, str] = {"X-Fal-Needs-Retry": "0"}
+NOT_BILLED: Mapping[str, str] = {"x-fal-billable-units": "0"}
 
 
 class ServeError(Exception):
@@ -52,7 +54,7 @@ class RequestError(ServeError):
     def __init__(self, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.headers = dict(headers or {})
+        self.headers = {**NOT_BILLED, **(headers or {})}
 
 
 @dataclass(frozen=True, slots=True)

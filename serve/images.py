@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextvars
 import io
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from PIL import Image
@@ -39,3 +42,32 @@ def encode_image(pixels: Any, image_format: ImageFormat) -> bytes:
 def data_uri(data: bytes, image_format: ImageFormat) -> str:
     """The image itself as a URL: needs no storage, costs a third more bytes."""
     return f"data:{CONTENT_TYPES[image_format]};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def bounded(upload: Upload, seconds: float, at_once: int) -> Upload:
+    """`upload`, given up on after `seconds`; storage clients may go on trying for minutes.
+
+    Each runs on a daemon thread of its own, so that a stuck one holds up neither the threads that
+    encode images nor the end of the process. While `at_once` are stuck, more fail without waiting.
+    """
+    slots = threading.Semaphore(at_once)
+
+    def upload_in_time(data: bytes, image_format: ImageFormat) -> str:
+        if not slots.acquire(blocking=False):
+            raise TimeoutError("earlier uploads are stuck")
+        url: Future[str] = Future()
+
+        def work() -> None:
+            try:
+                url.set_result(upload(data, image_format))
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the URL decides
+                url.set_exception(error)
+            finally:
+                slots.release()
+
+        # In the request's context: fal's client reads the caller's headers from there.
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(work,), name="upload", daemon=True).start()
+        return url.result(seconds)
+
+    return upload_in_time

@@ -87,6 +87,8 @@ class ServeSettings(BaseSettings):
     log_format: Literal["auto", "text", "json"] = Field(
         default="auto", description="auto, text or json"
     )
+    # Every answered image says its price basis, megapixels times steps, in fal's billing header.
+    fal_billing: bool = Field(default=False, description="true or false")
 
     # fal's documented names, and the standard ones.
     enable_tracing: bool = Field(
