@@ -27,6 +27,16 @@ logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+_PARTS = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+)
+
 _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -327,16 +337,18 @@ def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> StableDif
             add_watermarker=False,
             **options,
         )
-        modules = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     except Exception as error:
         # Four libraries read these files, each with errors of its own; all mean the same here.
         raise ModelError(
             f"the model at {name!r} could not be loaded: {type(error).__name__}: "
             f"{_first_line(error)}"
         ) from error
-    for module in modules:
-        if any(parameter.is_meta for parameter in module.parameters()):
-            raise ModelError(f"the model at {name!r} lacks weights of {type(module).__name__}.")
+    for part in _PARTS:
+        module = getattr(pipeline, part)
+        if module is None:
+            raise ModelError(f"the model at {name!r} is no whole SDXL pipeline: it lacks {part}.")
+        if isinstance(module, torch.nn.Module) and any(p.is_meta for p in module.parameters()):
+            raise ModelError(f"the model at {name!r} lacks weights of its {part}.")
     if dtype == torch.float16 and pipeline.vae.config.force_upcast:
         # This VAE overflows in float16, and recasting it on every call breaks captured graphs;
         # bfloat16 has float32's range.

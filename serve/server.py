@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import FrameType
 
@@ -30,13 +29,17 @@ FLUSH_SECONDS = 4.0
 """How long the last spans may take to leave; with the hand-over it ends within 4.5 s."""
 
 
-def create_app(runtime: Runtime) -> FastAPI:
-    """The self-hosted endpoints. The runtime is started and closed by the app's lifespan."""
+def create_app(runtime: Runtime, on_failed_start: Callable[[], None] = lambda: None) -> FastAPI:
+    """The self-hosted endpoints. The runtime is started and closed by the app's lifespan.
+
+    Args:
+        on_failed_start: called when the model could not be started and nothing can be served.
+    """
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         # In the background, so that /health and /ready answer while the model loads.
-        starting = asyncio.create_task(_start(runtime))
+        starting = asyncio.create_task(_start(runtime, on_failed_start))
         try:
             yield
         finally:
@@ -64,20 +67,16 @@ def create_app(runtime: Runtime) -> FastAPI:
     return app
 
 
-async def _start(runtime: Runtime) -> None:
+async def _start(runtime: Runtime, on_failure: Callable[[], None]) -> None:
     try:
         await runtime.start(on_progress=lambda phase: logger.info("start-up: %s", phase))
     except ModelError as error:
         logger.error("%s", error)
-        # Nothing can be served: leave, so that whoever started this process notices.
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise
-    except asyncio.CancelledError:
-        raise
+        on_failure()
     except Exception:
+        # A compiler, a driver, a full disk: whatever it is, the log must have it.
         logger.exception("the model could not be started")
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise
+        on_failure()
 
 
 class _Server(uvicorn.Server):
@@ -93,9 +92,17 @@ class _Server(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not the inherited one: that raises the signal again once everything is closed, and a
+        # clean end would look like a crash to whatever runs this process.
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._runtime.begin_drain)
-        super().handle_exit(sig, frame)
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
+
+    def stop(self) -> None:
+        """End as after a signal."""
+        self.should_exit = True
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -118,7 +125,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     """Serve until SIGTERM or SIGINT. Returns the process's exit status."""
     listener = bind(host, port)
     runtime = build_runtime(settings)
-    app = create_app(runtime)
+    app = create_app(runtime, on_failed_start=lambda: server.stop())
     config = uvicorn.Config(
         app,
         log_config=None,

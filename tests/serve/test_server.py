@@ -1,0 +1,356 @@
+"""The self-hosted app in process: statuses, errors, events, metrics. Real processes: tests/e2e."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from serve.asgi import MAX_BODY_BYTES
+from serve.errors import ConfigurationError
+from serve.runtime import Runtime, State
+from serve.server import bind, create_app
+
+PROMPT = "a zebra that no error may mention"
+
+
+@pytest.fixture(scope="session")
+def app(runtime: Runtime) -> FastAPI:
+    """The app around the shared runtime; its lifespan, which would start another, is not run."""
+    return create_app(runtime)
+
+
+@asynccontextmanager
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        yield http
+
+
+def fetch(app: FastAPI, method: str, path: str, **options: Any) -> httpx.Response:
+    async def once() -> httpx.Response:
+        async with client(app) as http:
+            return await http.request(method, path, **options)
+
+    return asyncio.run(once())
+
+
+def post(app: FastAPI, body: Any, path: str = "/", **headers: str) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return fetch(
+        app, "POST", path, content=content, headers={"content-type": "application/json"} | headers
+    )
+
+
+def valid(**changes: Any) -> dict[str, Any]:
+    return {"prompt": PROMPT, "num_inference_steps": 2, "seed": 1} | changes
+
+
+def test_a_request_is_answered(app: FastAPI) -> None:
+    response = post(app, valid())
+    assert response.status_code == 200
+    body = response.json()
+    assert body["trace_id"] == response.headers["x-trace-id"]
+    assert body["timings"]["receive_ms"] is not None
+    assert set(body) == {"image", "seed", "timings", "trace_id", "prompt_truncated"}
+
+
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+BODY_PARENT = PARENT.replace("0af7", "beef")
+
+
+@pytest.mark.parametrize(
+    ("body", "header", "expected"),
+    [
+        ({}, PARENT, PARENT[3:35]),
+        ({"trace_context": {"traceparent": BODY_PARENT}}, "", BODY_PARENT[3:35]),
+        ({"trace_context": {"traceparent": BODY_PARENT}}, PARENT, BODY_PARENT[3:35]),
+        ({"trace_context": {"traceparent": "nonsense"}}, PARENT, PARENT[3:35]),
+        ({"trace_context": 7}, PARENT, PARENT[3:35]),
+        ({"trace_context": {"traceparent": PARENT.replace("00-", "ff-", 1)}}, PARENT, PARENT[3:35]),
+    ],
+)
+def test_a_callers_trace_by_header_and_by_body(
+    app: FastAPI, body: dict[str, Any], header: str, expected: str
+) -> None:
+    response = post(app, valid(num_inference_steps=1, **body), traceparent=header)
+    assert response.json()["trace_id"] == expected
+
+
+@pytest.mark.parametrize("header", ["nonsense", "00-0-0-0", "é", "00-" + "0" * 32 + "-" + "0" * 16])
+def test_a_malformed_traceparent_is_ignored(app: FastAPI, header: str) -> None:
+    response = fetch(
+        app,
+        "POST",
+        "/",
+        json=valid(num_inference_steps=1),
+        headers={"traceparent": header.encode()},
+    )
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b"", "body"),
+        (b"{", "body"),
+        (b"null", "body"),
+        (b"[]", "body"),
+        (b'"text"', "body"),
+        (b"\xff\xfe\x00", "body"),
+        (b'{"prompt": "\xff"}', "body"),
+        (b'{"prompt": "\\ud800"}', "prompt"),
+        (b"[" * 10_000, "body"),
+        ({}, "prompt"),
+        (valid(prompt=""), "prompt"),
+        (valid(prompt=" "), "prompt"),
+        (valid(prompt=[PROMPT]), "prompt"),
+        (valid(prompt=PROMPT * 200), "prompt"),
+        (valid(num_inference_steps=0), "num_inference_steps"),
+        (valid(num_inference_steps=10**40), "num_inference_steps"),
+        (valid(guidance_scale=float("nan")), "guidance_scale"),
+        (valid(guidance_scale=float("inf")), "guidance_scale"),
+        (valid(guidance_scale=-1), "guidance_scale"),
+        (valid(width=256), "width"),
+        (valid(height=-8), "height"),
+        (valid(width=10**20), "width"),
+        (valid(seed=2**63), "seed"),
+        (valid(format="gif"), "format"),
+        (valid(typo=PROMPT), "typo"),
+    ],
+)
+def test_bad_input_is_named_and_never_echoed(
+    app: FastAPI, caplog: pytest.LogCaptureFixture, body: Any, field: str
+) -> None:
+    caplog.set_level("DEBUG")
+    response = post(app, body)
+    assert response.status_code == 422, response.text
+    answer = response.json()
+    assert answer["error_type"] == "invalid_request"
+    assert len(answer["trace_id"]) == 32
+    assert answer["detail"][0]["loc"][-1] == field
+    assert "input" not in answer["detail"][0]
+    assert len(response.content) < 1000
+    assert "zebra" not in response.text + caplog.text
+
+
+def test_a_body_that_is_too_large(app: FastAPI) -> None:
+    response = post(app, b'{"prompt": "' + b"x" * 10_000_000 + b'"}')
+    assert response.status_code == 413
+    assert str(MAX_BODY_BYTES) in response.json()["detail"]
+    assert len(response.content) < 300
+
+
+def test_the_longest_valid_body_fits(app: FastAPI) -> None:
+    emoji = json.dumps("\N{LARGE RED CIRCLE}" * 2000)
+    body = f'{{"prompt": {emoji}, "negative_prompt": {emoji}, "num_inference_steps": 1}}'
+    assert len(body) < MAX_BODY_BYTES
+    assert post(app, body.encode()).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("PUT", "/"), ("GET", "/stream")])
+def test_other_methods(app: FastAPI, method: str, path: str) -> None:
+    assert fetch(app, method, path).status_code == 405
+
+
+def test_an_unknown_path(app: FastAPI) -> None:
+    assert fetch(app, "POST", "/nowhere", json={}).status_code == 404
+
+
+def test_health_and_readiness(app: FastAPI, runtime: Runtime) -> None:
+    assert fetch(app, "GET", "/health").json() == {"status": "ok"}
+    ready = fetch(app, "GET", "/ready")
+    assert ready.status_code == 200
+    body = ready.json()
+    assert body["state"] == "ready"
+    assert body["shapes"] == ["128x128", "160x96"]
+    assert {"load_model", "verify", "compile 128x128"} <= set(body["warmup_ms"])
+
+
+def test_not_ready_and_unhealthy(
+    app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime.readiness, "state", State.STARTING)
+    assert fetch(app, "GET", "/ready").status_code == 503
+    assert fetch(app, "GET", "/health").status_code == 200
+    answer = post(app, valid())
+    assert answer.status_code == 503
+    assert answer.json()["error_type"] == "not_ready"
+    assert answer.headers["retry-after"] == "5"
+    monkeypatch.setattr(runtime.readiness, "state", State.FAILED)
+    assert fetch(app, "GET", "/health").status_code == 503
+
+
+def test_errors_carry_their_headers(
+    app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(runtime._model, "denoise", full)
+    answer = post(app, valid())
+    assert answer.status_code == 500
+    assert answer.json()["error_type"] == "out_of_memory"
+    assert answer.headers["x-fal-needs-retry"] == "0"
+
+
+def test_an_unexpected_exception_is_a_500_that_names_its_type(
+    app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise LookupError(PROMPT)
+
+    monkeypatch.setattr(runtime, "_plan", broken)
+    answer = post(app, valid())
+    assert answer.status_code == 500
+    assert answer.json()["error_type"] == "generation_failed"
+    assert "LookupError" in answer.json()["detail"]
+    assert "zebra" not in answer.text
+
+
+def test_a_deadline_is_a_504(app: FastAPI) -> None:
+    answer = post(app, valid(num_inference_steps=100, deadline_seconds=0.05))
+    assert answer.status_code == 504
+    assert answer.json()["error_type"] == "deadline_exceeded"
+    assert answer.headers["x-fal-needs-retry"] == "0"
+
+
+def test_a_full_queue_is_a_429(
+    app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime.admission, "_max_waiting", -1)
+    answer = post(app, valid())
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) >= 1
+    streamed = post(app, valid(), "/stream")
+    assert streamed.status_code == 429  # a refusal is a status, not an event
+
+
+def events(text: str) -> list[tuple[str, Any]]:
+    found = []
+    for block in text.strip().split("\n\n"):
+        if block.startswith(":"):
+            continue
+        name, data = block.split("\n")
+        found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found
+
+
+def test_a_stream(app: FastAPI) -> None:
+    response = post(app, valid(num_inference_steps=4, preview=True), "/stream")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    told = events(response.text)
+    assert [name for name, _ in told] == ["queued", *["step"] * 4, "image"]
+    assert [data["index"] for name, data in told if name == "step"] == [0, 1, 2, 3]
+    for name, data in told:
+        if name == "step":
+            assert data["total"] == 4
+            assert data["gpu_ms"] > 0
+            assert data["preview"].startswith("data:image/jpeg")
+    assert told[-1][1]["seed"] == 1
+    direct = post(app, valid(num_inference_steps=4))
+    assert told[-1][1]["image"] == direct.json()["image"]
+
+
+def test_a_stream_that_fails_says_so_last(
+    app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError(PROMPT)
+
+    monkeypatch.setattr(runtime._model, "decode", broken)
+    response = post(app, valid(), "/stream")
+    assert response.status_code == 200
+    name, data = events(response.text)[-1]
+    assert name == "error"
+    assert data["error_type"] == "generation_failed"
+    assert "zebra" not in response.text
+
+
+def drive(
+    app: FastAPI, path: str, during: Callable[[], Coroutine[Any, Any, None]]
+) -> list[dict[str, Any]]:
+    """Call the app as a server would, with a client that leaves when `during` returns."""
+
+    async def story() -> list[dict[str, Any]]:
+        sent: list[dict[str, Any]] = []
+        body = json.dumps(valid(num_inference_steps=100)).encode()
+        first = True
+
+        async def receive() -> dict[str, Any]:
+            nonlocal first
+            if first:
+                first = False
+                return {"type": "http.request", "body": body, "more_body": False}
+            await during()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "scheme": "http",
+            "server": ("test", 80),
+            "client": ("test", 1),
+        }
+        await app(scope, receive, send)
+        return sent
+
+    return asyncio.run(story())
+
+
+@pytest.mark.parametrize("path", ["/", "/stream"])
+def test_a_client_that_leaves_stops_the_work(app: FastAPI, runtime: Runtime, path: str) -> None:
+    registry = runtime.metrics.registry
+    labels = {"error_type": "client_gone"}
+
+    async def leave_soon() -> None:
+        await asyncio.sleep(0.15)
+
+    before = registry.get_sample_value("sdxl_errors_total", labels) or 0
+    drive(app, path, leave_soon)
+    # Recorded on a thread of its own, after the answer that nobody read.
+    asyncio.run(asyncio.sleep(0))
+    runtime.recorder._executor.submit(lambda: None).result(10)
+    assert registry.get_sample_value("sdxl_errors_total", labels) == before + 1
+    assert registry.get_sample_value("sdxl_requests_in_flight") == 0
+    assert post(app, valid()).status_code == 200
+
+
+def test_metrics_in_both_formats(app: FastAPI) -> None:
+    post(app, valid())
+    plain = fetch(app, "GET", "/metrics")
+    assert plain.headers["content-type"].startswith("text/plain")
+    assert "sdxl_request_duration_seconds_bucket" in plain.text
+    modern = fetch(
+        app, "GET", "/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"}
+    )
+    assert modern.headers["content-type"].startswith("application/openmetrics-text")
+    families = {family.name for family in text_string_to_metric_families(modern.text)}
+    assert {"sdxl_stage_duration_seconds", "sdxl_denoise_step_duration_seconds"} <= families
+
+
+def test_an_address_that_cannot_be_had() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=f"port {port}"):
+            bind("127.0.0.1", port)
+    with pytest.raises(ConfigurationError, match="cannot listen"):
+        bind("127.0.0.1", 99_999)
