@@ -1,0 +1,171 @@
+"""`python -m bench.figures`: the service's own figures as the README states them.
+
+Start-up to ready, memory, import time and unattributed time, on the demo model on this machine.
+Latency comparisons and their verdicts are other commands' business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from metrics.recorder import Recorder
+from metrics.timeline import RequestTiming
+from metrics.tracing import TraceIdentity
+
+REQUESTS = 100
+STEPS = 20
+
+_CLIENT = """
+import json, sys, urllib.request
+url, count, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+for seed in range(count):
+    body = json.dumps({"prompt": "a red circle", "seed": seed, "num_inference_steps": steps})
+    request = urllib.request.Request(url, body.encode(), {"content-type": "application/json"})
+    urllib.request.urlopen(request).read()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What was measured; seconds, megabytes and milliseconds as the names say."""
+
+    machine: str
+    cores: int
+    python: str
+    ready_seconds: float
+    import_app_seconds: float
+    resident_mb: float
+    requests: int
+    request_median_ms: float
+    unattributed_median_ms: float
+    unattributed_p95_ms: float
+    unattributed_max_ms: float
+
+
+class _KeepingRecorder(Recorder):
+    """A recorder that keeps the timings it is handed."""
+
+    def record(self, request: RequestTiming, identity: TraceIdentity) -> None:
+        self.kept = [*getattr(self, "kept", []), request]
+        super().record(request, identity)
+
+
+def measure() -> Figures:
+    """Measure everything; about a minute on two cores."""
+    ready_seconds, resident_mb = _start_a_server()
+    timings = asyncio.run(_serve_requests())
+    unattributed = sorted(timing.unattributed_ns / 1e6 for timing in timings)
+    return Figures(
+        machine=_machine(),
+        cores=os.cpu_count() or 1,
+        python=platform.python_version(),
+        ready_seconds=ready_seconds,
+        import_app_seconds=min(_import_app() for _ in range(5)),
+        resident_mb=resident_mb,
+        requests=len(timings),
+        request_median_ms=statistics.median(timing.duration_ns / 1e6 for timing in timings),
+        unattributed_median_ms=statistics.median(unattributed),
+        unattributed_p95_ms=unattributed[int(len(unattributed) * 0.95)],
+        unattributed_max_ms=unattributed[-1],
+    )
+
+
+def _start_a_server() -> tuple[float, float]:
+    """`python -m serve` to its ready line, and its resident memory after ten requests."""
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serve", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "SDXL_MODEL": "demo", "SDXL_DEVICE": "cpu"},
+    )
+    try:
+        assert process.stdout is not None
+        url = ""
+        for line in process.stdout:
+            if match := re.search(r"ready at (http://\S+)", line):
+                url = match[1]
+                break
+        seconds = time.monotonic() - start
+        if not url:
+            raise SystemExit("the server ended before it was ready; run `make serve` to see why")
+        subprocess.run([sys.executable, "-c", _CLIENT, url, "10", str(STEPS)], check=True)
+        with urllib.request.urlopen(f"{url}/metrics") as answer:
+            text = answer.read().decode()
+        match = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
+        assert match is not None
+        return seconds, float(match[1]) / 1e6
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+async def _serve_requests() -> list[RequestTiming]:
+    """The self-hosted app in this process, its client in another, so that they share no lock."""
+    import uvicorn
+    from prometheus_client import CollectorRegistry
+
+    from serve.runtime import build_runtime
+    from serve.server import bind, create_app
+    from serve.settings import ServeSettings
+
+    runtime = build_runtime(ServeSettings(model="demo", device="cpu"), CollectorRegistry())
+    recorder = _KeepingRecorder(runtime.tracing, runtime.metrics)
+    runtime.recorder = recorder
+    listener = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server = uvicorn.Server(uvicorn.Config(create_app(runtime), log_level="error"))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await runtime.ready.wait()
+    client = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _CLIENT, url, str(REQUESTS + 5), str(STEPS)
+    )
+    await client.wait()
+    server.should_exit = True
+    await serving
+    return [t for t in recorder.kept if t.outcome == "ok"][5:]
+
+
+def _import_app() -> float:
+    code = "import time; s = time.perf_counter(); import serve.app; print(time.perf_counter() - s)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return float(result.stdout)
+
+
+def _machine() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", text)
+    return match[1].strip() if match else platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__)
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    options = parser.parse_args()
+    figures = measure()
+    for name, value in asdict(figures).items():
+        print(f"{name:24} {value:.2f}" if isinstance(value, float) else f"{name:24} {value}")
+    if options.out:
+        options.out.write_text(json.dumps(asdict(figures), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
