@@ -13,6 +13,7 @@ import logging
 import math
 import platform
 import secrets
+import threading
 import traceback
 import uuid
 from collections.abc import Callable
@@ -43,6 +44,7 @@ from serve.errors import (
     OUTCOMES,
     DeadlineExceeded,
     DeviceLost,
+    Draining,
     FieldProblem,
     GenerationFailed,
     InvalidRequest,
@@ -123,6 +125,15 @@ class Readiness:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A start-up under way: what its trace will tell."""
+
+    anchor: WallAnchor
+    phases: list[PhaseTiming] = field(default_factory=list)
+    attributes: dict[str, str | int | float | bool] = field(default_factory=dict)
+
+
 class Runtime:
     """The model's thread, admission and telemetry of one process.
 
@@ -149,6 +160,8 @@ class Runtime:
         self._make_run_clock = make_run_clock
         self._device_lost = False
         self.ready = asyncio.Event()
+        self._start: _Start | None = None
+        self._start_lock = threading.Lock()
         # Set by `_load_and_warm`, on the thread that owns the model.
         self._model: SdxlModel | None = None
         self._clock: Clock | None = None
@@ -179,14 +192,13 @@ class Runtime:
             self.ready.set()
 
     def _load_and_warm(self, on_progress: Callable[[str], None]) -> None:
-        anchor = WallAnchor.now()
-        phases: list[PhaseTiming] = []
+        start = self._start = _Start(WallAnchor.now())
+        anchor, phases, attributes = start.anchor, start.phases, start.attributes
         failure: Failure | None = None
-        attributes: dict[str, str | int | float | bool] = {}
         try:
             on_progress("load_model")
             model = self._load_model()
-            attributes = {"model.name": model.name, "device": str(model.device)}
+            attributes.update({"model.name": model.name, "device": str(model.device)})
             loaded = WallAnchor.now()
             phases.append(
                 PhaseTiming(
@@ -205,15 +217,21 @@ class Runtime:
             )
             raise
         finally:
-            end_ns = anchor.to_unix(WallAnchor.now().monotonic_ns)
-            self.recorder.record_warmup(
-                WarmupTiming(anchor.unix_ns, end_ns, tuple(phases), failure), attributes
-            )
+            self._record_start(failure)
             for phase in phases:
                 self.readiness.phases_ms[phase.name] = phase.duration_ns / 1e6
                 self.metrics.set_warmup_phase(
                     phase.name.split(" ")[0], _total_seconds(phases, phase.name.split(" ")[0])
                 )
+
+    def _record_start(self, failure: Failure | None) -> None:
+        """Tell the start-up's trace, once: its end, or the process's end when that comes first."""
+        with self._start_lock:
+            start, self._start = self._start, None
+        if start is not None:
+            end_ns = start.anchor.to_unix(WallAnchor.now().monotonic_ns)
+            timing = WarmupTiming(start.anchor.unix_ns, end_ns, tuple(start.phases), failure)
+            self.recorder.record_warmup(timing, start.attributes)
 
     def _load_model(self) -> SdxlModel:
         from serve.model import load_model
@@ -516,6 +534,10 @@ class Runtime:
         """Export what is left, for at most `budget_seconds`; returns how many spans were lost."""
         self.begin_drain()
         self._gpu.stop(timeout_seconds=0)
+        # A compile cannot be interrupted and may take minutes: it is left behind.
+        now_ns = WallAnchor.now().unix_ns
+        ended = "the process was ended before it was warm"
+        self._record_start(Failure(Draining.error_type, Draining.__name__, ended, now_ns))
         return self.recorder.close(budget_seconds)
 
 
