@@ -1,0 +1,467 @@
+"""The fal app without a process of its own: what fal resolves of it, builds from it and answers.
+
+`tests/e2e` holds it against the self-hosted server as real processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from contextvars import ContextVar
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fal
+import pytest
+from fal.api import SERVE_REQUIREMENTS, FalServerlessHost, Options, _sdist
+from fal.cli._utils import AppData, get_app_data_from_toml
+from fal.project import find_project_root
+from fal.sdk import ApplicationHealthCheckConfig
+from fal.toolkit import Image
+from fal.toolkit.file.file import BUILT_IN_REPOSITORIES
+from fal.toolkit.file.types import FileData, FileRepository
+from fal.utils import load_function_from
+from fastapi.middleware.cors import CORSMiddleware
+from packaging.requirements import Requirement
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest
+from starlette.testclient import TestClient
+
+from serve import app as app_module
+from serve.app import UPLOAD_SECONDS, SdxlApp, build_upload, show_on_metrics_port, upload_to_cdn
+from serve.asgi import RequestMiddleware
+from serve.errors import (
+    BodyTooLarge,
+    ConfigurationError,
+    DeadlineExceeded,
+    DeviceLost,
+    Draining,
+    FieldProblem,
+    GenerationFailed,
+    InvalidRequest,
+    NonFiniteOutput,
+    NotReady,
+    OutOfMemory,
+    QueueFull,
+    RequestError,
+)
+from serve.images import bounded, data_uri
+from serve.runtime import Runtime, build_runtime
+from serve.schema import GeneratedImage, ImageFormat
+from serve.server import FLUSH_SECONDS
+from serve.settings import ServeSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+SDIST_URL = "https://cdn.test/stepspan.tar.gz"
+
+FAL_DRAIN_SECONDS = 5.0
+"""What fal waits for uploads of its own before it calls teardown."""
+
+
+# What fal would deploy
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> AppData:
+    """`[tool.fal.apps.sdxl]`, as fal's own code reads it."""
+    monkeypatch.chdir(ROOT)
+    find_project_root.cache_clear()
+    return get_app_data_from_toml("sdxl")
+
+
+@pytest.fixture
+def options(table: AppData, monkeypatch: pytest.MonkeyPatch) -> Options:
+    """What fal would send: loaded and prepared as `fal deploy` does; no sdist is uploaded."""
+    monkeypatch.setattr(_sdist, "_resolve_sdist_url", lambda *_: ("stepspan", SDIST_URL))
+    host = FalServerlessHost()
+    loaded = load_function_from(
+        host,
+        None,
+        options=table.options,
+        app_name=table.name,
+        app_auth=table.auth,
+        python_entry_point=table.python_entry_point,
+    )
+    assert loaded.function.run_entrypoint == "serve.app:SdxlApp.run_local"
+    return host.prepare_options(loaded.function.options)
+
+
+def test_fal_resolves_every_host_option(table: AppData, options: Options) -> None:
+    assert (table.name, table.auth, table.deployment_strategy) == ("sdxl", "private", "rolling")
+    assert options.host == {
+        "machine_type": "GPU-H100",
+        "num_gpus": 1,
+        "min_concurrency": 0,
+        "max_concurrency": 4,
+        "concurrency_buffer": 0,
+        "scaling_delay": 10,
+        "keep_alive": 300,
+        "max_multiplexing": 2,
+        "startup_timeout": 1800,
+        "request_timeout": 90,
+        "termination_grace_period_seconds": 80,
+        "data_mounts": ["/data/.cache"],
+        "secrets": [
+            "HF_TOKEN",
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            "ENABLE_TRACING",
+            "OTEL_SAMPLE_RATE",
+        ],
+        "metrics_port": 9090,
+        "health_check_config": ApplicationHealthCheckConfig(
+            path="/health",
+            method="GET",
+            start_period_seconds=30,
+            timeout_seconds=5,
+            failure_threshold=3,
+            call_regularly=True,
+        ),
+    }
+    assert set(options.host) <= FalServerlessHost._SUPPORTED_KEYS
+    assert options.gateway == {"exposed_port": 8080}
+    assert options.environment["kind"] == "virtualenv"
+    assert options.environment["python_version"] == "3.11"
+
+
+def test_requirements_are_this_project_and_pins_of_what_is_tested_here(options: Options) -> None:
+    requirements: list[str] = options.environment["requirements"]
+    project, *pins = requirements
+    assert project == f"stepspan[gpu] @ {SDIST_URL}"
+    gpu_only = {"nvidia-ml-py", "torchao", "xformers"}  # not installed here
+    for pin in map(Requirement, pins):
+        (specifier,) = pin.specifier
+        assert specifier.operator == "=="
+        assert pin.url is None
+        if pin.name not in gpu_only:
+            assert specifier.version == version(pin.name).split("+")[0], pin.name
+
+
+def test_the_pins_cover_the_project_and_what_fal_serves_with(table: AppData) -> None:
+    def name(requirement: str) -> str:
+        return Requirement(requirement).name.lower().replace("_", "-")
+
+    pinned = {name(pin) for pin in table.options.environment["requirements"][1:]}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    assert {name(requirement) for requirement in needed} <= pinned
+    # By entry point fal adds none of these by itself.
+    assert {name(requirement) for requirement in SERVE_REQUIREMENTS} <= pinned
+
+
+def test_the_time_limits_fit_into_each_other(table: AppData) -> None:
+    host = table.options.host
+    deadline = ServeSettings().deadline_seconds
+    longest = deadline + UPLOAD_SECONDS
+    assert longest < host["request_timeout"]
+    ending = longest + FAL_DRAIN_SECONDS + FLUSH_SECONDS + 0.5
+    assert ending < host["termination_grace_period_seconds"]
+
+
+def test_importing_the_app_loads_no_model_library() -> None:
+    code = (
+        "import sys, serve.app;"
+        "print({'torch', 'diffusers', 'transformers', 'accelerate', 'PIL'} & set(sys.modules))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"
+
+
+# How fal builds it
+
+
+@pytest.fixture
+def app() -> SdxlApp:
+    return SdxlApp(_allow_init=True)
+
+
+def test_our_handlers_routes_and_middleware_win_over_fals(app: SdxlApp) -> None:
+    """When this fails after an update of fal, the hook in serve/app.py has moved."""
+    assert hasattr(fal.App, "_add_extra_routes"), "fal has no _add_extra_routes any more"
+    built = app._build_app()
+
+    assert built.user_middleware[0].cls is RequestMiddleware, "ours must be outermost"
+    assert CORSMiddleware not in [added.cls for added in built.user_middleware]
+    for error, handler in built.exception_handlers.items():
+        if error in (RequestError, Exception) or getattr(error, "__name__", "") in (
+            "RequestValidationError",
+        ):
+            assert handler.__module__ == "serve.asgi", f"fal's own handler of {error} is in use"
+    routes = {
+        (path, method): route.endpoint.__module__
+        for route in reversed(built.routes)
+        for path in [getattr(route, "path", "")]
+        for method in getattr(route, "methods", None) or ()
+        if hasattr(route, "endpoint")
+    }
+    assert routes["/health", "GET"] == "serve.asgi"
+    assert routes["/ready", "GET"] == "serve.asgi"
+    assert routes["/", "POST"] == "serve.app"
+    assert routes["/stream", "POST"] == "serve.app"
+
+
+def test_setup_refuses_to_serve_with_fals_error_handlers(app: SdxlApp) -> None:
+    with pytest.raises(RuntimeError, match="no longer calls _add_extra_routes"):
+        asyncio.run(app.setup())
+
+
+def test_a_wrong_setting_stops_setup_with_its_sentence(
+    app: SdxlApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app._build_app()
+    monkeypatch.setenv("SDXL_MAX_WAITNG", "1")
+    with pytest.raises(ConfigurationError, match="did you mean SDXL_MAX_WAITING"):
+        asyncio.run(app.setup())
+
+
+def test_fal_publishes_the_schema(app: SdxlApp) -> None:
+    schema = app.openapi()
+    operation = schema["paths"]["/"]["post"]
+    assert operation["requestBody"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/TextToImageRequest"
+    }
+    assert operation["responses"]["200"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/TextToImageResponse"
+    }
+
+
+# The failure table through fal's stack
+
+
+class FailingRuntime:
+    """A runtime whose every request fails as told; the rest is the real one's."""
+
+    def __init__(self, error: Exception) -> None:
+        self._real: Runtime = build_runtime(ServeSettings(), CollectorRegistry())
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    async def generate(self, *_: Any, **__: Any) -> Any:
+        raise self._error
+
+
+PROMPT = "a word nobody echoes: xylograph"
+
+
+@pytest.mark.parametrize("path", ["/", "/stream"])
+@pytest.mark.parametrize(
+    ("error", "status", "headers"),
+    [
+        (InvalidRequest([FieldProblem(("body", "width"), "is odd", "shape")]), 422, {}),
+        (BodyTooLarge(10), 413, {}),
+        (QueueFull(3, 7), 429, {"retry-after": "7"}),
+        (DeadlineExceeded(60), 504, {"x-fal-needs-retry": "0"}),
+        (NotReady("not warm"), 503, {"retry-after": "5"}),
+        (Draining(), 503, {}),
+        (OutOfMemory(), 500, {"x-fal-needs-retry": "0"}),
+        (NonFiniteOutput(), 500, {"x-fal-needs-retry": "0"}),
+        (GenerationFailed("ValueError"), 500, {}),
+        (DeviceLost(), 503, {"x-fal-stop-runner": "1"}),
+        # What fal's own handler would turn into a 503, and so take the runner away.
+        (RuntimeError(f"CUDA error at {PROMPT}"), 500, {}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_failures_say_whether_to_retry_and_that_nothing_is_billed(
+    app: SdxlApp, error: Exception, status: int, headers: dict[str, str], path: str
+) -> None:
+    runtime = FailingRuntime(error)
+    built = app._build_app()
+    app._runtime = runtime  # type: ignore[assignment]
+    client = TestClient(built, raise_server_exceptions=False)
+    answer = client.post(path, json={"prompt": PROMPT})
+    assert answer.status_code == status
+    fals = {
+        name: value
+        for name, value in answer.headers.items()
+        if name.startswith("x-fal-") or name == "retry-after"
+    }
+    assert fals == headers | {"x-fal-billable-units": "0"}
+    body = answer.json()
+    assert set(body) == {"detail", "error_type", "trace_id"}
+    assert body["trace_id"] == answer.headers["x-trace-id"]
+    assert "xylograph" not in answer.text
+    runtime.close(0.1)
+
+
+def test_a_gateways_path_prefix_is_no_part_of_the_endpoint(
+    app: SdxlApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAL_APP_ROOT_PATH", "/owner/sdxl")
+    runtime = FailingRuntime(OutOfMemory())
+    built = app._build_app()
+    app._runtime = runtime  # type: ignore[assignment]
+    client = TestClient(built, raise_server_exceptions=False)
+    for path in ("/", "/owner/sdxl/", "/stream", "/owner/sdxl/stream"):
+        answer = client.post(path, json={"prompt": PROMPT})
+        assert (path, answer.status_code) == (path, 500)
+        assert answer.json()["error_type"] == "out_of_memory"
+    runtime.close(0.1)
+
+
+# Metrics
+
+
+def test_a_second_app_in_a_process_replaces_the_firsts_metrics() -> None:
+    def registry_with(count: int) -> CollectorRegistry:
+        registry = CollectorRegistry()
+        Counter("sdxl_test_images", "Images.", registry=registry).inc(count)
+        return registry
+
+    try:
+        show_on_metrics_port(registry_with(1))
+        show_on_metrics_port(registry_with(2))
+        shown = generate_latest(REGISTRY).decode().splitlines()
+        assert [line for line in shown if line.startswith("sdxl_test_images_total")] == [
+            "sdxl_test_images_total 2.0"
+        ]
+    finally:
+        assert app_module._on_metrics_port is not None
+        REGISTRY.unregister(app_module._on_metrics_port)
+        app_module._on_metrics_port = None
+
+
+# Images
+
+
+def test_without_a_key_images_are_answered_inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fal.auth.key_credentials", lambda: None)
+    assert build_upload() is data_uri
+
+
+def test_with_a_key_images_go_to_fals_cdn_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fal.auth.key_credentials", lambda: ("id", "secret"))
+    monkeypatch.setattr(app_module, "UPLOAD_SECONDS", 0.05)
+    monkeypatch.setattr(app_module, "upload_to_cdn", lambda *_: time.sleep(1))
+    with pytest.raises(TimeoutError):
+        build_upload()(b"", "png")
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+def test_fals_image_type_uploads_each_format(
+    image_format: ImageFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[FileData] = []
+
+    class Cdn(FileRepository):
+        def save(self, file: FileData, **_: Any) -> str:
+            saved.append(file)
+            return f"https://cdn.test/{file.file_name}"
+
+    monkeypatch.setitem(BUILT_IN_REPOSITORIES, "fal_v3", Cdn)
+    url = upload_to_cdn(b"pixels", image_format)
+    (file,) = saved
+    assert (file.data, file.content_type) == (b"pixels", f"image/{image_format}")
+    assert url == f"https://cdn.test/{file.file_name}"
+    assert url.endswith({"png": ".png", "jpeg": ".jpg", "webp": ".webp"}[image_format])
+
+
+def test_the_response_is_readable_as_fals_image() -> None:
+    ours = GeneratedImage(
+        url="https://cdn.test/a.webp", width=128, height=96, content_type="image/webp"
+    )
+    fals = Image.model_validate(ours.model_dump())
+    assert (fals.url, fals.width, fals.height, fals.content_type) == (
+        ours.url,
+        ours.width,
+        ours.height,
+        ours.content_type,
+    )
+
+
+def test_stuck_uploads_cost_a_bounded_time_and_then_none() -> None:
+    release = threading.Event()
+
+    def stuck(_data: bytes, _format: ImageFormat) -> str:
+        release.wait(10)
+        return "late"
+
+    upload = bounded(stuck, seconds=0.2, at_once=2)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            upload(b"", "png")
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="stuck"):
+        upload(b"", "png")
+    assert time.monotonic() - start < 0.1
+    release.set()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            assert upload(b"", "png") == "late"
+            return
+        except TimeoutError:
+            time.sleep(0.01)
+    raise AssertionError("the slots never came back")
+
+
+def test_an_upload_sees_the_requests_context_and_its_failure_comes_back() -> None:
+    caller: ContextVar[str] = ContextVar("caller", default="nobody")
+    caller.set("someone")
+    assert bounded(lambda *_: caller.get(), 5, 1)(b"", "png") == "someone"
+
+    def failing(*_: Any) -> str:
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        bounded(failing, 5, 1)(b"", "png")
+
+
+# Lifecycle
+
+
+def test_exit_before_setup_is_no_error(app: SdxlApp) -> None:
+    app.handle_exit()
+    asyncio.run(app.teardown())
+
+
+def test_exit_in_warm_up_ends_setup_without_an_error(
+    app: SdxlApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = threading.Event()
+    closed: list[float] = []
+
+    async def start(on_progress: Any) -> None:
+        entered.set()
+        await asyncio.sleep(60)
+
+    runtime = SimpleNamespace(start=start, begin_drain=lambda: None, close=closed.append)
+    monkeypatch.setattr("serve.runtime.build_runtime", lambda *_: runtime)
+    monkeypatch.setattr("serve.logs.configure_logging", lambda _: None)
+    monkeypatch.setattr(app_module, "show_on_metrics_port", lambda _: None)
+    app._build_app()
+
+    async def life() -> None:
+        setup = asyncio.create_task(app.setup())
+        await asyncio.to_thread(entered.wait, 5)
+        app.handle_exit()
+        await asyncio.wait_for(setup, 5)
+        await app.teardown()
+
+    asyncio.run(life())
+    assert closed == [FLUSH_SECONDS]
+
+
+def test_a_failed_start_flushes_and_fails_setup(
+    app: SdxlApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[float] = []
+
+    async def start(on_progress: Any) -> None:
+        raise OSError("no weights")
+
+    runtime = SimpleNamespace(start=start, close=closed.append)
+    monkeypatch.setattr("serve.runtime.build_runtime", lambda *_: runtime)
+    monkeypatch.setattr("serve.logs.configure_logging", lambda _: None)
+    monkeypatch.setattr(app_module, "show_on_metrics_port", lambda _: None)
+    app._build_app()
+    with pytest.raises(OSError, match="no weights"):
+        asyncio.run(app.setup())
+    assert closed == [FLUSH_SECONDS]
