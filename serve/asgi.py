@@ -214,10 +214,14 @@ class RequestMiddleware:
         runtime.metrics.request_received()
         token = current_call.set(call)
         status = 500
-        started = False
+        started = answered = False
 
         async def watched_send(message: Message) -> None:
-            nonlocal status, started
+            nonlocal status, started, answered
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                # From here on a closed connection is the caller's good right. The server tells of
+                # it while outer middleware may still be on its way out, as fal's is.
+                answered = call.cancellation.reason is None
             if message["type"] == "http.response.start":
                 started = True
                 status = message["status"]
@@ -243,7 +247,7 @@ class RequestMiddleware:
         finally:
             current_call.reset(token)
             runtime.metrics.request_answered()
-            if call.cancellation.reason is not None and status < 400:
+            if call.cancellation.reason is not None and status < 400 and not answered:
                 call.fail(call.cancellation.reason)
             timing = call.finish(499 if call.outcome == "cancelled" else status)
             runtime.recorder.record(timing, call.identity)

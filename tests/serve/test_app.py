@@ -306,6 +306,36 @@ def test_a_gateways_path_prefix_is_no_part_of_the_endpoint(
     runtime.close(0.1)
 
 
+def test_a_connection_closed_after_the_last_byte_calls_nothing_off() -> None:
+    """uvicorn tells of the end of an answer as of a caller's leaving, while fal's own middleware is
+    still on its way out."""
+    runtime = build_runtime(ServeSettings(), CollectorRegistry())
+    gone = asyncio.Event()
+    messages = iter([{"type": "http.request", "body": b"{}"}])
+
+    async def receive() -> Any:
+        for message in messages:
+            return message
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        pass
+
+    async def slow_to_leave(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+        gone.set()
+        await asyncio.sleep(0.05)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(RequestMiddleware(slow_to_leave, lambda: runtime)(scope, receive, send))
+    runtime.close(1)
+    shown = generate_latest(runtime.metrics.registry).decode()
+    assert 'sdxl_errors_total{error_type="client_gone"} 0.0' in shown
+    assert 'sdxl_request_duration_seconds_count{endpoint="/",outcome="ok"} 1.0' in shown
+
+
 # Metrics
 
 
