@@ -16,6 +16,8 @@ from pathlib import Path
 
 import httpx
 
+ROOT = Path(__file__).resolve().parents[1]
+
 READY_SECONDS = 90.0
 
 
@@ -111,5 +113,25 @@ def self_hosted(
         f"http://127.0.0.1:{port}",
         environment,
         cwd,
+    ) as server:
+        yield server
+
+
+@contextmanager
+def fal_local(environment: Mapping[str, str] | None = None) -> Iterator[ServerProcess]:
+    """`fal run --local sdxl` on free ports, not yet ready.
+
+    fal listens on all interfaces and offers no other way: end it soon.
+    """
+    port, metrics_port = free_port(), free_port()
+    # No key of the developer's: its images would be put on fal's CDN.
+    no_config = {"FAL_CONFIG_PATH": os.devnull}
+    ports = ["--exposed-port", str(port), "--exposed-metrics-port", str(metrics_port)]
+    with running(
+        [sys.executable, "-m", "fal", "run", "--local", "sdxl", *ports],
+        f"http://127.0.0.1:{port}",
+        no_config | dict(environment or {}),
+        ROOT,
+        f"http://127.0.0.1:{metrics_port}/metrics",
     ) as server:
         yield server
