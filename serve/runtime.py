@@ -249,10 +249,11 @@ class Runtime:
         if mode == "auto":
             mode = "default" if model.device.type == "cuda" else "off"
         model.fit_preview()
+        compiled = None
         if mode != "off":
             from kernels_warmup.compile import compile_model
 
-            compile_model(model.pipeline, mode=mode)
+            compiled = compile_model(model.pipeline, mode=mode)
         shapes = self.settings.shapes or _default_shapes(model)
 
         def run_once(shape: CompiledShape, guided: bool) -> None:
@@ -265,7 +266,10 @@ class Runtime:
             self._run(plan, self._throwaway_call(), lambda *_: None)
             self._gpu.sign_of_life()
 
-        return warm_up(run_once, shapes, on_progress)
+        report = warm_up(run_once, shapes, on_progress)
+        if compiled is not None:
+            compiled.freeze()
+        return report
 
     def _throwaway_call(self) -> Call:
         """What a warm-up run is accounted to; it is never recorded."""

@@ -74,8 +74,8 @@ class ServeSettings(BaseSettings):
             "a comma-separated list of WIDTHxHEIGHT, each side a multiple of 8 from 64 to 2048"
         ),
     )
-    compile: Literal["auto", "off", "default"] = Field(
-        default="auto", description="auto, off or default"
+    compile: Literal["auto", "off", "regional", "default", "max"] = Field(
+        default="auto", description="auto, off, regional, default or max"
     )
     max_waiting: int = Field(
         default=32, ge=0, le=10_000, description="a whole number from 0 to 10000"
