@@ -159,6 +159,7 @@ class Runtime:
         self._upload = upload
         self._make_run_clock = make_run_clock
         self._device_lost = False
+        self.work_left_behind = False
         self.ready = asyncio.Event()
         self._start: _Start | None = None
         self._start_lock = threading.Lock()
@@ -537,8 +538,8 @@ class Runtime:
     def close(self, budget_seconds: float) -> int:
         """Export what is left, for at most `budget_seconds`; returns how many spans were lost."""
         self.begin_drain()
-        self._gpu.stop(timeout_seconds=0)
-        # A compile cannot be interrupted and may take minutes: it is left behind.
+        # A compile cannot be interrupted and may take minutes, a hung run for ever.
+        self.work_left_behind = not self._gpu.stop(timeout_seconds=0.1)
         now_ns = WallAnchor.now().unix_ns
         ended = "the process was ended before it was warm"
         self._record_start(Failure(Draining.error_type, Draining.__name__, ended, now_ns))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -145,7 +146,13 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
             announcing.cancel()
 
     asyncio.run(serve())
-    return 1 if runtime.failed else 0
+    status = 1 if runtime.failed else 0
+    if runtime.work_left_behind:
+        # To finalise the interpreter under a thread in native code would abort the process.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 async def _announce(runtime: Runtime, address: str) -> None:
