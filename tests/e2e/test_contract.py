@@ -1,0 +1,421 @@
+"""One contract for the self-hosted server and `fal run --local sdxl`, held by real processes.
+
+What fal's runtime forces to be different is at the end, a test for each row of the table in
+docs/fal.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from PIL import Image
+
+from tests.e2e.conftest import ANSWER_SECONDS, STARTS, Server, body
+from tests.e2e.differences import row
+from tests.otlp_endpoint import ReceivedSpan, tree
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+SLOW = {"num_inference_steps": 100}
+"""Some seconds of work: long enough to be met while it runs."""
+
+TREE = """\
+text-to-image
+  receive
+  queue
+  inference
+    text_encode
+    denoise
+      denoise_step
+      denoise_step
+    vae_decode
+  image_encode
+  upload
+  respond"""
+
+
+def events(text: str) -> list[tuple[str, Any]]:
+    """Server-sent events as (name, data)."""
+    found = []
+    for block in text.strip().split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if lines:
+            found.append((lines["event"], json.loads(lines["data"])))
+    return found
+
+
+def shape_of(value: Any) -> Any:
+    """A JSON value with its leaves replaced by their types."""
+    if isinstance(value, dict):
+        return {key: shape_of(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shape_of(item) for item in value]
+    return type(value).__name__
+
+
+def metric(server: Server, sample: str) -> float:
+    for line in server.metrics().splitlines():
+        if line.startswith(sample + " "):
+            return float(line.rsplit(" ", 1)[1])
+    raise AssertionError(f"{sample} is not in the metrics")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.05)
+
+
+# The answer
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "png", "webp"])
+def test_the_same_request_gives_the_same_image(
+    servers: dict[str, Server], image_format: str
+) -> None:
+    answers = [
+        server.generate(format=image_format, width=160, height=96, guidance_scale=4.0)
+        for server in servers.values()
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    first, second = (answer.json() for answer in answers)
+    assert first["image"] == second["image"]
+    header, data = first["image"]["url"].split(",")
+    assert header == f"data:image/{image_format};base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert (image.format, image.size) == (image_format.upper(), (160, 96))
+    assert shape_of(first) == shape_of(second)
+    assert first["seed"] == second["seed"] == 1
+
+
+def test_answers_have_the_same_headers(servers: dict[str, Server]) -> None:
+    # What fal's uvicorn adds is a row of the table below.
+    ours, fals = (set(server.generate().headers) - {"server"} for server in servers.values())
+    assert ours == fals
+    assert "x-fal-billable-units" not in ours
+
+
+def test_a_drawn_seed_is_told_and_draws_the_image_again(server: Server) -> None:
+    first = server.generate(seed=None).json()
+    assert server.generate(seed=first["seed"]).json()["image"] == first["image"]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "location"),
+    [
+        ({"prompt": 31337}, ["body", "prompt"]),
+        ({"num_inference_steps": "31337"}, ["body", "num_inference_steps"]),
+        ({"xylograph": 31337}, ["body", "xylograph"]),
+        ({"width": 31337}, ["body", "width"]),
+        ({"prompt": "31337" * 1000}, ["body", "prompt"]),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/stream"])
+def test_a_wrong_field_is_422_naming_it_without_echo(
+    server: Server, path: str, fields: dict[str, Any], location: list[str]
+) -> None:
+    answer = server.generate(path, **fields)
+    assert answer.status_code == 422
+    assert answer.headers["x-fal-billable-units"] == "0"
+    assert [problem["loc"] for problem in answer.json()["detail"]] == [location]
+    assert "31337" not in answer.text
+
+
+def test_what_is_no_json_is_422_without_echo(server: Server) -> None:
+    answer = server.client.post("/", content=b'{"prompt": xylograph', headers=JSON)
+    assert answer.status_code == 422
+    assert "xylograph" not in answer.text
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize("size", [64 * 1024 + 1, 4 * 1024 * 1024])
+def test_a_large_body_is_413(server: Server, size: int) -> None:
+    answer = server.client.post("/", content=b" " * size, headers=JSON)
+    assert answer.status_code == 413
+    assert answer.json()["error_type"] == "body_too_large"
+
+
+def test_a_third_request_is_429_and_says_when_to_come_again(server: Server) -> None:
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        fresh = httpx.post(server.process.url, json=body(**SLOW), timeout=300)
+        answers.append(fresh)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused, *served = sorted(answers, key=lambda answer: -answer.status_code)
+    assert [answer.status_code for answer in served] == [200, 200]
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error_type"] == "queue_full"
+
+
+def test_a_passed_deadline_is_504_and_not_retried(server: Server) -> None:
+    answer = server.generate(deadline_seconds=0.2, **SLOW)
+    assert answer.status_code == 504
+    assert answer.headers["x-fal-needs-retry"] == "0"
+    assert answer.json()["error_type"] == "deadline_exceeded"
+    root = server.otlp.wait_for_trace(answer.json()["trace_id"])[-1]
+    assert root.trace_id == answer.headers["x-trace-id"]
+
+
+def test_a_caller_that_leaves_stops_the_work(server: Server) -> None:
+    gone = 'sdxl_errors_total{error_type="client_gone"}'
+    before = metric(server, gone)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.process.url, json=body(**SLOW), timeout=0.3)
+    wait_for(lambda: metric(server, gone) == before + 1)
+    with httpx.stream("POST", server.process.url + "/stream", json=body(**SLOW)) as stream:
+        trace_id = stream.headers["x-trace-id"]
+        lines = stream.iter_lines()
+        while next(lines) != "event: step":
+            pass
+    spans = server.otlp.wait_for_trace(trace_id, ANSWER_SECONDS)
+    assert by_name(spans, "text-to-image").attributes["error.type"] == "client_gone"
+    assert tree(spans).count("denoise_step") < 100
+    wait_for(lambda: metric(server, gone) == before + 2)
+    assert metric(server, "sdxl_requests_in_flight") == 0
+
+
+def test_no_web_page_is_let_in(server: Server) -> None:
+    origin = {"origin": "https://elsewhere.test"}
+    answer = server.client.post("/", json=body(), headers=origin)
+    asked = origin | {"access-control-request-method": "POST"}
+    preflight = server.client.request("OPTIONS", "/", headers=asked)
+    assert (answer.status_code, preflight.status_code) == (200, 405)
+    for headers in (answer.headers, preflight.headers):
+        assert not [name for name in headers if name.startswith("access-control-")]
+
+
+# Being there
+
+
+def test_health_and_readiness(servers: dict[str, Server]) -> None:
+    healths = [server.client.get("/health") for server in servers.values()]
+    assert [(answer.status_code, answer.json()) for answer in healths] == [
+        (200, {"status": "ok"})
+    ] * 2
+    ours, fals = (server.client.get("/ready") for server in servers.values())
+    assert (ours.status_code, fals.status_code) == (200, 200)
+    assert ours.json()["state"] == "ready"
+    assert shape_of(ours.json()) == shape_of(fals.json())
+    assert {k: v for k, v in ours.json().items() if k != "warmup_ms"} == {
+        k: v for k, v in fals.json().items() if k != "warmup_ms"
+    }
+
+
+def test_health_answers_while_a_request_runs(server: Server) -> None:
+    with server.client.stream("POST", "/stream", json=body(**SLOW)) as stream:
+        lines = stream.iter_lines()
+        assert next(lines) == "event: queued"
+        assert httpx.get(server.process.url + "/health", timeout=30).status_code == 200
+        assert httpx.get(server.process.metrics_url, timeout=30).status_code == 200
+        for _ in lines:
+            pass
+
+
+# Streaming
+
+
+def test_a_stream_tells_each_step_and_ends_with_the_same_image(server: Server) -> None:
+    answer = server.generate("/stream")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    told = events(answer.text)
+    assert [name for name, _ in told] == ["queued", "step", "step", "image"]
+    assert [data["index"] for name, data in told if name == "step"] == [0, 1]
+    image = told[-1][1]
+    assert image["image"] == server.generate().json()["image"]
+    assert image["trace_id"] == answer.headers["x-trace-id"] == told[0][1]["trace_id"]
+
+
+def test_steps_are_told_as_they_end(server: Server) -> None:
+    arrivals = []
+    with server.client.stream("POST", "/stream", json=body(**SLOW)) as stream:
+        for line in stream.iter_lines():
+            if line == "event: step":
+                arrivals.append(time.monotonic())
+    assert len(arrivals) == 100
+    # In one burst, or held back by a proxy's buffer, they would come within milliseconds.
+    assert arrivals[-1] - arrivals[0] > 0.3
+
+
+def test_a_failure_midway_is_the_streams_last_event(server: Server) -> None:
+    answer = server.generate("/stream", deadline_seconds=0.2, **SLOW)
+    name, data = events(answer.text)[-1]
+    assert (answer.status_code, name) == (200, "error")
+    assert data["error_type"] == "deadline_exceeded"
+
+
+# Telemetry
+
+
+def test_the_trace_is_exported_under_the_answers_id(server: Server) -> None:
+    answer = server.generate()
+    trace_id = answer.json()["trace_id"]
+    spans = server.otlp.wait_for_trace(trace_id)
+    assert tree(spans) == TREE
+    assert answer.headers["x-trace-id"] == trace_id
+    root = by_name(spans, "text-to-image")
+    assert root.attributes["http.route"] == "/"
+    assert root.attributes["http.response.status_code"] == 200
+    assert root.attributes["num_inference_steps"] == 2
+
+
+def test_both_servers_emit_the_same_spans(servers: dict[str, Server]) -> None:
+    def told(server: Server) -> list[tuple[str, list[str]]]:
+        spans = server.otlp.wait_for_trace(server.generate().json()["trace_id"])
+        return sorted((span.name, sorted(span.attributes)) for span in spans)
+
+    ours, fals = map(told, servers.values())
+    assert ours == fals
+
+
+def test_the_start_is_a_trace_of_its_own(server: Server) -> None:
+    spans = server.otlp.wait_for(lambda spans: any(s.name == "warmup" for s in spans))
+    warmup = by_name(spans, "warmup")
+    children = [s.name.split(" ")[0] for s in spans if s.parent_span_id == warmup.span_id]
+    assert set(children) == {"load_model", "compile", "verify"}
+    assert not warmup.parent_span_id
+
+
+def by_name(spans: list[ReceivedSpan], name: str) -> ReceivedSpan:
+    (found,) = (span for span in spans if span.name == name)
+    return found
+
+
+def a_context(flags: str = "01") -> tuple[str, str, str]:
+    trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
+    return trace_id, span_id, f"00-{trace_id}-{span_id}-{flags}"
+
+
+@pytest.mark.parametrize("path", ["/", "/stream"])
+def test_a_callers_context_comes_by_header_or_by_body(server: Server, path: str) -> None:
+    for carrier in ("header", "body", "both"):
+        trace_id, span_id, traceparent = a_context()
+        headers = {"traceparent": traceparent}
+        fields: dict[str, Any] = {}
+        if carrier != "header":
+            headers = {"traceparent": a_context()[2]} if carrier == "both" else {}
+            fields = {"trace_context": {"traceparent": traceparent}}
+        answer = server.client.post(path, json=body(**fields), headers=headers)
+        root = by_name(server.otlp.wait_for_trace(trace_id), "text-to-image")
+        assert (carrier, root.parent_span_id) == (carrier, span_id)
+        # The header is sent with the first byte, so it is the body's context that it tells too.
+        assert answer.headers["x-trace-id"] == trace_id
+
+
+def test_a_caller_that_does_not_sample_is_not_exported(server: Server) -> None:
+    trace_id, _, traceparent = a_context(flags="00")
+    unsampled = server.client.post("/", json=body(), headers={"traceparent": traceparent})
+    assert unsampled.json()["trace_id"] == trace_id
+    server.otlp.wait_for_trace(server.generate().json()["trace_id"])
+    assert server.otlp.trace(trace_id) == []
+
+
+def families(text: str) -> list[str]:
+    return re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
+
+
+def test_metrics_are_there_once(servers: dict[str, Server]) -> None:
+    for server in servers.values():
+        server.generate()
+    ours, fals = (
+        [family for family in families(server.metrics()) if family.startswith("sdxl_")]
+        for server in servers.values()
+    )
+    assert ours == fals
+    assert len(set(ours)) == len(ours)
+
+
+def test_a_request_is_counted_once(server: Server) -> None:
+    before = metric(server, "sdxl_images_total")
+    server.generate()
+    wait_for(lambda: metric(server, "sdxl_images_total") == before + 1)
+    assert metric(server, "sdxl_ready") == 1
+
+
+# What fal's runtime forces to be different
+
+
+@row("Metrics")
+def test_metrics_are_elsewhere_and_without_exemplars(servers: dict[str, Server]) -> None:
+    openmetrics = "application/openmetrics-text; version=1.0.0"
+    for server in servers.values():
+        server.otlp.wait_for_trace(server.generate().json()["trace_id"])
+    assert 'trace_id="' in servers["self-hosted"].metrics(openmetrics)
+    on_fal = servers["fal"].metrics(openmetrics)
+    assert 'trace_id="' not in on_fal
+    assert {"fal_app_info", "http_requests_total", "http_request_duration_seconds"} <= set(
+        families(on_fal)
+    )
+    assert servers["fal"].client.get("/metrics").status_code == 404
+    assert not [f for f in families(servers["self-hosted"].metrics()) if f.startswith("http_")]
+
+
+@row("An unknown path")
+def test_fal_says_itself_that_a_path_is_unknown(servers: dict[str, Server]) -> None:
+    ours, fals = (server.client.post("/xylograph", json={}) for server in servers.values())
+    assert (ours.status_code, fals.status_code) == (404, 404)
+    assert ours.json() == {"detail": "Not Found"}
+    assert fals.json() == {"detail": "Path /xylograph not found"}
+    assert fals.headers["x-fal-billable-units"] == "0"
+
+
+@row("API pages")
+def test_fal_serves_pages_about_the_api(servers: dict[str, Server]) -> None:
+    for page in ("/docs", "/redoc"):
+        statuses = [server.client.get(page).status_code for server in servers.values()]
+        assert statuses == [404, 200]
+
+
+@row("The `server` header")
+def test_fal_names_its_server(servers: dict[str, Server]) -> None:
+    ours, fals = (server.client.get("/health").headers.get("server") for server in servers.values())
+    assert (ours, fals) == (None, "uvicorn")
+
+
+@row("The address listened on")
+def test_fal_listens_on_every_interface(servers: dict[str, Server]) -> None:
+    def addresses(server: Server) -> set[str]:
+        process = psutil.Process(server.process.process.pid)
+        listening = process.net_connections("tcp")
+        return {c.laddr.ip for c in listening if c.status == psutil.CONN_LISTEN}
+
+    assert addresses(servers["self-hosted"]) == {"127.0.0.1"}
+    assert addresses(servers["fal"]) == {"0.0.0.0"}
+
+
+@row("A wrong setting")
+def test_both_name_a_wrong_setting_and_fal_in_a_traceback() -> None:
+    outputs = {}
+    for kind, start in STARTS.items():
+        with start({"SDXL_DEVICE": "tpu"}) as process:
+            process.process.wait(120)
+            outputs[kind] = (process.process.returncode, process.output())
+    sentence = "SDXL_DEVICE='tpu' is not allowed"
+    assert all(sentence in output for _, output in outputs.values())
+    assert (outputs["self-hosted"][0], outputs["fal"][0]) == (2, 3)
+    assert "Traceback" not in outputs["self-hosted"][1]
+    assert "Traceback" in outputs["fal"][1]
