@@ -1,0 +1,68 @@
+"""Built as a wheel and installed in an empty environment, it serves from another directory."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.processes import ROOT, clean_environment, free_port, running
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment that holds the wheel, and sees the dependencies only."""
+    folder = tmp_path_factory.mktemp("wheel")
+    checkout, dist, environment = folder / "checkout", folder / "dist", folder / "environment"
+    # A copy, for setuptools leaves its work in the tree that it builds.
+    shutil.copytree(
+        ROOT, checkout, ignore=shutil.ignore_patterns(".*", "tests", "build", "*.egg-info")
+    )
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(dist), str(checkout)]
+    subprocess.run([*pip, *build], check=True)
+    [wheel] = dist.glob("stepspan-*.whl")
+    venv.create(environment, with_pip=False)
+    site = next((environment / "lib").glob("python*")) / "site-packages"
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)], check=True
+    )
+    # Torch is too large to install twice; a path file reached through a path file is not
+    # followed, so the editable install of this checkout stays out of sight.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return environment / "bin" / "python"
+
+
+def test_it_serves_from_another_directory(python: Path, tmp_path: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [str(python), "-m", "serve", "--port", str(port)]
+    with running(command, url, {"SDXL_MODEL": "demo"}, cwd=tmp_path) as server:
+        server.wait_until_ready(240)
+        answer = httpx.post(url, json={"prompt": "a red circle", "seed": 1}, timeout=120)
+        assert answer.status_code == 200
+        assert answer.json()["image"]["url"].startswith("data:image/jpeg;base64,")
+        assert httpx.get(url + "/metrics", timeout=30).status_code == 200
+        assert server.terminate() < 10
+        assert server.process.returncode == 0
+        assert "ready at" in server.output()
+
+
+def test_the_code_that_runs_is_the_wheels(python: Path, tmp_path: Path) -> None:
+    shown = subprocess.run(
+        [python, "-c", "import serve, metrics; print(serve.__file__, metrics.__file__)"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown.count(str(python.parent.parent)) == 2
