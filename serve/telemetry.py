@@ -62,9 +62,10 @@ def build_resource(settings: ServeSettings) -> Resource:
         "service.version": version("stepspan"),
         "service.instance.id": str(uuid.uuid4()),
     }
-    runner = os.environ.get("FAL_RUNNER_ID")
-    if runner:
-        attributes["fal.runner.id"] = runner
+    # What fal's documentation says it sets on a runner.
+    for name, variable in (("fal.runner.id", "FAL_JOB_ID"), ("fal.app.name", "FAL_APP_NAME")):
+        if value := os.environ.get(variable):
+            attributes[name] = value
     return Resource.create(attributes | _gpu_identity(settings.device))
 
 

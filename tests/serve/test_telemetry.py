@@ -35,7 +35,7 @@ def test_fals_rate_is_the_ratio() -> None:
 
 
 def test_the_resource_says_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAL_RUNNER_ID", "runner-7")
+    monkeypatch.setenv("FAL_JOB_ID", "runner-7")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
     first = build_resource(ServeSettings(device="cpu")).attributes
     second = build_resource(ServeSettings(device="cpu")).attributes
