@@ -97,7 +97,10 @@ class TextToImageRequest(BaseModel):
 
 
 class GeneratedImage(BaseModel):
-    """Where the image is, or the image itself as a data URI."""
+    """Where the image is, or the image itself as a data URI; a subset of fal's image type."""
+
+    # How fal's web page knows to show it.
+    model_config = ConfigDict(json_schema_extra={"ui": {"field": "image"}})
 
     url: str
     width: int

@@ -26,5 +26,5 @@ def documented_rows() -> list[str]:
     document = Path(__file__).resolve().parents[2] / "docs" / "fal.md"
     section = document.read_text().split("## What differs from the self-hosted server")[1]
     table = section.split("\n## ")[0]
-    _header, _ruler, *titles = re.findall(r"^\| ([^|]+?) \|", table, re.MULTILINE)
+    _header, *titles = re.findall(r"^\| ([^|]+?) \|", table, re.MULTILINE)
     return titles

@@ -235,6 +235,16 @@ def test_health_answers_while_a_request_runs(server: Server) -> None:
             pass
 
 
+def test_an_answer_on_a_kept_connection_leaves_at_once(server: Server) -> None:
+    """With Nagle's algorithm on, each waits 40 ms for a delayed acknowledgement."""
+    seconds = []
+    for _ in range(50):
+        start = time.perf_counter()
+        server.generate(prompt="")
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.03
+
+
 # Streaming
 
 

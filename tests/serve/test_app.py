@@ -93,6 +93,7 @@ def options(table: AppData, monkeypatch: pytest.MonkeyPatch) -> Options:
 
 def test_fal_resolves_every_host_option(table: AppData, options: Options) -> None:
     assert (table.name, table.auth, table.deployment_strategy) == ("sdxl", "private", "rolling")
+    assert table.reset_scale
     assert options.host == {
         "machine_type": "GPU-H100",
         "num_gpus": 1,
@@ -228,6 +229,7 @@ def test_fal_publishes_the_schema(app: SdxlApp) -> None:
     assert operation["responses"]["200"]["content"]["application/json"]["schema"] == {
         "$ref": "#/components/schemas/TextToImageResponse"
     }
+    assert schema["components"]["schemas"]["GeneratedImage"]["ui"] == {"field": "image"}
 
 
 # The failure table through fal's stack
