@@ -7,6 +7,7 @@ and OpenTelemetry look like ours. Never logged: a prompt, a header's value, a se
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import MutableMapping
 from typing import Any
@@ -22,6 +23,8 @@ def configure_logging(log_format: str, level: int = logging.INFO) -> None:
     Args:
         log_format: `text`, `json`, or `auto`: text on a terminal, else JSON.
     """
+    # Advice about optional parts (torchvision is one) is noise to whoever runs a server.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if log_format == "auto":
         log_format = "text" if sys.stderr.isatty() else "json"
     renderer: structlog.types.Processor

@@ -8,6 +8,7 @@ embeddings; text is encoded here because diffusers logs the part of a prompt tha
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
@@ -254,6 +256,7 @@ def load_model(
     if name is None:
         name = SDXL_BASE if device.type == "cuda" else DEMO_MODEL
     diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     if name == RANDOM_SDXL_BASE:
         pipeline = _build_random(device, dtype)
         return SdxlModel(pipeline, "sdxl-base-random", device, SDXL_SHAPES)
@@ -308,6 +311,8 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> StableDiffusionXLPip
 
 
 def _load_hub(name: str, revision: str | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    # Parallel ranges of each file; the hub's client reads this when it starts to download.
+    os.environ.setdefault("HF_XET_HIGH_PERFORMANCE", "1")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
