@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -48,6 +49,8 @@ MAX_DISCARD_SECONDS = 10.0
 
 KEEPALIVE_SECONDS = 15.0
 """How often a silent stream says a comment, below the minute after which proxies cut it."""
+
+_REQUEST_ID = re.compile(r"[0-9A-Za-z-]{8,64}")
 
 # Kinds of problem whose message could quote the input.
 _QUOTING_KINDS = {"json_invalid": "the body is not valid JSON"}
@@ -210,6 +213,9 @@ class RequestMiddleware:
             method=scope["method"],
             identity=runtime.tracing.identify(_carrier(headers)),
         )
+        # fal's id of the request ties our lines to its own; nothing else is taken from a header.
+        if _REQUEST_ID.fullmatch(fal_id := headers.get("x-fal-request-id", "")):
+            call.request_id = fal_id
         call.timeline.begin_at_arrival("receive")
         runtime.metrics.request_received()
         token = current_call.set(call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -23,8 +24,9 @@ from serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
-GRACE_SECONDS = 30
-"""How long running requests may take after SIGTERM before they are cut off."""
+GRACE_SECONDS = 5.0
+"""How much longer than the deadline a running request may take after SIGTERM before it is cut off:
+a deadline that passes midway still has to be answered."""
 
 FLUSH_SECONDS = 4.0
 """How long the last spans may take to leave; with the hand-over it ends within 4.5 s."""
@@ -133,7 +135,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
         app,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=math.ceil(settings.deadline_seconds + GRACE_SECONDS),
         # Server and version in every answer help nobody but a scanner.
         server_header=False,
     )

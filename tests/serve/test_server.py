@@ -62,6 +62,19 @@ def test_a_request_is_answered(app: FastAPI) -> None:
     assert set(body) == {"image", "seed", "timings", "trace_id", "prompt_truncated"}
 
 
+@pytest.mark.parametrize(
+    ("header", "taken"),
+    [("b1946ac9-2492-4d23-8f2b-7f1c7d6c2c11", True), ("short", False), ("a b\tsecret c", False)],
+)
+def test_fals_request_id_is_taken_over(
+    app: FastAPI, caplog: pytest.LogCaptureFixture, header: str, taken: bool
+) -> None:
+    caplog.set_level("INFO", "serve.asgi")
+    post(app, valid(num_inference_steps=1), **{"x-fal-request-id": header})
+    [line] = [r for r in caplog.records if r.name == "serve.asgi"]
+    assert (line.__dict__["request_id"] == header) is taken
+
+
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 BODY_PARENT = PARENT.replace("0af7", "beef")
 
