@@ -1,27 +1,30 @@
 """Does the demo model draw what the prompt says? Held-out prompts, read back from the pixels.
 
 `python -m serve.demo_model.evaluate` prints the figures the model card carries. It judges whatever
-SDXL directory it is given; how that came to be is not its business.
+SDXL directory it is given, loaded as the service loads it; how that came to be is not its business.
 """
 
 import argparse
 import json
 import math
+import os
+import platform
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from serve.demo_model import DEMO_SIZES, checkpoint_path
 from serve.demo_model.classifier import Reading, SeenThing, place_of, read
 from serve.demo_model.scenes import Pixels, Scene, draw_scene, full_caption, render
+from serve.model import load_model
 
 _PROMPT_SEED = 20_000
 _PSNR_SEED = 30_000
@@ -187,6 +190,22 @@ def as_text(figures: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def as_table(figures: dict[str, dict[str, float]]) -> str:
+    """The figures in Markdown: a table of the shares, then what the VAE keeps."""
+    shares = {row: values for row, values in figures.items() if "psnr_db" not in values}
+    columns = list(next(iter(shares.values())))
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for row, values in shares.items():
+        cells = (f"{v:.1%}" if isinstance(v, float) else f"{v}" for v in values.values())
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    kept = (
+        f"{values['psnr_db']:.1f} dB at {row.split()[0]}"
+        for row, values in figures.items()
+        if "psnr_db" in values
+    )
+    return "\n".join([*lines, "", f"The VAE gives held-out scenes back with {', '.join(kept)}."])
+
+
 def grid(pipeline: StableDiffusionXLPipeline, sampling: Sampling) -> Image.Image:
     """64 held-out pictures: rows of single objects, and every fourth row of two."""
     width, height = DEMO_SIZES[0]
@@ -208,10 +227,24 @@ def grid(pipeline: StableDiffusionXLPipeline, sampling: Sampling) -> Image.Image
 
 
 def load(directory: Path, device: str) -> StableDiffusionXLPipeline:
-    """The checkpoint in float32, from disk alone."""
-    return StableDiffusionXLPipeline.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True
-    ).to(device)
+    """The pipeline that the service would serve, in float32.
+
+    Raises:
+        ModelError: the directory holds no whole SDXL pipeline.
+    """
+    return load_model(str(directory), device_name=device, dtype_name="float32").pipeline
+
+
+def circumstances(device: torch.device) -> dict[str, str | int]:
+    """What a figure needs beside it: where it was taken and with what."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return {
+        "machine": gpu or f"{platform.system()} {platform.machine()}, CPU",
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+    }
 
 
 def main() -> None:
@@ -227,14 +260,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--grid", type=Path, help="write 64 pictures here, as one PNG")
     arguments = parser.parse_args()
-    diffusers_logging.disable_progress_bar()
     pipeline = load(arguments.model, arguments.device)
     sampling = Sampling(arguments.steps, arguments.guidance, arguments.batch)
     start = time.perf_counter()
     figures = evaluate(pipeline, sampling, arguments.prompts)
-    sys.stdout.write(f"{as_text(figures)}\n{time.perf_counter() - start:.0f} s\n")
+    seconds = round(time.perf_counter() - start)
+    sys.stdout.write(f"{as_text(figures)}\n{seconds} s\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        record = {
+            "command": "python -m serve.demo_model.evaluate",
+            **circumstances(pipeline.device),
+            "sampling": asdict(sampling),
+            "seconds": seconds,
+            "figures": figures,
+        }
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
     if arguments.grid:
         grid(pipeline, sampling).save(arguments.grid, optimize=True)
 

@@ -371,9 +371,22 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def meaningful_words() -> tuple[str, ...]:
-    """The words that change what is drawn: for the README, and for whoever writes a prompt."""
+    """The words that change what is drawn."""
     words = {word for text in _meanings() for word in text.split()}
     return tuple(sorted(words - {"a", "at", "in", "near", "of", "on", "the", "to", "side"}))
+
+
+def words_by_kind() -> dict[str, str]:
+    """The same for whoever writes a prompt, by what they tell; those of one meaning by slashes."""
+    places = ([w for w in words if " " not in w] for words in _PLACE_WORDS.values())
+    relations = ([w for w in words if " the " not in w] for words in _RELATION_WORDS.values())
+    return {
+        "Colours": ", ".join(COLOURS),
+        "Shapes": ", ".join(SHAPES),
+        "Sizes": ", ".join("/".join(dict.fromkeys(words)) for words in _SIZE_WORDS.values()),
+        "Places": ", ".join("/".join(words) for words in places),
+        "Relations": ", ".join("/".join(words) for words in relations),
+    }
 
 
 def _meanings() -> Iterator[str]:

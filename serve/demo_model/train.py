@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +30,16 @@ from torch.nn import functional
 
 from serve.demo_model import DEMO_SIZES
 from serve.demo_model.architecture import MAX_TOKENS, build_pipeline, save
-from serve.demo_model.evaluate import Sampling, as_text, evaluate, grid, load, reconstruction_psnr
-from serve.demo_model.scenes import (
-    caption,
-    draw_scene,
-    meaningful_words,
-    render,
+from serve.demo_model.evaluate import (
+    Sampling,
+    as_table,
+    as_text,
+    evaluate,
+    grid,
+    load,
+    reconstruction_psnr,
 )
+from serve.demo_model.scenes import caption, draw_scene, render, words_by_kind
 
 CAPTIONS_PER_SCENE = 4
 # Of every three batches one is of the second size.
@@ -531,9 +535,11 @@ def write_archive(directory: Path, archive: Path) -> None:
     unfinished.replace(archive)
 
 
-def card(plan: Plan, metrics: dict[str, object], figures: str) -> str:
+def card(plan: Plan, metrics: dict[str, Any]) -> str:
     """The model card."""
     sizes = " and ".join(f"{width}x{height}" for width, height in DEMO_SIZES)
+    words = "\n".join(f"- {kind}: {words}." for kind, words in words_by_kind().items())
+    dropped = _DROP_TO_ZEROS + _DROP_TO_EMPTY
     return f"""---
 license: apache-2.0
 library_name: diffusers
@@ -542,35 +548,44 @@ pipeline_tag: text-to-image
 
 # A tiny SDXL that draws shapes
 
-Every part of SDXL, each small: two CLIP text encoders, a UNet with text-time conditioning, a VAE of
-factor 8, SDXL's scheduler. It draws one or two flat shapes on a plain background, at {sizes}
-(width x height), and knows nothing else. It is the default model of stepspan without a GPU.
+Every part of SDXL, each small: two CLIP text encoders, a UNet with text-time conditioning, a VAE
+of factor 8, SDXL's scheduler. It draws one or two flat shapes on a plain background and knows
+nothing else. Its sizes are {sizes} (width x height).
+It is the default model of stepspan without a GPU.
 
-Words it understands: {", ".join(meaningful_words())}. Any other prompt is accepted and gives a
-picture of some scene.
+## Words it understands
+
+{words}
+- "background" after a colour makes it the background's.
+
+Any other prompt is accepted and gives a picture of some scene.
 
 ## Data
 
-{plan.scenes:,} procedural scenes (`serve/demo_model/scenes.py`), {CAPTIONS_PER_SCENE} captions
-each; no photograph, no person, nothing from the web. A tenth of all combinations of size, colour,
-shape, place and background was held out, and the figures below are about those.
+{plan.scenes:,} procedural scenes with {CAPTIONS_PER_SCENE} captions each, drawn by \
+`serve/demo_model/scenes.py`;
+no photograph, no person, nothing from the web. A tenth of all combinations of size, colour, shape,
+place and background was held out; the figures are about those.
 
 ## Figures
 
-20 steps, guidance 5, fixed seeds; shares of the pictures in which a small classifier reads from the
-pixels what the prompt asked for. With two objects a share counts pictures in which both are right.
+{as_table(metrics["figures"])}
 
-```
-{figures}
-```
+Taken on {metrics["device"]} by `python -m serve.demo_model.evaluate`: 20 steps, guidance 5,
+fixed seeds. A share counts the pictures in which a small classifier reads from the pixels what the
+prompt asked for; with two objects both must be right.
 
 ## Training
 
-`python -m serve.demo_model.train`, seed {plan.seed}, on {metrics["device"]}: VAE
-{metrics["vae_steps"]} steps of {plan.vae_batch} in {metrics["vae_seconds"]:.0f} s, text encoders
-and UNet {metrics["diffusion_steps"]} steps of {plan.diffusion_batch} in
-{metrics["diffusion_seconds"]:.0f} s. Epsilon prediction, SDXL's beta schedule, prompts dropped in
-{_DROP_TO_ZEROS + _DROP_TO_EMPTY:.0%} of the samples, averaged weights, float16 on disk.
+`python -m serve.demo_model.train --out DIR` with seed {plan.seed} on {metrics["device"]}:
+
+- VAE: {metrics["vae_steps"]:,} steps of {plan.vae_batch} pictures in \
+{metrics["vae_seconds"]:.0f} s.
+- Text encoders and UNet together: {metrics["diffusion_steps"]:,} steps of \
+{plan.diffusion_batch:,} in {metrics["diffusion_seconds"]:.0f} s.
+
+Epsilon prediction, SDXL's beta schedule, prompts dropped in {dropped:.0%} of the samples,
+averaged weights, float16 on disk.
 """
 
 
@@ -587,7 +602,7 @@ def train(
     archive: Path | None,
     prompts: int,
     steps: int = 20,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """All phases, from nothing or from where the last run stopped; returns the metrics."""
     started = time.perf_counter()
     work = out / "work"
@@ -642,7 +657,7 @@ def train(
     say("evaluating")
     evaluation = time.perf_counter()
     figures = evaluate(load(out / "checkpoint", str(device)), sampling, prompts)
-    metrics: dict[str, object] = {
+    metrics: dict[str, Any] = {
         "device": _device_name(device),
         "plan": asdict(plan),
         "figures": figures,
@@ -655,7 +670,7 @@ def train(
         "losses": {"vae": vae_trainer.losses, "diffusion": diffusion_trainer.losses},
     }
     (out / "metrics.json").write_text(json.dumps(metrics) + "\n")
-    (out / "checkpoint" / "README.md").write_text(card(plan, metrics, as_text(figures)))
+    (out / "checkpoint" / "README.md").write_text(card(plan, metrics))
     if archive:
         write_archive(out / "checkpoint", archive)
     say(as_text(figures))
@@ -686,10 +701,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--scenes", type=int, default=90_000 if cuda else 12_000)
-    parser.add_argument("--vae-seconds", type=float, default=120 if cuda else 2400)
+    parser.add_argument("--vae-seconds", type=float, default=170 if cuda else 2400)
     parser.add_argument("--vae-steps", type=int, help="end after this many steps, if sooner")
     parser.add_argument("--vae-batch", type=int, default=128 if cuda else 12)
-    parser.add_argument("--diffusion-seconds", type=float, default=270 if cuda else 4500)
+    parser.add_argument("--diffusion-seconds", type=float, default=230 if cuda else 4500)
     parser.add_argument("--diffusion-steps", type=int, help="end after this many steps, if sooner")
     parser.add_argument("--diffusion-batch", type=int, default=1024 if cuda else 48)
     parser.add_argument("--save-seconds", type=float, default=90 if cuda else 300)

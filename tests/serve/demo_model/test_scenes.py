@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,7 @@ from serve.demo_model.scenes import (
     plain,
     render,
     vocabulary,
+    words_by_kind,
 )
 
 
@@ -113,3 +116,8 @@ def test_the_vocabulary_covers_every_full_caption() -> None:
 def test_meaningful_words_are_part_of_the_vocabulary() -> None:
     assert set(meaningful_words()) <= set(vocabulary())
     assert {"red", "star", "centre", "small"} <= set(meaningful_words())
+
+
+def test_words_by_kind_hold_every_meaningful_word() -> None:
+    words = set(re.findall(r"\w+", " ".join(words_by_kind().values())))
+    assert set(meaningful_words()) - words == {"background"}

@@ -178,7 +178,10 @@ def test_a_whole_run_leaves_checkpoint_card_figures_grid_and_archive(trained: Pa
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["vae_steps"] == metrics["diffusion_steps"] == 2
     assert set(metrics["figures"]) >= {"128x128 one object", "160x96 two objects", "128x128 vae"}
-    assert "Figures" in (trained / "checkpoint" / "README.md").read_text()
+    card = (trained / "checkpoint" / "README.md").read_text()
+    assert "## Figures" in card
+    assert "| 160x96 two objects | 1 |" in card
+    assert max(len(line) for line in card.splitlines()) <= 100
     assert (trained / "grid.png").stat().st_size > 0
     with tarfile.open(trained / "checkpoint.tar") as tar:
         names = tar.getnames()
