@@ -34,6 +34,8 @@ from tests.serve.conftest import request
 
 NewCall = Callable[[], Call]
 
+UNBILLED = {"x-fal-billable-units": "0"}
+
 
 def generate(runtime: Runtime, call: Call, **changes: Any) -> TextToImageResponse:
     return asyncio.run(runtime.generate(request(**changes), call))
@@ -253,7 +255,7 @@ def test_out_of_memory_asks_for_no_retry(
     monkeypatch.setattr(runtime._model, "denoise", full)
     with pytest.raises(OutOfMemory) as caught:
         generate(runtime, new_call())
-    assert caught.value.headers == {"X-Fal-Needs-Retry": "0"}
+    assert caught.value.headers == UNBILLED | {"X-Fal-Needs-Retry": "0"}
     assert runtime.healthy
 
 
@@ -284,7 +286,7 @@ def test_a_lost_device_makes_the_process_unhealthy(
     try:
         with pytest.raises(DeviceLost) as caught:
             generate(runtime, new_call())
-        assert caught.value.headers == {"x-fal-stop-runner": "1"}
+        assert caught.value.headers == UNBILLED | {"x-fal-stop-runner": "1"}
         assert not runtime.healthy
         assert runtime.failed
         with pytest.raises(DeviceLost):
