@@ -121,8 +121,8 @@ def compare(
 def as_text(name: str, verdicts: dict[str, Verdict]) -> str:
     """One line a row: distances in levels, and everything right before and after."""
     return "\n".join(
-        f"{name:10s} {row:22s} mean {verdict.distance.mean:.4f}, "
-        f"maximum {verdict.distance.maximum}, differing {verdict.distance.differing:.2%}, "
+        f"{name:10s} {row:22s} mean {verdict.distance.mean:.5f}, "
+        f"maximum {verdict.distance.maximum}, differing {verdict.distance.differing:.3%}, "
         f"everything right {verdict.plain.everything:.1%} -> {verdict.prepared.everything:.1%}, "
         f"score {'the same' if verdict.plain == verdict.prepared else 'CHANGED'}"
         for row, verdict in verdicts.items()

@@ -31,7 +31,7 @@ NOT_UNDERSTOOD = ["", "an astronaut riding a horse", "猫 🦊 ???", "\x00\n\t",
 @pytest.fixture(scope="module")
 def model() -> Iterator[SdxlModel]:
     threads = torch.get_num_threads()
-    # One thread is nearly as quick as two for a model this small, and no other work slows it down.
+    # Two would wait for each other wherever other work has one of the cores.
     torch.set_num_threads(1)
     yield load_model("demo", device_name="cpu")
     torch.set_num_threads(threads)
@@ -167,13 +167,20 @@ def test_the_whole_evaluation_reaches_its_targets(pipeline: StableDiffusionXLPip
 
 
 @pytest.mark.slow
-def test_twenty_steps_take_under_0_6_seconds(model: SdxlModel) -> None:
+@pytest.mark.timeout(600)
+def test_twenty_steps_take_under_0_6_seconds_on_two_cores(model: SdxlModel) -> None:
     asked = questions(1, 1, 128, 128)
-    lossless.draw(model, asked, Sampling(steps=2))
+    threads = torch.get_num_threads()
     seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        lossless.draw(model, asked, Sampling())
-        seconds.append(time.perf_counter() - start)
+    try:
+        # Two threads are quicker on idle cores, one where other work has one of them.
+        for count in (1, 2) * 4:
+            torch.set_num_threads(count)
+            for _ in range(3):
+                start = time.perf_counter()
+                lossless.draw(model, asked, Sampling())
+                seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     # The quickest, for other work on the same cores can only slow a run down.
     assert min(seconds) < 0.6, seconds
