@@ -7,6 +7,7 @@ telemetry, and a full queue or a broken exporter is telemetry's trouble alone.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,8 +46,14 @@ class Recorder:
 
         Returns how many spans were lost.
         """
-        self._executor.shutdown(wait=True)
-        return self._tracing.shutdown(budget_seconds)
+        deadline = time.monotonic() + budget_seconds
+        last = self._executor.submit(lambda: None)
+        self._executor.shutdown(wait=False)
+        try:
+            last.result(timeout=budget_seconds)
+        except TimeoutError:
+            logger.warning("some finished requests were not recorded in time")
+        return self._tracing.shutdown(max(0.0, deadline - time.monotonic()))
 
     def _record(self, request: RequestTiming, identity: TraceIdentity) -> None:
         self._tracing.emit(identity, lambda tracer, context: emit_request(tracer, context, request))

@@ -160,11 +160,13 @@ class RunTimeline:
     def steps_enqueued(self) -> int:
         return max(0, len(self._step_bounds) - 1)
 
-    def finish(self) -> RunTiming:
-        """Resolve every mark; called once, when the run's work is on the host or has failed.
+    def finish(self, failed: bool = False) -> RunTiming:
+        """Resolve every mark; called once, when all of the run's work is enqueued or has failed.
 
-        A device that can no longer answer (a sticky CUDA error) does not cost the timing: marks
-        then fall back to when the host enqueued them, and the clock's name says so.
+        Waits for the run's last mark, and so for its copy to the host. A device that faults raises
+        here like anywhere else, unless the run has `failed` already: then a device that can no
+        longer answer does not cost the timing, and marks fall back to when the host enqueued
+        them, as the clock's name says.
         """
         marks = [mark for _, start, end in self._stages for mark in (start, end)]
         marks += self._step_bounds
@@ -172,6 +174,8 @@ class RunTimeline:
         try:
             resolved = self._clock.resolve(marks)
         except RuntimeError:
+            if not failed:
+                raise
             resolved = HostClock().resolve(marks)
             clock_name = HostClock.name
         end_ns = self._monotonic()

@@ -14,9 +14,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0 after a clean end, 1 when the model failed, 2 on wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m serve", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", metavar="run")
-    _add_address(parser)
-    run_parser = commands.add_parser("run", help="serve (the default)")
-    _add_address(run_parser)
+    _add_address(parser, host="127.0.0.1", port=8080)
+    # Without defaults of its own, which would overwrite what stands before the command.
+    _add_address(commands.add_parser("run", help="serve (the default)"))
     options = parser.parse_args(arguments)
 
     from serve.settings import load_settings
@@ -34,12 +34,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _add_address(parser: argparse.ArgumentParser) -> None:
+def _add_address(parser: argparse.ArgumentParser, **defaults: str | int) -> None:
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+        "--host",
+        default=defaults.get("host", argparse.SUPPRESS),
+        help="address to listen on (default: 127.0.0.1)",
     )
     parser.add_argument(
-        "--port", type=int, default=8080, help="port to listen on, 0 for a free one (%(default)s)"
+        "--port",
+        type=int,
+        default=defaults.get("port", argparse.SUPPRESS),
+        help="port to listen on, 0 for a free one (default: 8080)",
     )
 
 

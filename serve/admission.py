@@ -53,7 +53,8 @@ class Cancellation:
 
     def raise_if_cancelled(self) -> None:
         if self._reason is not None:
-            raise self._reason
+            # Raised more than once; each traceback would otherwise be added to the last.
+            raise self._reason.with_traceback(None)
 
 
 class Admission:

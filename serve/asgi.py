@@ -10,11 +10,11 @@ import asyncio
 import json
 import logging
 import re
-import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
+import anyio
 from fastapi import FastAPI, Request
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
@@ -28,6 +28,7 @@ from metrics.timeline import GenerationFacts
 from serve.call import Call, current_call
 from serve.errors import (
     BodyTooLarge,
+    BodyTooSlow,
     ClientGone,
     FieldProblem,
     GenerationFailed,
@@ -45,7 +46,8 @@ MAX_BODY_BYTES = 64 * 1024
 # A client that sends too much is heard out to here, so that it reads the answer instead of meeting
 # a closed connection; past it the connection is closed.
 MAX_DISCARDED_BYTES = 32 * 1024 * 1024
-MAX_DISCARD_SECONDS = 10.0
+# How long a body may take to arrive; a connection that stalls must not outlast a shutdown.
+MAX_BODY_SECONDS = 10.0
 
 KEEPALIVE_SECONDS = 15.0
 """How often a silent stream says a comment, below the minute after which proxies cut it."""
@@ -121,6 +123,7 @@ async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) ->
         loop.call_soon_threadsafe(events.put_nowait, ("step", (index, gpu_ms, preview)))
 
     task = asyncio.create_task(runtime.generate(request, call, on_queued, on_step))
+    call.work = task
     first = asyncio.create_task(events.get())
     await asyncio.wait({task, first}, return_when=asyncio.FIRST_COMPLETED)
     if not first.done():
@@ -142,40 +145,34 @@ async def _stream(
 ) -> AsyncIterator[str]:
     yield _event(*first)
     task.add_done_callback(lambda _: events.put_nowait(("done", None)))
-    try:
-        while True:
-            try:
-                async with asyncio.timeout(KEEPALIVE_SECONDS):
-                    name, payload = await events.get()
-            except TimeoutError:
-                yield ": waiting\n\n"
-                continue
-            if name == "done":
-                break
-            index, gpu_ms, preview = payload
-            data = {"index": index, "total": request.num_inference_steps, "gpu_ms": gpu_ms}
-            if preview is not None:
-                small = await asyncio.to_thread(encode_image, preview, "jpeg")
-                data["preview"] = data_uri(small, "jpeg")
-            yield _event(name, data)
+    while True:
         try:
-            response = task.result()
-        except RequestError as error:
-            call.fail(error)
-            yield _event("error", _error_body(error, call))
-        except Exception as error:  # noqa: BLE001 - the stream has begun: its last event tells
-            failure = GenerationFailed(type(error).__name__)
-            failure.__cause__ = error
-            call.fail(failure)
-            logger.error("a streamed request failed with %s", type(error).__name__)
-            yield _event("error", _error_body(failure, call))
-        else:
-            call.timeline.begin("respond")
-            yield f"event: image\ndata: {response.model_dump_json()}\n\n"
-    finally:
-        # The client left: what was started for it stops within two steps.
-        if not task.done():
-            call.cancellation.cancel(ClientGone())
+            async with asyncio.timeout(KEEPALIVE_SECONDS):
+                name, payload = await events.get()
+        except TimeoutError:
+            yield ": waiting\n\n"
+            continue
+        if name == "done":
+            break
+        index, gpu_ms, preview = payload
+        data = {"index": index, "total": request.num_inference_steps, "gpu_ms": gpu_ms}
+        if preview is not None:
+            small = await asyncio.to_thread(encode_image, preview, "jpeg")
+            data["preview"] = data_uri(small, "jpeg")
+        yield _event(name, data)
+    try:
+        response = task.result()
+    except RequestError as error:
+        call.fail(error)
+        yield _event("error", _error_body(error, call))
+    except Exception as error:  # noqa: BLE001 - the stream has begun: its last event tells
+        failure = GenerationFailed(type(error).__name__)
+        call.fail(failure)
+        logger.error("a streamed request failed with %s", type(error).__name__)
+        yield _event("error", _error_body(failure, call))
+    else:
+        call.timeline.begin("respond")
+        yield f"event: image\ndata: {response.model_dump_json()}\n\n"
 
 
 def _begin(runtime: Runtime, request: TextToImageRequest) -> Call:
@@ -242,7 +239,6 @@ class RequestMiddleware:
         except Exception as error:
             # The framework's own handler is outside of here and would not know the call.
             failure = GenerationFailed(type(error).__name__)
-            failure.__cause__ = error
             call.fail(failure)
             if started:
                 raise
@@ -250,7 +246,14 @@ class RequestMiddleware:
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("a request failed with %s\n%s", type(error).__name__, frames)
             await _error_response(failure, call)(scope, receive, watched_send)
+        except asyncio.CancelledError:
+            # The server gave up on the connection; so does the work.
+            gone = call.cancellation.reason or ClientGone()
+            call.cancellation.cancel(gone)
+            call.fail(gone)
+            raise
         finally:
+            await _settle(call)
             current_call.reset(token)
             runtime.metrics.request_answered()
             if call.cancellation.reason is not None and status < 400 and not answered:
@@ -276,7 +279,7 @@ class RequestMiddleware:
         except ClientGone as gone:
             call.fail(gone)
             return
-        except BodyTooLarge as error:
+        except (BodyTooLarge, BodyTooSlow) as error:
             await _error_response(error, call)(scope, receive, send)
             return
 
@@ -293,17 +296,37 @@ class RequestMiddleware:
 
         try:
             await self._app(scope, replay, send)
-        except ClientGone as gone:
-            call.fail(gone)
         finally:
             watcher.cancel()
 
 
+async def _settle(call: Call) -> None:
+    """Wait for what goes on beside the handler, so that a call is told of with its run.
+
+    A stream whose client left is such a call; what was started for it stops within two steps.
+    """
+    if call.work is None:
+        return
+    if not call.work.done():
+        call.cancellation.cancel(ClientGone())
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait({call.work})
+    if not call.work.cancelled():
+        call.work.exception()  # told already; not asking would log it with its text
+
+
 async def _read_body(receive: Receive) -> bytes:
-    """The whole body. Raises `BodyTooLarge` or `ClientGone`."""
+    """The whole body. Raises `BodyTooLarge`, `BodyTooSlow` or `ClientGone`."""
+    try:
+        async with asyncio.timeout(MAX_BODY_SECONDS):
+            return await _read_chunks(receive)
+    except TimeoutError:
+        raise BodyTooSlow(MAX_BODY_SECONDS) from None
+
+
+async def _read_chunks(receive: Receive) -> bytes:
     chunks: list[bytes] = []
     size = 0
-    give_up_at: float | None = None
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -314,8 +337,7 @@ async def _read_body(receive: Receive) -> bytes:
             chunks.append(chunk)
         else:
             chunks.clear()
-            give_up_at = give_up_at or time.monotonic() + MAX_DISCARD_SECONDS
-            if size > MAX_DISCARDED_BYTES or time.monotonic() > give_up_at:
+            if size > MAX_DISCARDED_BYTES:
                 raise BodyTooLarge(MAX_BODY_BYTES)
         if not message.get("more_body", False):
             if size > MAX_BODY_BYTES:
@@ -398,9 +420,7 @@ async def _on_request_error(_request: Request, error: Exception) -> Response:
 
 
 async def _on_exception(_request: Request, error: Exception) -> Response:
-    failure = GenerationFailed(type(error).__name__)
-    failure.__cause__ = error
-    return _fail(failure)
+    return _fail(GenerationFailed(type(error).__name__))
 
 
 def _fail(error: RequestError) -> Response:

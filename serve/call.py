@@ -6,14 +6,18 @@ frozen into a `RequestTiming` when the last byte has left.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from metrics.timeline import Failure, GenerationFacts, RequestTimeline, RequestTiming, RunTiming
 from metrics.tracing import TraceIdentity
 from serve.admission import Cancellation
-from serve.errors import RequestError
+from serve.errors import GenerationFailed, RequestError
 
 
 @dataclass(slots=True, eq=False)
@@ -30,20 +34,38 @@ class Call:
     run: RunTiming | None = None
     failure: Failure | None = None
     outcome: str = "ok"
+    work: asyncio.Task[Any] | None = None
+    """What goes on beside the handler, as a stream's generation does."""
 
-    def fail(self, error: RequestError) -> None:
-        """Note what the request fails with; the first failure stands."""
+    def fail(self, error: RequestError, at_ns: int | None = None) -> None:
+        """Note what the request fails with; the first failure stands.
+
+        Call it where the failure happens, while its stage is open: the stage whose time holds
+        `at_ns` (Unix nanoseconds, now by default) is the one that is marked.
+        """
         if self.failure is not None:
             return
         self.outcome = error.outcome
-        cause = error.__cause__ or error
         self.failure = Failure(
             error_type=error.error_type,
-            exception_type=type(cause).__name__,
+            exception_type=error.cause_type or type(error).__name__,
             message=error.message,
-            at_ns=self.timeline.now_unix_ns(),
+            at_ns=self.timeline.now_unix_ns() if at_ns is None else at_ns,
             server_fault=error.status >= 500,
         )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the enclosed work; a failure in it is noted before the stage closes."""
+        with self.timeline.stage(name):
+            try:
+                yield
+            except RequestError as error:
+                self.fail(error)
+                raise
+            except Exception as error:
+                self.fail(GenerationFailed(type(error).__name__))
+                raise
 
     def finish(self, status_code: int) -> RequestTiming:
         """Freeze the call, ending now."""

@@ -6,6 +6,7 @@
     └── RequestError            one request fails
         ├── InvalidRequest      422
         ├── BodyTooLarge        413
+        ├── BodyTooSlow         408
         ├── QueueFull           429
         ├── DeadlineExceeded    504
         ├── ClientGone          499, which nobody is left to read
@@ -54,6 +55,9 @@ class RequestError(ServeError):
     def __init__(self, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.message = message
+        self.cause_type: str | None = None
+        """The type of the exception this was made from, where there was one. Only its type: the
+        exception would keep a failed run's tensors alive, and its text may quote a prompt."""
         self.headers = {**NOT_BILLED, **(headers or {})}
 
 
@@ -85,6 +89,15 @@ class BodyTooLarge(RequestError):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"The request body is larger than the {limit_bytes} bytes allowed.")
+
+
+class BodyTooSlow(RequestError):
+    status = 408
+    error_type = "body_too_slow"
+    outcome = "invalid"
+
+    def __init__(self, limit_seconds: float) -> None:
+        super().__init__(f"The request body did not arrive within {limit_seconds:g} s.")
 
 
 class QueueFull(RequestError):
@@ -162,6 +175,7 @@ class GenerationFailed(RequestError):
 
     def __init__(self, exception_type: str) -> None:
         super().__init__(f"Generation failed with {exception_type}; the log has the traceback.")
+        self.cause_type = exception_type
 
 
 class DeviceLost(RequestError):
@@ -178,6 +192,7 @@ class DeviceLost(RequestError):
 REQUEST_ERRORS: tuple[type[RequestError], ...] = (
     InvalidRequest,
     BodyTooLarge,
+    BodyTooSlow,
     QueueFull,
     DeadlineExceeded,
     ClientGone,

@@ -7,9 +7,11 @@ hung device must not keep the process from exiting.
 
 from __future__ import annotations
 
+import contextvars
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -34,13 +36,16 @@ class GpuThread:
             queue.SimpleQueue()
         )
         self._last_sign_of_life: float | None = None
+        self._stopping = False
         self._thread = threading.Thread(target=self._work, name="gpu", daemon=True)
         self._thread.start()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Queue `work`; its future can be cancelled until it starts."""
         future: Future[T] = Future()
-        self._queue.put((future, work))
+        # In the caller's context, so that what the work logs carries the caller's ids.
+        context = contextvars.copy_context()
+        self._queue.put((future, lambda: context.run(work)))
         return future
 
     def sign_of_life(self) -> None:
@@ -54,6 +59,7 @@ class GpuThread:
 
     def stop(self, timeout_seconds: float) -> bool:
         """Let the running work end and start no other. False if it did not end in time."""
+        self._stopping = True
         self._queue.put(None)
         self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
@@ -61,17 +67,28 @@ class GpuThread:
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             future, work = item
+            if self._stopping:
+                future.cancel()
             if not future.set_running_or_notify_cancel():
                 continue
             self.sign_of_life()
             try:
                 future.set_result(work())
             except BaseException as error:  # noqa: BLE001 - whoever waits for the future decides
+                # The frames that have ended would keep the run's tensors alive as long as the
+                # exception lives.
+                _clear_frames(error)
                 future.set_exception(error)
             finally:
                 self._last_sign_of_life = None
             # The traceback's frames would keep the run's tensors alive until the next run.
             del future, work, item
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 class StepPacer:

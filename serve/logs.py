@@ -59,6 +59,9 @@ def configure_logging(log_format: str, level: int = logging.INFO) -> None:
         library.propagate = True
     # One line a request is ours, with its ids; httpx and the like tell of every connection.
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+    # These two quote what they could not parse: a header's value, a caller's tracestate.
+    for name in ("opentelemetry.util.re", "opentelemetry.trace.span"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     for name in ("httpx", "urllib3", "asyncio", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -37,11 +37,12 @@ from metrics.timeline import (
     WarmupTiming,
 )
 from metrics.tracing import Tracing
-from serve.admission import Admission, Cancellation
+from serve.admission import Admission
 from serve.call import Call
 from serve.errors import (
     ERROR_TYPES,
     OUTCOMES,
+    ClientGone,
     DeadlineExceeded,
     DeviceLost,
     Draining,
@@ -264,7 +265,7 @@ class Runtime:
                 guidance_scale=5.0 if guided else 1.0,
             )
             plan = Plan(request, shape, seed=0, run_id=uuid.uuid4().hex)
-            self._run(plan, self._throwaway_call(), lambda *_: None)
+            self._run(plan, self._throwaway_call(), None)
             self._gpu.sign_of_life()
 
         report = warm_up(run_once, shapes, on_progress)
@@ -294,13 +295,14 @@ class Runtime:
         request: TextToImageRequest,
         call: Call,
         on_queued: Callable[[int], None] = lambda _: None,
-        on_step: OnStep = lambda *_: None,
+        on_step: OnStep | None = None,
     ) -> TextToImageResponse:
         """One request, from validated to answered.
 
         Args:
             on_queued: told how many requests wait, once this one is admitted.
-            on_step: told of each step that has ended, on the GPU thread.
+            on_step: told of each step that has ended, on the GPU thread; previews are drawn only
+                where somebody is told.
 
         Raises:
             RequestError: a row of the failure table.
@@ -311,9 +313,9 @@ class Runtime:
             call.timeline.begin("queue")
             pixels, truncated = await self._run_on_gpu(plan, call, on_step)
 
-        with call.timeline.stage("image_encode"):
+        with call.stage("image_encode"):
             data = await asyncio.to_thread(encode_image, pixels, request.format)
-        with call.timeline.stage("upload"):
+        with call.stage("upload"):
             url = await self._put(data, plan)
 
         return self._response(plan, call, url, truncated)
@@ -321,12 +323,14 @@ class Runtime:
     def _plan(self, request: TextToImageRequest, call: Call) -> Plan:
         """Decide the size and the seed. Raises unless this process is ready for the request."""
         readiness = self.readiness
-        if self._device_lost:
-            raise DeviceLost
         if readiness.state is State.STARTING:
             raise NotReady(f"The model is not warm yet ({readiness.phase}).")
+        if readiness.state is State.DRAINING:
+            raise Draining
         if readiness.state is State.FAILED:
             raise NotReady(f"The model could not be started: {readiness.reason}.")
+        if not self.healthy:
+            raise DeviceLost  # behind a run that has hung, nobody's turn comes
         shape = self._shape(request)
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         call.facts = GenerationFacts(
@@ -370,15 +374,20 @@ class Runtime:
         finally:
             timer.cancel()
 
-    async def _run_on_gpu(self, plan: Plan, call: Call, on_step: OnStep) -> tuple[Any, bool]:
+    async def _run_on_gpu(self, plan: Plan, call: Call, on_step: OnStep | None) -> tuple[Any, bool]:
         """Queue the run and wait for its pixels; a cancelled request that still waits leaves."""
         future = self._gpu.submit(lambda: self._run(plan, call, on_step))
         call.cancellation.when_cancelled(future.cancel)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            if call.cancellation.reason is not None:
-                raise call.cancellation.reason from None
+            if call.cancellation.reason is None:
+                # Not the request but its task was cancelled: nobody waits for the run any more.
+                draining = self.readiness.state is State.DRAINING
+                call.cancellation.cancel(Draining() if draining else ClientGone())
+                raise
+            call.fail(call.cancellation.reason)
+            call.cancellation.raise_if_cancelled()
             raise
         finally:
             if call.run is not None:
@@ -428,7 +437,7 @@ class Runtime:
 
     # On the thread that owns the model
 
-    def _run(self, plan: Plan, call: Call, on_step: OnStep) -> tuple[Any, bool]:
+    def _run(self, plan: Plan, call: Call, on_step: OnStep | None) -> tuple[Any, bool]:
         """One run; returns (height, width, 3) uint8 pixels and whether the prompt was cut."""
         call.timeline.end()  # waiting is over
         call.cancellation.work_started = True
@@ -436,20 +445,12 @@ class Runtime:
         assert model is not None
         assert clock is not None
         request = plan.request
-        timeline = RunTimeline(
-            clock,
-            call.timeline.anchor,
-            run_id=plan.run_id,
-            shape=str(plan.shape),
-            guidance=request.guided,
-        )
-        previews = _Previews(model, request.preview)
-        pacer = StepPacer(
-            timeline,
-            call.cancellation,
-            lambda index, ns: on_step(index, ns / 1e6, previews.take(index)),
-            self._gpu.sign_of_life,
-        )
+        previews = _Previews(model, wanted=request.preview and on_step is not None)
+        timeline: RunTimeline | None = None
+
+        def on_step_ended(index: int, duration_ns: int) -> None:
+            if on_step is not None:
+                on_step(index, duration_ns / 1e6, previews.take(index))
 
         def on_step_enqueued(index: int, latents: Any) -> None:
             previews.enqueue(index, latents)
@@ -457,6 +458,14 @@ class Runtime:
 
         try:
             call.cancellation.raise_if_cancelled()
+            timeline = RunTimeline(
+                clock,
+                call.timeline.anchor,
+                run_id=plan.run_id,
+                shape=str(plan.shape),
+                guidance=request.guided,
+            )
+            pacer = StepPacer(timeline, call.cancellation, on_step_ended, self._gpu.sign_of_life)
             with timeline.stage("text_encode"):
                 conditioning = model.encode_prompt(
                     request.prompt, request.negative_prompt, request.guided
@@ -470,21 +479,28 @@ class Runtime:
                     seed=plan.seed,
                     on_loop_begins=timeline.loop_begins,
                     on_step_enqueued=on_step_enqueued,
-                    watch_latents=request.preview,
+                    watch_latents=previews.wanted,
                 )
             with timeline.stage("vae_decode"):
                 image = model.decode(latents)
             pacer.drain()
+            call.run = timeline.finish()  # waits for the copy to the host
+            if not bool(image.finite):
+                raise NonFiniteOutput
+            call.cancellation.raise_if_cancelled()
+            return image.pixels.numpy(), conditioning.truncated
         except Exception as error:
-            failure = self._explain(error, call.cancellation)
-            call.run = timeline.finish()
-            raise failure from error
-        call.run = timeline.finish()  # waits for the copy to the host
-        if not bool(image.finite):
-            raise NonFiniteOutput
-        return image.pixels.numpy(), conditioning.truncated
+            failure = self._explain(error)
+            if timeline is not None and call.run is None:
+                call.run = timeline.finish(failed=True)
+            # The stage that ended last is the one that failed.
+            last = call.run.stages[-1].end_ns if call.run is not None and call.run.stages else None
+            call.fail(failure, at_ns=last)
+            if failure is error:
+                raise
+            raise failure from None
 
-    def _explain(self, error: Exception, cancellation: Cancellation) -> RequestError:
+    def _explain(self, error: Exception) -> RequestError:
         """The row of the failure table that an exception of a run is.
 
         The exception's own text stays out of it and of the log: a tokenizer's or a library's
@@ -506,11 +522,17 @@ class Runtime:
             except RuntimeError:
                 # The context is gone for good: every later call on it fails the same way.
                 self._device_lost = True
-                return DeviceLost()
+                lost = DeviceLost()
+                lost.cause_type = type(error).__name__
+                return lost
+        failure: RequestError = GenerationFailed(type(error).__name__)
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            # What the ended frames hold would otherwise stay allocated, and the cache with it.
+            traceback.clear_frames(error.__traceback__)
             torch.cuda.empty_cache()
-            return OutOfMemory()
-        return GenerationFailed(type(error).__name__)
+            failure = OutOfMemory()
+        failure.cause_type = type(error).__name__
+        return failure
 
     # Ending
 
@@ -529,8 +551,9 @@ class Runtime:
         return self._gpu.silent_seconds() < SILENCE_LIMIT_SECONDS
 
     def begin_drain(self) -> None:
-        """Start no new work; what runs may finish. Called on the event loop's thread."""
-        self.readiness.state = State.DRAINING
+        """Start no new work; what runs may finish. May be called more than once."""
+        if self.readiness.state is not State.FAILED:
+            self.readiness.state = State.DRAINING
         self.readiness.phase = "draining"
         self.metrics.set_ready(False)
         self.admission.drain()
@@ -551,11 +574,11 @@ class _Previews:
 
     def __init__(self, model: SdxlModel, wanted: bool) -> None:
         self._model = model
-        self._wanted = wanted
+        self.wanted = wanted
         self._pending: dict[int, Any] = {}
 
     def enqueue(self, index: int, latents: Any) -> None:
-        if self._wanted:
+        if self.wanted:
             self._pending[index] = self._model.preview(latents)
 
     def take(self, index: int) -> Any:

@@ -141,9 +141,10 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     )
     server = _Server(config, runtime)
     address, bound_port = listener.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
 
     async def serve() -> None:
-        announcing = asyncio.create_task(_announce(runtime, f"http://{address}:{bound_port}"))
+        announcing = asyncio.create_task(_announce(runtime, f"http://{shown}:{bound_port}"))
         try:
             await server.serve(sockets=[listener])
         finally:

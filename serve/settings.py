@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kernels_warmup.shapes import CompiledShape
+from metrics.tracing import MAX_QUEUE_SIZE
 from serve.errors import ConfigurationError
 
 PREFIX = "SDXL_"
@@ -30,6 +32,10 @@ def _rate(value: float) -> float:
         raise ValueError("out of range")
     return value
 
+
+# NAME=VALUE, NAME=VALUE: what the exporter would skip with a warning that quotes it is refused.
+_HEADERS = r"^\s*[^\s=,]+=[^,]*(,\s*[^\s=,]+=[^,]*)*,?\s*$"
+_SECRET_FIELDS = frozenset({"otlp_headers", "otlp_traces_headers"})
 
 # Standard samplers of the OpenTelemetry specification and the root each gives.
 SamplerName = Literal[
@@ -114,8 +120,8 @@ class ServeSettings(BaseSettings):
     sdk_disabled: bool = Field(
         default=False, validation_alias="OTEL_SDK_DISABLED", description="true or false"
     )
-    service_name: str = Field(
-        default="stepspan", validation_alias="OTEL_SERVICE_NAME", description="any text"
+    service_name: str | None = Field(
+        default=None, validation_alias="OTEL_SERVICE_NAME", description="any text"
     )
     otlp_endpoint: str | None = Field(
         default=None,
@@ -128,6 +134,35 @@ class ServeSettings(BaseSettings):
         validation_alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
         pattern=r"^https?://[^\s]+$",
         description="an http:// or https:// URL, used as it stands",
+    )
+    otlp_headers: str | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_HEADERS",
+        pattern=_HEADERS,
+        description="a comma-separated list of NAME=VALUE, values percent-encoded",
+    )
+    otlp_traces_headers: str | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_TRACES_HEADERS",
+        pattern=_HEADERS,
+        description="a comma-separated list of NAME=VALUE, values percent-encoded",
+    )
+    otlp_compression: Literal["none", "gzip", "deflate"] | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_COMPRESSION",
+        description="none, gzip or deflate",
+    )
+    otlp_traces_compression: Literal["none", "gzip", "deflate"] | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_TRACES_COMPRESSION",
+        description="none, gzip or deflate",
+    )
+    otlp_traces_timeout: float | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_TRACES_TIMEOUT",
+        gt=0,
+        le=300,
+        description="a number of seconds up to 300, above 0 (not milliseconds)",
     )
     otlp_timeout: float | None = Field(
         default=None,
@@ -207,7 +242,11 @@ def _sentence(error: ValidationError) -> str:
     )
     name = environment_name(field)
     allowed = ServeSettings.model_fields[field].description
-    return f"{name}={os.environ.get(name, '')!r} is not allowed: {allowed} is."
+    if field in _SECRET_FIELDS:
+        return f"{name} is not allowed as it is (its value is not shown): {allowed} is."
+    # An endpoint may carry a user's name and password.
+    value = re.sub(r"//[^/@]*@", "//...@", os.environ.get(name, ""))
+    return f"{name}={value!r} is not allowed: {allowed} is."
 
 
 def _refuse_contradictions(settings: ServeSettings) -> None:
@@ -217,12 +256,9 @@ def _refuse_contradictions(settings: ServeSettings) -> None:
             f"OTEL_SAMPLE_RATE={rate} and OTEL_TRACES_SAMPLER_ARG={argument} contradict each "
             "other: set one of them."
         )
-    if (
-        settings.bsp_max_queue_size is not None
-        and settings.bsp_max_export_batch_size is not None
-        and settings.bsp_max_export_batch_size > settings.bsp_max_queue_size
-    ):
+    batch, queue = settings.bsp_max_export_batch_size, settings.bsp_max_queue_size
+    if batch is not None and batch > (queue or MAX_QUEUE_SIZE):
         raise ConfigurationError(
-            f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE={settings.bsp_max_export_batch_size} is larger than "
-            f"OTEL_BSP_MAX_QUEUE_SIZE={settings.bsp_max_queue_size}: at most as large is allowed."
+            f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE={batch} is larger than the queue "
+            f"(OTEL_BSP_MAX_QUEUE_SIZE, {queue or MAX_QUEUE_SIZE}): at most as large is allowed."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from importlib.metadata import version
+from typing import Any
 
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.sampling import (
@@ -17,6 +18,15 @@ from opentelemetry.sdk.trace.sampling import (
 
 from metrics.tracing import SettledSpans, Tracing, otlp_exporter, ratio_sampler
 from serve.settings import ServeSettings
+
+
+def _nvml_handle(pynvml: Any, index: int) -> Any:
+    """NVML counts all GPUs of the machine; CUDA only those that `CUDA_VISIBLE_DEVICES` names."""
+    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+    name = visible[index].strip() if index < len(visible) else str(index)
+    if name.isdigit():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def build_tracing(settings: ServeSettings, on_settled: SettledSpans) -> Tracing:
@@ -55,13 +65,16 @@ def build_sampler(settings: ServeSettings) -> Sampler:
 def build_resource(settings: ServeSettings) -> Resource:
     """Service name, version and instance; the runner where fal names one.
 
-    `OTEL_RESOURCE_ATTRIBUTES` is merged in by the SDK and loses to none of these but by name.
+    The SDK merges `OTEL_RESOURCE_ATTRIBUTES` in; what is set here stands, and a service name is
+    set here only where `OTEL_SERVICE_NAME` or nothing at all names one.
     """
     attributes = {
-        "service.name": settings.service_name,
         "service.version": version("stepspan"),
         "service.instance.id": str(uuid.uuid4()),
     }
+    named_elsewhere = "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    if settings.service_name or not named_elsewhere:
+        attributes["service.name"] = settings.service_name or "stepspan"
     # What fal's documentation says it sets on a runner.
     for name, variable in (("fal.runner.id", "FAL_JOB_ID"), ("fal.app.name", "FAL_APP_NAME")):
         if value := os.environ.get(variable):
@@ -80,7 +93,7 @@ def _gpu_identity(device: str) -> dict[str, str]:
     index = int(device.split(":")[1]) if ":" in device else 0
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handle = _nvml_handle(pynvml, index)
         return {
             "hw.type": "gpu",
             "hw.name": str(pynvml.nvmlDeviceGetName(handle)),

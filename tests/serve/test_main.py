@@ -77,6 +77,14 @@ def test_a_busy_port_is_said() -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_an_address_may_stand_on_either_side_of_the_command() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for arguments in (("--port", port, "run"), ("run", "--port", port)):
+            assert f"port {port}" in serve(*arguments).stderr
+
+
 @pytest.mark.e2e
 def test_a_model_that_is_not_there_ends_the_process() -> None:
     result = serve("--port", "0", SDXL_MODEL="./nowhere")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from serve.call import Call
+from serve.call import Call, current_call
 from serve.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -27,6 +27,7 @@ from serve.errors import (
     OutOfMemory,
     QueueFull,
 )
+from serve.model import Conditioning
 from serve.runtime import Runtime, State, build_runtime
 from serve.schema import TextToImageResponse
 from serve.settings import ServeSettings
@@ -293,6 +294,167 @@ def test_a_lost_device_makes_the_process_unhealthy(
             generate(runtime, new_call())
     finally:
         runtime._device_lost = False
+
+
+def test_a_fault_that_shows_at_the_copy_to_the_host_is_no_image(
+    runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(*_: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(runtime._clock, "resolve", fault)
+    monkeypatch.setattr(runtime._model, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    try:
+        call = new_call()
+        # The inputs lie on the CPU whatever the device is said to be.
+        monkeypatch.setattr(runtime._model, "encode_prompt", no_conditioning)
+        monkeypatch.setattr(runtime._model, "denoise", lambda *_, **__: torch.zeros(1, 4, 16, 16))
+        with pytest.raises(DeviceLost):
+            generate(runtime, call)
+        assert not runtime.healthy
+        assert call.run is not None
+        monkeypatch.setattr(runtime._clock, "begin", fault)
+        with pytest.raises(DeviceLost):
+            generate(runtime, new_call())
+    finally:
+        runtime._device_lost = False
+
+
+def no_conditioning(*_: object, **__: object) -> Conditioning:
+    nothing = torch.zeros(0)
+    return Conditioning(nothing, nothing, None, None, truncated=False)
+
+
+@pytest.mark.parametrize("stage", ["text_encode", "denoise", "vae_decode", "image_encode"])
+def test_a_failure_is_noted_in_the_stage_it_befell(
+    runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        time.sleep(0.005)
+        raise ValueError
+
+    if stage == "image_encode":
+        monkeypatch.setattr("serve.runtime.encode_image", broken)
+    else:
+        methods = {"text_encode": "encode_prompt", "denoise": "denoise", "vae_decode": "decode"}
+        monkeypatch.setattr(runtime._model, methods[stage], broken)
+    call = new_call()
+    with pytest.raises((GenerationFailed, ValueError)):
+        generate(runtime, call)
+    timing = call.finish(500)
+    assert timing.failure is not None
+    assert timing.failure.exception_type == "ValueError"
+    failed = timing.stage(stage) or (timing.run.stage(stage) if timing.run else None)
+    assert failed is not None
+    assert failed.start_ns < timing.failure.at_ns <= failed.end_ns
+
+
+def test_a_deadline_that_passes_in_the_decode_gives_no_image(
+    runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = runtime._model
+    assert model is not None
+    real = model.decode
+
+    def slow(latents: torch.Tensor) -> Any:
+        time.sleep(1.5)
+        return real(latents)
+
+    uploaded: list[object] = []
+    monkeypatch.setattr(model, "decode", slow)
+    monkeypatch.setattr(runtime, "_upload", lambda *args: uploaded.append(args))
+    with pytest.raises(DeadlineExceeded):
+        generate(runtime, new_call(), num_inference_steps=1, deadline_seconds=1.4)
+    assert uploaded == []
+
+
+def test_a_handler_that_is_cancelled_stops_the_work(runtime: Runtime, new_call: NewCall) -> None:
+    call = new_call()
+
+    async def story() -> None:
+        started = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def on_step(*_: object) -> None:
+            loop.call_soon_threadsafe(started.set)
+
+        task = asyncio.create_task(
+            runtime.generate(request(num_inference_steps=100), call, on_step=on_step)
+        )
+        await started.wait()
+        task.cancel()
+        await asyncio.wait({task})
+
+    asyncio.run(story())
+    runtime._gpu.submit(lambda: None).result(30)  # behind whatever still runs
+    assert isinstance(call.cancellation.reason, ClientGone)
+    assert call.run is not None
+    assert len(call.run.steps) < 100
+
+
+def test_nothing_new_starts_behind_a_hung_run(
+    runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime._gpu, "silent_seconds", lambda: 1000.0)
+    with pytest.raises(DeviceLost):
+        generate(runtime, new_call())
+
+
+def test_a_drained_runtime_that_was_never_warm_says_so(new_call: NewCall) -> None:
+    cold = build_runtime(ServeSettings(model="demo", device="cpu"), CollectorRegistry())
+    cold.begin_drain()
+    with pytest.raises(Draining):
+        generate(cold, new_call())
+    cold.close(1)
+
+
+def test_a_failed_run_leaves_no_tensors_behind(
+    runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gc
+    import weakref
+
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def broken(*_: object, **__: object) -> None:
+        big = torch.zeros(10)
+        held.append(weakref.ref(big))
+        raise torch.OutOfMemoryError("no")
+
+    emptied: list[bool] = []
+    monkeypatch.setattr(runtime._model, "denoise", broken)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(held[0]() is None))
+    gc.disable()
+    try:
+        with pytest.raises(OutOfMemory):
+            generate(runtime, new_call())
+        assert emptied == [True]
+    finally:
+        gc.enable()
+
+
+def test_lines_of_the_models_thread_carry_the_request(
+    runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Call | None] = []
+    real = runtime._explain
+
+    def explain(error: Exception) -> Any:
+        seen.append(current_call.get())
+        return real(error)
+
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(runtime, "_explain", explain)
+    monkeypatch.setattr(runtime._model, "denoise", broken)
+    call = new_call()
+    token = current_call.set(call)
+    with pytest.raises(GenerationFailed):
+        generate(runtime, call)
+    current_call.reset(token)
+    assert seen == [call]
 
 
 def test_a_failed_upload_falls_back_and_is_counted(

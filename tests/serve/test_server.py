@@ -13,6 +13,8 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from metrics.timeline import RequestTiming
+from metrics.tracing import TraceIdentity
 from serve.asgi import MAX_BODY_BYTES
 from serve.errors import ConfigurationError
 from serve.runtime import Runtime, State
@@ -159,6 +161,18 @@ def test_a_body_that_is_too_large(app: FastAPI) -> None:
     assert response.status_code == 413
     assert str(MAX_BODY_BYTES) in response.json()["detail"]
     assert len(response.content) < 300
+
+
+def test_a_body_that_never_ends(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.asgi.MAX_BODY_SECONDS", 0.1)
+
+    async def stalls() -> AsyncIterator[bytes]:
+        yield b'{"prompt": '
+        await asyncio.sleep(60)
+
+    response = fetch(app, "POST", "/", content=stalls())
+    assert response.status_code == 408
+    assert response.json()["error_type"] == "body_too_slow"
 
 
 def test_the_longest_valid_body_fits(app: FastAPI) -> None:
@@ -329,17 +343,31 @@ def drive(
 
 
 @pytest.mark.parametrize("path", ["/", "/stream"])
-def test_a_client_that_leaves_stops_the_work(app: FastAPI, runtime: Runtime, path: str) -> None:
+def test_a_client_that_leaves_stops_the_work(
+    app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
     registry = runtime.metrics.registry
     labels = {"error_type": "client_gone"}
 
     async def leave_soon() -> None:
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.3)
 
+    timings: list[RequestTiming] = []
+    real = runtime.recorder.record
+
+    def record(timing: RequestTiming, identity: TraceIdentity) -> None:
+        timings.append(timing)
+        real(timing, identity)
+
+    monkeypatch.setattr(runtime.recorder, "record", record)
     before = registry.get_sample_value("sdxl_errors_total", labels) or 0
     drive(app, path, leave_soon)
-    # Recorded on a thread of its own, after the answer that nobody read.
-    asyncio.run(asyncio.sleep(0))
+    # The trace tells of the steps that ran, and they were not all.
+    [timing] = timings
+    assert timing.outcome == "cancelled"
+    assert timing.run is not None
+    assert 0 < len(timing.run.steps) < 100
+    # Observed on a thread of its own, after the answer that nobody read.
     runtime.recorder._executor.submit(lambda: None).result(10)
     assert registry.get_sample_value("sdxl_errors_total", labels) == before + 1
     assert registry.get_sample_value("sdxl_requests_in_flight") == 0

@@ -75,6 +75,8 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318", "http://"),
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "10000", "not milliseconds"),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "0", "a whole number from 1"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "brotli", "none, gzip or deflate"),
+        ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "abc", "not milliseconds"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(
@@ -87,6 +89,30 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
     assert sentence.startswith(f"{name}={value!r} is not allowed")
     assert allowed in sentence
     assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_HEADERS", "api-key:hunter2"),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "hunter2"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector://me:hunter2@host"),
+    ],
+)
+def test_a_secret_is_never_shown(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert name in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "headers", ["api-key=x", "Authorization=Basic%20abc==,x-scope=1", "a=1, b=2,", "a="]
+)
+def test_headers_as_the_exporter_reads_them(monkeypatch: pytest.MonkeyPatch, headers: str) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", headers)
+    load_settings()
 
 
 def test_an_unknown_name_is_refused_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +130,10 @@ def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "10")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "20")
     with pytest.raises(ConfigurationError, match="at most as large"):
+        load_settings()
+    monkeypatch.delenv("OTEL_BSP_MAX_QUEUE_SIZE")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "9000")
+    with pytest.raises(ConfigurationError, match="8192"):
         load_settings()
 
 

@@ -44,3 +44,20 @@ def test_the_resource_says_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first["fal.runner.id"] == "runner-7"
     assert first["deployment.environment.name"] == "test"
     assert first["service.instance.id"] != second["service.instance.id"]
+
+
+@pytest.mark.parametrize(
+    ("explicit", "attributes", "expected"),
+    [
+        (None, "", "stepspan"),
+        (None, "service.name=foo", "foo"),
+        ("bar", "service.name=foo", "bar"),
+    ],
+)
+def test_whoever_names_the_service_is_heard(
+    monkeypatch: pytest.MonkeyPatch, explicit: str | None, attributes: str, expected: str
+) -> None:
+    monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", attributes)
+    settings = ServeSettings.model_validate({"OTEL_SERVICE_NAME": explicit, "device": "cpu"})
+    assert build_resource(settings).attributes["service.name"] == expected
