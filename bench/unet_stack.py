@@ -52,31 +52,9 @@ from kernels_warmup.compile import (
 )
 from kernels_warmup.quantize import Quantization, to_fp8_rows
 from kernels_warmup.shapes import CompiledShape
+from serve.sdxl_base import SCHEDULER_CONFIG, UNET_CONFIG, VAE_CONFIG
 
-SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SDXL_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-}
-TINY_UNET = SDXL_UNET | {
+TINY_UNET = UNET_CONFIG | {
     "sample_size": 8,
     "block_out_channels": (32, 64, 64),
     "layers_per_block": 1,
@@ -87,20 +65,12 @@ TINY_UNET = SDXL_UNET | {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 32 + 6 * 8,
 }
-TINY_VAE = SDXL_VAE | {
+TINY_VAE = VAE_CONFIG | {
     "block_out_channels": (16, 16, 16, 16),
     "layers_per_block": 1,
     "norm_num_groups": 8,
     "sample_size": 64,
 }
-SCHEDULER: dict[str, Any] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-}
-
 GUIDANCE = 5.0
 SKIPPED_STEPS = 2
 """A run's first steps also fill the text buffers and the launch queue."""
@@ -308,7 +278,7 @@ class PipelineSteps:
 
     def run(self, steps: int) -> RunTime:
         inputs, device = self._inputs, self._inputs.latents.device
-        scheduler = EulerDiscreteScheduler(**SCHEDULER)
+        scheduler = EulerDiscreteScheduler(**SCHEDULER_CONFIG)
         scheduler.set_timesteps(steps, device=device)
         latents = inputs.latents * scheduler.init_noise_sigma
         scheduler.set_begin_index(0)
@@ -338,7 +308,7 @@ class WholeSteps:
 
     def __init__(self, unet: Any, step: PerShape, inputs: StepInputs, steps: int) -> None:
         device = inputs.latents.device
-        scheduler = EulerDiscreteScheduler(**SCHEDULER)
+        scheduler = EulerDiscreteScheduler(**SCHEDULER_CONFIG)
         scheduler.set_timesteps(steps, device=device)
         self._inputs, self._scheduler = inputs, scheduler
         self._sigmas = scheduler.sigmas.to(device)
@@ -432,7 +402,7 @@ class Weights:
     """The seeded weights, held once; every scenario's modules start as views of them."""
 
     def __init__(self, device: torch.device, *, tiny: bool) -> None:
-        self._configs = (TINY_UNET, TINY_VAE) if tiny else (SDXL_UNET, SDXL_VAE)
+        self._configs = (TINY_UNET, TINY_VAE) if tiny else (UNET_CONFIG, VAE_CONFIG)
         self._states: list[dict[str, torch.Tensor]] = []
         for model, config in zip((UNet2DConditionModel, AutoencoderKL), self._configs, strict=True):
             torch.manual_seed(7)

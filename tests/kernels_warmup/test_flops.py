@@ -4,21 +4,21 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from bench.unet_stack import SDXL_UNET, SDXL_VAE
 from kernels_warmup.flops import count_decode, count_run, count_step, count_text_encoder
 from kernels_warmup.shapes import SDXL_SHAPES, CompiledShape
+from serve.sdxl_base import UNET_CONFIG, VAE_CONFIG
 from tests.kernels_warmup.tiny import tiny_unet, tiny_vae
 
 DEFAULT = SDXL_SHAPES[0]
 
 
 def test_a_step_of_sdxl_base_is_13_52_teraflop() -> None:
-    guided = count_step(SDXL_UNET, DEFAULT)
+    guided = count_step(UNET_CONFIG, DEFAULT)
     assert guided == pytest.approx(13.52e12, rel=1e-3)
 
 
 def test_decoding_a_default_image_is_10_47_teraflop() -> None:
-    assert count_decode(SDXL_VAE, DEFAULT) == pytest.approx(10.47e12, rel=1e-3)
+    assert count_decode(VAE_CONFIG, DEFAULT) == pytest.approx(10.47e12, rel=1e-3)
 
 
 def test_the_text_encoders_are_0_22_teraflop() -> None:
