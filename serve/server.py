@@ -29,7 +29,7 @@ GRACE_SECONDS = 5.0
 a deadline that passes midway still has to be answered."""
 
 FLUSH_SECONDS = 4.0
-"""How long the last spans may take to leave; with the hand-over it ends within 4.5 s."""
+"""How long the last spans may take to leave; closing and the interpreter's own end come on top."""
 
 
 def create_app(runtime: Runtime, on_failed_start: Callable[[], None] = lambda: None) -> FastAPI:
