@@ -26,6 +26,7 @@ from transformers import (
 
 from serve.demo_model import checkpoint_path
 from serve.demo_model.scenes import vocabulary
+from serve.sdxl_base import SCHEDULER_CONFIG
 
 MAX_TOKENS = 77
 LATENT_SIZE = 16
@@ -98,17 +99,7 @@ def build_unet() -> UNet2DConditionModel:
 
 def build_scheduler() -> EulerDiscreteScheduler:
     """SDXL base's own scheduler configuration."""
-    return EulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="epsilon",
-        interpolation_type="linear",
-        use_karras_sigmas=False,
-        timestep_spacing="leading",
-        steps_offset=1,
-    )
+    return EulerDiscreteScheduler(**SCHEDULER_CONFIG)
 
 
 def _text_config(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextConfig:
