@@ -82,6 +82,8 @@ class RunTiming:
     steps: tuple[StepTiming, ...]
     error_bound_ns: int = 0
     drift_ns: int = 0
+    eager_fallback: bool = False
+    """Something in it was not compiled for its shape and ran eagerly."""
 
     @property
     def duration_ns(self) -> int:
@@ -160,7 +162,7 @@ class RunTimeline:
     def steps_enqueued(self) -> int:
         return max(0, len(self._step_bounds) - 1)
 
-    def finish(self, failed: bool = False) -> RunTiming:
+    def finish(self, failed: bool = False, eager_fallback: bool = False) -> RunTiming:
         """Resolve every mark; called once, when all of the run's work is enqueued or has failed.
 
         Waits for the run's last mark, and so for its copy to the host. A device that faults raises
@@ -208,6 +210,7 @@ class RunTimeline:
             ),
             error_bound_ns=resolved.error_bound_ns,
             drift_ns=resolved.drift_ns,
+            eager_fallback=eager_fallback,
         )
 
 

@@ -67,6 +67,7 @@ from serve.settings import ServeSettings
 from serve.telemetry import build_tracing
 
 if TYPE_CHECKING:
+    from kernels_warmup.compile import CompiledModel
     from serve.model import SdxlModel
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,9 @@ WARMUP_STEPS = 2
 SILENCE_LIMIT_SECONDS = 120.0
 """A run that shows no sign of life for this long has hung: even the slowest step and decode that
 this service is meant for (a full-size model on a CPU) stay well below it."""
+
+Prepare = Callable[["SdxlModel"], "CompiledModel | None"]
+"""Makes a loaded model fast, in place, on the thread that owns it; None: as it was loaded."""
 
 OnStep = Callable[[int, float, Any], None]
 """Told `(index, gpu_ms, preview pixels or None)` of a step that has ended; on the GPU thread."""
@@ -149,6 +153,7 @@ class Runtime:
         recorder: Recorder,
         upload: Upload,
         make_run_clock: Callable[[str], Clock] = make_clock,
+        prepare: Prepare | None = None,
     ) -> None:
         self.settings = settings
         self.tracing = tracing
@@ -159,6 +164,7 @@ class Runtime:
         self._gpu = GpuThread()
         self._upload = upload
         self._make_run_clock = make_run_clock
+        self._prepare = prepare or self._compile
         self._device_lost = False
         self.work_left_behind = False
         self.ready = asyncio.Event()
@@ -247,15 +253,8 @@ class Runtime:
         return model
 
     def _warm(self, model: SdxlModel, on_progress: Callable[[str], None]) -> WarmupReport:
-        mode = self.settings.compile
-        if mode == "auto":
-            mode = "default" if model.device.type == "cuda" else "off"
         model.fit_preview()
-        compiled = None
-        if mode != "off":
-            from kernels_warmup.compile import compile_model
-
-            compiled = compile_model(model.pipeline, mode=mode)
+        compiled = self._prepare(model)
         shapes = self.settings.shapes or _default_shapes(model)
 
         def run_once(shape: CompiledShape, guided: bool) -> None:
@@ -272,6 +271,16 @@ class Runtime:
         if compiled is not None:
             compiled.freeze()
         return report
+
+    def _compile(self, model: SdxlModel) -> CompiledModel | None:
+        mode = self.settings.compile
+        if mode == "auto":
+            mode = "default" if model.device.type == "cuda" else "off"
+        if mode == "off":
+            return None
+        from kernels_warmup.compile import compile_model
+
+        return compile_model(model.pipeline, mode=mode)
 
     def _throwaway_call(self) -> Call:
         """What a warm-up run is accounted to; it is never recorded."""
@@ -591,12 +600,15 @@ def build_runtime(
     settings: ServeSettings,
     registry: CollectorRegistry = REGISTRY,
     upload: Upload = data_uri,
+    prepare: Prepare | None = None,
 ) -> Runtime:
     """Everything but the model, wired together.
 
     Args:
         registry: where the metrics are declared; the process-wide one unless a test says otherwise.
         upload: puts images somewhere; the default answers them inline.
+        prepare: makes the loaded model fast in another way than the settings say, as the bench
+            does to compare ways.
     """
     metrics = GenerationMetrics(
         registry,
@@ -611,7 +623,8 @@ def build_runtime(
         },
     )
     tracing = build_tracing(settings, metrics.spans_settled)
-    return Runtime(settings, tracing, metrics, Recorder(tracing, metrics), upload)
+    recorder = Recorder(tracing, metrics)
+    return Runtime(settings, tracing, metrics, recorder, upload, prepare=prepare)
 
 
 def _default_shapes(model: SdxlModel) -> tuple[CompiledShape, ...]:
