@@ -50,7 +50,7 @@ from kernels_warmup.compile import (
     compile_decoder,
     compile_unet,
 )
-from kernels_warmup.quantize import Quantization, to_fp8_rows
+from kernels_warmup.quantize import Quantization
 from kernels_warmup.shapes import CompiledShape
 from serve.sdxl_base import SCHEDULER_CONFIG, UNET_CONFIG, VAE_CONFIG
 
@@ -941,6 +941,13 @@ def profile(prepared: Prepared, device: torch.device) -> dict[str, Any]:
             for kernel, microseconds in total.most_common(40)
         ],
     }
+
+
+def to_fp8_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, columns) as fp8 and the float32 scales (rows, 1) that give the values back."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scale = rows.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / largest
+    return (rows.float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
 
 
 # The machine -------------------------------------------------------------------------------------
