@@ -7,6 +7,7 @@ is first called, which is warm-up's task, and so is forbidding it afterwards.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast, get_args
@@ -16,10 +17,13 @@ import torch._dynamo
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch._dynamo.exc import RecompileError
 
 from kernels_warmup.attention import Backend, resolve, set_attention
-from kernels_warmup.quantize import Quantization, quantize_unet
+from kernels_warmup.quantize import Quantization, Quantized, quantize_unet
 from kernels_warmup.rewrites import TextOnce, channels_last, set_vae_attention
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["off", "regional", "default", "max"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -84,24 +88,50 @@ RECIPES: dict[Mode, Recipe] = {
 
 @dataclass
 class CompiledModel:
-    """What `compile_model` did, and the switch that ends warm-up."""
+    """What `compile_model` did, and the guard that ends warm-up."""
 
     mode: Mode
     recipe: Recipe
     attention: Backend
-    quantize: Quantization
+    quantized: Quantized | None
     text: TextOnce | None
     functions: tuple[PerShape, ...]
 
     def freeze(self) -> None:
-        """From now on capture no graph for a new shape: it would cost a request its time."""
+        """Arm the guard: from now on nothing is compiled or captured, it runs eagerly instead.
+
+        A compilation in the middle of a request would cost it minutes; an eager step costs it
+        tens of milliseconds, and is counted in `fallbacks`.
+        """
         for function in self.functions:
             function.frozen = True
+
+    def thaw(self) -> None:
+        """Lift the guard, to warm one more shape while no request runs."""
+        for function in self.functions:
+            function.frozen = False
+
+    @property
+    def fallbacks(self) -> Fallbacks:
+        """What has run eagerly under the guard so far."""
+        return Fallbacks(
+            cold=sum(function.fallbacks.cold for function in self.functions),
+            recompiles=sum(function.fallbacks.recompiles for function in self.functions),
+        )
 
     @property
     def shapes_met(self) -> int:
         """How many distinct inputs the UNet and the decoder have run with."""
         return sum(len(function.met) for function in self.functions)
+
+
+@dataclass
+class Fallbacks:
+    """How often a call ran eagerly: for a shape never warmed, or because a warm one would have
+    been compiled again."""
+
+    cold: int = 0
+    recompiles: int = 0
 
 
 def compile_model(
@@ -127,8 +157,8 @@ def compile_model(
     if recipe == RECIPES["off"]:
         if attention != "auto":
             set_attention(pipeline.unet, backend, fuse_qkv=False)
-        quantize_unet(pipeline.unet, quantize)
-        return CompiledModel(mode, recipe, backend, quantize, None, ())
+        quantized = quantize_unet(pipeline.unet, quantize)
+        return CompiledModel(mode, recipe, backend, quantized, None, ())
     if device.type == "cuda":
         # The fastest convolution is found by timing, once a shape, in warm-up.
         torch.backends.cudnn.benchmark = True
@@ -136,8 +166,8 @@ def compile_model(
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     step = compile_unet(pipeline.unet, recipe, backend, quantize, pool)
     decode = compile_decoder(pipeline.vae, recipe, pool)
-    text = pipeline.unet.forward.text
-    return CompiledModel(mode, recipe, backend, quantize, text, (step, decode))
+    forward = pipeline.unet.forward
+    return CompiledModel(mode, recipe, backend, forward.quantized, forward.text, (step, decode))
 
 
 def compile_unet(
@@ -151,15 +181,17 @@ def compile_unet(
     if recipe.channels_last:
         channels_last(unet)
     set_attention(unet, attention, fuse_qkv=recipe.fuse_qkv)
+    # Before the text buffers, which would keep the forward that its error is measured by from
+    # running by itself.
+    quantized = quantize_unet(unet, quantize)
     text = TextOnce(unet) if recipe.text_once else None
-    quantize_unet(unet, quantize)
     step = _step_function(unet, text)
     if recipe.scope == "blocks":
         _compile_blocks(unet, recipe, unet.device)
     elif recipe.scope == "whole":
         step = _compiled(step, recipe, unet.device)
     per_shape = PerShape(step, recipe, unet.device, pool)
-    unet.forward = UNetForward(per_shape, text)
+    unet.forward = UNetForward(per_shape, text, quantized)
     return per_shape
 
 
@@ -245,9 +277,12 @@ def _decode_function(vae: Any) -> TensorFunction:
 class UNetForward:
     """Stands in for the UNet's `forward`; the one place that sees each step from outside."""
 
-    def __init__(self, step: PerShape, text: TextOnce | None) -> None:
+    def __init__(
+        self, step: PerShape, text: TextOnce | None, quantized: Quantized | None = None
+    ) -> None:
         self._step = step
         self.text = text
+        self.quantized = quantized
 
     def __call__(
         self,
@@ -293,7 +328,8 @@ class DecoderForward:
 class PerShape:
     """Runs a function, and on CUDA replays it as one graph for each shape of its inputs.
 
-    The result is always a tensor of its own: a later replay never overwrites it.
+    The result is always a tensor of its own: a later replay never overwrites it. Once `frozen`,
+    what would need a compilation runs eagerly; the function must give the same when called again.
     """
 
     def __init__(
@@ -309,21 +345,39 @@ class PerShape:
         self._captured: dict[tuple[object, ...], Captured] = {}
         self.met: set[tuple[object, ...]] = set()
         self.frozen = False
+        self.fallbacks = Fallbacks()
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         captured = self._captured.get(key)
         if captured is not None:
             return captured.replay(inputs)
-        if key in self.met or self.frozen:
-            return self._run(inputs)
-        return self._first(key, inputs)
+        if not self.frozen:
+            return self._run(inputs) if key in self.met else self._first(key, inputs)
+        if key not in self.met:
+            self.fallbacks.cold += 1
+            return self._eagerly(inputs)
+        try:
+            # Typed, where the compiler's stance of the same purpose raises a bare RuntimeError;
+            # raised before anything of the function has run.
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                return self._run(inputs)
+        except RecompileError as error:
+            # The guard's text names sizes and modules, nothing of a request.
+            logger.warning("not compiled again, run eagerly: %s", error)
+            self.fallbacks.recompiles += 1
+            return self._eagerly(inputs)
 
     def _run(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         if self._replay != "trees":
             return self.function(*inputs)
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return self.function(*inputs).clone()
+
+    def _eagerly(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        # The stance holds for the process, and this thread alone runs what is compiled.
+        with torch.compiler.set_stance("force_eager"):
+            return self.function(*inputs)
 
     def _first(self, key: tuple[object, ...], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         # The limit is set around the call and not once: such settings belong to a thread.

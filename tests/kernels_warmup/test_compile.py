@@ -8,11 +8,13 @@ from kernels_warmup.compile import (
     MODES,
     RECIPES,
     Captured,
+    Fallbacks,
     PerShape,
     Recipe,
     compile_model,
     inductor_options,
 )
+from kernels_warmup.warmup import graphs_compiled
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_models
 
 CPU = torch.device("cpu")
@@ -69,7 +71,7 @@ def test_the_decoder_and_the_unet_keep_their_signatures() -> None:
         models.vae.decoder(torch.zeros(1, 4, 8, 8), torch.zeros(1))
 
 
-def test_a_frozen_function_still_runs_but_meets_no_new_shape() -> None:
+def test_under_the_guard_a_shape_never_warmed_runs_eagerly_and_is_counted() -> None:
     function = PerShape(lambda a: a + 1, RECIPES["default"], CPU)
     function(torch.zeros(2))
     function(torch.zeros(2))
@@ -78,6 +80,56 @@ def test_a_frozen_function_still_runs_but_meets_no_new_shape() -> None:
     function.frozen = True
     assert torch.equal(function(torch.zeros(4)), torch.ones(4))
     assert len(function.met) == 2
+    assert function.fallbacks == Fallbacks(cold=1)
+
+
+def test_under_the_guard_a_recompile_is_refused_run_eagerly_and_counted() -> None:
+    """A guard on something that no input's shape tells, as a changed global is."""
+    scale = {"by": 2.0}
+    traced = []
+
+    def function(tensor: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            traced.append("eager")
+        return tensor * scale["by"]
+
+    per_shape = PerShape(
+        torch.compile(function, backend="eager", fullgraph=True, dynamic=False),
+        RECIPES["default"],
+        CPU,
+    )
+    per_shape(torch.ones(2))
+    per_shape.frozen = True
+    assert torch.equal(per_shape(torch.ones(2)), torch.full((2,), 2.0))
+    assert traced == []
+    assert per_shape.fallbacks == Fallbacks()
+    scale["by"] = 3.0
+    before = graphs_compiled()
+    assert torch.equal(per_shape(torch.ones(2)), torch.full((2,), 3.0))
+    assert traced == ["eager"]
+    assert graphs_compiled() == before
+    assert per_shape.fallbacks == Fallbacks(recompiles=1)
+    scale["by"] = 2.0
+    per_shape(torch.ones(2))
+    assert traced == ["eager"]
+    per_shape.frozen = False
+    scale["by"] = 3.0
+    per_shape(torch.ones(2))
+    assert traced == ["eager"]
+    assert graphs_compiled() == before + 1
+    torch.compiler.reset()
+
+
+def test_the_guard_hides_no_other_error() -> None:
+    def broken(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of order")
+
+    per_shape = PerShape(broken, RECIPES["default"], CPU)
+    per_shape.met.add(((torch.Size([1]), torch.float32),))
+    per_shape.frozen = True
+    with pytest.raises(RuntimeError, match="out of order"):
+        per_shape(torch.zeros(1))
+    assert per_shape.fallbacks == Fallbacks()
 
 
 def test_more_shapes_than_dynamos_own_limit_stay_compiled() -> None:
