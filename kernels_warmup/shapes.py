@@ -13,6 +13,8 @@ LARGEST_SIDE = 2048
 PIXELS_PER_LATENT = 8
 """The VAE halves an image three times; a side that is no multiple of this has no latent."""
 
+ALLOWED_SIDES = f"sides of a multiple of {PIXELS_PER_LATENT} from {SMALLEST_SIDE} to {LARGEST_SIDE}"
+
 _PATTERN = re.compile(r"(?P<width>[0-9]{1,6})[xX×](?P<height>[0-9]{1,6})")
 
 

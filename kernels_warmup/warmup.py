@@ -1,6 +1,7 @@
 """Running every warm shape once before the first request, and proving that nothing is left to do.
 
-Knows neither models nor HTTP: what to run is a callable.
+Knows neither models nor HTTP: what to run is a callable. It goes shape by shape, so that whoever
+owns the model's thread may serve in between.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kernels_warmup.shapes import CompiledShape
@@ -17,11 +18,56 @@ from metrics.timeline import PhaseTiming
 
 logger = logging.getLogger(__name__)
 
-# Read off torch's own counter where its compiler has been loaded; loading it takes seconds.
+# Read off torch's own counters where its compiler has been loaded; loading it takes seconds.
 _COMPILER_COUNTERS = "torch._dynamo.utils"
+
+BOTH = (True, False)
+"""With guidance and without: two graphs, since guidance doubles the UNet's batch."""
 
 RunOnce = Callable[[CompiledShape, bool], None]
 """Runs the production path once at a shape, with guidance on or off."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompilerCounts:
+    """What torch's compiler has done in this process so far.
+
+    Attributes:
+        graphs: graphs made, from scratch or from a cache.
+        graph_breaks: places where it gave up and went on in Python.
+        cache_hits, cache_misses: graphs whose code was found, or had to be generated.
+    """
+
+    graphs: int = 0
+    graph_breaks: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+
+    def __sub__(self, earlier: CompilerCounts) -> CompilerCounts:
+        return CompilerCounts(
+            self.graphs - earlier.graphs,
+            self.graph_breaks - earlier.graph_breaks,
+            self.cache_hits - earlier.cache_hits,
+            self.cache_misses - earlier.cache_misses,
+        )
+
+
+def compiler_counts() -> CompilerCounts:
+    """The counts now; all zero where the compiler was never loaded."""
+    utils = sys.modules.get(_COMPILER_COUNTERS)
+    if utils is None:
+        return CompilerCounts()
+    counters: Mapping[str, Mapping[str, int]] = utils.counters
+
+    def count(family: str, name: str) -> int:
+        return int(counters.get(family, {}).get(name, 0))
+
+    return CompilerCounts(
+        graphs=count("stats", "unique_graphs"),
+        graph_breaks=sum(counters.get("graph_break", {}).values()),
+        cache_hits=count("inductor", "fxgraph_cache_hit"),
+        cache_misses=count("inductor", "fxgraph_cache_miss"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,89 +78,107 @@ class WarmupReport:
         phases: one `compile {shape}` per shape and one `verify`, Unix nanoseconds.
         warm: the shapes that may be served, in the order asked for.
         failed: shapes left out, with the type of the error each failed with.
-        graphs: how many graphs were compiled.
-        recompiled: how many more the verifying pass compiled; anything but 0 is a fault.
+        compiled: what the compiler did for the shapes.
+        recompiled: how many more graphs the verifying pass made; anything but 0 is a fault.
     """
 
     phases: tuple[PhaseTiming, ...]
     warm: tuple[CompiledShape, ...]
     failed: tuple[tuple[CompiledShape, str], ...]
-    graphs: int
+    compiled: CompilerCounts
     recompiled: int
 
 
-def graphs_compiled() -> int:
-    """How many graphs torch.compile has made in this process so far."""
-    utils = sys.modules.get(_COMPILER_COUNTERS)
-    return 0 if utils is None else int(utils.counters["stats"]["unique_graphs"])
-
-
-def warm_up(
-    run_once: RunOnce,
-    shapes: Sequence[CompiledShape],
-    on_progress: Callable[[str], None] = lambda _: None,
-) -> WarmupReport:
-    """Run every shape with guidance on and off, then all of them again expecting no compilation.
-
-    A shape that fails is left out with the reason and the others serve; if none is left, the last
-    error is raised.
+class Warmup:
+    """One start-up's warm-up, a shape at a time; used by one thread at a time.
 
     Args:
+        guidances: whether each shape is run with guidance, without, or both.
         on_progress: told the phase that begins.
     """
-    anchor = WallAnchor.now()
-    phases: list[PhaseTiming] = []
-    warm: list[CompiledShape] = []
-    failed: list[tuple[CompiledShape, str]] = []
-    last_error: Exception | None = None
-    graphs_before = graphs_compiled()
 
-    for shape in shapes:
+    def __init__(
+        self,
+        run_once: RunOnce,
+        guidances: Sequence[bool] = BOTH,
+        on_progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._run_once = run_once
+        self._guidances = guidances
+        self._on_progress = on_progress
+        self._anchor = WallAnchor.now()
+        self._before = compiler_counts()
+        self._phases: list[PhaseTiming] = []
+        self._warm: list[CompiledShape] = []
+        self._failed: list[tuple[CompiledShape, str]] = []
+        self._last_error: Exception | None = None
+        self._recompiled = 0
+
+    @property
+    def warm_shapes(self) -> tuple[CompiledShape, ...]:
+        return tuple(self._warm)
+
+    def warm(self, shape: CompiledShape) -> bool:
+        """Run a shape for the first time. One that fails is left out, with the reason in the log;
+        returns whether it is warm."""
         name = f"compile {shape}"
-        on_progress(name)
-        start = time.perf_counter_ns()
-        graphs_at_start = graphs_compiled()
+        self._on_progress(name)
+        start, before = time.perf_counter_ns(), compiler_counts()
+        error: Exception | None = None
         try:
-            for guided in (True, False):
-                run_once(shape, guided)
-            warm.append(shape)
-        except Exception as error:
+            self._run_all(shape)
+            self._warm.append(shape)
+        except Exception as raised:
             # Whatever one shape fails with (memory, a compiler's bug), the others may serve.
-            last_error = error
-            failed.append((shape, type(error).__name__))
+            error = self._last_error = raised
+            self._failed.append((shape, type(raised).__name__))
             logger.exception("%s could not be warmed and will not be served", shape)
-        phases.append(
-            PhaseTiming(
-                name,
-                anchor.to_unix(start),
-                anchor.to_unix(time.perf_counter_ns()),
-                {"shape": str(shape), "graphs": graphs_compiled() - graphs_at_start},
-            )
-        )
-    if not warm and last_error is not None:
-        raise last_error
+        done = compiler_counts() - before
+        attributes: dict[str, str | int | float | bool] = {
+            "shape": str(shape),
+            "graphs": done.graphs,
+            "cache_hits": done.cache_hits,
+            "cache_misses": done.cache_misses,
+        }
+        if error is not None:
+            attributes["error.type"] = type(error).__name__
+        self._end_phase(name, start, attributes)
+        return error is None
 
-    on_progress("verify")
-    graphs = graphs_compiled()
-    start = time.perf_counter_ns()
-    for shape in warm:
-        for guided in (True, False):
-            run_once(shape, guided)
-    recompiled = graphs_compiled() - graphs
-    phases.append(
-        PhaseTiming(
-            "verify",
-            anchor.to_unix(start),
-            anchor.to_unix(time.perf_counter_ns()),
-            {"recompiled": recompiled},
+    def verify(self) -> None:
+        """Run every warm shape again, expecting no compilation.
+
+        Raises the last shape's error where none is warm.
+        """
+        if not self._warm and self._last_error is not None:
+            raise self._last_error
+        self._on_progress("verify")
+        start, before = time.perf_counter_ns(), compiler_counts()
+        for shape in self._warm:
+            self._run_all(shape)
+        self._recompiled = (compiler_counts() - before).graphs
+        self._end_phase("verify", start, {"recompiled": self._recompiled})
+        if self._recompiled:
+            logger.error(
+                "the verifying pass compiled %d graphs; requests may be slow", self._recompiled
+            )
+
+    def report(self) -> WarmupReport:
+        return WarmupReport(
+            phases=tuple(self._phases),
+            warm=self.warm_shapes,
+            failed=tuple(self._failed),
+            compiled=compiler_counts() - self._before,
+            recompiled=self._recompiled,
         )
-    )
-    if recompiled:
-        logger.error("the verifying pass compiled %d graphs; requests may stall", recompiled)
-    return WarmupReport(
-        phases=tuple(phases),
-        warm=tuple(warm),
-        failed=tuple(failed),
-        graphs=graphs - graphs_before,
-        recompiled=recompiled,
-    )
+
+    def _run_all(self, shape: CompiledShape) -> None:
+        for guided in self._guidances:
+            self._run_once(shape, guided)
+
+    def _end_phase(
+        self, name: str, start: int, attributes: Mapping[str, str | int | float | bool]
+    ) -> None:
+        end = time.perf_counter_ns()
+        to_unix = self._anchor.to_unix
+        self._phases.append(PhaseTiming(name, to_unix(start), to_unix(end), attributes))

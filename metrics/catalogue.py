@@ -117,6 +117,27 @@ class GenerationMetrics:
             "Requests whose prompt a text encoder cut.",
             registry=registry,
         )
+        self._recompiles = Counter(
+            "sdxl_recompiles",
+            "Runs after warm-up that would have compiled something again; they ran eagerly.",
+            registry=registry,
+        )
+        self._graph_breaks = Gauge(
+            "sdxl_graph_breaks",
+            "Places where the compiler gave up and went on in Python; 0 unless something is wrong.",
+            registry=registry,
+        )
+        self._cold_runs = Counter(
+            "sdxl_cold_shape_runs",
+            "Runs at a shape that was not warm, served eagerly.",
+            registry=registry,
+        )
+        self._compile_cache = Counter(
+            "sdxl_compile_cache",
+            "What became of the archive of compiled kernels, when it was read and written.",
+            ("result",),
+            registry=registry,
+        )
         self._record_failures = Counter(
             "sdxl_record_failures",
             "Finished requests whose spans or metrics could not be recorded.",
@@ -174,6 +195,19 @@ class GenerationMetrics:
 
     def upload_fell_back(self) -> None:
         self._upload_fallbacks.inc()
+
+    def recompiled(self) -> None:
+        self._recompiles.inc()
+
+    def graph_breaks(self, count: int) -> None:
+        self._graph_breaks.set(count)
+
+    def cold_shape_served(self) -> None:
+        self._cold_runs.inc()
+
+    def compile_cache(self, result: str) -> None:
+        """`result` must come from the cache's own closed set."""
+        self._compile_cache.labels(result).inc()
 
     def prompt_truncated(self) -> None:
         self._truncated_prompts.inc()

@@ -36,8 +36,9 @@ from serve.errors import (
     RequestError,
 )
 from serve.images import data_uri, encode_image
-from serve.runtime import ENDPOINTS, Runtime, State
+from serve.runtime import ENDPOINTS, Runtime
 from serve.schema import TextToImageRequest, TextToImageResponse
+from serve.startup import State
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) ->
         first.cancel()
         await task  # raises the refusal
     return StreamingResponse(
-        _stream(call, request, task, events, first.result()),
+        _stream(call, task, events, first.result()),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
@@ -138,7 +139,6 @@ async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) ->
 
 async def _stream(
     call: Call,
-    request: TextToImageRequest,
     task: asyncio.Task[TextToImageResponse],
     events: asyncio.Queue[tuple[str, Any]],
     first: tuple[str, Any],
@@ -155,7 +155,8 @@ async def _stream(
         if name == "done":
             break
         index, gpu_ms, preview = payload
-        data = {"index": index, "total": request.num_inference_steps, "gpu_ms": gpu_ms}
+        assert call.facts is not None  # what has steps has been planned
+        data = {"index": index, "total": call.facts.num_inference_steps, "gpu_ms": gpu_ms}
         if preview is not None:
             small = await asyncio.to_thread(encode_image, preview, "jpeg")
             data["preview"] = data_uri(small, "jpeg")

@@ -10,32 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import platform
 import secrets
-import threading
 import traceback
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from kernels_warmup.shapes import CompiledShape
-from kernels_warmup.warmup import WarmupReport, warm_up
+from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
 from metrics.catalogue import GenerationMetrics
-from metrics.clock import Clock, WallAnchor, make_clock
+from metrics.clock import Clock, make_clock
 from metrics.recorder import Recorder
-from metrics.timeline import (
-    Failure,
-    GenerationFacts,
-    PhaseTiming,
-    RunTimeline,
-    WarmupTiming,
-)
+from metrics.timeline import GenerationFacts, RunTimeline
 from metrics.tracing import Tracing
 from serve.admission import Admission
 from serve.call import Call
@@ -64,10 +54,11 @@ from serve.schema import (
     Timings,
 )
 from serve.settings import ServeSettings
+from serve.startup import Prepare, Readiness, Startup, State
 from serve.telemetry import build_tracing
 
 if TYPE_CHECKING:
-    from kernels_warmup.compile import CompiledModel
+    from kernels_warmup.compile import Fallbacks
     from serve.model import SdxlModel
 
 logger = logging.getLogger(__name__)
@@ -80,20 +71,8 @@ SILENCE_LIMIT_SECONDS = 120.0
 """A run that shows no sign of life for this long has hung: even the slowest step and decode that
 this service is meant for (a full-size model on a CPU) stay well below it."""
 
-Prepare = Callable[["SdxlModel"], "CompiledModel | None"]
-"""Makes a loaded model fast, in place, on the thread that owns it; None: as it was loaded."""
-
 OnStep = Callable[[int, float, Any], None]
 """Told `(index, gpu_ms, preview pixels or None)` of a step that has ended; on the GPU thread."""
-
-
-class State(StrEnum):
-    """Where the process is in its life."""
-
-    STARTING = "starting"
-    READY = "ready"
-    FAILED = "failed"
-    DRAINING = "draining"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,41 +81,15 @@ class Plan:
 
     request: TextToImageRequest
     shape: CompiledShape
+    num_inference_steps: int
+    guidance_scale: float
     seed: int
     run_id: str
 
-
-@dataclass(slots=True)
-class Readiness:
-    """What `/ready` tells."""
-
-    state: State = State.STARTING
-    phase: str = "not started"
-    reason: str = ""
-    model: str = ""
-    device: str = ""
-    shapes: tuple[CompiledShape, ...] = ()
-    phases_ms: dict[str, float] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "state": self.state.value,
-            "phase": self.phase,
-            "reason": self.reason,
-            "model": self.model,
-            "device": self.device,
-            "shapes": [str(shape) for shape in self.shapes],
-            "warmup_ms": self.phases_ms,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """A start-up under way: what its trace will tell."""
-
-    anchor: WallAnchor
-    phases: list[PhaseTiming] = field(default_factory=list)
-    attributes: dict[str, str | int | float | bool] = field(default_factory=dict)
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance runs, which doubles the batch of the UNet."""
+        return self.guidance_scale > 1
 
 
 class Runtime:
@@ -163,139 +116,67 @@ class Runtime:
         self.admission = Admission(settings.max_waiting, metrics.set_waiting)
         self._gpu = GpuThread()
         self._upload = upload
-        self._make_run_clock = make_run_clock
-        self._prepare = prepare or self._compile
         self._device_lost = False
         self.work_left_behind = False
         self.ready = asyncio.Event()
-        self._start: _Start | None = None
-        self._start_lock = threading.Lock()
-        # Set by `_load_and_warm`, on the thread that owns the model.
-        self._model: SdxlModel | None = None
-        self._clock: Clock | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._startup = Startup(
+            settings,
+            self.readiness,
+            metrics,
+            recorder,
+            self._gpu,
+            make_run_clock,
+            prepare,
+            self._run_once,
+            on_ready=self.ready.set,
+        )
 
     # Starting
 
     async def start(self, on_progress: Callable[[str], None] = lambda _: None) -> None:
-        """Load the model and warm every shape; returns when ready.
+        """Load the model and warm its shapes; returns when ready.
+
+        With `SDXL_READY_EARLY` that is after the first shape; the others follow, each in its turn
+        between requests.
 
         Raises:
-            ModelError: the model cannot be loaded.
+            ModelError: the model cannot be loaded, or not made fast as the settings ask.
         """
-
-        def progress(phase: str) -> None:
-            self.readiness.phase = phase
-            on_progress(phase)
-
+        starting = self._starting = asyncio.create_task(self._startup.run(on_progress))
+        ready = asyncio.create_task(self.ready.wait())
         try:
-            await asyncio.wrap_future(self._gpu.submit(lambda: self._load_and_warm(progress)))
-        except Exception as error:
-            self.readiness.state = State.FAILED
-            self.readiness.reason = f"{type(error).__name__} while in phase {self.readiness.phase}"
-            raise
-        if self.readiness.state is State.STARTING:
-            self.readiness.state = State.READY
-            self.readiness.phase = "ready"
-            self.metrics.set_ready(True)
-            self.ready.set()
-
-    def _load_and_warm(self, on_progress: Callable[[str], None]) -> None:
-        start = self._start = _Start(WallAnchor.now())
-        anchor, phases, attributes = start.anchor, start.phases, start.attributes
-        failure: Failure | None = None
-        try:
-            on_progress("load_model")
-            model = self._load_model()
-            attributes.update({"model.name": model.name, "device": str(model.device)})
-            loaded = WallAnchor.now()
-            phases.append(
-                PhaseTiming(
-                    "load_model", anchor.unix_ns, anchor.to_unix(loaded.monotonic_ns), attributes
-                )
-            )
-            report = self._warm(model, on_progress)
-            phases += report.phases
-            self._became_warm(model, report)
-        except Exception as error:
-            failure = Failure(
-                error_type="warmup_failed",
-                exception_type=type(error).__name__,
-                message=f"start-up failed with {type(error).__name__}",
-                at_ns=anchor.to_unix(WallAnchor.now().monotonic_ns),
-            )
+            await asyncio.wait({starting, ready}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            starting.cancel()
             raise
         finally:
-            self._record_start(failure)
-            for phase in phases:
-                self.readiness.phases_ms[phase.name] = phase.duration_ns / 1e6
-                self.metrics.set_warmup_phase(
-                    phase.name.split(" ")[0], _total_seconds(phases, phase.name.split(" ")[0])
-                )
+            ready.cancel()
+        if starting.done():
+            starting.result()
+        else:
+            starting.add_done_callback(_log_late_failure)
 
-    def _record_start(self, failure: Failure | None) -> None:
-        """Tell the start-up's trace, once: its end, or the process's end when that comes first."""
-        with self._start_lock:
-            start, self._start = self._start, None
-        if start is not None:
-            end_ns = start.anchor.to_unix(WallAnchor.now().monotonic_ns)
-            timing = WarmupTiming(start.anchor.unix_ns, end_ns, tuple(start.phases), failure)
-            self.recorder.record_warmup(timing, start.attributes)
-
-    def _load_model(self) -> SdxlModel:
-        from serve.model import load_model
-
-        settings = self.settings
-        model = load_model(settings.model, settings.model_revision, settings.device, settings.dtype)
-        self._model = model
-        self._clock = self._make_run_clock(str(model.device))
-        self.readiness.model = model.name
-        self.readiness.device = str(model.device)
-        return model
-
-    def _warm(self, model: SdxlModel, on_progress: Callable[[str], None]) -> WarmupReport:
-        model.fit_preview()
-        compiled = self._prepare(model)
-        shapes = self.settings.shapes or _default_shapes(model)
-
-        def run_once(shape: CompiledShape, guided: bool) -> None:
-            request = TextToImageRequest(
-                prompt="warm-up",
-                num_inference_steps=WARMUP_STEPS,
-                guidance_scale=5.0 if guided else 1.0,
-            )
-            plan = Plan(request, shape, seed=0, run_id=uuid.uuid4().hex)
-            self._run(plan, self._throwaway_call(), None)
-            self._gpu.sign_of_life()
-
-        report = warm_up(run_once, shapes, on_progress)
-        if compiled is not None:
-            compiled.freeze()
-        return report
-
-    def _compile(self, model: SdxlModel) -> CompiledModel | None:
-        mode = self.settings.compile
-        if mode == "auto":
-            mode = "default" if model.device.type == "cuda" else "off"
-        if mode == "off":
-            return None
-        from kernels_warmup.compile import compile_model
-
-        return compile_model(model.pipeline, mode=mode)
-
-    def _throwaway_call(self) -> Call:
-        """What a warm-up run is accounted to; it is never recorded."""
-        return Call("/", "POST", self.tracing.identify())
-
-    def _became_warm(self, model: SdxlModel, report: WarmupReport) -> None:
-        self.readiness.shapes = report.warm
-        self.metrics.set_warm_shapes([str(shape) for shape in report.warm])
-        logger.info(
-            "warm: %s on %s, shapes %s, %d graphs",
-            model.name,
-            model.device,
-            ", ".join(str(shape) for shape in report.warm),
-            report.graphs,
+    def _run_once(self, shape: CompiledShape, guided: bool) -> None:
+        """Warm-up's run: the production path, accounted to nobody."""
+        plan = Plan(
+            TextToImageRequest(prompt="warm-up"),
+            shape,
+            num_inference_steps=WARMUP_STEPS,
+            guidance_scale=max(self.settings.guidance_scale, 2.0) if guided else 1.0,
+            seed=0,
+            run_id=uuid.uuid4().hex,
         )
+        self._run(plan, Call("/", "POST", self.tracing.identify()), None)
+        self._gpu.sign_of_life()
+
+    @property
+    def _model(self) -> SdxlModel | None:
+        return self._startup.model
+
+    @property
+    def _clock(self) -> Clock | None:
+        return self._startup.clock
 
     # Serving
 
@@ -341,18 +222,20 @@ class Runtime:
         if not self.healthy:
             raise DeviceLost  # behind a run that has hung, nobody's turn comes
         shape = self._shape(request)
+        steps = request.num_inference_steps or self.settings.steps
+        guidance_scale = self._guidance_scale(request)
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         call.facts = GenerationFacts(
             model_name=readiness.model,
             prompt_length=len(request.prompt),
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
             width=shape.width,
             height=shape.height,
             seed=seed,
             prompt=request.prompt if self.settings.trace_prompts else None,
         )
-        return Plan(request, shape, seed, run_id=uuid.uuid4().hex)
+        return Plan(request, shape, steps, guidance_scale, seed, run_id=uuid.uuid4().hex)
 
     def _shape(self, request: TextToImageRequest) -> CompiledShape:
         default = self.readiness.shapes[0]
@@ -361,11 +244,28 @@ class Runtime:
         for shape in self.readiness.shapes:
             if (shape.width, shape.height) == (width, height):
                 return shape
-        allowed = ", ".join(str(shape) for shape in self.readiness.shapes)
+        allowed = f"one of {', '.join(str(shape) for shape in self.readiness.shapes)}"
+        if self.settings.serve_cold_shapes:
+            assert self._model is not None
+            most = max(s.pixels for s in (*self.readiness.shapes, *self._model.trained_shapes))
+            allowed += f", or any of at most {most} pixels with {ALLOWED_SIDES}"
+            with contextlib.suppress(ValueError):
+                shape = CompiledShape(width, height)
+                if shape.pixels <= most:
+                    return shape
         field_name = "width" if request.width is not None else "height"
         raise InvalidRequest(
-            [FieldProblem(("body", field_name), f"the size must be one of {allowed}", "shape")]
+            [FieldProblem(("body", field_name), f"the size must be {allowed}", "shape")]
         )
+
+    def _guidance_scale(self, request: TextToImageRequest) -> float:
+        scale = request.guidance_scale
+        if scale is None:
+            return self.settings.guidance_scale
+        if scale > 1 and True not in self._startup.guidances:
+            message = "must be at most 1: this model runs without guidance"
+            raise InvalidRequest([FieldProblem(("body", "guidance_scale"), message, "guidance")])
+        return scale
 
     @contextlib.contextmanager
     def _deadline(self, request: TextToImageRequest, call: Call) -> Any:
@@ -456,6 +356,7 @@ class Runtime:
         request = plan.request
         previews = _Previews(model, wanted=request.preview and on_step is not None)
         timeline: RunTimeline | None = None
+        fallbacks = self._fallbacks()
 
         def on_step_ended(index: int, duration_ns: int) -> None:
             if on_step is not None:
@@ -472,19 +373,19 @@ class Runtime:
                 call.timeline.anchor,
                 run_id=plan.run_id,
                 shape=str(plan.shape),
-                guidance=request.guided,
+                guidance=plan.guided,
             )
             pacer = StepPacer(timeline, call.cancellation, on_step_ended, self._gpu.sign_of_life)
             with timeline.stage("text_encode"):
                 conditioning = model.encode_prompt(
-                    request.prompt, request.negative_prompt, request.guided
+                    request.prompt, request.negative_prompt, plan.guided
                 )
             with timeline.stage("denoise"):
                 latents = model.denoise(
                     conditioning,
                     shape=plan.shape,
-                    num_inference_steps=request.num_inference_steps,
-                    guidance_scale=request.guidance_scale,
+                    num_inference_steps=plan.num_inference_steps,
+                    guidance_scale=plan.guidance_scale,
                     seed=plan.seed,
                     on_loop_begins=timeline.loop_begins,
                     on_step_enqueued=on_step_enqueued,
@@ -493,7 +394,8 @@ class Runtime:
             with timeline.stage("vae_decode"):
                 image = model.decode(latents)
             pacer.drain()
-            call.run = timeline.finish()  # waits for the copy to the host
+            # Waits for the copy to the host.
+            call.run = timeline.finish(eager_fallback=self._count_fallbacks(plan, fallbacks))
             if not bool(image.finite):
                 raise NonFiniteOutput
             call.cancellation.raise_if_cancelled()
@@ -508,6 +410,21 @@ class Runtime:
             if failure is error:
                 raise
             raise failure from None
+
+    def _fallbacks(self) -> Fallbacks | None:
+        compiled = self._startup.compiled
+        return None if compiled is None else compiled.fallbacks
+
+    def _count_fallbacks(self, plan: Plan, before: Fallbacks | None) -> bool:
+        """Count a run that the guard kept from compiling; returns whether any of it ran eagerly."""
+        if plan.shape not in self.readiness.shapes and self.readiness.shapes:
+            self.metrics.cold_shape_served()
+        after = self._fallbacks()
+        if before is None or after is None or after == before:
+            return False
+        if after.recompiles > before.recompiles:
+            self.metrics.recompiled()
+        return True
 
     def _explain(self, error: Exception) -> RequestError:
         """The row of the failure table that an exception of a run is.
@@ -555,7 +472,7 @@ class Runtime:
         """False once the device is lost, the start has failed or a run has hung."""
         if self._device_lost or self.readiness.state is State.FAILED:
             return False
-        if self.readiness.state is State.STARTING:
+        if self.readiness.state is State.STARTING or self._startup.busy:
             return True  # compiling is silent for minutes; the platform's start-up limit rules
         return self._gpu.silent_seconds() < SILENCE_LIMIT_SECONDS
 
@@ -572,9 +489,7 @@ class Runtime:
         self.begin_drain()
         # A compile cannot be interrupted and may take minutes, a hung run for ever.
         self.work_left_behind = not self._gpu.stop(timeout_seconds=0.1)
-        now_ns = WallAnchor.now().unix_ns
-        ended = "the process was ended before it was warm"
-        self._record_start(Failure(Draining.error_type, Draining.__name__, ended, now_ns))
+        self._startup.cut_off()
         return self.recorder.close(budget_seconds)
 
 
@@ -627,10 +542,7 @@ def build_runtime(
     return Runtime(settings, tracing, metrics, recorder, upload, prepare=prepare)
 
 
-def _default_shapes(model: SdxlModel) -> tuple[CompiledShape, ...]:
-    """The demo is warm in a second at all its sizes; a full-size model compiles one for minutes."""
-    return model.trained_shapes if model.name == "demo" else model.trained_shapes[:1]
-
-
-def _total_seconds(phases: list[PhaseTiming], kind: str) -> float:
-    return math.fsum(p.duration_ns / 1e9 for p in phases if p.name.split(" ")[0] == kind)
+def _log_late_failure(starting: asyncio.Task[None]) -> None:
+    """What fails after the process became ready costs the shapes that are not warm, no more."""
+    if not starting.cancelled() and (error := starting.exception()) is not None:
+        logger.error("not every shape could be warmed: %s", type(error).__name__, exc_info=error)

@@ -57,13 +57,18 @@ class TextToImageRequest(BaseModel):
     negative_prompt: str = Field(
         default="", max_length=MAX_PROMPT_CHARACTERS, description="What to keep out."
     )
-    num_inference_steps: int = Field(default=20, ge=1, le=100, description="Denoising steps.")
-    guidance_scale: float = Field(
-        default=5.0,
+    num_inference_steps: int | None = Field(
+        default=None, ge=1, le=100, description="Denoising steps; null: the model's own, often 20."
+    )
+    guidance_scale: float | None = Field(
+        default=None,
         ge=0,
         le=20,
         allow_inf_nan=False,
-        description="How closely to follow the prompt; 1 and below turn guidance off.",
+        description=(
+            "How closely to follow the prompt; 1 and below turn guidance off; null: the model's "
+            "own, often 5."
+        ),
     )
     width: int | None = Field(default=None, description="Pixels; null: the default size.")
     height: int | None = Field(default=None, description="Pixels; null: the default size.")
@@ -89,11 +94,6 @@ class TextToImageRequest(BaseModel):
         if not value.strip():
             raise ValueError("must not be blank")
         return value
-
-    @property
-    def guided(self) -> bool:
-        """Whether classifier-free guidance runs, which doubles the batch of the UNet."""
-        return self.guidance_scale > 1
 
 
 class GeneratedImage(BaseModel):

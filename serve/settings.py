@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator
@@ -80,8 +81,28 @@ class ServeSettings(BaseSettings):
             "a comma-separated list of WIDTHxHEIGHT, each side a multiple of 8 from 64 to 2048"
         ),
     )
+    serve_cold_shapes: bool = Field(default=False, description="true or false")
+    ready_early: bool = Field(default=False, description="true or false")
+    # What a request that names none gets; few-step checkpoints need others than SDXL base.
+    steps: int = Field(default=20, ge=1, le=100, description="a whole number from 1 to 100")
+    guidance_scale: float = Field(
+        default=5.0,
+        ge=0,
+        le=20,
+        allow_inf_nan=False,
+        description="a number from 0 to 20; at 1 and below the model runs without guidance",
+    )
     compile: Literal["auto", "off", "regional", "default", "max"] = Field(
         default="auto", description="auto, off, regional, default or max"
+    )
+    attention: Literal["auto", "cudnn", "flash", "xformers"] = Field(
+        default="auto", description="auto, cudnn, flash or xformers"
+    )
+    quantize: Literal["none", "int8", "fp8"] = Field(
+        default="none", description="none, int8 or fp8"
+    )
+    cache_dir: Path | None = Field(
+        default=None, description="a folder that only this service's operators can write to"
     )
     max_waiting: int = Field(
         default=32, ge=0, le=10_000, description="a whole number from 0 to 10000"

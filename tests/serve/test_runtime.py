@@ -13,6 +13,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
+from kernels_warmup.shapes import CompiledShape
 from serve.call import Call, current_call
 from serve.errors import (
     ClientGone,
@@ -28,9 +29,10 @@ from serve.errors import (
     QueueFull,
 )
 from serve.model import Conditioning
-from serve.runtime import Runtime, State, build_runtime
+from serve.runtime import Plan, Runtime, build_runtime
 from serve.schema import TextToImageResponse
 from serve.settings import ServeSettings
+from serve.startup import State
 from tests.serve.conftest import request
 
 NewCall = Callable[[], Call]
@@ -81,6 +83,12 @@ def test_guidance_and_negative_prompts_change_the_image(
     plain = generate(runtime, new_call(), format="png")
     changed = generate(runtime, new_call(), format="png", **changes)
     assert plain.image.url != changed.image.url
+
+
+@pytest.mark.parametrize(("scale", "guided"), [(0, False), (1, False), (1.01, True)])
+def test_guidance_of_one_and_below_is_off(scale: float, guided: bool) -> None:
+    shape = CompiledShape(128, 128)
+    assert Plan(request(), shape, 2, scale, seed=1, run_id="r").guided is guided
 
 
 def test_a_cut_prompt_is_said(runtime: Runtime, new_call: NewCall) -> None:
@@ -529,12 +537,12 @@ def test_draining_lets_the_running_request_finish() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own insides
 def test_compiled_and_warm_nothing_compiles_afterwards() -> None:
-    from kernels_warmup.warmup import graphs_compiled
+    from kernels_warmup.warmup import compiler_counts
 
     settings = ServeSettings(model="demo", device="cpu", compile="default")
     compiled = build_runtime(settings, CollectorRegistry())
     asyncio.run(compiled.start())
-    graphs = graphs_compiled()
+    graphs = compiler_counts().graphs
     assert graphs > 0
     for seed, (steps, guidance, width, height) in enumerate(
         [(2, 5.0, 128, 128), (7, 7.5, 160, 96), (3, 1.0, 128, 128), (1, 0.0, 160, 96)]
@@ -551,5 +559,5 @@ def test_compiled_and_warm_nothing_compiles_afterwards() -> None:
             prompt="a red circle " * (seed + 1),
         )
         assert len(response.timings.steps_ms) == steps
-    assert graphs_compiled() == graphs
+    assert compiler_counts().graphs == graphs
     compiled.close(1)

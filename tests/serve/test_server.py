@@ -17,8 +17,9 @@ from metrics.timeline import RequestTiming
 from metrics.tracing import TraceIdentity
 from serve.asgi import MAX_BODY_BYTES
 from serve.errors import ConfigurationError
-from serve.runtime import Runtime, State
+from serve.runtime import Runtime
 from serve.server import bind, create_app
+from serve.startup import State
 
 PROMPT = "a zebra that no error may mention"
 
