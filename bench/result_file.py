@@ -22,15 +22,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from bench.errors import ResultFileError
+
 FORMAT = "stepspan-bench"
 SCHEMA_VERSION = 1
 
 Side = Literal["base", "head"]
 """Which commit a sample is of. A run of one commit has the side `head` only."""
-
-
-class ResultFileError(Exception):
-    """A result file that cannot be used; the message is one sentence and names the file."""
 
 
 _CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -14,7 +14,8 @@ import pytest
 from pydantic import ValidationError
 
 from bench import result_file
-from bench.result_file import BenchResult, NotRun, RequestSample, ResultFileError, Session
+from bench.errors import ResultFileError
+from bench.result_file import BenchResult, NotRun, RequestSample, Session
 from tests.bench.made_up import noisy, request, result, scenario
 
 
