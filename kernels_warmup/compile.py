@@ -363,8 +363,9 @@ class PerShape:
             with torch._dynamo.config.patch(error_on_recompile=True):
                 return self._run(inputs)
         except RecompileError as error:
-            # The guard's text names sizes and modules, nothing of a request.
-            logger.warning("not compiled again, run eagerly: %s", error)
+            if not self.fallbacks.recompiles:
+                # Once: every step would say the same. The text names sizes and modules only.
+                logger.warning("not compiled again, run eagerly: %s", error)
             self.fallbacks.recompiles += 1
             return self._eagerly(inputs)
 

@@ -207,9 +207,9 @@ def to_pixels(image: torch.Tensor) -> torch.Tensor:
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def all_finite(latents: torch.Tensor) -> torch.Tensor:
-    """A single bool on the latents' device; read it after the run's last copy, not before."""
-    return latents.isfinite().all()
+def all_finite(images: torch.Tensor) -> torch.Tensor:
+    """(images,) bool on their device; read it after the run's last copy, not before."""
+    return images.isfinite().flatten(1).all(1)
 
 
 def channels_last(module: nn.Module) -> None:

@@ -20,6 +20,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from kernels_warmup.rewrites import all_finite, to_pixels
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError
@@ -141,6 +142,10 @@ class SdxlModel:
         size = (1, self.pipeline.unet.config.in_channels, *shape.latent)
         noise = torch.cat([torch.randn(size, generator=each) for each in generators])
         latents = noise.to(self.device, self.dtype, non_blocking=True)
+        if self.device.type != "cpu":
+            # What a stochastic scheduler draws in every step is drawn where it is used: a copy from
+            # the host would be a wait inside the loop.
+            generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
         def on_step_end(
             _pipeline: Any, index: int, _timestep: Any, tensors: dict[str, torch.Tensor]
@@ -177,11 +182,8 @@ class SdxlModel:
         """Latents to uint8 pixels on the host, without waiting for the device."""
         vae = self.pipeline.vae
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor
-        decoded = vae.decode(scaled, return_dict=False)[0].float()
-        # Converting on the device quarters the bytes that cross to the host.
-        pixels = (decoded * 127.5 + 127.5).round_().clamp_(0, 255).to(torch.uint8)
-        finite = torch.isfinite(decoded).flatten(1).all(1)
-        return DecodedImages(_to_host(pixels.permute(0, 2, 3, 1)), _to_host(finite))
+        decoded = vae.decode(scaled, return_dict=False)[0]
+        return DecodedImages(_to_host(to_pixels(decoded)), _to_host(all_finite(decoded)))
 
     @torch.no_grad()
     def fit_preview(self) -> None:
@@ -243,10 +245,12 @@ class SdxlModel:
     def _watch_scheduler(self) -> None:
         """Learn when the loop starts, from the one call the pipeline makes just before it."""
         scheduler = self.pipeline.scheduler
-        original = scheduler.set_begin_index
+        # The pipeline asks whether there is such a method, and some schedulers have none.
+        original = getattr(scheduler, "set_begin_index", None)
 
         def set_begin_index(begin_index: int = 0) -> None:
-            original(begin_index)
+            if original is not None:
+                original(begin_index)
             self._loop_begins()
 
         scheduler.set_begin_index = set_begin_index
