@@ -167,10 +167,11 @@ def _open_trusted(path: Path) -> Iterator[IO[bytes]]:
         if error.errno == errno.ELOOP:
             raise Refused("is a symbolic link, and only a file is read") from None
         raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise Refused("is not a regular file")
     with os.fdopen(descriptor, "rb") as archive:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise Refused("is not a regular file")
         distrust = _distrust(status)
         if distrust is not None:
             raise Refused(distrust)
@@ -209,7 +210,7 @@ def _verified_manifest(archive: IO[bytes], key: Mapping[str, str]) -> _Manifest:
         hashed.update(chunk)
     if _digest(hashed, entries) != entries.get("sha256"):
         raise Refused("is damaged: it does not have its checksum")
-    theirs = entries["key"]
+    theirs = dict(entries["key"])
     for name in sorted(theirs.keys() | key.keys()):
         if theirs.get(name) != key.get(name):
             raise Refused(

@@ -214,7 +214,7 @@ class CompileCache:
         except TooLarge:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)
-            why = f"{self.path} would be larger than the {self.max_bytes / 1e6:.0f} MB allowed"
+            why = f"{self.path} would be larger than the {self.max_bytes / 1e6:g} MB allowed"
             return self._tell(CacheResult("skipped", why), start)
         except Refused as error:
             return self._tell(CacheResult("skipped", f"{self.path} {error}"), start)

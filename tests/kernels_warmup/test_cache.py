@@ -1,0 +1,733 @@
+"""What a start finds and leaves: the folder, the working directory, and several at once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kernels_warmup import cache as cache_module
+from kernels_warmup.cache import (
+    LEFTOVER_SECONDS,
+    RESULTS,
+    SUFFIX,
+    WORKING_PREFIX,
+    CacheKey,
+    CacheResult,
+    CompileCache,
+    WorkingDirectory,
+    cache_key,
+    operators_directory,
+)
+from tests.processes import ROOT, clean_environment
+
+KEY = CacheKey.of({"device": "NVIDIA H100 80GB HBM3", "torch": "2.13.0", "setting mode": "max"})
+VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("local")))
+    caplog.set_level(logging.INFO, "kernels_warmup.cache")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "shared" / "folder"
+
+
+class Starts:
+    """Starts of a process, one after the other: each closes the one before."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.current: CompileCache | None = None
+
+    def __call__(self, key: CacheKey = KEY, **bounds: int) -> tuple[CompileCache, CacheResult]:
+        self.end()
+        self.current = CompileCache(self.folder, key, **bounds)
+        return self.current, self.current.restore()
+
+    def end(self) -> None:
+        if self.current is not None:
+            self.current.close()
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Starts]:
+    starts = Starts(folder)
+    yield starts
+    starts.end()
+
+
+def working() -> Path:
+    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+
+def compiled(content: bytes = b"machine code", name: str = "ab/cab.so") -> None:
+    """Stands in for inductor: a file appears where it would put one."""
+    path = working() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def lines(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= level]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# One process after the other.
+
+
+def test_a_start_finds_what_the_one_before_compiled(
+    start: Starts, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, restored = start()
+    assert restored.result == "miss"
+    assert not folder.exists()  # nothing is made before there is something to keep
+    compiled()
+    first = working()
+    stored = cache.store()
+    assert (stored.result, stored.files) == ("stored", 1)
+    assert stored.bytes == cache.path.stat().st_size
+
+    cache, restored = start()
+    assert (restored.result, restored.files, restored.bytes) == ("hit", 1, stored.bytes)
+    assert working() != first
+    assert (working() / "ab/cab.so").read_bytes() == b"machine code"
+    assert cache.store().result == "unchanged"
+    assert lines(caplog) == []
+    said = [line.split(":")[0] for line in lines(caplog, logging.INFO)]
+    assert said == [f"compile cache {result}" for result in ("miss", "stored", "hit", "unchanged")]
+
+
+def test_only_a_start_that_compiled_something_stores(start: Starts) -> None:
+    cache, _ = start()
+    assert cache.store().result == "unchanged"  # compiled nothing at all
+    assert not cache.path.exists()
+    compiled()
+    assert cache.store().result == "stored"
+    assert cache.store().result == "unchanged"
+
+    cache, _ = start()
+    compiled(b"another choice", "ab/best_config")
+    assert cache.store().files == 2
+    cache, restored = start()
+    assert restored.files == 2
+    compiled(b"another choic!", "ab/best_config")  # of the same size
+    assert cache.store().result == "stored"
+
+    cache, _ = start()
+    cache.path.unlink()  # by another process that needed the room
+    assert cache.store().result == "stored"
+
+
+def test_what_only_a_running_process_needs_is_left_out(start: Starts) -> None:
+    cache, _ = start()
+    compiled()
+    for name in (
+        "locks/cab.lock",
+        "precompiled_headers/c1.h.gch",
+        "deep/c2.h.pch",
+        "ab/.123.456.tmp",
+        "triton/0/tmp.pid_7_f00/k.cubin",
+    ):
+        compiled(b"x", name)
+    (working() / "link.so").symlink_to(working() / "ab/cab.so")
+    assert cache.store().files == 1
+    start()
+    found = {p.relative_to(working()).as_posix() for p in working().rglob("*") if p.is_file()}
+    assert found == {"ab/cab.so", ".lock"}
+
+
+def test_archives_of_other_keys_stay(start: Starts, folder: Path) -> None:
+    other = CacheKey.of(dict(KEY.parts) | {"device": "NVIDIA A100-SXM4-80GB"})
+    for key in (KEY, other):
+        cache, restored = start(key)
+        assert restored.result == "miss"
+        compiled(key.digest.encode())
+        assert cache.store().result == "stored"
+    for key in (KEY, other):
+        assert start(key)[1].result == "hit"
+        assert (working() / "ab/cab.so").read_bytes() == key.digest.encode()
+    assert names(folder) == sorted([KEY.file_name, other.file_name])
+
+
+def test_a_discarded_archive_is_not_found_again(start: Starts, folder: Path) -> None:
+    cache, _ = start()
+    compiled()
+    cache.store()
+    cache, _ = start()
+    assert cache.discard().result == "discarded"
+    assert cache.discard().result == "discarded"
+    assert names(folder) == []
+    assert start()[1].result == "miss"
+
+
+def test_results_are_a_closed_set() -> None:
+    assert set(RESULTS) == {
+        "hit", "miss", "ignored", "stored", "unchanged", "skipped", "discarded",
+    }  # fmt: skip
+
+
+# What is wrong with an archive.
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "format", "open"])
+def test_an_archive_that_is_not_to_be_used_costs_one_line_and_is_replaced(
+    start: Starts, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    cache, _ = start()
+    compiled()
+    cache.store()
+    whole = cache.path.read_bytes()
+    key = KEY
+    if damage == "cut":
+        cache.path.write_bytes(whole[:-1])
+    elif damage == "flipped":
+        cache.path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    elif damage == "format":
+        cache.path.write_bytes(whole.replace(b'"format": 1', b'"format": 2', 1))
+    elif damage == "open":
+        cache.path.chmod(0o666)
+    else:
+        key = CacheKey.of(dict(KEY.parts) | {"device": "NVIDIA A100"})
+        cache.path.rename(cache.path.with_name(key.file_name))
+
+    cache, restored = start(key)
+    assert restored.result == "ignored"
+    assert lines(caplog) == [f"compile cache ignored: {restored.reason}"]
+    assert str(cache.path) in restored.reason
+    assert [path.name for path in working().iterdir()] == [".lock"]
+    compiled()
+    assert cache.store().result == "stored"
+    assert start(key)[1].result == "hit"
+
+
+def test_what_was_unpacked_before_the_fault_is_taken_away(
+    start: Starts, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, _ = start()
+    compiled(b"1", "a.py")
+    compiled(b"2", "b/c.py")
+    cache.store()
+    opened = []
+
+    def full(path: Any, flags: int, mode: int = 0o777, **kwargs: Any) -> int:
+        if flags & os.O_EXCL and str(path).endswith(".py"):
+            opened.append(path)
+            if len(opened) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, flags, mode, **kwargs)
+
+    real = os.open
+    monkeypatch.setattr(os, "open", full)
+    _, restored = start()
+    assert restored.result == "ignored"
+    assert "cannot be unpacked" in restored.reason
+    assert "No space left" in restored.reason
+    assert len(opened) == 2
+    assert [path.name for path in working().iterdir()] == [".lock"]
+    assert len(lines(caplog)) == 1
+
+
+# What is wrong with the folder.
+
+
+def test_a_file_in_the_folders_place_is_said_once(
+    start: Starts, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.parent.mkdir()
+    folder.write_text("not a folder")
+    cache, restored = start()
+    compiled()
+    stored = cache.store()
+    assert (restored.result, stored.result) == ("ignored", "skipped")
+    assert restored.reason == stored.reason == f"{folder} is not a directory"
+    assert len(lines(caplog)) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "complaint"),
+    [
+        (errno.EROFS, "does not let this user read and write"),
+        (errno.EACCES, "does not let this user read and write"),
+        (errno.ENOSPC, "is full"),
+        (errno.EDQUOT, "is full"),
+        (errno.EIO, "fails: Input/output error"),
+    ],
+)
+@pytest.mark.parametrize("call", ["mkdir", "open", "write", "fsync", "rename"])
+def test_a_folder_that_cannot_be_written_is_said_once(
+    start: Starts,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    error: int,
+    complaint: str,
+) -> None:
+    cache, _ = start()
+    compiled()
+    if call != "mkdir":
+        cache.store()
+        before = cache.path.read_bytes()
+        cache, _ = start()
+        compiled(b"new", "new.so")
+
+    def fail(*_: object, **__: object) -> Any:
+        raise OSError(error, os.strerror(error))
+
+    owner, name = {
+        "mkdir": (Path, "mkdir"),
+        "open": (tempfile, "mkstemp"),
+        "write": (cache_module, "pack"),
+        "fsync": (os, "fsync"),
+        "rename": (Path, "replace"),
+    }[call]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        for _ in range(2):
+            stored = cache.store()
+            assert stored.result == "skipped"
+            assert stored.reason == f"{folder} {complaint}"
+    assert len(lines(caplog)) == 1
+    if call != "mkdir":
+        # What was there before is there still, and nothing half-written beside it.
+        assert names(folder) == [cache.path.name]
+        assert cache.path.read_bytes() == before
+    assert cache.store().result == "stored"
+
+
+def test_a_disk_that_really_takes_no_more(folder: Path) -> None:
+    """A limit of the kernel's on this process's files, met in the middle of a write."""
+    script = """
+import os, random, resource, signal, sys
+from pathlib import Path
+from kernels_warmup.cache import CacheKey, CompileCache
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+cache = CompileCache(Path(sys.argv[1]), CacheKey.of({"device": "cpu"}))
+cache.restore()
+work = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+(work / "large.so").write_bytes(random.Random(0).randbytes(400_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+print(cache.store())
+"""
+    done = run(script, folder)
+    assert done.stdout.strip() == f"skipped: {folder} fails: File too large"
+    assert done.stderr.count("\n") == 1  # the same sentence, by logging's last resort
+    assert names(folder) == []
+
+
+def test_a_folder_that_cannot_be_read_is_ignored(
+    start: Starts, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, _ = start()
+    compiled()
+    cache.store()
+    real = os.open
+
+    def deny(path: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(path) == cache.path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", deny)
+    _, restored = start()
+    assert restored.result == "ignored"
+    assert restored.reason == f"{folder} does not let this user read and write"
+
+
+# Bounds.
+
+
+def other_key(number: int) -> CacheKey:
+    return CacheKey.of(dict(KEY.parts) | {"setting number": str(number)})
+
+
+def test_the_longest_unused_archives_go_first(start: Starts, folder: Path) -> None:
+    content = os.urandom(20_000)  # each archive a little larger than this
+    for number in range(3):
+        cache, _ = start(other_key(number))
+        compiled(content)
+        cache.store()
+        os.utime(cache.path, (number + 1, number + 1))
+    (folder / "notes.txt").write_bytes(content * 10)
+    start(other_key(0))  # used again, so number 1 is now the oldest
+    cache, _ = start(KEY, max_bytes=65_000)
+    compiled(content)
+    assert cache.store().result == "stored"
+    kept = {other_key(0).file_name, other_key(2).file_name, KEY.file_name, "notes.txt"}
+    assert set(names(folder)) == kept
+
+    cache, _ = start(other_key(9), max_bytes=25_000)
+    compiled(content)
+    cache.store()
+    assert set(names(folder)) == {other_key(9).file_name, "notes.txt"}
+
+
+def test_an_archive_over_the_bound_is_not_kept_nor_the_one_before(
+    start: Starts, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, _ = start(max_bytes=50_000)
+    compiled(os.urandom(30_000), "before.so")
+    assert cache.store().result == "stored"
+    neighbour = folder / other_key(1).file_name
+    neighbour.write_bytes(b"somebody's")
+
+    cache, restored = start(max_bytes=50_000)
+    assert restored.result == "hit"
+    compiled(os.urandom(30_000), "after.so")
+    stored = cache.store()
+    assert stored.result == "skipped"
+    assert stored.reason == f"{cache.path} would be larger than the 0.05 MB allowed"
+    cache.store()
+    assert len(lines(caplog)) == 1
+    assert names(folder) == [neighbour.name]
+
+    # The next start begins anew, and what it needs fits.
+    cache, restored = start(max_bytes=50_000)
+    assert restored.result == "miss"
+    compiled(os.urandom(30_000), "after.so")
+    assert cache.store().result == "stored"
+
+
+# The working directory.
+
+
+def test_the_working_directory_is_private_and_goes_with_the_process(start: Starts) -> None:
+    cache, _ = start()
+    path = working()
+    assert path.parent == Path(tempfile.gettempdir())
+    assert path.stat().st_mode & 0o777 == 0o700
+    assert path.stat().st_uid == os.geteuid()
+    assert os.environ["TRITON_CACHE_DIR"] == f"{path}/triton/0"
+    with pytest.raises(RuntimeError, match="once"):
+        cache.restore()
+    cache.close()
+    cache.close()
+    assert not path.exists()
+    assert not set(VARIABLES) & set(os.environ)
+    assert cache.store().result == "skipped"
+
+
+def test_the_environment_is_put_back(start: Starts, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/the/operators")
+    start()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != default_cache_dir()
+    assert os.environ["TRITON_CACHE_DIR"] == "/the/operators"
+    start.end()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
+    assert os.environ["TRITON_CACHE_DIR"] == "/the/operators"
+
+
+def test_an_operators_directory_is_used_as_it_is(
+    start: Starts,
+    tmp_path: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "theirs"))
+    cache, restored = start()
+    assert restored.result == "skipped"
+    assert str(tmp_path / "theirs") in restored.reason
+    assert cache.store().result == "skipped"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "theirs")
+    assert "TRITON_CACHE_DIR" not in os.environ
+    assert len(lines(caplog)) == 1
+    assert not folder.exists()
+    assert not list(Path(tempfile.gettempdir()).iterdir())
+
+
+def test_neither_torchs_default_nor_a_parents_directory_is_an_operators_wish(
+    start: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start()
+    assert operators_directory() is None
+    inherited = working()
+    child = WorkingDirectory.create()
+    child.use()
+    assert working() == child.path != inherited
+    assert os.environ["TRITON_CACHE_DIR"] == f"{child.path}/triton/0"
+    child.remove()
+    assert working() == inherited
+    for value in ("", torch._inductor.runtime.cache_dir_utils.default_cache_dir()):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", value)
+        assert operators_directory() is None
+
+
+def test_without_a_directory_to_work_in_a_start_goes_on(
+    start: Starts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    cache, restored = start()
+    assert restored.result == "ignored"
+    assert cache.store().result == "skipped"
+    assert not set(VARIABLES) & set(os.environ)
+    assert len(lines(caplog)) == 1
+
+
+def test_a_forked_child_takes_nothing_away(start: Starts) -> None:
+    cache, _ = start()
+    child = os.fork()
+    if child == 0:
+        cache.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert working().is_dir()
+
+
+# Several at once.
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(script, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=100,
+        check=True,
+    )
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-c", script, *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    mine = clean_environment({"TMPDIR": tempfile.gettempdir(), "OMP_NUM_THREADS": "1"})
+    return {name: value for name, value in mine.items() if name not in VARIABLES}
+
+
+BUSY = """
+import os, sys
+from pathlib import Path
+from kernels_warmup.cache import CacheKey, CompileCache
+key = CacheKey.of({"device": "cpu"})
+writer = sys.argv[2].encode()
+for turn in range(6):
+    cache = CompileCache(Path(sys.argv[1]), key)
+    restored = cache.restore()
+    work = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    found = {path.read_bytes()[:2] for path in work.glob("*.so")}
+    # Whole: all of one writer's one turn, or nothing yet.
+    assert restored.result == ("hit" if found else "miss"), restored
+    assert len(found) <= 1 and restored.files in (0, 8), (restored, found)
+    for number in range(8):
+        (work / f"{number}.so").write_bytes(writer + bytes([turn]) + os.urandom(20_000))
+    stored = cache.store()
+    assert stored.result == "stored", stored
+    cache.close()
+"""
+
+
+def test_ten_processes_at_once_leave_one_whole_archive(folder: Path) -> None:
+    busy = [
+        subprocess.Popen(
+            command(BUSY, folder, number), cwd=ROOT, env=environment(), stderr=subprocess.PIPE
+        )
+        for number in range(10)
+    ]
+    for process in busy:
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 0, errors.decode()
+    key = CacheKey.of({"device": "cpu"})
+    assert names(folder) == [key.file_name]
+    cache = CompileCache(folder, key)
+    assert cache.restore().files == 8
+    assert len({path.read_bytes()[:2] for path in working().glob("*.so")}) == 1
+    cache.close()
+    assert not list(Path(tempfile.gettempdir()).iterdir())
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from kernels_warmup.cache import CacheKey, CompileCache
+cache = CompileCache(Path(sys.argv[1]), CacheKey.of({"device": "cpu"}))
+cache.restore()
+work = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+for number in range(40):
+    (work / f"new{number}.so").write_bytes(os.urandom(1_000_000))
+print(cache.store())
+"""
+
+
+def test_a_store_that_is_killed_leaves_the_old_archive(folder: Path) -> None:
+    key = CacheKey.of({"device": "cpu"})
+    cache = CompileCache(folder, key)
+    cache.restore()
+    compiled()
+    cache.store()
+    cache.close()
+
+    process = subprocess.Popen(
+        command(KILLED, folder), cwd=ROOT, env=environment(), stdout=subprocess.PIPE
+    )
+    while not any(path.stat().st_size > 1_000_000 for path in folder.glob(".*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.communicate()[0] == b""
+    (leftover,) = folder.glob(".*.tmp")
+    (abandoned,) = Path(tempfile.gettempdir()).iterdir()
+
+    # The next start takes the dead process's directory away, and not one of the living.
+    cache = CompileCache(folder, key)
+    assert cache.restore().files == 1
+    assert (working() / "ab/cab.so").read_bytes() == b"machine code"
+    assert not abandoned.exists()
+    beside = WorkingDirectory.create()
+    assert working().exists()
+
+    # What was left in the folder might still be being written, until it has lain there long.
+    compiled(b"more", "more.so")
+    assert cache.store().result == "stored"
+    assert leftover.exists()
+    long_ago = time.time() - LEFTOVER_SECONDS - 1
+    os.utime(leftover, (long_ago, long_ago))
+    compiled(b"even more", "more.so")
+    assert cache.store().result == "stored"
+    assert names(folder) == [cache.path.name]
+    beside.remove()
+    cache.close()
+
+
+def test_a_directory_that_never_got_its_lock_goes_after_a_while(start: Starts) -> None:
+    local = Path(tempfile.gettempdir())
+    fresh, old = (local / f"{WORKING_PREFIX}{name}" for name in ("fresh", "old"))
+    for path in (fresh, old):
+        path.mkdir()
+        (path / "half").write_bytes(b"x")
+    long_ago = time.time() - LEFTOVER_SECONDS - 1
+    os.utime(old, (long_ago, long_ago))
+    (local / f"{WORKING_PREFIX}link").symlink_to(fresh)
+    start()
+    assert fresh.exists()
+    assert not old.exists()
+
+
+# The key.
+
+
+def test_a_key_tells_devices_versions_and_settings_apart() -> None:
+    settings = {"model": "demo", "shapes": "128x128 160x96"}
+    key = cache_key("cpu", settings)
+    assert key == cache_key("cpu", dict(reversed(settings.items())))
+    parts = dict(key.parts)
+    assert parts["torch"] == torch.__version__
+    assert parts["setting model"] == "demo"
+    assert parts["device"]
+    assert set(parts) >= {"triton", "diffusers", "python", "instructions"}
+    keys = [
+        key,
+        cache_key("cpu", settings | {"shapes": "128x128"}),
+        cache_key("cpu", settings | {"quantize": "int8"}),
+        *(CacheKey.of(parts | {name: "another"}) for name in parts),
+    ]
+    assert len({key.digest for key in keys}) == len({key.file_name for key in keys}) == len(keys)
+    for key in keys:
+        assert re.fullmatch(r"[a-z0-9.-]+", key.file_name)
+        assert key.file_name.endswith(SUFFIX)
+
+
+def test_a_gpus_key_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    first = cache_key("cuda", {})
+    assert first.file_name.startswith("nvidia-h100-80gb-hbm3-torch-2.")
+    assert dict(first.parts)["compute capability"] == "9.0"
+    gpu.minor = 3
+    assert cache_key("cuda", {}) != first
+
+
+def test_names_that_a_file_system_would_refuse_are_no_trouble() -> None:
+    key = CacheKey.of({"device": "../../etc/" + "x" * 500 + "\0\n", "torch": "2"})
+    assert re.fullmatch(r"[a-z0-9.-]+", key.file_name)
+    assert not key.file_name.startswith(".")
+    assert len(key.file_name) < 128
+
+
+def test_processors_with_other_instructions_have_other_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = "fpu sse sse2 avx2 avx512f fma"
+    monkeypatch.setattr(cache_module, "_cpu_info", lambda *names: flags)
+    key = cache_key("cpu", {})
+    flags += " md_clear ibrs"  # the kernel's, not the compiler's
+    parts = dict(cache_key("cpu", {}).parts)
+    assert parts["instructions"] == dict(key.parts)["instructions"]
+    flags += " amx_bf16"
+    assert cache_key("cpu", {}) != key
+
+
+# What it is for.
+
+COMPILING = """
+import json, sys, time
+from pathlib import Path
+import torch, torch._dynamo  # which points inductor at torch's own default
+from torch._dynamo.utils import counters
+from kernels_warmup.cache import CompileCache, cache_key
+cache = CompileCache(Path(sys.argv[1]), cache_key("cpu", {"model": "one function"}))
+restored = cache.restore()
+compiled = torch.compile(lambda x: torch.nn.functional.silu(x) * 2 + 1, fullgraph=True)
+start = time.perf_counter()
+with torch.no_grad():
+    total = compiled(torch.arange(64.0)).sum().item()
+seconds = time.perf_counter() - start
+print(json.dumps({
+    "restored": restored.result, "stored": cache.store().result, "seconds": seconds,
+    "total": total, "counters": counters["inductor"],
+}))
+"""
+
+
+@pytest.mark.e2e
+def test_a_start_from_the_cache_compiles_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without what would compile half a dozen probes and a header first.
+    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+    cold, kept = (json.loads(run(COMPILING, folder).stdout) for _ in range(2))
+    assert (cold["restored"], cold["stored"]) == ("miss", "stored")
+    assert cold["counters"]["fxgraph_cache_miss"] == 1
+    # In another directory than it was made in, nothing is compiled and no file is added.
+    assert (kept["restored"], kept["stored"]) == ("hit", "unchanged")
+    assert kept["counters"]["fxgraph_cache_hit"] == 1
+    assert "fxgraph_cache_miss" not in kept["counters"]
+    assert kept["total"] == cold["total"]
+    assert kept["seconds"] < cold["seconds"]
