@@ -52,7 +52,7 @@ RESULTS: tuple[Result, ...] = get_args(Result)
 `discard` (discarded, skipped)."""
 
 MAX_BYTES = 4 << 30
-"""For all archives of a folder together; one of SDXL is some hundred megabytes."""
+"""For all archives of a folder together, packed."""
 
 SUFFIX = ".stepspan-cache"
 WORKING_PREFIX = "stepspan-inductor-"
