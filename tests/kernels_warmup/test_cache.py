@@ -187,6 +187,33 @@ def test_a_discarded_archive_is_not_found_again(start: Starts, folder: Path) -> 
     assert start()[1].result == "miss"
 
 
+def test_an_archive_that_cannot_be_discarded_is_said(
+    start: Starts, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, _ = start()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    discarded = cache.discard()
+    assert discarded.result == "skipped"
+    assert discarded.reason == f"{folder} does not let this user read and write"
+
+
+def test_a_python_without_xz_starts_too(
+    start: Starts, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lzma", None)  # as if there were none to import
+    cache, restored = start()
+    assert restored.result == "ignored"
+    compiled()
+    stored = cache.store()
+    assert stored.result == "skipped"
+    assert stored.reason == f"{cache.path} needs xz, which this Python was built without"
+    assert names(folder) == []
+
+
 def test_results_are_a_closed_set() -> None:
     assert set(RESULTS) == {
         "hit", "miss", "ignored", "stored", "unchanged", "skipped", "discarded",
