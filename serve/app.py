@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fal
@@ -35,6 +36,10 @@ a second; fal's own client would try for minutes."""
 
 UPLOADS_AT_ONCE = 8
 """How many uploads may be under way. Two are ordinary: one ends while the next begins."""
+
+KEPT = Path("/data/.cache")
+"""The account's own disk, which outlives a runner: mounted by `data_mounts` in pyproject.toml. What
+was compiled is kept there unless `SDXL_CACHE_DIR` says elsewhere."""
 
 
 class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
@@ -63,6 +68,8 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
                 "fal's error handlers instead of ours; see tests/serve/test_app.py"
             )
         settings = load_settings()
+        if settings.cache_dir is None and KEPT.is_dir():
+            settings = settings.model_copy(update={"cache_dir": KEPT / "stepspan"})
         configure_logging(settings.log_format)
         registry = CollectorRegistry()
         runtime = build_runtime(settings, registry, build_upload())

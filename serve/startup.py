@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kernels_warmup.cache import CacheResult, CompileCache, cache_key
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import BOTH, RunOnce, Warmup, WarmupReport
 from metrics.catalogue import GenerationMetrics
@@ -26,7 +27,6 @@ from serve.gpu_thread import GpuThread
 from serve.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from kernels_warmup.cache import CacheResult, CompileCache
     from kernels_warmup.compile import CompiledModel
     from serve.model import SdxlModel
 
@@ -158,6 +158,9 @@ class Startup:
                     f"{type(error).__name__} while in phase {self._readiness.phase}"
                 )
             self._tell(failure)
+            if self._cache is not None:
+                # Should what was restored be the reason, the next start must not meet it again.
+                self._metrics.compile_cache(self._cache.discard().result)
             raise
         self._tell(None)
         self._keep_in_background()
@@ -211,8 +214,6 @@ class Startup:
         if settings.cache_dir is None or self._mode(model) == "off":
             return None
         self._progress("restore")
-        from kernels_warmup.cache import CompileCache, cache_key
-
         # Not the shapes: inductor finds each graph by what is in it, so that one archive may hold
         # whatever shapes were ever warm under the other settings.
         key = cache_key(

@@ -220,6 +220,35 @@ def test_a_wrong_setting_stops_setup_with_its_sentence(
         asyncio.run(app.setup())
 
 
+@pytest.mark.parametrize(("mounted", "named"), [(True, None), (True, "named"), (False, None)])
+def test_what_was_compiled_is_kept_on_the_accounts_disk(
+    app: SdxlApp,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    mounted: bool,
+    named: str | None,
+) -> None:
+    kept = tmp_path / "kept"
+    if mounted:
+        kept.mkdir()
+    if named is not None:
+        monkeypatch.setenv("SDXL_CACHE_DIR", str(tmp_path / named))
+    monkeypatch.setattr(app_module, "KEPT", kept)
+    seen: list[Path | None] = []
+
+    def build(settings: ServeSettings, *_: Any) -> Any:
+        seen.append(settings.cache_dir)
+        raise OSError("that is all")
+
+    monkeypatch.setattr("serve.runtime.build_runtime", build)
+    monkeypatch.setattr("serve.logs.configure_logging", lambda _: None)
+    app._build_app()
+    with pytest.raises(OSError, match="that is all"):
+        asyncio.run(app.setup())
+    expected = tmp_path / named if named else kept / "stepspan" if mounted else None
+    assert seen == [expected]
+
+
 def test_fal_publishes_the_schema(app: SdxlApp) -> None:
     schema = app.openapi()
     operation = schema["paths"]["/"]["post"]
