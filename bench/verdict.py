@@ -140,8 +140,8 @@ def judge_separate(
         return Judgement(
             "not interleaved",
             f"the calibration, which no change of ours touches, is {_percent(low)} to "
-            f"{_percent(high)} between the two runs, where {tolerance:.3g} is allowed: "
-            "measure both in one run with --base",
+            f"{_percent(high)} between the two runs, where {100 * tolerance:.3g}% is allowed: "
+            f"measure both in one run with --base",
             rounds=fewest,
             interleaved=False,
         )
@@ -208,10 +208,9 @@ def _judge(
         verdict = "no difference"
     else:
         verdict = "inconclusive"
-        # The error falls with the root of the rounds. To tell, the interval's half must fit into
-        # what lies between the estimate and the hurdle, or between no change and the hurdle.
-        room = max(matters - abs(estimate.value), matters / 2)
-        needed = math.ceil(estimate.rounds * ((high - low) / 2 / room) ** 2)
+        # The error falls with the root of the rounds. An interval as wide as the smallest change
+        # tells whatever the estimate turns out to be, unless the truth is the smallest change.
+        needed = math.ceil(estimate.rounds * ((high - low) / matters) ** 2)
         reason = (
             f"{_percent(low)} to {_percent(high)}: about "
             f"{max(needed, estimate.rounds + 1)} requests a side would tell"
