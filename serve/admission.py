@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from serve.errors import Draining, QueueFull, RequestError
@@ -55,6 +55,18 @@ class Cancellation:
         if self._reason is not None:
             # Raised more than once; each traceback would otherwise be added to the last.
             raise self._reason.with_traceback(None)
+
+
+class Cancellations:
+    """Those of one run's requests: the run stops when nobody waits for it any more."""
+
+    def __init__(self, each: Sequence[Cancellation]) -> None:
+        self._each = each
+
+    def raise_if_cancelled(self) -> None:
+        """Raise the first request's reason once every one was called off."""
+        if all(cancellation.reason is not None for cancellation in self._each):
+            self._each[0].raise_if_cancelled()
 
 
 class Admission:

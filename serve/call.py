@@ -34,6 +34,8 @@ class Call:
     run: RunTiming | None = None
     failure: Failure | None = None
     outcome: str = "ok"
+    first_of_run: bool = True
+    """Whether the run is observed with this call; of several calls in one run, the first's."""
     work: asyncio.Task[Any] | None = None
     """What goes on beside the handler, as a stream's generation does."""
 
@@ -75,7 +77,7 @@ class Call:
             status_code=status_code,
             outcome=self.outcome,
             run=self.run,
-            observes_run=self.run is not None,
+            observes_run=self.run is not None and self.first_of_run,
             facts=self.facts,
             failure=self.failure,
         )

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from metrics.timeline import RunTimeline
-from serve.admission import Cancellation
+from serve.admission import Cancellation, Cancellations
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ class StepPacer:
     def __init__(
         self,
         timeline: RunTimeline,
-        cancellation: Cancellation,
+        cancellation: Cancellation | Cancellations,
         on_step: Callable[[int, int], None],
         sign_of_life: Callable[[], None],
     ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,24 +48,25 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """A prompt as the UNet takes it.
+    """The prompts of one run as the UNet takes them.
 
-    Shapes: embeddings (1, 77, width of both encoders), pooled (1, width of the second). The
-    negative ones are None without guidance.
+    Shapes: embeddings (images, 77, width of both encoders), pooled (images, width of the second).
+    The negative ones are None without guidance. `truncated` says of each prompt whether an encoder
+    cut it.
     """
 
     prompt: torch.Tensor
     pooled: torch.Tensor
     negative: torch.Tensor | None
     negative_pooled: torch.Tensor | None
-    truncated: bool
+    truncated: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class DecodedImage:
+class DecodedImages:
     """Pixels on their way to the host: valid once the device has done the copy.
 
-    `pixels` is (height, width, 3) uint8 and `finite` a bool scalar, both in host memory.
+    `pixels` is (images, height, width, 3) uint8 and `finite` (images,) bool, both in host memory.
     """
 
     pixels: torch.Tensor
@@ -93,18 +94,27 @@ class SdxlModel:
         self._watch_scheduler()
 
     @torch.no_grad()
-    def encode_prompt(self, prompt: str, negative_prompt: str, guided: bool) -> Conditioning:
-        """Both text encoders' view of the prompt, and of the negative prompt where it counts."""
+    def encode_prompts(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str], guided: bool
+    ) -> Conditioning:
+        """Both text encoders' view of a run's prompts, and of negative ones where they count."""
+        images = len(prompts)
         zeros_for_empty = self.pipeline.config.force_zeros_for_empty_prompt
-        encode_negative = guided and (bool(negative_prompt.strip()) or not zeros_for_empty)
-        texts = [prompt, negative_prompt] if encode_negative else [prompt]
+        counts = [bool(text.strip()) or not zeros_for_empty for text in negative_prompts]
+        encode_negative = guided and any(counts)
+        texts = [*prompts, *negative_prompts] if encode_negative else [*prompts]
         hidden, pooled, truncated = self._encode_texts(texts)
+        prompt, pooled_prompt = hidden[:images], pooled[:images]
         negative = negative_pooled = None
         if encode_negative:
-            negative, negative_pooled = hidden[1:], pooled[1:]
+            negative, negative_pooled = hidden[images:], pooled[images:]
+            for image, says_something in enumerate(counts):
+                if not says_something:
+                    negative[image].zero_()
+                    negative_pooled[image].zero_()
         elif guided:
-            negative, negative_pooled = torch.zeros_like(hidden), torch.zeros_like(pooled)
-        return Conditioning(hidden[:1], pooled[:1], negative, negative_pooled, truncated)
+            negative, negative_pooled = torch.zeros_like(prompt), torch.zeros_like(pooled_prompt)
+        return Conditioning(prompt, pooled_prompt, negative, negative_pooled, truncated[:images])
 
     def denoise(
         self,
@@ -113,22 +123,23 @@ class SdxlModel:
         shape: CompiledShape,
         num_inference_steps: int,
         guidance_scale: float,
-        seed: int,
+        seeds: Sequence[int],
         on_loop_begins: Callable[[], None],
         on_step_enqueued: Callable[[int, torch.Tensor | None], None],
         watch_latents: bool = False,
     ) -> torch.Tensor:
-        """Run the denoising loop; returns latents (1, channels, height / 8, width / 8).
+        """Run the denoising loop; returns latents (images, channels, height / 8, width / 8).
 
         Args:
+            seeds: one an image; an image's noise is the same whatever runs beside it.
             on_loop_begins: called when the scheduler's loop is about to start.
             on_step_enqueued: called with each step's index once its work is enqueued, and with the
                 step's latents if `watch_latents`; what it raises ends the loop.
         """
         # Noise is drawn on the CPU, so that a seed means the same image on every device.
-        generator = torch.Generator("cpu").manual_seed(seed)
-        channels = self.pipeline.unet.config.in_channels
-        noise = torch.randn((1, channels, *shape.latent), generator=generator)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        size = (1, self.pipeline.unet.config.in_channels, *shape.latent)
+        noise = torch.cat([torch.randn(size, generator=each) for each in generators])
         latents = noise.to(self.device, self.dtype, non_blocking=True)
 
         def on_step_end(
@@ -150,7 +161,7 @@ class SdxlModel:
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 latents=latents,
-                generator=generator,
+                generator=generators,
                 output_type="latent",
                 return_dict=False,
                 callback_on_step_end=on_step_end,
@@ -162,15 +173,15 @@ class SdxlModel:
         return result
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> DecodedImage:
+    def decode(self, latents: torch.Tensor) -> DecodedImages:
         """Latents to uint8 pixels on the host, without waiting for the device."""
         vae = self.pipeline.vae
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor
-        decoded = vae.decode(scaled, return_dict=False)[0][0].float()
+        decoded = vae.decode(scaled, return_dict=False)[0].float()
         # Converting on the device quarters the bytes that cross to the host.
         pixels = (decoded * 127.5 + 127.5).round_().clamp_(0, 255).to(torch.uint8)
-        finite = torch.isfinite(decoded).all()
-        return DecodedImage(_to_host(pixels.permute(1, 2, 0)), _to_host(finite))
+        finite = torch.isfinite(decoded).flatten(1).all(1)
+        return DecodedImages(_to_host(pixels.permute(0, 2, 3, 1)), _to_host(finite))
 
     @torch.no_grad()
     def fit_preview(self) -> None:
@@ -194,19 +205,22 @@ class SdxlModel:
 
     @torch.no_grad()
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """What latents look like, roughly: (height / 8, width / 8, 3) uint8 on its way to the host.
+        """What one image's latents (channels, height / 8, width / 8) look like, roughly:
+        (height / 8, width / 8, 3) uint8 on its way to the host.
 
         A linear map costs microseconds where the VAE costs a denoising step.
         """
         assert self._preview_map is not None, "fit_preview() runs before the first preview"
-        cells = latents[0].float().permute(1, 2, 0)
+        cells = latents.float().permute(1, 2, 0)
         pixels = cells @ self._preview_map[:-1] + self._preview_map[-1]
         return _to_host((pixels * 127.5 + 127.5).round_().clamp_(0, 255).to(torch.uint8))
 
-    def _encode_texts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    def _encode_texts(
+        self, texts: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[bool, ...]]:
         hidden: list[torch.Tensor] = []
         pooled = torch.empty(0)
-        truncated = False
+        truncated = (False,) * len(texts)
         pipeline = self.pipeline
         for tokenizer, encoder in (
             (pipeline.tokenizer, pipeline.text_encoder),
@@ -215,7 +229,9 @@ class SdxlModel:
             limit = tokenizer.model_max_length
             # `verbose` off: the library's warning on long input is answered by `truncated`.
             whole = tokenizer(texts, verbose=False).input_ids
-            truncated = truncated or len(whole[0]) > limit
+            truncated = tuple(
+                cut or len(ids) > limit for cut, ids in zip(truncated, whole, strict=True)
+            )
             tokens = tokenizer(
                 texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
             )

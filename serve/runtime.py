@@ -16,7 +16,7 @@ import secrets
 import threading
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.metadata import version
@@ -37,7 +37,7 @@ from metrics.timeline import (
     WarmupTiming,
 )
 from metrics.tracing import Tracing
-from serve.admission import Admission
+from serve.admission import Admission, Cancellations
 from serve.call import Call
 from serve.errors import (
     ERROR_TYPES,
@@ -104,6 +104,19 @@ class Plan:
     shape: CompiledShape
     seed: int
     run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request of a run: what it wants, where its time is kept, who is told of its steps."""
+
+    plan: Plan
+    call: Call
+    on_step: OnStep | None = None
+
+
+Drawn = tuple[Any, bool]
+"""(height, width, 3) uint8 pixels, and whether the prompt was cut."""
 
 
 @dataclass(slots=True)
@@ -329,6 +342,42 @@ class Runtime:
 
         return self._response(plan, call, url, truncated)
 
+    async def generate_together(
+        self, requests: Sequence[TextToImageRequest], calls: Sequence[Call]
+    ) -> list[TextToImageResponse]:
+        """Several requests of one shape, step count and guidance in one run, in their order.
+
+        Raises:
+            ValueError: they cannot share a run.
+            RequestError: the first failure among them.
+        """
+        plans = [self._plan(request, call) for request, call in zip(requests, calls, strict=True)]
+        alike = {(p.shape, p.request.num_inference_steps, p.request.guidance_scale) for p in plans}
+        if len(alike) != 1:
+            raise ValueError("one run has one shape, one number of steps and one guidance scale")
+        asked = [Asked(plan, call) for plan, call in zip(plans, calls, strict=True)]
+        with contextlib.ExitStack() as admitted:
+            for index, (request, call) in enumerate(zip(requests, calls, strict=True)):
+                call.first_of_run = index == 0
+                admitted.enter_context(self._deadline(request, call))
+                admitted.enter_context(self.admission.admit(call.cancellation))
+                call.timeline.begin("queue")
+            outcomes = await asyncio.wrap_future(
+                self._gpu.submit(lambda: self._run_together(asked))
+            )
+
+        async def answer(one: Asked, outcome: Drawn | RequestError) -> TextToImageResponse:
+            if isinstance(outcome, RequestError):
+                raise outcome
+            pixels, truncated = outcome
+            with one.call.stage("image_encode"):
+                data = await asyncio.to_thread(encode_image, pixels, one.plan.request.format)
+            with one.call.stage("upload"):
+                url = await self._put(data, one.plan)
+            return self._response(one.plan, one.call, url, truncated)
+
+        return await asyncio.gather(*map(answer, asked, outcomes))
+
     def _plan(self, request: TextToImageRequest, call: Call) -> Plan:
         """Decide the size and the seed. Raises unless this process is ready for the request."""
         readiness = self.readiness
@@ -446,38 +495,54 @@ class Runtime:
 
     # On the thread that owns the model
 
-    def _run(self, plan: Plan, call: Call, on_step: OnStep | None) -> tuple[Any, bool]:
-        """One run; returns (height, width, 3) uint8 pixels and whether the prompt was cut."""
-        call.timeline.end()  # waiting is over
-        call.cancellation.work_started = True
+    def _run(self, plan: Plan, call: Call, on_step: OnStep | None) -> Drawn:
+        """A run of one request."""
+        (outcome,) = self._run_together([Asked(plan, call, on_step)])
+        if isinstance(outcome, RequestError):
+            raise outcome
+        return outcome
+
+    def _run_together(self, asked: Sequence[Asked]) -> list[Drawn | RequestError]:
+        """One run; what each of its requests has come to, where the run itself does not fail."""
+        calls = [one.call for one in asked]
+        for call in calls:
+            call.timeline.end()  # waiting is over
+            call.cancellation.work_started = True
         model, clock = self._model, self._clock
         assert model is not None
         assert clock is not None
-        request = plan.request
-        previews = _Previews(model, wanted=request.preview and on_step is not None)
+        plan, request = asked[0].plan, asked[0].plan.request
+        wanted = [one.plan.request for one in asked]
+        previews = _Previews(
+            model,
+            [one.on_step is not None and r.preview for one, r in zip(asked, wanted, strict=True)],
+        )
         timeline: RunTimeline | None = None
 
         def on_step_ended(index: int, duration_ns: int) -> None:
-            if on_step is not None:
-                on_step(index, duration_ns / 1e6, previews.take(index))
+            for image, one in enumerate(asked):
+                if one.on_step is not None:
+                    one.on_step(index, duration_ns / 1e6, previews.take(index, image))
 
         def on_step_enqueued(index: int, latents: Any) -> None:
             previews.enqueue(index, latents)
             pacer.step_enqueued()
 
         try:
-            call.cancellation.raise_if_cancelled()
+            cancellations = Cancellations([call.cancellation for call in calls])
+            cancellations.raise_if_cancelled()
             timeline = RunTimeline(
                 clock,
-                call.timeline.anchor,
+                calls[0].timeline.anchor,
                 run_id=plan.run_id,
                 shape=str(plan.shape),
                 guidance=request.guided,
+                batch_size=len(asked),
             )
-            pacer = StepPacer(timeline, call.cancellation, on_step_ended, self._gpu.sign_of_life)
+            pacer = StepPacer(timeline, cancellations, on_step_ended, self._gpu.sign_of_life)
             with timeline.stage("text_encode"):
-                conditioning = model.encode_prompt(
-                    request.prompt, request.negative_prompt, request.guided
+                conditioning = model.encode_prompts(
+                    [r.prompt for r in wanted], [r.negative_prompt for r in wanted], request.guided
                 )
             with timeline.stage("denoise"):
                 latents = model.denoise(
@@ -485,29 +550,37 @@ class Runtime:
                     shape=plan.shape,
                     num_inference_steps=request.num_inference_steps,
                     guidance_scale=request.guidance_scale,
-                    seed=plan.seed,
+                    seeds=[one.plan.seed for one in asked],
                     on_loop_begins=timeline.loop_begins,
                     on_step_enqueued=on_step_enqueued,
                     watch_latents=previews.wanted,
                 )
             with timeline.stage("vae_decode"):
-                image = model.decode(latents)
+                images = model.decode(latents)
             pacer.drain()
-            call.run = timeline.finish()  # waits for the copy to the host
-            if not bool(image.finite):
-                raise NonFiniteOutput
-            call.cancellation.raise_if_cancelled()
-            return image.pixels.numpy(), conditioning.truncated
+            run = timeline.finish()  # waits for the copy to the host
+            for call in calls:
+                call.run = run
         except Exception as error:
             failure = self._explain(error)
-            if timeline is not None and call.run is None:
-                call.run = timeline.finish(failed=True)
-            # The stage that ended last is the one that failed.
-            last = call.run.stages[-1].end_ns if call.run is not None and call.run.stages else None
-            call.fail(failure, at_ns=last)
+            run_until_then = None if timeline is None else timeline.finish(failed=True)
+            for call in calls:
+                call.run = run_until_then
+                _fail_at_last_stage(call, failure)
             if failure is error:
                 raise
             raise failure from None
+
+        def outcome(image: int, call: Call) -> Drawn | RequestError:
+            failure = call.cancellation.reason
+            if not bool(images.finite[image]):
+                failure = NonFiniteOutput()
+            if failure is None:
+                return images.pixels[image].numpy(), conditioning.truncated[image]
+            _fail_at_last_stage(call, failure)
+            return failure
+
+        return [outcome(image, call) for image, call in enumerate(calls)]
 
     def _explain(self, error: Exception) -> RequestError:
         """The row of the failure table that an exception of a run is.
@@ -581,18 +654,19 @@ class Runtime:
 class _Previews:
     """Small pictures of a run's latents, copied to the host behind each step's work."""
 
-    def __init__(self, model: SdxlModel, wanted: bool) -> None:
+    def __init__(self, model: SdxlModel, of_images: Sequence[bool]) -> None:
         self._model = model
-        self.wanted = wanted
-        self._pending: dict[int, Any] = {}
+        self._images = [image for image, wanted in enumerate(of_images) if wanted]
+        self.wanted = bool(self._images)
+        self._pending: dict[tuple[int, int], Any] = {}
 
     def enqueue(self, index: int, latents: Any) -> None:
-        if self.wanted:
-            self._pending[index] = self._model.preview(latents)
+        for image in self._images:
+            self._pending[index, image] = self._model.preview(latents[image])
 
-    def take(self, index: int) -> Any:
+    def take(self, index: int, image: int) -> Any:
         """The picture of a step that has ended on the device, or None."""
-        pending = self._pending.pop(index, None)
+        pending = self._pending.pop((index, image), None)
         return None if pending is None else pending.numpy()
 
 
@@ -625,6 +699,12 @@ def build_runtime(
     tracing = build_tracing(settings, metrics.spans_settled)
     recorder = Recorder(tracing, metrics)
     return Runtime(settings, tracing, metrics, recorder, upload, prepare=prepare)
+
+
+def _fail_at_last_stage(call: Call, failure: RequestError) -> None:
+    """The stage that ended last is the one that failed."""
+    last = call.run.stages[-1].end_ns if call.run is not None and call.run.stages else None
+    call.fail(failure, at_ns=last)
 
 
 def _default_shapes(model: SdxlModel) -> tuple[CompiledShape, ...]:

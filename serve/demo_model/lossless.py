@@ -68,15 +68,15 @@ def draw(model: SdxlModel, asked: Sequence[Question], sampling: Sampling) -> lis
 
 def _draw_one(model: SdxlModel, question: Question, sampling: Sampling) -> Pixels:
     latents = model.denoise(
-        model.encode_prompt(question.prompt, "", guided=sampling.guidance > 1),
+        model.encode_prompts([question.prompt], [""], guided=sampling.guidance > 1),
         shape=CompiledShape(question.scene.width, question.scene.height),
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance,
-        seed=question.seed,
+        seeds=[question.seed],
         on_loop_begins=lambda: None,
         on_step_enqueued=lambda *_: None,
     )
-    pixels: Pixels = model.decode(latents).pixels.numpy()
+    pixels: Pixels = model.decode(latents).pixels[0].numpy()
     return pixels
 
 

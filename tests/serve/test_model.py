@@ -20,17 +20,17 @@ SHAPE = CompiledShape(128, 128)
 
 
 def draw(model: SdxlModel, seed: int = 3) -> torch.Tensor:
-    conditioning = model.encode_prompt("a red circle", "", guided=True)
+    conditioning = model.encode_prompts(["a red circle"], [""], guided=True)
     latents = model.denoise(
         conditioning,
         shape=SHAPE,
         num_inference_steps=2,
         guidance_scale=5.0,
-        seed=seed,
+        seeds=[seed],
         on_loop_begins=lambda: None,
         on_step_enqueued=lambda *_: None,
     )
-    return model.decode(latents).pixels
+    return model.decode(latents).pixels[0]
 
 
 @pytest.fixture(scope="module")
@@ -134,22 +134,22 @@ def test_a_device_that_is_not_there() -> None:
 
 def test_a_prompt_is_never_logged(demo: SdxlModel, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(0)
-    conditioning = demo.encode_prompt("quagga " * 300, "okapi " * 300, guided=True)
-    assert conditioning.truncated
+    conditioning = demo.encode_prompts(["quagga " * 300], ["okapi " * 300], guided=True)
+    assert conditioning.truncated == (True,)
     assert "quagga" not in caplog.text
     assert "okapi" not in caplog.text
 
 
 def test_an_empty_negative_prompt_is_zeros_as_sdxl_asks(demo: SdxlModel) -> None:
-    conditioning = demo.encode_prompt("a red circle", " ", guided=True)
+    conditioning = demo.encode_prompts(["a red circle"], [" "], guided=True)
     assert conditioning.negative is not None
     assert not conditioning.negative.any()
-    unguided = demo.encode_prompt("a red circle", "blue", guided=False)
+    unguided = demo.encode_prompts(["a red circle"], ["blue"], guided=False)
     assert unguided.negative is None
 
 
 def test_encoding_agrees_with_diffusers(demo: SdxlModel) -> None:
-    ours = demo.encode_prompt("a red circle", "blue", guided=True)
+    ours = demo.encode_prompts(["a red circle"], ["blue"], guided=True)
     theirs = demo.pipeline.encode_prompt(
         "a red circle", negative_prompt="blue", do_classifier_free_guidance=True
     )
@@ -162,7 +162,7 @@ def test_encoding_agrees_with_diffusers(demo: SdxlModel) -> None:
 
 
 def test_decoding_agrees_with_diffusers(demo: SdxlModel) -> None:
-    conditioning = demo.encode_prompt("a red circle", "", guided=True)
+    conditioning = demo.encode_prompts(["a red circle"], [""], guided=True)
     generator = torch.Generator("cpu").manual_seed(3)
     noise = torch.randn((1, 4, 16, 16), generator=generator)
     reference = demo.pipeline(
@@ -187,9 +187,9 @@ def test_previews_resemble_the_picture(demo: SdxlModel) -> None:
     latents = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(5))
     latents = torch.nn.functional.interpolate(latents, scale_factor=4.0)
     vae = demo.pipeline.vae
-    pixels = demo.decode(latents).pixels.permute(2, 0, 1).float()
+    pixels = demo.decode(latents).pixels[0].permute(2, 0, 1).float()
     small = torch.nn.functional.interpolate(pixels[None], size=(16, 16), mode="area")[0]
-    preview = demo.preview(latents / vae.config.scaling_factor).permute(2, 0, 1).float()
+    preview = demo.preview(latents[0] / vae.config.scaling_factor).permute(2, 0, 1).float()
     naive = (small - small.mean()).abs().mean()
     assert (small - preview).abs().mean() < naive
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from prometheus_client import CollectorRegistry
 
 from serve.call import Call, current_call
@@ -220,7 +223,7 @@ def test_a_full_queue_answers_at_once(
     assert runtime.admission.waiting == 0
 
 
-@pytest.mark.parametrize("stage", ["encode_prompt", "denoise", "decode"])
+@pytest.mark.parametrize("stage", ["encode_prompts", "denoise", "decode"])
 def test_an_exception_in_any_stage_is_a_500_without_the_prompt(
     runtime: Runtime,
     new_call: NewCall,
@@ -308,7 +311,7 @@ def test_a_fault_that_shows_at_the_copy_to_the_host_is_no_image(
     try:
         call = new_call()
         # The inputs lie on the CPU whatever the device is said to be.
-        monkeypatch.setattr(runtime._model, "encode_prompt", no_conditioning)
+        monkeypatch.setattr(runtime._model, "encode_prompts", no_conditioning)
         monkeypatch.setattr(runtime._model, "denoise", lambda *_, **__: torch.zeros(1, 4, 16, 16))
         with pytest.raises(DeviceLost):
             generate(runtime, call)
@@ -323,7 +326,7 @@ def test_a_fault_that_shows_at_the_copy_to_the_host_is_no_image(
 
 def no_conditioning(*_: object, **__: object) -> Conditioning:
     nothing = torch.zeros(0)
-    return Conditioning(nothing, nothing, None, None, truncated=False)
+    return Conditioning(nothing, nothing, None, None, truncated=(False,))
 
 
 @pytest.mark.parametrize("stage", ["text_encode", "denoise", "vae_decode", "image_encode"])
@@ -337,7 +340,7 @@ def test_a_failure_is_noted_in_the_stage_it_befell(
     if stage == "image_encode":
         monkeypatch.setattr("serve.runtime.encode_image", broken)
     else:
-        methods = {"text_encode": "encode_prompt", "denoise": "denoise", "vae_decode": "decode"}
+        methods = {"text_encode": "encode_prompts", "denoise": "denoise", "vae_decode": "decode"}
         monkeypatch.setattr(runtime._model, methods[stage], broken)
     call = new_call()
     with pytest.raises((GenerationFailed, ValueError)):
@@ -553,3 +556,81 @@ def test_compiled_and_warm_nothing_compiles_afterwards() -> None:
         assert len(response.timings.steps_ms) == steps
     assert graphs_compiled() == graphs
     compiled.close(1)
+
+
+def png(response: TextToImageResponse) -> np.ndarray[Any, Any]:
+    data = base64.b64decode(response.image.url.split(",")[1])
+    return np.asarray(Image.open(io.BytesIO(data))).astype(np.int16)
+
+
+def together(
+    runtime: Runtime, calls: list[Call], *changes: dict[str, Any]
+) -> list[TextToImageResponse]:
+    requests = [request(format="png", **change) for change in changes]
+    return asyncio.run(runtime.generate_together(requests, calls))
+
+
+THREE: tuple[dict[str, Any], ...] = (
+    {"seed": 1},
+    {"seed": 2, "prompt": "a blue square", "negative_prompt": "green"},
+    {"seed": 3, "negative_prompt": " "},
+)
+
+
+def test_requests_that_share_a_run_get_the_pictures_they_get_alone(
+    runtime: Runtime, new_call: NewCall
+) -> None:
+    calls = [new_call() for _ in THREE]
+    answers = together(runtime, calls, *THREE)
+    alone = [generate(runtime, new_call(), format="png", **change) for change in THREE]
+    for shared, single in zip(answers, alone, strict=True):
+        assert shared.seed == single.seed
+        assert int(np.abs(png(shared) - png(single)).max()) <= 1
+    runs = {call.run for call in calls}
+    assert len(runs) == 1
+    assert next(iter(runs)).batch_size == 3  # type: ignore[union-attr]
+    assert [call.finish(200).observes_run for call in calls] == [True, False, False]
+
+
+def test_a_run_of_one_request_is_the_same_to_the_byte(runtime: Runtime, new_call: NewCall) -> None:
+    (shared,) = together(runtime, [new_call()], {"seed": 7})
+    assert shared.image.url == generate(runtime, new_call(), format="png", seed=7).image.url
+
+
+def test_one_request_called_off_does_not_stop_those_beside_it(
+    runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [new_call(), new_call()]
+    outcomes: list[Any] = []
+    real = runtime._run_together
+
+    def watched(asked: Any) -> Any:
+        calls[0].cancellation.cancel(ClientGone())
+        outcomes.extend(real(asked))
+        return outcomes
+
+    monkeypatch.setattr(runtime, "_run_together", watched)
+    with pytest.raises(ClientGone):
+        together(runtime, calls, {"seed": 1}, {"seed": 2})
+    assert isinstance(outcomes[0], ClientGone)
+    assert outcomes[1][0].shape == (128, 128, 3)
+    assert calls[0].failure is not None
+    assert calls[1].failure is None
+
+
+def test_a_run_whose_requests_were_all_called_off_stops(
+    runtime: Runtime, new_call: NewCall
+) -> None:
+    calls = [new_call(), new_call()]
+    for call in calls:
+        call.cancellation.cancel(ClientGone())
+    with pytest.raises(ClientGone):
+        together(runtime, calls, {"seed": 1}, {"seed": 2})
+    assert [call.run for call in calls] == [None, None]
+
+
+def test_requests_that_differ_in_steps_cannot_share_a_run(
+    runtime: Runtime, new_call: NewCall
+) -> None:
+    with pytest.raises(ValueError, match="one number of steps"):
+        together(runtime, [new_call(), new_call()], {}, {"num_inference_steps": 3})

@@ -86,10 +86,10 @@ def test_both_tokenizers_know_every_word_of_the_scenes(
 
 @pytest.mark.parametrize("prompt", NOT_UNDERSTOOD)
 def test_any_prompt_becomes_a_conditioning(model: SdxlModel, prompt: str) -> None:
-    conditioning = model.encode_prompt(prompt, prompt, guided=True)
+    conditioning = model.encode_prompts([prompt], [prompt], guided=True)
     assert conditioning.prompt.shape == (1, MAX_TOKENS, 160)
     assert conditioning.prompt.isfinite().all()
-    assert conditioning.truncated == (len(prompt) > 1000)
+    assert conditioning.truncated == (len(prompt) > 1000,)
 
 
 @pytest.mark.parametrize(("width", "height"), DEMO_SIZES)
