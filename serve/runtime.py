@@ -17,10 +17,11 @@ import threading
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
@@ -71,6 +72,8 @@ if TYPE_CHECKING:
     from serve.model import SdxlModel
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ENDPOINTS = ("/", "/stream")
 """The endpoints that generate: traced, counted, and the values of the `endpoint` label."""
@@ -494,6 +497,15 @@ class Runtime:
         )
 
     # On the thread that owns the model
+
+    def on_model(self, work: Callable[[SdxlModel], T]) -> Future[T]:
+        """Do something else with the loaded model on its thread, behind what is queued."""
+
+        def run() -> T:
+            assert self._model is not None
+            return work(self._model)
+
+        return self._gpu.submit(run)
 
     def _run(self, plan: Plan, call: Call, on_step: OnStep | None) -> Drawn:
         """A run of one request."""
