@@ -15,9 +15,10 @@ import secrets
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
     from serve.model import SdxlModel
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ENDPOINTS = ("/", "/stream")
 """The endpoints that generate: traced, counted, and the values of the `endpoint` label."""
@@ -395,6 +398,15 @@ class Runtime:
 
     # On the thread that owns the model
 
+    def on_model(self, work: Callable[[SdxlModel], T]) -> Future[T]:
+        """Do something else with the loaded model on its thread, behind what is queued."""
+
+        def run() -> T:
+            assert self._model is not None
+            return work(self._model)
+
+        return self._gpu.submit(run)
+
     def _run(self, plan: Plan, call: Call, on_step: OnStep | None) -> Drawn:
         """A run of one request."""
         (outcome,) = self._run_together([Asked(plan, call, on_step)])
@@ -562,7 +574,7 @@ class Runtime:
         self.begin_drain()
         # A compile cannot be interrupted and may take minutes, a hung run for ever.
         self.work_left_behind = not self._gpu.stop(timeout_seconds=0.1)
-        self._startup.cut_off()
+        self._startup.end(self.work_left_behind)
         return self.recorder.close(budget_seconds)
 
 

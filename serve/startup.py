@@ -129,7 +129,7 @@ class Startup:
 
     async def run(self, on_progress: Callable[[str], None]) -> None:
         """All of it. Goes on after `on_ready` where the process may be ready early. Cancelled, it
-        leaves its trace to `cut_off`.
+        leaves its trace to `end`.
 
         Raises:
             ModelError: the model cannot be loaded, or not made fast as the settings ask.
@@ -165,12 +165,15 @@ class Startup:
         self._tell(None)
         self._keep_in_background()
 
-    def cut_off(self) -> None:
-        """The process ends: tell the trace of a start that did not get to tell it itself."""
+    def end(self, work_left_behind: bool) -> None:
+        """The process ends: tell the trace of a start that did not get to tell it itself, and give
+        the model's memory back unless something still runs on it."""
         message = "the process was ended before it was warm"
         self._tell(Failure(Draining.error_type, Draining.__name__, message, self._now_ns()))
         if self._cache is not None:
             self._cache.close()
+        if not work_left_behind:
+            self.model = self.compiled = None
 
     # On the thread that owns the model
 

@@ -59,9 +59,9 @@ def scenario(
         "peak_memory_bytes": 500 << 20,
         "error_vs_fp32": 1e-5,
         "warmups": (request(0, step_ms[0] * 3),),
+        "requests": tuple(request(index, value) for index, value in enumerate(step_ms)),
     }
-    requests = tuple(request(index, value) for index, value in enumerate(step_ms))
-    return MeasuredScenario(name=name, side=side, requests=requests, **(known | fields))  # type: ignore[arg-type]
+    return MeasuredScenario(name=name, side=side, **(known | fields))  # type: ignore[arg-type]
 
 
 def result(*scenarios: MeasuredScenario, environment: Environment = CPU) -> BenchResult:

@@ -271,7 +271,7 @@ def test_ready_early_serves_between_the_sizes() -> None:
 
 
 def test_a_hung_run_shows_while_compiling_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = build(ready_early=True, shapes=(CompiledShape(128, 128),))
+    runtime = build(shapes=(CompiledShape(128, 128),))
     asyncio.run(runtime.start())
     monkeypatch.setattr(runtime._gpu, "silent_seconds", lambda: 1000.0)
     assert not runtime.healthy

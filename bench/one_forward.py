@@ -1,0 +1,72 @@
+"""One UNet forward on seeded inputs: how an optimisation's error is measured.
+
+Latents after 30 steps may part chaotically and prove nothing; one forward in the middle of the
+schedule, against the same weights computed in float32, tells what the change itself does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from kernels_warmup.shapes import CompiledShape
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Seeded inputs of a guided forward; both halves of the guidance in `text` and `added`."""
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    added: dict[str, torch.Tensor]
+
+    @classmethod
+    def draw(
+        cls, unet: Any, shape: CompiledShape, images: int, device: torch.device, dtype: torch.dtype
+    ) -> StepInputs:
+        draw = torch.Generator().manual_seed(20)
+        pooled = unet.config.projection_class_embeddings_input_dim
+        pooled -= 6 * unet.config.addition_time_embed_dim
+        sides = [shape.height, shape.width, 0, 0, shape.height, shape.width]
+
+        def random_tensor(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=draw).to(device, dtype)
+
+        return cls(
+            random_tensor(images, 4, *shape.latent),
+            random_tensor(2 * images, 77, unet.config.cross_attention_dim),
+            {
+                "text_embeds": random_tensor(2 * images, pooled),
+                "time_ids": torch.tensor([sides] * (2 * images), device=device, dtype=dtype),
+            },
+        )
+
+    def cast(self, dtype: torch.dtype) -> StepInputs:
+        return StepInputs(
+            self.latents.to(dtype),
+            self.text.to(dtype),
+            {name: tensor.to(dtype) for name, tensor in self.added.items()},
+        )
+
+
+def forward_once(forward: Callable[..., Any], inputs: StepInputs) -> torch.Tensor:
+    """One guided UNet forward in the middle of the schedule."""
+    sample = torch.cat([inputs.latents] * 2)
+    timestep = torch.tensor(601.0, device=sample.device)
+    result = forward(
+        sample,
+        timestep,
+        encoder_hidden_states=inputs.text,
+        added_cond_kwargs=inputs.added,
+        return_dict=False,
+    )
+    return cast(torch.Tensor, result[0])
+
+
+def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """Norm of the difference over the reference's norm, to four digits; NaN is told, not hidden."""
+    difference = (result.double() - reference.double()).norm()
+    return float(f"{float(difference / reference.double().norm()):.4g}")

@@ -1,0 +1,495 @@
+"""Times scenarios in interleaved rounds and writes every sample down.
+
+    python -m bench run
+    python -m bench run --scenario diffusers default --requests 40 --out before.json
+    python -m bench run --scenario default --base main
+
+Scenarios that fit in memory together are timed in rounds, each in turn, so that drift befalls all
+alike. With --base the same scenarios of another commit are timed in the same rounds, each commit in
+a process of its own, and `python -m bench compare` says whether the difference is real. What was
+measured is kept when the run is interrupted; --resume goes on with a file.
+
+Exit status: 0 done; 2 wrong usage or nothing measured; 75 time was up and --resume goes on; 130 or
+143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.errors import BenchError
+from bench.result_file import (
+    BenchResult,
+    Ceilings,
+    Code,
+    Conditions,
+    Environment,
+    MeasuredScenario,
+    NotRun,
+    RequestSample,
+    Session,
+    Side,
+    Workload,
+)
+from bench.scenarios import SCENARIOS, Scenario, chosen
+
+if TYPE_CHECKING:
+    from bench.drive import Work
+    from bench.side import Asked, Ready
+
+TIME_IS_UP = 75
+"""Exit status: the rest is for another call with --resume."""
+
+CUT_OFF = "it was cut off while getting ready"
+CUT_OFF_AGAIN = "it was cut off while getting ready, twice"
+
+MEMORY_SPARE = 1.3
+"""A further scenario is started where this times the largest so far is free."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(scenario.name for scenario in SCENARIOS)
+    parser.add_argument(
+        "--scenario", nargs="+", metavar="NAME", help=f"which (default: all): {names}"
+    )
+    parser.add_argument("--model", help="as SDXL_MODEL (default: demo without a CUDA device)")
+    parser.add_argument("--device", default="auto", help="as SDXL_DEVICE (default: auto)")
+    parser.add_argument("--shape", metavar="WxH", help="image size (default: the model's first)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
+    parser.add_argument(
+        "--requests", type=int, default=20, help="timed requests a scenario (default: 20)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="rounds they are spread over (default: one each)"
+    )
+    parser.add_argument("--base", metavar="REV", help="time this commit beside the present one")
+    parser.add_argument("--out", type=Path, help="result file (default: bench-DEVICE-DATE.json)")
+    parser.add_argument("--resume", action="store_true", help="go on with --out where it exists")
+    parser.add_argument(
+        "--price-per-hour", type=float, metavar="X", help="of the machine, for the cost of images"
+    )
+    parser.add_argument(
+        "--seconds-limit", type=float, metavar="S", help="start nothing that would end later"
+    )
+    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit status. Raises BenchError."""
+    scenarios = chosen(options.scenario)
+    _refuse_nonsense(options)
+    from bench.device_lock import only_bench_on
+    from bench.drive import choose_work
+    from bench.side import LocalSide, RemoteSide
+
+    work = choose_work(options.model, options.device, options.shape, options.steps)
+    out = options.out or Path(
+        f"bench-{work.device.replace(':', '')}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    )
+    with ExitStack() as stack:
+        stack.enter_context(only_bench_on(work.device))
+        stack.enter_context(_signals_interrupt())
+        sides: list[Asked] = []
+        if options.base is None:
+            sides.append(LocalSide(work, "head", options.commit))
+        else:
+            from bench.environment import ROOT
+            from bench.worktree import worktree
+
+            place, commit = stack.enter_context(worktree(options.base, ROOT))
+            told = {"model": work.model, "device": work.device, "steps": work.steps}
+            told["shape"] = str(work.shape)
+            for root, side, revision in ((place, "base", commit), (ROOT, "head", options.commit)):
+                sides.append(RemoteSide(root, told, side, revision))  # type: ignore[arg-type]
+                stack.callback(sides[-1].close)
+        bench = Bench(work, sides, out, options)
+        status = bench.measure(scenarios)
+        if status > TIME_IS_UP and options.base is None:
+            # To finalise the interpreter under a thread in native code would abort the process.
+            sys.stdout.flush()
+            os._exit(status)
+        return status
+
+
+def _refuse_nonsense(options: argparse.Namespace) -> None:
+    rounds = options.requests if options.rounds is None else options.rounds
+    if options.requests < 1 or not 1 <= rounds <= options.requests:
+        raise BenchError(
+            "--requests and --rounds: 1 and more, and no more rounds than requests, are"
+        )
+    if options.price_per_hour is not None and not options.price_per_hour > 0:
+        raise BenchError("--price-per-hour must be above 0")
+    if options.resume and options.out is None:
+        raise BenchError("--resume needs --out, the file to go on with")
+    if options.out is not None and options.out.exists() and not options.resume:
+        raise BenchError(
+            f"{options.out} exists: --resume goes on with it; another name starts anew"
+        )
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Either signal raises where the main thread is, so that a compile of minutes ends too."""
+
+    def interrupt(number: int, _frame: object) -> None:
+        raise Interrupted(number)
+
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Row:
+    """One scenario on one side while it is measured."""
+
+    scenario: Scenario
+    side: Side
+    ready: Ready | None
+    requests: list[RequestSample] = field(default_factory=list)
+
+    def measured(self, before: MeasuredScenario | None) -> MeasuredScenario | None:
+        """What the file says of it, after what an earlier session measured."""
+        if before is not None:
+            return replace(before, requests=(*before.requests, *self.requests))
+        if not self.requests:
+            return None
+        scenario, ready = self.scenario, self.ready
+        assert ready is not None
+        return MeasuredScenario(
+            name=scenario.name,
+            side=self.side,
+            what=scenario.what,
+            dtype=ready.dtype,
+            requests=tuple(self.requests),
+            warmups=ready.warmups,
+            images=scenario.images,
+            settings=scenario.settings,
+            calibration=scenario.calibration,
+            lossy=scenario.lossy,
+            prepare_seconds=ready.prepare_seconds,
+            peak_memory_bytes=ready.peak_memory_bytes,
+            flops=ready.flops,
+            error_vs_fp32=ready.error_vs_fp32,
+        )
+
+
+class Bench:
+    """One run: scenarios got ready in groups that fit, timed in rounds, and written down."""
+
+    def __init__(
+        self, work: Work, sides: Sequence[Asked], out: Path, options: argparse.Namespace
+    ) -> None:
+        self._work, self._sides, self._out = work, sides, out
+        self._requests: int = options.requests
+        self._rounds: int = options.rounds or options.requests
+        self._limit: float | None = options.seconds_limit
+        self._price: float | None = options.price_per_hour
+        self._resume: bool = options.resume
+        self._began = time.monotonic()
+        self._rows: dict[tuple[Side, str], Row] = {}
+        self._not_run: dict[tuple[Side | None, str], NotRun] = {}
+        self._earlier: BenchResult | None = None
+        self._next_round = 0
+        self._first_round = 0
+        self._postponed = False
+        self._end: Conditions | None = None
+        self._ceilings: Ceilings | None = None
+        self._in_memory: list[str] = []
+
+    def measure(self, scenarios: Sequence[Scenario]) -> int:
+        """Returns the exit status. Raises BenchError."""
+        from bench.environment import conditions, describe_machine, measure_ceilings
+
+        self._environment: Environment = describe_machine(self._work.device)
+        self._codes: tuple[Code, ...] = tuple(side.code() for side in self._sides)
+        self._go_on_with_file()
+        left = [s for s in scenarios if not self._settled(s)]
+        if self._earlier is not None and not left:
+            self._say(f"{self._out} has every scenario that was asked for")
+            return 0
+        self._start = conditions(self._work.device)
+        status = 0
+        try:
+            self._ceilings = measure_ceilings(self._work.device)
+            while left and not self._postponed:
+                left = self._group(left)
+            self._end = conditions(self._work.device)
+            self._write()
+            if self._postponed and self._resume:
+                status = TIME_IS_UP
+        except Interrupted as interrupted:
+            status = 128 + interrupted.number
+            self._say("interrupted: what was measured is kept")
+            if any(row.requests for row in self._rows.values()):
+                self._write(partial=True)
+        if status <= TIME_IS_UP:
+            for side in self._sides:
+                side.close()
+        self._tell()
+        if not self._measured():
+            if status:
+                return status
+            reasons = "; ".join(f"{n.name}: {n.reason}" for n in self._not_run.values())
+            raise BenchError(f"no scenario could be measured ({reasons})")
+        return status
+
+    # A file from before
+
+    def _go_on_with_file(self) -> None:
+        if not self._resume or not self._out.exists():
+            return
+        earlier = BenchResult.read(self._out)
+        for what, then, now in (
+            ("workload", earlier.workload, self._workload()),
+            ("machine", earlier.environment, self._environment),
+            ("code", earlier.code, self._codes),
+        ):
+            if then != now:
+                raise BenchError(
+                    f"{self._out} was measured with another {what}: --resume goes on only with "
+                    f"the same; {_difference(then, now)}"
+                )
+        self._earlier = earlier
+        last = earlier.sessions[-1]
+        self._next_round = self._first_round = last.first_round + last.rounds
+        self._not_run = {(n.side, n.name): n for n in earlier.not_run}
+
+    def _settled(self, scenario: Scenario) -> bool:
+        """Whether the file has it, or why it cannot be there."""
+        if self._earlier is None:
+            return False
+        have = {(s.side, s.name): len(s.requests) for s in self._earlier.scenarios}
+        if all(have.get((s.side, scenario.name), 0) >= self._requests for s in self._sides):
+            return True
+        reasons = [n.reason for key, n in self._not_run.items() if key[1] == scenario.name]
+        return any(reason != CUT_OFF and "no time" not in reason for reason in reasons)
+
+    # Groups and rounds
+
+    def _group(self, left: list[Scenario]) -> list[Scenario]:
+        """Get ready as many as fit, time them in rounds, give them back; returns what is left."""
+        group: list[Scenario] = []
+        largest = 0
+        for scenario in left:
+            if group and not self._fits(largest):
+                break
+            if not self._in_time(scenario, group):
+                self._postponed = True
+                self._cannot(scenario, None, "there was no time left for it")
+                continue
+            held = self._get_ready(scenario)
+            if held is not None:
+                largest = max(largest, held)
+                group.append(scenario)
+        rest = [s for s in left[left.index(scenario) :] if s not in group and not self._tried(s)]
+        if group:
+            self._time(group)
+            self._end_group()
+        return rest
+
+    def _tried(self, scenario: Scenario) -> bool:
+        return any(name == scenario.name for _, name in self._not_run)
+
+    def _fits(self, largest: int) -> bool:
+        """Whether a scenario like the largest so far would fit beside what is in memory."""
+        for side in self._sides:
+            free = side.free_bytes()
+            if free is not None and free < MEMORY_SPARE * largest:
+                return False
+        return True
+
+    def _in_time(self, scenario: Scenario, group: Sequence[Scenario]) -> bool:
+        if self._limit is None:
+            return True
+        seconds = scenario.prepare_seconds[0 if self._work.on_cuda else 1]
+        ahead = seconds * len(self._sides) + self._rounds_seconds(group, one_more=scenario)
+        return time.monotonic() - self._began + ahead < self._limit
+
+    def _rounds_seconds(self, group: Sequence[Scenario], one_more: Scenario) -> float:
+        """What the rounds of a group will take, and with one more scenario, from its warm-ups."""
+        each = []
+        for scenario in group:
+            row = self._rows[self._sides[0].side, scenario.name]
+            assert row.ready is not None
+            each.append(row.ready.warmups[-1].total_ms / 1000 / scenario.images)
+        if each:
+            each.append(max(each) * one_more.images)
+        return 1.1 * self._requests * len(self._sides) * sum(each)
+
+    def _get_ready(self, scenario: Scenario) -> int | None:
+        """Bytes it holds once it is ready on every side; None where it cannot run."""
+        from bench.drive import CannotRun
+
+        before = self._not_run.get((None, scenario.name))
+        again = before is not None and before.reason == CUT_OFF
+        # Written before it is tried: a process that is killed can tell nobody.
+        self._cannot(scenario, None, CUT_OFF_AGAIN if again else CUT_OFF)
+        if self._measured():
+            self._write(partial=True)
+        held = 0
+        for side in self._sides:
+            self._say(f"{scenario.name}{self._of(side)}: {scenario.what}")
+            try:
+                ready = side.prepare(scenario)
+            except CannotRun as reason:
+                self._not_run.pop((None, scenario.name))
+                self._cannot(scenario, side.side if len(self._sides) > 1 else None, str(reason))
+                self._say(f"  not run: {reason}")
+                for earlier in self._sides[: self._sides.index(side)]:
+                    earlier.release([scenario.name])
+                    del self._rows[earlier.side, scenario.name]
+                return None
+            self._rows[side.side, scenario.name] = Row(scenario, side.side, ready)
+            held += ready.held_bytes
+            error = "-" if ready.error_vs_fp32 is None else f"{ready.error_vs_fp32:.4f}"
+            self._say(
+                f"  ready in {ready.prepare_seconds:.1f} s; "
+                f"{ready.warmups[-1].total_ms:.1f} ms, error {error}"
+            )
+        self._not_run = {key: n for key, n in self._not_run.items() if key[1] != scenario.name}
+        self._in_memory.append(scenario.name)
+        return held
+
+    def _time(self, group: list[Scenario]) -> None:
+        from bench.drive import CannotRun
+
+        per_round = -(-self._requests // self._rounds)
+        for index in range(self._rounds):
+            number = self._next_round
+            seeds = range(index * per_round, min(self._requests, (index + 1) * per_round))
+            if not seeds:
+                break
+            # In a new order each time, so that nobody always follows the same neighbour.
+            order = random.Random(number).sample(group, len(group))
+            for scenario in order:
+                sides = self._sides if number % 2 else self._sides[::-1]
+                for side in sides:
+                    row = self._rows[side.side, scenario.name]
+                    try:
+                        row.requests += side.measure(scenario.name, number, list(seeds))
+                    except CannotRun as reason:
+                        self._say(f"{scenario.name}{self._of(side)} failed midway: {reason}")
+                        self._cannot(scenario, side.side, f"it failed midway: {reason}")
+                        group.remove(scenario)
+                        break
+            self._next_round += 1
+            self._write(partial=True)
+            self._say(f"round {index + 1} of {self._rounds}, {len(group)} scenarios")
+
+    def _end_group(self) -> None:
+        for side in self._sides:
+            side.release(self._in_memory)
+        self._in_memory = []
+
+    # Telling
+
+    def _cannot(self, scenario: Scenario, side: Side | None, reason: str) -> None:
+        self._not_run[side, scenario.name] = NotRun(scenario.name, reason, side)
+
+    def _of(self, side: Asked) -> str:
+        return f" ({side.side})" if len(self._sides) > 1 else ""
+
+    def _workload(self) -> Workload:
+        work = self._work
+        return Workload(work.model, str(work.shape), work.steps, guidance=True)
+
+    def _measured(self) -> list[MeasuredScenario]:
+        """Every scenario with samples, in the stack's order."""
+        earlier = (
+            {} if self._earlier is None else {(s.side, s.name): s for s in self._earlier.scenarios}
+        )
+        found = []
+        for scenario in SCENARIOS:
+            for side in self._sides:
+                key = (side.side, scenario.name)
+                row, before = self._rows.get(key), earlier.get(key)
+                measured = before if row is None else row.measured(before)
+                if measured is not None:
+                    found.append(measured)
+        return found
+
+    def _write(self, partial: bool = False) -> None:
+        scenarios = self._measured()
+        if not scenarios:
+            return
+        sessions = () if self._earlier is None else self._earlier.sessions
+        rounds = self._next_round - self._first_round
+        if rounds:
+            session = Session(self._first_round, rounds, self._start, self._end, self._ceilings)
+            sessions = (*sessions, session)
+        kept = {(s.side, s.name) for s in scenarios}
+        result = BenchResult(
+            command=_command(),
+            workload=self._workload(),
+            environment=self._environment,
+            code=self._codes,
+            sessions=sessions,
+            scenarios=tuple(scenarios),
+            not_run=tuple(n for key, n in self._not_run.items() if key not in kept),
+            partial=partial,
+            price_per_hour=self._price,
+        )
+        result.write(self._out)
+
+    def _say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._began:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    def _tell(self) -> None:
+        """The figures in short; `show` and `compare` have more to say."""
+        scenarios = self._measured()
+        if not scenarios:
+            return
+        first = scenarios[0]
+        print(
+            f"{'scenario':20} {'step ms':>9} {'of first':>9} {'request ms':>11} {'error':>8}  what"
+        )
+        for s in scenarios:
+            name = s.name if len(self._sides) == 1 else f"{s.name} {s.side}"
+            error = "" if s.error_vs_fp32 is None else f"{s.error_vs_fp32:.4f}"
+            print(
+                f"{name:20} {s.step_ms:9.3f} {s.step_ms / first.step_ms:9.3f} "
+                f"{s.request_ms:11.2f} {error:>8}  {s.what}"
+            )
+        for n in self._not_run.values():
+            print(f"{n.name:20} not run: {n.reason}")
+        print(f"written to {self._out}")
+
+
+def _difference(then: Any, now: Any) -> str:
+    """The first field in which two dataclasses, or tuples of them, differ."""
+    if isinstance(then, tuple):
+        pairs = [(a, b) for a, b in zip(then, now, strict=False) if a != b]
+        return _difference(*pairs[0]) if pairs else f"{len(then)} sides then, {len(now)} now"
+    name = next(n for n in vars(then) if getattr(then, n) != getattr(now, n))
+    return f"{name} was {getattr(then, name)!r} and is {getattr(now, name)!r}"
+
+
+def _command() -> str:
+    """How to run it again, without paths of this machine."""
+    arguments = [Path(a).name if "/" in a and Path(a).is_absolute() else a for a in sys.argv[1:]]
+    return shlex.join(["python", "-m", "bench", *arguments])

@@ -1,0 +1,52 @@
+"""Text for a person at a terminal: columns that line up, and colour where it is seen."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+COLOURS = {"red": "31", "green": "32", "yellow": "33", "faint": "2", "bold": "1"}
+
+
+def coloured(text: str, colour: str | None) -> str:
+    """`text` in a colour if standard output is a terminal and NO_COLOR is not set."""
+    if colour is None or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m"
+
+
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int = 1,
+    colours: Sequence[str | None] = (),
+) -> str:
+    """Columns two spaces apart; the first `left` of them are words and the others numbers, except
+    that a last column of words stands on its left too. `colours` are of whole rows."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    wordy = {len(header) - 1} if any(not _number(row[-1]) for row in rows) else set()
+    wordy |= set(range(left))
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(width) if index in wordy else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    shades = [*colours, *[None] * (len(rows) - len(colours))]
+    return "\n".join(
+        [coloured(line(header), "bold")]
+        + [coloured(line(row), shade) for row, shade in zip(rows, shades, strict=True)]
+    )
+
+
+def _number(text: str) -> bool:
+    return not text or text[0].isdigit() or text[0] in "+-."
+
+
+def percent(share: float) -> str:
+    """A change with its sign."""
+    return f"{100 * share:+.1f}%"

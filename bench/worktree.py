@@ -1,0 +1,62 @@
+"""Another commit beside this one: a temporary git worktree that is always removed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench.errors import BenchError
+
+PACKAGES = ("serve", "kernels_warmup", "metrics")
+"""What is measured; the bench itself is this commit's on both sides."""
+
+
+@contextmanager
+def worktree(revision: str, root: Path) -> Iterator[tuple[Path, str]]:
+    """The commit's files and its full name, until the block ends.
+
+    Its `bench` is replaced by ours, so that both sides are measured by the same code.
+
+    Raises:
+        BenchError: `root` is no git checkout, or there is no such commit.
+    """
+    commit = _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    if commit is None:
+        if _git(root, "rev-parse", "--git-dir") is None:
+            raise BenchError("--base needs a git checkout, and this is none")
+        raise BenchError(
+            f"there is no commit {revision!r} here; a branch, tag or commit is allowed"
+        )
+    with tempfile.TemporaryDirectory(prefix="stepspan-base-") as folder:
+        place = Path(folder) / "base"
+        try:
+            if _git(root, "worktree", "add", "--detach", str(place), commit) is None:
+                raise BenchError(f"git could not check out {commit[:12]} into a worktree")
+            missing = [name for name in PACKAGES if not (place / name).is_dir()]
+            if missing:
+                raise BenchError(f"the base commit {commit[:12]} has no {missing[0]}/ to measure")
+            shutil.rmtree(place / "bench", ignore_errors=True)
+            shutil.copytree(
+                root / "bench",
+                place / "bench",
+                ignore=shutil.ignore_patterns("__pycache__", "results"),
+            )
+            yield place, commit
+        finally:
+            _git(root, "worktree", "remove", "--force", str(place))
+            _git(root, "worktree", "prune")
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git says; None when it fails."""
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()
