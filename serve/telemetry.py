@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import uuid
 from importlib.metadata import version
-from typing import Any
 
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.sampling import (
@@ -16,17 +15,9 @@ from opentelemetry.sdk.trace.sampling import (
     TraceIdRatioBased,
 )
 
+from metrics.gpu import Gpu
 from metrics.tracing import SettledSpans, Tracing, otlp_exporter, ratio_sampler
 from serve.settings import ServeSettings
-
-
-def _nvml_handle(pynvml: Any, index: int) -> Any:
-    """NVML counts all GPUs of the machine; CUDA only those that `CUDA_VISIBLE_DEVICES` names."""
-    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
-    name = visible[index].strip() if index < len(visible) else str(index)
-    if name.isdigit():
-        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
-    return pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def build_tracing(settings: ServeSettings, on_settled: SettledSpans) -> Tracing:
@@ -79,25 +70,6 @@ def build_resource(settings: ServeSettings) -> Resource:
     for name, variable in (("fal.runner.id", "FAL_JOB_ID"), ("fal.app.name", "FAL_APP_NAME")):
         if value := os.environ.get(variable):
             attributes[name] = value
-    return Resource.create(attributes | _gpu_identity(settings.device))
-
-
-def _gpu_identity(device: str) -> dict[str, str]:
-    """Name and UUID of the GPU in use, through NVML; empty without one or without its binding."""
-    if device == "cpu":
-        return {}
-    try:
-        import pynvml
-    except ImportError:
-        return {}
-    index = int(device.split(":")[1]) if ":" in device else 0
-    try:
-        pynvml.nvmlInit()
-        handle = _nvml_handle(pynvml, index)
-        return {
-            "hw.type": "gpu",
-            "hw.name": str(pynvml.nvmlDeviceGetName(handle)),
-            "hw.id": str(pynvml.nvmlDeviceGetUUID(handle)),
-        }
-    except pynvml.NVMLError:
-        return {}
+    if (gpu := Gpu.open(settings.device)) is not None:
+        attributes |= gpu.identity
+    return Resource.create(attributes)
