@@ -8,6 +8,8 @@ progress. Without a GPU, a driver or the binding (nvidia-ml-py) there is no `Gpu
 from __future__ import annotations
 
 import os
+import queue
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -97,6 +99,40 @@ class Gpu:
         except self.nvml.NVMLError:
             self.failures += 1
             return None
+
+
+class GpuWatch:
+    """Looks at the GPU while a run goes on, without keeping the run's thread waiting.
+
+    A driver usually answers in microseconds and at times, holding a lock of its own, in many
+    milliseconds; one that has lost its device may never answer. So the questions are asked on a
+    daemon thread, and what is not answered by the run's end is not waited for.
+    """
+
+    def __init__(self, gpu: Gpu | None) -> None:
+        self._gpu = gpu
+        self._asked: queue.SimpleQueue[list[GpuConditions]] = queue.SimpleQueue()
+        self._seen: list[GpuConditions] = []
+        if gpu is not None:
+            threading.Thread(target=self._answer, name="gpu-watch", daemon=True).start()
+
+    def begin(self) -> None:
+        """A run begins: what was seen before is of another."""
+        self._seen = []
+
+    def look(self) -> None:
+        """Ask for the conditions of this moment; returns at once."""
+        if self._gpu is not None:
+            self._asked.put(self._seen)
+
+    def seen(self) -> tuple[GpuConditions, ...]:
+        """What has been answered since the run began."""
+        return tuple(self._seen)
+
+    def _answer(self) -> None:
+        assert self._gpu is not None
+        while True:
+            self._asked.get().append(self._gpu.conditions())
 
 
 def _handle(nvml: Any, index: int) -> Any:

@@ -28,6 +28,7 @@ from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import WarmupReport, warm_up
 from metrics.catalogue import GenerationMetrics
 from metrics.clock import Clock, WallAnchor, make_clock
+from metrics.gpu import Gpu, GpuWatch
 from metrics.recorder import Recorder
 from metrics.timeline import (
     Failure,
@@ -154,6 +155,7 @@ class Runtime:
         upload: Upload,
         make_run_clock: Callable[[str], Clock] = make_clock,
         prepare: Prepare | None = None,
+        gpu: Gpu | None = None,
     ) -> None:
         self.settings = settings
         self.tracing = tracing
@@ -165,6 +167,7 @@ class Runtime:
         self._upload = upload
         self._make_run_clock = make_run_clock
         self._prepare = prepare or self._compile
+        self._watch = GpuWatch(gpu)
         self._device_lost = False
         self.work_left_behind = False
         self.ready = asyncio.Event()
@@ -456,6 +459,7 @@ class Runtime:
         request = plan.request
         previews = _Previews(model, wanted=request.preview and on_step is not None)
         timeline: RunTimeline | None = None
+        self._watch.begin()
 
         def on_step_ended(index: int, duration_ns: int) -> None:
             if on_step is not None:
@@ -479,6 +483,7 @@ class Runtime:
                 conditioning = model.encode_prompt(
                     request.prompt, request.negative_prompt, request.guided
                 )
+            self._watch.look()  # the GPU has the text to encode
             with timeline.stage("denoise"):
                 latents = model.denoise(
                     conditioning,
@@ -492,8 +497,10 @@ class Runtime:
                 )
             with timeline.stage("vae_decode"):
                 image = model.decode(latents)
+            self._watch.look()  # all is enqueued, and the GPU as busy as it gets
             pacer.drain()
-            call.run = timeline.finish()  # waits for the copy to the host
+            # Waits for the copy to the host.
+            call.run = timeline.finish(conditions=self._watch.seen())
             if not bool(image.finite):
                 raise NonFiniteOutput
             call.cancellation.raise_if_cancelled()
@@ -501,7 +508,7 @@ class Runtime:
         except Exception as error:
             failure = self._explain(error)
             if timeline is not None and call.run is None:
-                call.run = timeline.finish(failed=True)
+                call.run = timeline.finish(failed=True, conditions=self._watch.seen())
             # The stage that ended last is the one that failed.
             last = call.run.stages[-1].end_ns if call.run is not None and call.run.stages else None
             call.fail(failure, at_ns=last)
@@ -575,7 +582,9 @@ class Runtime:
         now_ns = WallAnchor.now().unix_ns
         ended = "the process was ended before it was warm"
         self._record_start(Failure(Draining.error_type, Draining.__name__, ended, now_ns))
-        return self.recorder.close(budget_seconds)
+        lost = self.recorder.close(budget_seconds)
+        self.work_left_behind |= self.recorder.left_behind
+        return lost
 
 
 class _Previews:
@@ -622,9 +631,10 @@ def build_runtime(
             "diffusers": version("diffusers"),
         },
     )
-    tracing = build_tracing(settings, metrics.spans_settled)
-    recorder = Recorder(tracing, metrics)
-    return Runtime(settings, tracing, metrics, recorder, upload, prepare=prepare)
+    gpu = Gpu.open(settings.device)
+    tracing = build_tracing(settings, metrics, gpu)
+    recorder = Recorder(tracing, metrics, settings.trace_steps)
+    return Runtime(settings, tracing, metrics, recorder, upload, prepare=prepare, gpu=gpu)
 
 
 def _default_shapes(model: SdxlModel) -> tuple[CompiledShape, ...]:
