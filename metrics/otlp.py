@@ -1,7 +1,9 @@
-"""The OTLP/HTTP exporter, and the answers that it takes for success though spans were lost.
+"""The OTLP/HTTP exporter, and what it overlooks.
 
-To the SDK's exporter a redirect is a success, which it follows nowhere, and a partial success is
-one like any other. Both are seen here, in the HTTP session that it is given.
+To the SDK's exporter a redirect is a success, which it follows nowhere; a partial success is one
+like any other; a certificate that is not accepted is tried again like a connection that was cut;
+and the lines it logs of a failed connection quote the whole URL. All of that is mended here, in the
+HTTP session that it is given.
 """
 
 from __future__ import annotations
@@ -28,6 +30,13 @@ class Redirected(requests.RequestException):
         )
 
 
+class Untrusted(requests.RequestException):
+    """No TLS connection came about; trying again would not mend it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"no TLS connection to the endpoint: {reason}")
+
+
 class AnswerReader(requests.Session):
     """A session that reads the answers to the end. Used by one export at a time."""
 
@@ -36,7 +45,12 @@ class AnswerReader(requests.Session):
         self._rejected = 0
 
     def request(self, *args: Any, **kwargs: Any) -> requests.Response:
-        response = super().request(*args, **kwargs)
+        try:
+            response = super().request(*args, **kwargs)
+        except requests.exceptions.SSLError as error:
+            raise Untrusted(_reason(error)) from None
+        except requests.exceptions.ConnectionError as error:
+            raise requests.exceptions.ConnectionError(_reason(error)) from None
         if 300 <= response.status_code < 400:
             raise Redirected(response.status_code)
         if response.ok:
@@ -47,6 +61,12 @@ class AnswerReader(requests.Session):
         """How many spans the backend has refused, of batches it accepted, since last asked."""
         rejected, self._rejected = self._rejected, 0
         return rejected
+
+
+def _reason(error: requests.RequestException) -> str:
+    """Why there was no connection, without the URL, which may hold a key."""
+    cause = error.args[0] if error.args else error
+    return str(getattr(cause, "reason", type(error).__name__))
 
 
 def _rejected_spans(response: requests.Response) -> int:
