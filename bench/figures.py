@@ -22,8 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from metrics.recorder import Recorder
+from metrics.sampling import TraceIdentity
 from metrics.timeline import RequestTiming
-from metrics.tracing import TraceIdentity
 from serve.settings import load_settings
 
 FIRST_REQUESTS = 5

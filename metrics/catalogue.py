@@ -16,8 +16,12 @@ from prometheus_client.exposition import choose_encoder
 from metrics import buckets
 from metrics.timeline import REQUEST_STAGES, RUN_STAGES, RequestTiming, RunTiming
 
-SPAN_RESULTS = ("exported", "failed", "dropped")
-"""What became of a finished span: the values of `sdxl_spans_total{result}`."""
+SPAN_RESULTS = ("exported", "rejected", "failed", "queue_full", "shutdown")
+"""What became of a finished span, the values of `sdxl_spans_total{result}`: taken by the backend;
+refused by it in a batch that it took; in a batch that did not arrive or was refused; given up for
+want of room; not gone when the time at shutdown was over. With those that still wait
+(`otel_sdk_processor_span_queue_size` and the batch on its way) they add up to
+`sdxl_spans_ended_total`."""
 
 COLD_SHAPE = "cold"
 """The label of every shape that was not warm: one series for all of them."""
@@ -143,6 +147,11 @@ class GenerationMetrics:
             "Finished requests whose spans or metrics could not be recorded.",
             registry=registry,
         )
+        self._spans_ended = Counter(
+            "sdxl_spans_ended",
+            "Finished spans of traces chosen for export.",
+            registry=registry,
+        )
         self._spans = Counter(
             "sdxl_spans",
             "Finished spans of traces chosen for export, by what became of them.",
@@ -214,6 +223,9 @@ class GenerationMetrics:
 
     def record_failed(self) -> None:
         self._record_failures.inc()
+
+    def spans_ended(self, count: int) -> None:
+        self._spans_ended.inc(count)
 
     def spans_settled(self, result: str, count: int) -> None:
         """Count spans by what became of them; `result` is one of `SPAN_RESULTS`."""

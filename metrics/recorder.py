@@ -10,21 +10,33 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 from metrics.catalogue import GenerationMetrics
-from metrics.spans import Attributes, emit_request, emit_warmup
+from metrics.sampling import TraceIdentity
+from metrics.spans import Attributes, emit_request, emit_warmup, request_spans, warmup_spans
 from metrics.timeline import RequestTiming, WarmupTiming
-from metrics.tracing import TraceIdentity, Tracing
+from metrics.tracing import Tracing
 
 logger = logging.getLogger(__name__)
+
+
+StepSpans = Literal["all", "slow", "summary"]
+"""Whose steps become spans: every request's, those of requests that failed or were slow, or
+nobody's. The median, the slowest and its index are told in any case."""
 
 
 class Recorder:
     """Writes finished timings as spans and metrics, in the order they are handed over."""
 
-    def __init__(self, tracing: Tracing, metrics: GenerationMetrics) -> None:
+    def __init__(
+        self, tracing: Tracing, metrics: GenerationMetrics, steps: StepSpans = "all"
+    ) -> None:
         self._tracing = tracing
         self._metrics = metrics
+        self._steps = steps
+        self.left_behind = False
+        """Whether a thread is still at it though the time for it is over."""
         # One thread: spans of one request stay together, and the queue order is the export order.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
 
@@ -35,11 +47,17 @@ class Recorder:
     def record_warmup(self, warmup: WarmupTiming, attributes: Attributes) -> None:
         """Hand over a finished start-up as a trace of its own; returns at once."""
         identity = self._tracing.identify()
-        self._submit(
-            lambda: self._tracing.emit(
-                identity, lambda tracer, context: emit_warmup(tracer, context, warmup, attributes)
+
+        def record() -> None:
+            # One trace a process: whatever the ratio says, a start that failed can be looked at.
+            settled = self._tracing.settle(identity, worth_keeping=warmup.failure is not None)
+            self._tracing.emit(
+                settled,
+                warmup_spans(warmup),
+                lambda tracer, context: emit_warmup(tracer, context, warmup, attributes),
             )
-        )
+
+        self._submit(record)
 
     def close(self, budget_seconds: float) -> int:
         """Record what was handed over and shut tracing down, within the budget.
@@ -53,12 +71,22 @@ class Recorder:
             last.result(timeout=budget_seconds)
         except TimeoutError:
             logger.warning("some finished requests were not recorded in time")
-        return self._tracing.shutdown(max(0.0, deadline - time.monotonic()))
+        lost = self._tracing.shutdown(max(0.0, deadline - time.monotonic()))
+        self.left_behind = self._tracing.left_behind or not last.done()
+        return lost
 
     def _record(self, request: RequestTiming, identity: TraceIdentity) -> None:
-        self._tracing.emit(identity, lambda tracer, context: emit_request(tracer, context, request))
+        kept_for = self._tracing.worth_keeping(request)
+        settled = self._tracing.settle(identity, worth_keeping=kept_for is not None)
+        slow = kept_for is not None or request.slow_reason is not None
+        steps = self._steps == "all" or (self._steps == "slow" and slow)
+        on_its_way = self._tracing.emit(
+            settled,
+            request_spans(request, steps),
+            lambda tracer, context: emit_request(tracer, context, request, steps, settled.caller),
+        )
         exemplar = None
-        if identity.exported:
+        if on_its_way:
             exemplar = {"trace_id": identity.trace_id_hex, "span_id": identity.span_id_hex}
         self._metrics.observe_request(request, exemplar)
 

@@ -2,17 +2,20 @@
 
 Children lie inside their parents and siblings do not overlap: spans timed on the GPU's clock are
 placed on the host's within a known error, and what sticks out by that error is cut and reported
-as `inference.clamped_us`. What no child covers is not hidden: `request.unattributed_ms`.
+as `inference.clamped_us`, and for the whole tree as `request.clamped_us`. What no child covers is
+not hidden: `request.unattributed_ms`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, Tracer
 
+from metrics.gpu import GpuConditions
+from metrics.sampling import ROOT_SPAN
 from metrics.timeline import (
     Failure,
     RequestTiming,
@@ -20,7 +23,6 @@ from metrics.timeline import (
     StageTiming,
     WarmupTiming,
 )
-from metrics.tracing import ROOT_SPAN
 
 Attributes = Mapping[str, str | int | float | bool]
 
@@ -28,11 +30,10 @@ GEN_AI_PROVIDER = "stepspan"
 
 
 class _Tree:
-    """Starts and ends spans inside their parents' bounds, and counts them."""
+    """Starts spans inside their parents' bounds."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
-        self.count = 0
         self.clamped_ns = 0
 
     def open(
@@ -42,15 +43,17 @@ class _Tree:
         context: Context,
         attributes: Attributes | None = None,
         kind: SpanKind = SpanKind.INTERNAL,
+        links: Sequence[Link] = (),
     ) -> tuple[Span, Context]:
         span = self._tracer.start_span(
-            name, context=context, kind=kind, attributes=dict(attributes or {}), start_time=start_ns
+            name,
+            context=context,
+            kind=kind,
+            attributes=dict(attributes or {}),
+            links=links,
+            start_time=start_ns,
         )
         return span, trace.set_span_in_context(span, context)
-
-    def close(self, span: Span, end_ns: int) -> None:
-        span.end(end_time=end_ns)
-        self.count += 1
 
     def clamp(self, start_ns: int, end_ns: int, lower: int, upper: int) -> tuple[int, int]:
         """The interval cut to [lower, upper]; how much was cut is added up."""
@@ -60,15 +63,42 @@ class _Tree:
         return inside_start, inside_end
 
 
-def emit_request(tracer: Tracer, context: Context, request: RequestTiming) -> int:
-    """Emit the tree of one request. Returns how many spans it has.
+def request_spans(request: RequestTiming, steps: bool = True) -> int:
+    """How many spans `emit_request` makes of a request."""
+    run = request.run
+    in_run = 0 if run is None else 1 + len(run.stages)
+    if run is not None and steps and run.stage("denoise") is not None:
+        in_run += len(run.steps)
+    return 1 + len(request.stages) + in_run
+
+
+def warmup_spans(warmup: WarmupTiming) -> int:
+    """How many spans `emit_warmup` makes of a start-up."""
+    return 1 + len(warmup.phases)
+
+
+def emit_request(
+    tracer: Tracer,
+    context: Context,
+    request: RequestTiming,
+    steps: bool = True,
+    caller: SpanContext | None = None,
+) -> None:
+    """Emit the tree of one request.
 
     Args:
         context: the root's parent context.
+        steps: whether every denoising step is a span; what sums them up is told anyway.
+        caller: a caller whose trace is not continued, for a link to it.
     """
     tree = _Tree(tracer)
     root, inside = tree.open(
-        ROOT_SPAN, request.start_ns, context, _root_attributes(request), SpanKind.SERVER
+        ROOT_SPAN,
+        request.start_ns,
+        context,
+        _root_attributes(request),
+        SpanKind.SERVER,
+        [] if caller is None else [Link(caller)],
     )
     parts: list[StageTiming | RunTiming] = list(request.stages)
     if request.run is not None:
@@ -77,22 +107,23 @@ def emit_request(tracer: Tracer, context: Context, request: RequestTiming) -> in
     for part in sorted(parts, key=lambda part: part.start_ns):
         start_ns, end_ns = tree.clamp(part.start_ns, part.end_ns, lower, request.end_ns)
         if isinstance(part, RunTiming):
-            _emit_run(tree, inside, part, request, start_ns, end_ns)
+            _emit_run(tree, inside, part, request, steps, start_ns, end_ns)
         else:
             span, _ = tree.open(part.name, start_ns, inside)
             _mark_failed(span, request.failure, start_ns, end_ns)
-            tree.close(span, end_ns)
+            span.end(end_ns)
         lower = end_ns
+    if tree.clamped_ns:
+        root.set_attribute("request.clamped_us", tree.clamped_ns / 1e3)
     if request.failure is not None:
         _record_failure(root, request.failure)
-    tree.close(root, request.end_ns)
-    return tree.count
+    root.end(request.end_ns)
 
 
 def emit_warmup(
     tracer: Tracer, context: Context, warmup: WarmupTiming, attributes: Attributes
-) -> int:
-    """Emit the start-up's own trace. Returns how many spans it has."""
+) -> None:
+    """Emit the start-up's own trace."""
     tree = _Tree(tracer)
     root, inside = tree.open("warmup", warmup.start_ns, context, attributes)
     lower = warmup.start_ns
@@ -100,12 +131,11 @@ def emit_warmup(
         start_ns, end_ns = tree.clamp(phase.start_ns, phase.end_ns, lower, warmup.end_ns)
         span, _ = tree.open(phase.name, start_ns, inside, phase.attributes)
         _mark_failed(span, warmup.failure, start_ns, end_ns)
-        tree.close(span, end_ns)
+        span.end(end_ns)
         lower = end_ns
     if warmup.failure is not None:
         _record_failure(root, warmup.failure)
-    tree.close(root, warmup.end_ns)
-    return tree.count
+    root.end(warmup.end_ns)
 
 
 def _emit_run(
@@ -113,6 +143,7 @@ def _emit_run(
     context: Context,
     run: RunTiming,
     request: RequestTiming,
+    steps: bool,
     start_ns: int,
     end_ns: int,
 ) -> None:
@@ -125,19 +156,19 @@ def _emit_run(
             stage.name, stage_start, inside, {"inference.clock": run.clock}
         )
         if stage.name == "denoise":
-            _emit_steps(tree, in_stage, stage_span, run, stage_start, stage_end)
+            _sum_up_steps(stage_span, run)
+            if steps:
+                _emit_steps(tree, in_stage, run, stage_start, stage_end)
         _mark_failed(stage_span, request.failure, stage_start, stage_end)
-        tree.close(stage_span, stage_end)
+        stage_span.end(stage_end)
         lower = stage_end
     span.set_attribute("inference.clamped_us", (tree.clamped_ns - clamped_before) / 1e3)
     if request.failure is not None and start_ns <= request.failure.at_ns <= end_ns:
         _record_failure(span, request.failure)
-    tree.close(span, end_ns)
+    span.end(end_ns)
 
 
-def _emit_steps(
-    tree: _Tree, context: Context, denoise: Span, run: RunTiming, start_ns: int, end_ns: int
-) -> None:
+def _sum_up_steps(denoise: Span, run: RunTiming) -> None:
     summary = run.step_summary()
     if summary is not None:
         denoise.set_attributes(
@@ -147,6 +178,9 @@ def _emit_steps(
                 "inference.step.slowest_index": summary.slowest_index,
             }
         )
+
+
+def _emit_steps(tree: _Tree, context: Context, run: RunTiming, start_ns: int, end_ns: int) -> None:
     lower = start_ns
     for step in run.steps:
         step_start, step_end = tree.clamp(step.start_ns, step.end_ns, lower, end_ns)
@@ -161,7 +195,7 @@ def _emit_steps(
                 "inference.step.lead_ms": step.lead_ns / 1e6,
             },
         )
-        tree.close(span, step_end)
+        span.end(step_end)
         lower = step_end
 
 
@@ -186,12 +220,15 @@ def _root_attributes(request: RequestTiming) -> dict[str, str | int | float | bo
         }
         if facts.prompt is not None:
             attributes["prompt.text"] = facts.prompt
+    if request.run is None and (reason := request.slow_reason) is not None:
+        attributes["inference.slow_reason"] = reason  # no run came of it to carry this
     if request.run is not None and request.failure is None:
         attributes["request.unattributed_ms"] = request.unattributed_ns / 1e6
     return attributes
 
 
 def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, str | int | float | bool]:
+    reason = request.slow_reason
     attributes: dict[str, str | int | float | bool] = {
         "gen_ai.operation.name": "generate_content",
         "gen_ai.provider.name": GEN_AI_PROVIDER,
@@ -204,12 +241,33 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, str | i
         "inference.clock.error_bound_us": run.error_bound_ns / 1e3,
         "inference.clock.drift_us": run.drift_ns / 1e3,
     }
+    if run.conditions:
+        attributes |= _gpu_attributes(run.conditions)
+    if reason is not None:
+        attributes["inference.slow_reason"] = reason
+    if run.eager_fallback:
+        attributes["inference.eager_fallback"] = True
     if request.facts is not None:
         attributes |= {
             "gen_ai.request.model": request.facts.model_name,
             "gen_ai.request.seed": request.facts.seed,
             "num_inference_steps": request.facts.num_inference_steps,
         }
+    return attributes
+
+
+def _gpu_attributes(
+    conditions: Sequence[GpuConditions],
+) -> dict[str, str | int | float | bool]:
+    """What held the GPU back in the run, and its slowest clock."""
+    names = sorted(set().union(*(seen.throttle for seen in conditions)))
+    attributes: dict[str, str | int | float | bool] = {"gpu.throttle_reasons": ",".join(names)}
+    clocks = [seen.sm_clock_mhz for seen in conditions if seen.sm_clock_mhz is not None]
+    if clocks:
+        attributes["gpu.sm_clock_mhz"] = min(clocks)
+    highest = conditions[0].max_sm_clock_mhz
+    if highest is not None:
+        attributes["gpu.sm_clock_max_mhz"] = highest
     return attributes
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from metrics.clock import Clock, HostClock, Mark, MonotonicNs, WallAnchor
+from metrics.gpu import GpuConditions
+from metrics.slow import SlowReason, slow_reason
 
 RUN_STAGES = ("text_encode", "denoise", "vae_decode")
 """Stages on the thread that owns the model, timed by the run's clock."""
@@ -84,6 +86,8 @@ class RunTiming:
     drift_ns: int = 0
     eager_fallback: bool = False
     """Something in it was not compiled for its shape and ran eagerly."""
+    conditions: tuple[GpuConditions, ...] = ()
+    """What the GPU's driver said while it ran."""
 
     @property
     def duration_ns(self) -> int:
@@ -162,7 +166,12 @@ class RunTimeline:
     def steps_enqueued(self) -> int:
         return max(0, len(self._step_bounds) - 1)
 
-    def finish(self, failed: bool = False, eager_fallback: bool = False) -> RunTiming:
+    def finish(
+        self,
+        failed: bool = False,
+        eager_fallback: bool = False,
+        conditions: Sequence[GpuConditions] = (),
+    ) -> RunTiming:
         """Resolve every mark; called once, when all of the run's work is enqueued or has failed.
 
         Waits for the run's last mark, and so for its copy to the host. A device that faults raises
@@ -211,6 +220,7 @@ class RunTimeline:
             error_bound_ns=resolved.error_bound_ns,
             drift_ns=resolved.drift_ns,
             eager_fallback=eager_fallback,
+            conditions=tuple(conditions),
         )
 
 
@@ -295,6 +305,11 @@ class RequestTiming:
         if self.run is not None:
             covered += self.run.duration_ns
         return max(0, self.duration_ns - covered)
+
+    @property
+    def slow_reason(self) -> SlowReason | None:
+        """Why it was slow, where that is known; see `metrics/slow.py`."""
+        return slow_reason(self)
 
     def stage(self, name: str) -> StageTiming | None:
         return next((stage for stage in self.stages if stage.name == name), None)

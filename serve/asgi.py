@@ -182,7 +182,7 @@ def _begin(runtime: Runtime, request: TextToImageRequest) -> Call:
     assert call is not None  # the middleware makes one for every endpoint that generates
     if request.trace_context is not None:
         identity = runtime.tracing.identify(request.trace_context.carrier())
-        if identity.parent is not None:
+        if identity.parent is not None or identity.caller is not None:
             call.identity = identity
     call.timeline.end()
     return call
@@ -268,10 +268,7 @@ class RequestMiddleware:
                 timing.status_code,
                 timing.outcome,
                 timing.duration_ns / 1e6,
-                extra={
-                    "trace_id": call.identity.trace_id_hex,
-                    "request_id": call.request_id,
-                },
+                extra=_told(call, runtime.settings.trace_url),
             )
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, call: Call) -> None:
@@ -361,6 +358,14 @@ def _path(scope: Scope) -> str:
 def _billable_units(facts: GenerationFacts) -> bytes:
     """Megapixels times steps: what an image's time on the GPU is about proportional to."""
     return f"{facts.width * facts.height * facts.num_inference_steps / 1e6:.6f}".encode()
+
+
+def _told(call: Call, trace_url: str | None) -> dict[str, str]:
+    """What the log line of a call says beside its sentence."""
+    told = {"trace_id": call.identity.trace_id_hex, "request_id": call.request_id}
+    if trace_url is not None and call.identity.exported:
+        told["trace_url"] = trace_url.replace("{trace_id}", call.identity.trace_id_hex)
+    return told
 
 
 def _carrier(headers: Headers) -> Mapping[str, str]:

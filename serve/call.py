@@ -14,8 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from metrics.sampling import TraceIdentity
 from metrics.timeline import Failure, GenerationFacts, RequestTimeline, RequestTiming, RunTiming
-from metrics.tracing import TraceIdentity
 from serve.admission import Cancellation
 from serve.errors import GenerationFailed, RequestError
 

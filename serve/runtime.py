@@ -25,6 +25,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
 from metrics.catalogue import GenerationMetrics
 from metrics.clock import Clock, make_clock
+from metrics.gpu import Gpu, GpuWatch
 from metrics.recorder import Recorder
 from metrics.timeline import GenerationFacts, RunTimeline
 from metrics.tracing import Tracing
@@ -123,6 +124,7 @@ class Runtime:
         upload: Upload,
         make_run_clock: Callable[[str], Clock] = make_clock,
         prepare: Prepare | None = None,
+        gpu: Gpu | None = None,
     ) -> None:
         self.settings = settings
         self.tracing = tracing
@@ -132,6 +134,7 @@ class Runtime:
         self.admission = Admission(settings.max_waiting, metrics.set_waiting)
         self._gpu = GpuThread()
         self._upload = upload
+        self._watch = GpuWatch(gpu)
         self._device_lost = False
         self.work_left_behind = False
         self.ready = asyncio.Event()
@@ -431,6 +434,7 @@ class Runtime:
         )
         timeline: RunTimeline | None = None
         fallbacks = self._fallbacks()
+        self._watch.begin()
 
         def on_step_ended(index: int, duration_ns: int) -> None:
             for image, one in enumerate(asked):
@@ -457,6 +461,7 @@ class Runtime:
                 conditioning = model.encode_prompts(
                     [r.prompt for r in wanted], [r.negative_prompt for r in wanted], plan.guided
                 )
+            self._watch.look()  # the GPU has the text to encode
             with timeline.stage("denoise"):
                 latents = model.denoise(
                     conditioning,
@@ -470,14 +475,20 @@ class Runtime:
                 )
             with timeline.stage("vae_decode"):
                 images = model.decode(latents)
+            self._watch.look()  # all is enqueued, and the GPU as busy as it gets
             pacer.drain()
             # Waits for the copy to the host.
-            run = timeline.finish(eager_fallback=self._count_fallbacks(plan, fallbacks))
+            run = timeline.finish(
+                eager_fallback=self._count_fallbacks(plan, fallbacks),
+                conditions=self._watch.seen(),
+            )
             for call in calls:
                 call.run = run
         except Exception as error:
             failure = self._explain(error)
-            run_until_then = None if timeline is None else timeline.finish(failed=True)
+            run_until_then = None
+            if timeline is not None:
+                run_until_then = timeline.finish(failed=True, conditions=self._watch.seen())
             for call in calls:
                 call.run = run_until_then
                 _fail_at_last_stage(call, failure)
@@ -575,7 +586,9 @@ class Runtime:
         # A compile cannot be interrupted and may take minutes, a hung run for ever.
         self.work_left_behind = not self._gpu.stop(timeout_seconds=0.1)
         self._startup.end(self.work_left_behind)
-        return self.recorder.close(budget_seconds)
+        lost = self.recorder.close(budget_seconds)
+        self.work_left_behind |= self.recorder.left_behind
+        return lost
 
 
 class _Previews:
@@ -623,9 +636,10 @@ def build_runtime(
             "diffusers": version("diffusers"),
         },
     )
-    tracing = build_tracing(settings, metrics.spans_settled)
-    recorder = Recorder(tracing, metrics)
-    return Runtime(settings, tracing, metrics, recorder, upload, prepare=prepare)
+    gpu = Gpu.open(settings.device)
+    tracing = build_tracing(settings, metrics, gpu)
+    recorder = Recorder(tracing, metrics, settings.trace_steps)
+    return Runtime(settings, tracing, metrics, recorder, upload, prepare=prepare, gpu=gpu)
 
 
 def _fail_at_last_stage(call: Call, failure: RequestError) -> None:

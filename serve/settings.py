@@ -13,12 +13,13 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kernels_warmup.shapes import CompiledShape
-from metrics.tracing import MAX_QUEUE_SIZE
+from metrics.tracing import MAX_QUEUE_SIZE, MOST_SPANS_PER_REQUEST
 from serve.errors import ConfigurationError
 
 PREFIX = "SDXL_"
@@ -111,6 +112,21 @@ class ServeSettings(BaseSettings):
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
     )
     trace_prompts: bool = Field(default=False, description="true or false")
+    trace_keep_slow_seconds: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="a number of seconds above 0"
+    )
+    trace_keep_slow_step_ms: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="a number of milliseconds above 0"
+    )
+    trace_steps: Literal["all", "slow", "summary"] = Field(
+        default="all", description="all, slow or summary"
+    )
+    trace_trust_parent: bool = Field(default=True, description="true or false")
+    trace_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s{}]*\{trace_id\}[^\s{}]*$",
+        description="an http:// or https:// URL with {trace_id} in it",
+    )
     log_format: Literal["auto", "text", "json"] = Field(
         default="auto", description="auto, text or json"
     )
@@ -197,8 +213,8 @@ class ServeSettings(BaseSettings):
     bsp_max_queue_size: int | None = Field(
         default=None,
         validation_alias="OTEL_BSP_MAX_QUEUE_SIZE",
-        ge=1,
-        description="a whole number from 1",
+        ge=MOST_SPANS_PER_REQUEST,
+        description=f"a whole number from {MOST_SPANS_PER_REQUEST}, the spans of one long request,",
     )
     bsp_max_export_batch_size: int | None = Field(
         default=None,
@@ -206,11 +222,11 @@ class ServeSettings(BaseSettings):
         ge=1,
         description="a whole number from 1, at most OTEL_BSP_MAX_QUEUE_SIZE",
     )
-    bsp_schedule_delay: float | None = Field(
+    bsp_schedule_delay: int | None = Field(
         default=None,
         validation_alias="OTEL_BSP_SCHEDULE_DELAY",
-        gt=0,
-        description="a number of milliseconds above 0",
+        ge=1,
+        description="a whole number of milliseconds from 1",
     )
 
     @field_validator("shapes", mode="before")
@@ -226,6 +242,18 @@ class ServeSettings(BaseSettings):
         """Spans are exported only where somebody named an endpoint and nobody turned it off."""
         named = self.otlp_endpoint is not None or self.otlp_traces_endpoint is not None
         return self.enable_tracing and not self.sdk_disabled and named
+
+    @property
+    def rate(self) -> float:
+        """Share of traces exported where no caller decided."""
+        rates = (self.sample_rate, self.traces_sampler_arg)
+        return next((rate for rate in rates if rate is not None), 1.0)
+
+    @property
+    def exports_to_honeycomb(self) -> bool:
+        """Honeycomb weighs its counts by an attribute of its own."""
+        host = urlsplit(self.otlp_traces_endpoint or self.otlp_endpoint or "").hostname or ""
+        return host.endswith(".honeycomb.io")
 
 
 def load_settings() -> ServeSettings:
@@ -277,6 +305,24 @@ def _refuse_contradictions(settings: ServeSettings) -> None:
             f"OTEL_SAMPLE_RATE={rate} and OTEL_TRACES_SAMPLER_ARG={argument} contradict each "
             "other: set one of them."
         )
+    fixed = settings.traces_sampler or ""
+    if fixed.endswith(("always_on", "always_off")):
+        for name, value in (
+            ("OTEL_SAMPLE_RATE", rate),
+            ("OTEL_TRACES_SAMPLER_ARG", argument),
+        ):
+            if value is not None:
+                raise ConfigurationError(
+                    f"OTEL_TRACES_SAMPLER={fixed} and {name}={value} contradict each other: that "
+                    "sampler takes no ratio; traceidratio and parentbased_traceidratio do."
+                )
+    if fixed.endswith("always_off"):
+        for field in ("trace_keep_slow_seconds", "trace_keep_slow_step_ms"):
+            if getattr(settings, field) is not None:
+                raise ConfigurationError(
+                    f"OTEL_TRACES_SAMPLER={fixed} and {environment_name(field)} contradict each "
+                    "other: that sampler exports nothing; a ratio of 0 keeps slow and failed ones."
+                )
     batch, queue = settings.bsp_max_export_batch_size, settings.bsp_max_queue_size
     if batch is not None and batch > (queue or MAX_QUEUE_SIZE):
         raise ConfigurationError(

@@ -2,68 +2,64 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from importlib.metadata import version
-from typing import Any
 
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace.sampling import (
-    ALWAYS_OFF,
-    ALWAYS_ON,
-    ParentBased,
-    Sampler,
-    TraceIdRatioBased,
-)
 
-from metrics.tracing import SettledSpans, Tracing, otlp_exporter, ratio_sampler
+from metrics.catalogue import GenerationMetrics
+from metrics.gpu import Gpu
+from metrics.sampling import KeepRules, Sampling
+from metrics.tracing import Tracing, otlp_destination, sdk_metrics
 from serve.settings import ServeSettings
 
-
-def _nvml_handle(pynvml: Any, index: int) -> Any:
-    """NVML counts all GPUs of the machine; CUDA only those that `CUDA_VISIBLE_DEVICES` names."""
-    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
-    name = visible[index].strip() if index < len(visible) else str(index)
-    if name.isdigit():
-        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
-    return pynvml.nvmlDeviceGetHandleByUUID(name)
+logger = logging.getLogger(__name__)
 
 
-def build_tracing(settings: ServeSettings, on_settled: SettledSpans) -> Tracing:
+def build_tracing(
+    settings: ServeSettings, metrics: GenerationMetrics, gpu: Gpu | None = None
+) -> Tracing:
     """Tracing as configured; without an endpoint nothing is exported and nothing complains."""
+    destination = None
+    if settings.tracing_enabled:
+        if os.environ.get("OTEL_BSP_EXPORT_TIMEOUT"):
+            logger.warning(
+                "OTEL_BSP_EXPORT_TIMEOUT has no effect in OpenTelemetry's Python SDK; what bounds "
+                "an export is OTEL_EXPORTER_OTLP_TIMEOUT, in seconds"
+            )
+        destination = otlp_destination(settings.exports_to_honeycomb, sdk_metrics(metrics.registry))
     return Tracing(
-        sampler=build_sampler(settings),
-        exporter=otlp_exporter() if settings.tracing_enabled else None,
-        resource=build_resource(settings),
-        on_settled=on_settled,
+        sampling=build_sampling(settings),
+        destination=destination,
+        resource=build_resource(settings, gpu),
+        on_ended=metrics.spans_ended,
+        on_settled=metrics.spans_settled,
         version=version("stepspan"),
     )
 
 
-def build_sampler(settings: ServeSettings) -> Sampler:
-    """The head decision: `OTEL_TRACES_SAMPLER` where it is set, else parent-based at the rate."""
-    rate = settings.sample_rate
-    if rate is None:
-        rate = settings.traces_sampler_arg
-    if rate is None:
-        rate = 1.0
-    match settings.traces_sampler:
-        case None | "parentbased_traceidratio":
-            return ratio_sampler(rate)
-        case "traceidratio":
-            return TraceIdRatioBased(rate)
-        case "always_on":
-            return ALWAYS_ON
-        case "always_off":
-            return ALWAYS_OFF
-        case "parentbased_always_on":
-            return ParentBased(ALWAYS_ON)
-        case "parentbased_always_off":
-            return ParentBased(ALWAYS_OFF)
+def build_sampling(settings: ServeSettings) -> Sampling:
+    """Both decisions: `OTEL_TRACES_SAMPLER` where it is set, else parent-based at the rate.
+
+    Always is a ratio of 1 and never one of 0, but whoever says never means it: then nothing is kept
+    for having failed or been slow either.
+    """
+    sampler = settings.traces_sampler or "parentbased_traceidratio"
+    root = sampler.removeprefix("parentbased_")
+    rate = {"always_on": 1.0, "always_off": 0.0}.get(root, settings.rate)
+    keep = KeepRules(settings.trace_keep_slow_seconds, settings.trace_keep_slow_step_ms)
+    return Sampling(
+        rate,
+        parent_based=sampler.startswith("parentbased_"),
+        trust_parent=settings.trace_trust_parent,
+        keep=None if root == "always_off" else keep,
+    )
 
 
-def build_resource(settings: ServeSettings) -> Resource:
-    """Service name, version and instance; the runner where fal names one.
+def build_resource(settings: ServeSettings, gpu: Gpu | None = None) -> Resource:
+    """Service name, version and instance; the GPU and fal's runner where there are any.
 
     The SDK merges `OTEL_RESOURCE_ATTRIBUTES` in; what is set here stands, and a service name is
     set here only where `OTEL_SERVICE_NAME` or nothing at all names one.
@@ -79,25 +75,6 @@ def build_resource(settings: ServeSettings) -> Resource:
     for name, variable in (("fal.runner.id", "FAL_JOB_ID"), ("fal.app.name", "FAL_APP_NAME")):
         if value := os.environ.get(variable):
             attributes[name] = value
-    return Resource.create(attributes | _gpu_identity(settings.device))
-
-
-def _gpu_identity(device: str) -> dict[str, str]:
-    """Name and UUID of the GPU in use, through NVML; empty without one or without its binding."""
-    if device == "cpu":
-        return {}
-    try:
-        import pynvml
-    except ImportError:
-        return {}
-    index = int(device.split(":")[1]) if ":" in device else 0
-    try:
-        pynvml.nvmlInit()
-        handle = _nvml_handle(pynvml, index)
-        return {
-            "hw.type": "gpu",
-            "hw.name": str(pynvml.nvmlDeviceGetName(handle)),
-            "hw.id": str(pynvml.nvmlDeviceGetUUID(handle)),
-        }
-    except pynvml.NVMLError:
-        return {}
+    if gpu is not None:
+        attributes |= gpu.identity
+    return Resource.create(attributes)

@@ -1,16 +1,25 @@
-"""A real OTLP/HTTP protobuf endpoint on loopback that keeps the spans it receives."""
+"""A real OTLP/HTTP protobuf endpoint on loopback that keeps the spans it receives, or is unwell."""
 
 from __future__ import annotations
 
 import gzip
+import math
+import ssl
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -35,6 +44,24 @@ class ReceivedSpan:
     events: tuple[tuple[str, dict[str, Any]], ...]
     resource: dict[str, Any]
     trace_state: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How an endpoint answers an export.
+
+    What it answers with 200 it has taken, but for `rejected` spans of every batch. It takes
+    `seconds` over it; for ever means: until the endpoint is closed, and then it says nothing.
+    """
+
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    rejected: int = 0
+    seconds: float = 0.0
+
+
+HEALTHY = Answer()
+PROTOBUF = "application/x-protobuf"
 
 
 @dataclass
@@ -91,41 +118,80 @@ def tree(spans: list[ReceivedSpan]) -> str:
 
 
 @contextmanager
-def otlp_endpoint() -> Iterator[OtlpEndpoint]:
-    """Listen on a free loopback port until the block ends."""
+def otlp_endpoint(answer: Answer = HEALTHY, tls: bool = False) -> Iterator[OtlpEndpoint]:
+    """Listen on a free loopback port until the block ends.
+
+    Args:
+        tls: speak it, with a certificate that nobody vouches for.
+    """
     endpoint = OtlpEndpoint(url="")
+    closing = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
-            request = ExportTraceServiceRequest.FromString(body)
-            with endpoint.arrived:
-                endpoint.headers.append(dict(self.headers))
-                endpoint.spans.extend(_received(request))
-                endpoint.arrived.notify_all()
-            answer = ExportTraceServiceResponse().SerializeToString()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/x-protobuf")
-            self.send_header("Content-Length", str(len(answer)))
+            if answer.seconds and closing.wait(
+                None if math.isinf(answer.seconds) else answer.seconds
+            ):
+                return
+            told = ExportTraceServiceResponse()
+            if answer.status == 200:
+                spans = list(_received(ExportTraceServiceRequest.FromString(body)))
+                with endpoint.arrived:
+                    endpoint.headers.append(dict(self.headers))
+                    endpoint.spans.extend(spans[answer.rejected :])
+                    endpoint.arrived.notify_all()
+                told.partial_success.rejected_spans = min(answer.rejected, len(spans))
+            text = told.SerializeToString()
+            self.send_response(answer.status)
+            self.send_header("Content-Length", str(len(text)))
+            for name, value in ({"Content-Type": PROTOBUF} | dict(answer.headers)).items():
+                self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(answer)
+            self.wfile.write(text)
 
         def log_message(self, *_: Any) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    endpoint.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    if tls:
+        server.socket = _self_signed().wrap_socket(server.socket, server_side=True)
+    endpoint.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         yield endpoint
     finally:
+        closing.set()
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _self_signed() -> ssl.SSLContext:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(certificate.public_bytes(Encoding.PEM))
+        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        file.flush()
+        context.load_cert_chain(file.name)
+    return context
 
 
 def _received(request: ExportTraceServiceRequest) -> Iterator[ReceivedSpan]:

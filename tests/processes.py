@@ -13,8 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
+
+if TYPE_CHECKING:
+    from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +30,7 @@ class ServerProcess:
     """A running server: where it answers, and what it has printed."""
 
     url: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     output_path: Path
     metrics_url: str
 

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 KINDS = pytest.mark.parametrize("kind", list(STARTS))
 
-# The last spans have four seconds to leave; the rest is what a busy machine takes to notice.
+# The last spans have three seconds to leave; the rest is what a busy machine takes to notice.
 ENDING_SECONDS = 15.0
 
 # `termination_grace_period_seconds` of pyproject.toml.

@@ -105,7 +105,7 @@ def test_gauges_follow(metrics: GenerationMetrics) -> None:
     metrics.set_waiting(3)
     metrics.set_ready(True)
     metrics.set_warmup_phase("compile", 1.5)
-    metrics.spans_settled("dropped", 4)
+    metrics.spans_settled("queue_full", 4)
     metrics.upload_fell_back()
     metrics.prompt_truncated()
     metrics.record_failed()
@@ -115,7 +115,7 @@ def test_gauges_follow(metrics: GenerationMetrics) -> None:
     assert value(metrics, "sdxl_requests_waiting") == 3
     assert value(metrics, "sdxl_ready") == 1
     assert value(metrics, "sdxl_warmup_duration_seconds", phase="compile") == 1.5
-    assert value(metrics, "sdxl_spans_total", result="dropped") == 4
+    assert value(metrics, "sdxl_spans_total", result="queue_full") == 4
     assert value(metrics, "sdxl_upload_fallbacks_total") == 1
     assert value(metrics, "sdxl_truncated_prompts_total") == 1
     assert value(metrics, "sdxl_record_failures_total") == 1

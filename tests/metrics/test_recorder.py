@@ -6,14 +6,15 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import CollectorRegistry
 
 from metrics.catalogue import GenerationMetrics
-from metrics.recorder import Recorder
+from metrics.recorder import Recorder, StepSpans
+from metrics.sampling import KeepRules, Sampling
 from metrics.timeline import WarmupTiming
-from metrics.tracing import Tracing, ratio_sampler
+from metrics.tracing import Destination, Tracing
 from tests.metrics.timings import START_NS, request_timing
 
 
 def recorder(
-    rate: float = 1.0,
+    rate: float = 1.0, steps: StepSpans = "all"
 ) -> tuple[Recorder, Tracing, InMemorySpanExporter, CollectorRegistry]:
     registry = CollectorRegistry()
     metrics = GenerationMetrics(
@@ -24,8 +25,14 @@ def recorder(
         build={"version": "1"},
     )
     exporter = InMemorySpanExporter()
-    tracing = Tracing(ratio_sampler(rate), exporter, Resource.create({}), metrics.spans_settled)
-    return Recorder(tracing, metrics), tracing, exporter, registry
+    tracing = Tracing(
+        Sampling(rate, keep=KeepRules()),
+        Destination(exporter),
+        Resource.create({}),
+        on_ended=metrics.spans_ended,
+        on_settled=metrics.spans_settled,
+    )
+    return Recorder(tracing, metrics, steps), tracing, exporter, registry
 
 
 def test_spans_and_metrics_of_one_request() -> None:

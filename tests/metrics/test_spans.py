@@ -12,9 +12,10 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace import SpanContext, SpanKind, StatusCode, TraceFlags
 
-from metrics.spans import emit_request, emit_warmup
+from metrics.gpu import GpuConditions
+from metrics.spans import emit_request, emit_warmup, request_spans, warmup_spans
 from metrics.timeline import (
     Failure,
     PhaseTiming,
@@ -27,13 +28,15 @@ from metrics.timeline import (
 from tests.metrics.timings import FACTS, MS, START_NS, request_timing, run_timing
 
 
-def emitted(request: RequestTiming) -> list[ReadableSpan]:
+def emitted(
+    request: RequestTiming, steps: bool = True, caller: SpanContext | None = None
+) -> list[ReadableSpan]:
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    count = emit_request(provider.get_tracer("test"), Context(), request)
+    emit_request(provider.get_tracer("test"), Context(), request, steps, caller)
     spans = list(exporter.get_finished_spans())
-    assert len(spans) == count
+    assert len(spans) == request_spans(request, steps)
     return spans
 
 
@@ -174,6 +177,49 @@ def test_the_measured_step_time_survives_clamping() -> None:
     assert times == [10, 12, 11]
 
 
+def test_without_steps_the_summary_stays() -> None:
+    spans = emitted(request_timing(), steps=False)
+    assert "denoise_step" not in {span.name for span in spans}
+    denoise = dict(named(spans, "denoise").attributes or {})
+    assert denoise["inference.step.slowest_ms"] == 12
+
+
+def test_a_caller_that_is_not_trusted_is_a_link() -> None:
+    caller = SpanContext(1, 2, is_remote=True, trace_flags=TraceFlags(1))
+    root = named(emitted(request_timing(), caller=caller), "text-to-image")
+    assert root.parent is None
+    assert [link.context for link in root.links] == [caller]
+    assert not named(emitted(request_timing()), "text-to-image").links
+
+
+def test_the_run_says_what_the_gpu_went_through() -> None:
+    run = dataclasses.replace(
+        run_timing(START_NS + 3 * MS),
+        eager_fallback=True,
+        conditions=(
+            GpuConditions(frozenset({"power_cap"}), 1900, 1980),
+            GpuConditions(frozenset({"thermal", "power_cap"}), 1200, 1980),
+        ),
+    )
+    told = dict(named(emitted(request_timing(run=run)), "inference").attributes or {})
+    assert told["gpu.throttle_reasons"] == "power_cap,thermal"
+    assert told["gpu.sm_clock_mhz"] == 1200
+    assert told["gpu.sm_clock_max_mhz"] == 1980
+    assert told["inference.eager_fallback"] is True
+    assert told["inference.slow_reason"] == "eager_fallback"
+    plain = dict(named(emitted(request_timing()), "inference").attributes or {})
+    assert not {"gpu.throttle_reasons", "inference.slow_reason"} & plain.keys()
+
+
+def test_host_stages_that_overlap_are_cut_and_reported() -> None:
+    request = request_timing()
+    receive, queue, *rest = request.stages
+    late = StageTiming("receive", receive.start_ns, receive.end_ns + MS)
+    spans = emitted(dataclasses.replace(request, stages=(late, queue, *rest)))
+    assert_nested(spans)
+    assert dict(named(spans, "text-to-image").attributes or {})["request.clamped_us"] == 1000
+
+
 def test_a_warm_up_is_a_trace_of_its_own() -> None:
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
@@ -185,8 +231,9 @@ def test_a_warm_up_is_a_trace_of_its_own() -> None:
     )
     failure = Failure("warmup_failed", "ValueError", "m", START_NS + 3 * MS)
     warmup = WarmupTiming(START_NS, START_NS + 3 * MS, phases, failure)
-    assert emit_warmup(provider.get_tracer("t"), Context(), warmup, {"model.name": "demo"}) == 4
+    emit_warmup(provider.get_tracer("t"), Context(), warmup, {"model.name": "demo"})
     spans = list(exporter.get_finished_spans())
+    assert len(spans) == warmup_spans(warmup) == 4
     assert_nested(spans)
     assert [s.name for s in spans] == ["load_model", "compile 128x128", "verify", "warmup"]
     assert spans[-1].status.status_code is StatusCode.ERROR

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metrics.clock import CudaEventClock, HostClock, WallAnchor
-from metrics.timeline import RequestTimeline, RunTimeline
+from metrics.timeline import Failure, RequestTimeline, RequestTiming, RunTimeline
 from tests.metrics.test_clock import FakeDevice, Ticker
+from tests.metrics.test_spans import assert_nested, emitted, named
 from tests.metrics.timings import request_timing
 
 
@@ -140,3 +146,145 @@ def test_a_stepped_system_clock_moves_a_request_as_a_whole() -> None:
     ticker.now_ns += 100
     # Whatever time.time_ns() says now, the request's own anchor stands.
     assert timeline.now_unix_ns() == 500_100
+
+
+class Aborted(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Script:
+    """A run as it might go: what the host and the device take over each piece of work, in us."""
+
+    clock: str
+    text_us: tuple[int, int]
+    steps_us: tuple[tuple[int, int], ...]
+    decode_us: tuple[int, int]
+    late_us: int
+    """How late the host comes back to ask."""
+    fails_after: int | None
+    """The piece of work behind which the run fails."""
+
+
+works = st.tuples(st.integers(0, 5_000), st.integers(0, 80_000))
+scripts = st.builds(
+    Script,
+    clock=st.sampled_from(("host", "cuda")),
+    text_us=works,
+    steps_us=st.lists(works, max_size=12).map(tuple),
+    decode_us=works,
+    late_us=st.integers(0, 3_000),
+    fails_after=st.none() | st.integers(0, 13),
+)
+
+
+def play(script: Script) -> tuple[RequestTiming, list[int]]:
+    """The request of a scripted run, and what each of its steps truly took."""
+    host = Ticker()
+    device = FakeDevice(host)
+    clock = HostClock(host)
+    if script.clock == "cuda":
+        clock = CudaEventClock(device.new_event, host, preallocate=4)  # type: ignore[assignment]
+    request = RequestTimeline(WallAnchor(10_000_000_000, host.now_ns), host)
+    request.begin_at_arrival("receive")
+    host.now_ns += 700
+    request.begin("queue")
+    host.now_ns += 1_000
+    request.end()
+    run = RunTimeline(clock, request.anchor, run_id="r", shape="s", guidance=True, monotonic=host)
+    free_ns = host.now_ns
+    truth: list[int] = []
+    left = script.fails_after
+
+    def work(taken_us: tuple[int, int]) -> None:
+        nonlocal free_ns, left
+        if left == 0:
+            raise Aborted
+        left = None if left is None else left - 1
+        host.now_ns += taken_us[0] * 1_000
+        free_ns = max(free_ns, host.now_ns) + taken_us[1] * 1_000
+        if script.clock == "host":
+            host.now_ns = free_ns
+        device.lag_ns = free_ns - host.now_ns
+
+    failed = False
+    try:
+        with run.stage("text_encode"):
+            work(script.text_us)
+        with run.stage("denoise"):
+            run.loop_begins()
+            before_ns = host.now_ns + device.lag_ns
+            for index, taken_us in enumerate(script.steps_us):
+                work(taken_us)
+                run.step_enqueued()
+                truth.append(free_ns - before_ns)
+                before_ns = free_ns
+                if index >= 2:
+                    run.wait_for_step(index - 2)
+                    device.lag_ns = max(0, free_ns - host.now_ns)
+        with run.stage("vae_decode"):
+            work(script.decode_us)
+    except Aborted:
+        failed = True
+    device.lag_ns = max(0, free_ns - host.now_ns)
+    host.now_ns = max(host.now_ns, free_ns) + script.late_us * 1_000
+    timing = run.finish(failed=failed)
+    failure = None
+    if failed:
+        failure = Failure("internal", "Aborted", "aborted", timing.stages[-1].end_ns)
+    else:
+        with request.stage("image_encode"):
+            host.now_ns += 500
+    with request.stage("respond"):
+        host.now_ns += 500
+    told = request.finish(
+        endpoint="/",
+        method="POST",
+        status_code=500 if failed else 200,
+        outcome="error" if failed else "ok",
+        run=timing,
+        failure=failure,
+    )
+    return told, truth
+
+
+def assert_true(script: Script) -> None:
+    request, truth = play(script)
+    assert request.run is not None
+    run = request.run
+    # A float32 of milliseconds resolves to 10 ns at the longest step.
+    assert [step.duration_ns for step in run.steps] == pytest.approx(truth, abs=20)
+    for earlier, later in pairwise(run.steps):
+        assert earlier.end_ns == later.start_ns
+    assert all(step.lead_ns >= 0 for step in run.steps)
+    spans = emitted(request)
+    assert_nested(spans)
+    assert sum(span.name == "denoise_step" for span in spans) == len(truth)
+    # What is cut off is no more than the clock says it may be wrong by, at every end of a span.
+    cut_ns = dict(named(spans, "inference").attributes or {})["inference.clamped_us"] * 1e3  # type: ignore[operator]
+    assert cut_ns <= (run.error_bound_ns + 200) * 2 * len(spans)
+
+
+@given(scripts)
+@settings(max_examples=500, deadline=None)
+def test_any_run_is_told_as_it_was_on_either_clock(script: Script) -> None:
+    assert_true(script)
+
+
+@pytest.mark.slow
+@given(scripts)
+@settings(max_examples=10_000, deadline=None)
+def test_any_of_many_runs_is_told_as_it_was(script: Script) -> None:
+    assert_true(script)
+
+
+@pytest.mark.parametrize("clock", ["host", "cuda"])
+def test_the_sum_of_steps_is_the_loops_wall_time(clock: str) -> None:
+    script = Script(clock, (200, 9_000), ((2_000, 40_000),) * 12, (300, 30_000), 0, None)
+    request, truth = play(script)
+    assert request.run is not None
+    total = sum(step.duration_ns for step in request.run.steps)
+    assert total == pytest.approx(sum(truth), rel=1e-6)
+    denoise = request.run.stage("denoise")
+    assert denoise is not None
+    assert total == pytest.approx(denoise.duration_ns, rel=0.01)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import tracemalloc
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,31 +18,59 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Tracer
+from prometheus_client import CollectorRegistry
 
-from metrics.tracing import Tracing, ratio_sampler
+from metrics.catalogue import SPAN_RESULTS, render
+from metrics.sampling import KeepRules, Sampling, TraceIdentity
+from metrics.spans import emit_request, request_spans
+from metrics.tracing import (
+    HONEYCOMB_SAMPLE_RATE,
+    MAX_EXPORT_BATCH_SIZE,
+    MAX_QUEUE_SIZE,
+    MOST_SPANS_PER_REQUEST,
+    PROBABILITY,
+    SPANS_PER_REQUEST,
+    Destination,
+    Tracing,
+    sdk_metrics,
+)
+from tests.metrics.timings import START_NS, request_timing, run_timing
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 UNSAMPLED_PARENT = PARENT[:-2] + "00"
 
 
-def tracing(exporter: SpanExporter | None, rate: float = 1.0) -> tuple[Tracing, dict[str, int]]:
-    settled: dict[str, int] = {}
+def tracing(
+    exporter: SpanExporter | None, rate: float = 1.0, **destination: Any
+) -> tuple[Tracing, Counter[str]]:
+    """A pipeline, and its books: spans by what became of them, and all that ended."""
+    books: Counter[str] = Counter()
 
     def on_settled(result: str, count: int) -> None:
-        settled[result] = settled.get(result, 0) + count
+        assert result in SPAN_RESULTS
+        books[result] += count
 
-    return Tracing(ratio_sampler(rate), exporter, Resource.create({}), on_settled), settled
+    pipeline = Tracing(
+        Sampling(rate, keep=KeepRules()),
+        None if exporter is None else Destination(exporter, **destination),
+        Resource.create({}),
+        on_ended=lambda count: books.update(ended=count),
+        on_settled=on_settled,
+    )
+    return pipeline, books
 
 
-def two_spans(tracer: Tracer, context: Context) -> int:
+def emit_two(pipeline: Tracing, identity: TraceIdentity | None = None) -> bool:
+    return pipeline.emit(identity or pipeline.identify(), 2, two_spans)
+
+
+def two_spans(tracer: Tracer, context: Context) -> None:
     from opentelemetry import trace
 
     root = tracer.start_span("root", context)
     tracer.start_span("child", trace.set_span_in_context(root, context)).end()
     root.end()
-    return 2
 
 
 def test_a_callers_context_is_continued() -> None:
@@ -47,7 +79,7 @@ def test_a_callers_context_is_continued() -> None:
     identity = pipeline.identify({"traceparent": PARENT, "tracestate": "vendor=1"})
     assert identity.trace_id_hex == "0af7651916cd43dd8448eb211c80319c"
     assert identity.exported
-    pipeline.emit(identity, two_spans)
+    emit_two(pipeline, identity)
     pipeline.shutdown(5)
     child, root = exporter.get_finished_spans()
     assert root.context is not None
@@ -62,14 +94,14 @@ def test_a_callers_context_is_continued() -> None:
 
 def test_an_unsampled_caller_is_obeyed() -> None:
     exporter = InMemorySpanExporter()
-    pipeline, settled = tracing(exporter)
+    pipeline, books = tracing(exporter)
     identity = pipeline.identify({"traceparent": UNSAMPLED_PARENT})
     assert not identity.exported
     assert identity.trace_id_hex == PARENT[3:35]
-    pipeline.emit(identity, two_spans)
+    emit_two(pipeline, identity)
     assert pipeline.shutdown(5) == 0
     assert exporter.get_finished_spans() == ()
-    assert settled == {}
+    assert books == {}
 
 
 @given(st.text(max_size=80))
@@ -95,7 +127,7 @@ def test_without_an_exporter_ids_are_drawn_and_nothing_is_exported() -> None:
     first, second = pipeline.identify(), pipeline.identify()
     assert first.trace_id != second.trace_id
     assert not first.exported
-    pipeline.emit(first, two_spans)
+    emit_two(pipeline, first)
     assert pipeline.shutdown(1) == 0
 
 
@@ -121,25 +153,34 @@ class SilentExporter(SpanExporter):
     """A backend that accepts a connection and never answers."""
 
     def __init__(self) -> None:
+        self.asked = threading.Event()
         self.released = threading.Event()
+        self.answered = threading.Event()
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.asked.set()
         self.released.wait(30)
+        self.answered.set()
         return SpanExportResult.FAILURE
 
 
 def test_shutdown_is_bounded_and_says_what_was_lost(caplog: pytest.LogCaptureFixture) -> None:
     exporter = SilentExporter()
-    pipeline, settled = tracing(exporter)
+    pipeline, books = tracing(exporter)
     for _ in range(3):
-        pipeline.emit(pipeline.identify(), two_spans)
+        emit_two(pipeline)
     start = time.monotonic()
     lost = pipeline.shutdown(0.3)
     assert time.monotonic() - start < 2
     assert lost == 6
-    assert settled == {"dropped": 6}
-    assert "6 spans were not exported" in caplog.text
+    assert books == {"ended": 6, "shutdown": 6}
+    assert [r.message for r in caplog.records if "spans were not exported" in r.message] == [
+        "6 spans were not exported within the 0.3 s allowed at shutdown"
+    ]
+    assert pipeline.left_behind
     exporter.released.set()
+    exporter.answered.wait(5)
+    assert books == {"ended": 6, "shutdown": 6}  # what is told too late is not told twice
 
 
 class RaisingExporter(SpanExporter):
@@ -148,18 +189,18 @@ class RaisingExporter(SpanExporter):
 
 
 def test_a_failing_exporter_is_counted(caplog: pytest.LogCaptureFixture) -> None:
-    pipeline, settled = tracing(RaisingExporter())
-    pipeline.emit(pipeline.identify(), two_spans)
+    pipeline, books = tracing(RaisingExporter())
+    emit_two(pipeline)
     assert pipeline.shutdown(5) == 0
-    assert settled == {"failed": 2}
+    assert books == {"ended": 2, "failed": 2}
 
 
 def test_the_operators_batch_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "100")
     exporter = InMemorySpanExporter()
-    pipeline = Tracing(ALWAYS_ON, exporter, Resource.create({}), lambda *_: None)
+    pipeline, _ = tracing(exporter)
     for _ in range(40):
-        pipeline.emit(pipeline.identify(), two_spans)
+        emit_two(pipeline)
     pipeline.shutdown(5)
     assert len(exporter.get_finished_spans()) == 80
 
@@ -169,10 +210,129 @@ def test_ids_of_one_trace_do_not_leak_into_the_next() -> None:
     pipeline, _ = tracing(exporter)
     identities = [pipeline.identify() for _ in range(5)]
     for identity in identities:
-        pipeline.emit(identity, two_spans)
+        emit_two(pipeline, identity)
     pipeline.shutdown(5)
     spans = exporter.get_finished_spans()
     contexts = [span.context for span in spans]
     assert len({c.span_id for c in contexts if c}) == 10
     roots = [s.context.span_id for s in spans if s.name == "root" and s.context]
     assert roots == [identity.span_id for identity in identities]
+
+
+def test_the_batch_sizes_are_what_requests_come_to() -> None:
+    assert request_spans(request_timing(run=run_timing(START_NS, (10,) * 30))) == SPANS_PER_REQUEST
+    longest = request_timing(run=run_timing(START_NS, (10,) * 100))
+    assert request_spans(longest) == MOST_SPANS_PER_REQUEST
+    assert MAX_QUEUE_SIZE == 8192
+    assert MOST_SPANS_PER_REQUEST < MAX_EXPORT_BATCH_SIZE < MAX_QUEUE_SIZE
+
+
+@pytest.mark.parametrize("rate", [0.25, 1.0])
+def test_every_span_says_how_likely_it_was(rate: float) -> None:
+    exporter = InMemorySpanExporter()
+    pipeline, _ = tracing(exporter, rate, honeycomb=True)
+    while not emit_two(pipeline):
+        pass
+    pipeline.shutdown(5)
+    for span in exporter.get_finished_spans():
+        assert span.attributes is not None
+        assert span.attributes[PROBABILITY] == rate
+        assert span.attributes[HONEYCOMB_SAMPLE_RATE] == round(1 / rate)
+
+
+def test_honeycombs_rate_is_for_honeycomb() -> None:
+    exporter = InMemorySpanExporter()
+    pipeline, _ = tracing(exporter)
+    emit_two(pipeline)
+    pipeline.shutdown(5)
+    for span in exporter.get_finished_spans():
+        assert set(span.attributes or {}) == {PROBABILITY}
+
+
+def test_a_full_queue_gives_up_whole_trees_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "110")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "20")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "1")
+    exporter = SilentExporter()
+    pipeline, books = tracing(exporter)
+    handed_over = sum(emit_two(pipeline) for _ in range(100))
+    assert handed_over == 55  # what waits and what is on its way never exceed the queue's size
+    assert pipeline.outstanding == 110
+    assert books == {"ended": 200, "queue_full": 90}
+    exporter.released.set()
+    assert pipeline.shutdown(10) == 0
+    assert books == {"ended": 200, "queue_full": 90, "failed": 110}
+
+
+def test_memory_is_bounded_whatever_the_backend_does() -> None:
+    exporter = SilentExporter()
+    pipeline, books = tracing(exporter)
+    request = request_timing(run=run_timing(START_NS, (10,) * 30))
+
+    def emit(count: int) -> None:
+        for _ in range(count):
+            pipeline.emit(
+                pipeline.identify(),
+                request_spans(request),
+                lambda tracer, context: emit_request(tracer, context, request),
+            )
+
+    tracemalloc.start()
+    emit(300)  # past the queue's size
+    full, _ = tracemalloc.get_traced_memory()
+    emit(3000)
+    after, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pipeline.outstanding <= MAX_QUEUE_SIZE
+    assert full < 40e6
+    assert after - full < 1e6
+    assert peak - full < 1e6
+    assert books["ended"] == 3300 * SPANS_PER_REQUEST
+    exporter.released.set()
+    pipeline.shutdown(0.1)
+
+
+def test_a_partial_success_is_booked_as_what_it_is() -> None:
+    pipeline, books = tracing(InMemorySpanExporter(), take_rejected=iter((1, 0)).__next__)
+    emit_two(pipeline)
+    pipeline.shutdown(5)
+    assert books == {"ended": 2, "exported": 1, "rejected": 1}
+
+
+def test_the_sdks_own_metrics_reach_the_registry_and_nothing_else_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from opentelemetry.metrics import get_meter_provider
+
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "60000")
+    before = get_meter_provider()
+    registry = CollectorRegistry()
+    pipeline, _ = tracing(InMemorySpanExporter(), meter_provider=sdk_metrics(registry))
+    emit_two(pipeline)
+
+    def scraped(name: str) -> float:
+        body, _ = render(registry, "")
+        values = [
+            float(line.split()[-1])
+            for line in body.decode().splitlines()
+            if line.startswith((name + " ", name + "{"))
+        ]
+        return sum(values)
+
+    assert scraped("otel_sdk_processor_span_queue_size") == 2
+    assert scraped("otel_sdk_processor_span_queue_capacity") == MAX_QUEUE_SIZE
+    pipeline.shutdown(5)
+    assert scraped("otel_sdk_processor_span_queue_size") == 0
+    assert scraped("otel_sdk_processor_span_processed_total") == 2
+    assert get_meter_provider() is before
+    assert "OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED" not in os.environ
+    assert "target_info" not in render(registry, "")[0].decode()
+
+
+def test_an_operator_may_turn_the_sdks_metrics_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED", "false")
+    registry = CollectorRegistry()
+    pipeline, _ = tracing(InMemorySpanExporter(), meter_provider=sdk_metrics(registry))
+    emit_two(pipeline)
+    pipeline.shutdown(5)
+    assert render(registry, "")[0] == b""

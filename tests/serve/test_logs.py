@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from metrics.tracing import TraceIdentity
+from metrics.sampling import TraceIdentity
 from serve.call import Call, current_call
 from serve.logs import configure_logging
 

@@ -65,6 +65,34 @@ def test_a_request_is_answered(runtime: Runtime, new_call: NewCall) -> None:
         assert getattr(timings, name) is not None
 
 
+def test_the_sum_of_steps_is_the_loops_wall_time(
+    runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host's clock, against a stopwatch of its own around the pipeline's loop."""
+    assert runtime._model is not None
+    denoise = runtime._model.denoise
+    moments: list[int] = []
+
+    def watched(*args: Any, on_loop_begins: Any, on_step_enqueued: Any, **kwargs: Any) -> Any:
+        def begins() -> None:
+            on_loop_begins()
+            moments.append(time.perf_counter_ns())
+
+        def enqueued(*step: Any) -> None:
+            moments.append(time.perf_counter_ns())
+            on_step_enqueued(*step)
+
+        return denoise(*args, on_loop_begins=begins, on_step_enqueued=enqueued, **kwargs)
+
+    monkeypatch.setattr(runtime._model, "denoise", watched)
+    call = new_call()
+    generate(runtime, call, num_inference_steps=10)
+    assert call.run is not None
+    assert len(moments) == 11
+    total = sum(step.duration_ns for step in call.run.steps)
+    assert total == pytest.approx(moments[-1] - moments[0], rel=0.01)
+
+
 def test_the_same_seed_gives_the_same_bytes(runtime: Runtime, new_call: NewCall) -> None:
     first = generate(runtime, new_call(), format="png")
     again = generate(runtime, new_call(), format="png")

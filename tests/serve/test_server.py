@@ -13,8 +13,8 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from metrics.sampling import TraceIdentity
 from metrics.timeline import RequestTiming
-from metrics.tracing import TraceIdentity
 from serve.asgi import MAX_BODY_BYTES
 from serve.errors import ConfigurationError
 from serve.runtime import Runtime

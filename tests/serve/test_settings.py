@@ -81,7 +81,14 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
         ("OTEL_TRACES_SAMPLER", "sometimes", "traceidratio"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318", "http://"),
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "10000", "not milliseconds"),
-        ("OTEL_BSP_MAX_QUEUE_SIZE", "0", "a whole number from 1"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "60", "the spans of one long request"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "0.5", "a whole number of milliseconds"),
+        ("SDXL_TRACE_KEEP_SLOW_SECONDS", "0", "above 0"),
+        ("SDXL_TRACE_KEEP_SLOW_STEP_MS", "-3", "above 0"),
+        ("SDXL_TRACE_STEPS", "some", "all, slow or summary"),
+        ("SDXL_TRACE_TRUST_PARENT", "perhaps", "true or false"),
+        ("SDXL_TRACE_URL", "https://example.com/traces", "with {trace_id} in it"),
+        ("SDXL_TRACE_URL", "https://example.com/{id}/{trace_id}", "with {trace_id} in it"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "brotli", "none, gzip or deflate"),
         ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "abc", "not milliseconds"),
     ],
@@ -134,13 +141,33 @@ def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigurationError, match="contradict"):
         load_settings()
     monkeypatch.delenv("OTEL_TRACES_SAMPLER_ARG")
-    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "10")
-    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "20")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "200")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "300")
     with pytest.raises(ConfigurationError, match="at most as large"):
         load_settings()
     monkeypatch.delenv("OTEL_BSP_MAX_QUEUE_SIZE")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "9000")
     with pytest.raises(ConfigurationError, match="8192"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name", "value"),
+    [
+        ("always_on", "OTEL_SAMPLE_RATE", "0.1"),
+        ("parentbased_always_on", "OTEL_TRACES_SAMPLER_ARG", "0.1"),
+        ("always_off", "OTEL_SAMPLE_RATE", "1"),
+        ("always_off", "SDXL_TRACE_KEEP_SLOW_SECONDS", "2"),
+        ("parentbased_always_off", "SDXL_TRACE_KEEP_SLOW_STEP_MS", "50"),
+    ],
+)
+def test_a_sampler_that_decides_alone_takes_no_more(
+    monkeypatch: pytest.MonkeyPatch, sampler: str, name: str, value: str
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
+    load_settings()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=f"{sampler} and {name}.*contradict"):
         load_settings()
 
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from opentelemetry.sdk.trace.sampling import Decision
 
+from metrics.gpu import Gpu
 from serve.settings import ServeSettings
-from serve.telemetry import build_resource, build_sampler
+from serve.telemetry import build_resource, build_sampling
+from tests.metrics.fake_nvml import FakeGpu, FakeNvml
 
 
 @pytest.mark.parametrize(
@@ -14,24 +15,39 @@ from serve.telemetry import build_resource, build_sampler
         (None, 0.5, "ParentBased{root:TraceIdRatioBased{0.5}"),
         ("parentbased_traceidratio", 0.5, "ParentBased{root:TraceIdRatioBased{0.5}"),
         ("traceidratio", 0.5, "TraceIdRatioBased{0.5}"),
-        ("always_on", None, "AlwaysOnSampler"),
-        ("always_off", None, "AlwaysOffSampler"),
-        ("parentbased_always_on", None, "ParentBased{root:AlwaysOnSampler"),
-        ("parentbased_always_off", None, "ParentBased{root:AlwaysOffSampler"),
+        ("always_on", None, "TraceIdRatioBased{1.0}"),
+        ("always_off", None, "TraceIdRatioBased{0.0}"),
+        ("parentbased_always_on", None, "ParentBased{root:TraceIdRatioBased{1.0}"),
+        ("parentbased_always_off", None, "ParentBased{root:TraceIdRatioBased{0.0}"),
     ],
 )
 def test_the_standard_samplers(
     sampler: str | None, argument: float | None, description: str
 ) -> None:
     values = {"OTEL_TRACES_SAMPLER": sampler, "OTEL_TRACES_SAMPLER_ARG": argument}
-    settings = ServeSettings.model_validate(values)
-    assert build_sampler(settings).get_description().startswith(description)
+    sampling = build_sampling(ServeSettings.model_validate(values))
+    assert sampling.sampler.get_description().startswith(description)
+    kept = sampling.settle(sampling.decide(2**128 - 1, 1, None), worth_keeping=True).exported
+    assert kept == (sampler not in ("always_off", "parentbased_always_off"))
 
 
 def test_fals_rate_is_the_ratio() -> None:
-    settings = ServeSettings.model_validate({"OTEL_SAMPLE_RATE": 0.0})
-    decision = build_sampler(settings).should_sample(None, 1, "text-to-image")
-    assert decision.decision is Decision.DROP
+    sampling = build_sampling(ServeSettings.model_validate({"OTEL_SAMPLE_RATE": 0.0}))
+    assert not sampling.decide(1, 1, None).exported
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "honeycomb"),
+    [
+        ("https://api.honeycomb.io", True),
+        ("https://api.eu1.honeycomb.io:443", True),
+        ("https://otlp.nr-data.net", False),
+        ("https://honeycomb.io.example.com", False),
+    ],
+)
+def test_honeycomb_is_known_by_its_host(endpoint: str, honeycomb: bool) -> None:
+    settings = ServeSettings.model_validate({"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint})
+    assert settings.exports_to_honeycomb == honeycomb
 
 
 def test_the_resource_says_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,3 +77,9 @@ def test_whoever_names_the_service_is_heard(
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", attributes)
     settings = ServeSettings.model_validate({"OTEL_SERVICE_NAME": explicit, "device": "cpu"})
     assert build_resource(settings).attributes["service.name"] == expected
+
+
+def test_the_resource_names_the_gpu() -> None:
+    fake = FakeGpu()
+    attributes = build_resource(ServeSettings(device="cuda"), Gpu(FakeNvml(fake), fake)).attributes
+    assert (attributes["hw.name"], attributes["hw.id"]) == (fake.name, fake.uuid)

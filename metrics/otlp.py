@@ -1,0 +1,91 @@
+"""The OTLP/HTTP exporter, and what it overlooks.
+
+To the SDK's exporter a redirect is a success, which it follows nowhere; a partial success is one
+like any other; a certificate that is not accepted is tried again like a connection that was cut;
+and the lines it logs of a failed connection quote the whole URL. All of that is mended here, in the
+HTTP session that it is given.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import requests
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.metrics import MeterProvider
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+
+logger = logging.getLogger(__name__)
+
+
+class Redirected(requests.RequestException):
+    """The endpoint answered with another address; spans are not sent after it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(
+            f"the endpoint answered {status}, a redirect, which is not followed: name the address "
+            "that takes the spans"
+        )
+
+
+class Untrusted(requests.RequestException):
+    """No TLS connection came about; trying again would not mend it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"no TLS connection to the endpoint: {reason}")
+
+
+class AnswerReader(requests.Session):
+    """A session that reads the answers to the end. Used by one export at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rejected = 0
+
+    def request(self, *args: Any, **kwargs: Any) -> requests.Response:
+        try:
+            response = super().request(*args, **kwargs)
+        except requests.exceptions.SSLError as error:
+            raise Untrusted(_reason(error)) from None
+        except requests.exceptions.ConnectionError as error:
+            raise requests.exceptions.ConnectionError(_reason(error)) from None
+        if 300 <= response.status_code < 400:
+            raise Redirected(response.status_code)
+        if response.ok:
+            self._rejected += _rejected_spans(response)
+        return response
+
+    def take_rejected(self) -> int:
+        """How many spans the backend has refused, of batches it accepted, since last asked."""
+        rejected, self._rejected = self._rejected, 0
+        return rejected
+
+
+def _reason(error: requests.RequestException) -> str:
+    """Why there was no connection, without the URL, which may hold a key."""
+    cause = error.args[0] if error.args else error
+    return str(getattr(cause, "reason", type(error).__name__))
+
+
+def _rejected_spans(response: requests.Response) -> int:
+    if "protobuf" not in response.headers.get("content-type", ""):
+        return 0
+    try:
+        answer = ExportTraceServiceResponse.FromString(response.content)
+    except DecodeError:
+        return 0
+    rejected = int(answer.partial_success.rejected_spans)
+    if rejected:
+        # Not the backend's own message, which may quote what it was sent.
+        logger.warning("the tracing backend refused %d spans of a batch it accepted", rejected)
+    return rejected
+
+
+def otlp_exporter(
+    meter_provider: MeterProvider | None = None,
+) -> tuple[OTLPSpanExporter, AnswerReader]:
+    """The exporter, which reads the standard `OTEL_EXPORTER_OTLP_*` variables, and its session."""
+    session = AnswerReader()
+    return OTLPSpanExporter(session=session, meter_provider=meter_provider), session

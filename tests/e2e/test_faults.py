@@ -1,0 +1,324 @@
+"""A dead tracing backend is not our outage: each way it can be unwell, on real servers."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, environment
+from tests.forked import forked_servers
+from tests.otlp_endpoint import Answer, OtlpEndpoint, otlp_endpoint
+from tests.processes import ROOT, ServerProcess, fal_local, free_port
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+EXIT_SECONDS = 4.5
+"""From SIGTERM to the process's end, at rest."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A way to be unwell and what becomes of the spans: `result` is the label they are counted
+    under while the server runs; `holds` says that some are still there when it is told to end."""
+
+    backend: str
+    told: str
+    result: str
+    answer: Answer = field(default_factory=Answer)
+    url: str = ""
+    tls: bool = False
+    holds: bool = False
+
+
+AGAIN = "tried again for 10 s, then given up"
+ONCE = "given up at once"
+
+FAULTS = (
+    Fault("is healthy", "delivered", "exported"),
+    Fault("refuses connections", AGAIN, "failed", url="http://127.0.0.1:{port}", holds=True),
+    Fault(
+        "accepts and never answers",
+        "given up after 10 s",
+        "failed",
+        Answer(seconds=math.inf),
+        holds=True,
+    ),
+    Fault("answers after a second", "delivered", "exported", Answer(seconds=1)),
+    Fault("answers 400", ONCE, "failed", Answer(400)),
+    Fault("answers 401", ONCE, "failed", Answer(401)),
+    Fault("answers 403", ONCE, "failed", Answer(403)),
+    Fault("answers 413", ONCE, "failed", Answer(413)),
+    Fault(
+        "answers 429 with `Retry-After`",
+        "tried again when told to, for 10 s, then given up",
+        "failed",
+        Answer(429, {"Retry-After": "4"}),
+        holds=True,
+    ),
+    Fault("answers 503", AGAIN, "failed", Answer(503), holds=True),
+    Fault(
+        "answers 302",
+        "not followed, given up at once",
+        "failed",
+        Answer(302, {"Location": "/other"}),
+    ),
+    Fault(
+        "takes a batch but for some spans",
+        "the rest delivered",
+        "rejected",
+        Answer(rejected=1),
+    ),
+    Fault("has a certificate nobody vouches for", ONCE, "failed", tls=True),
+    Fault(
+        "has a name that does not resolve",
+        AGAIN,
+        "failed",
+        url="http://backend.invalid:4318",
+        holds=True,
+    ),
+)
+
+REQUEST = {"prompt": "a red circle", "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 1}
+
+ROUNDS = 8
+
+
+@dataclass
+class Served:
+    """A server whose backend has a fault, and what was seen of it."""
+
+    fault: Fault
+    otlp: OtlpEndpoint
+    process: ServerProcess
+    seconds: list[float] = field(default_factory=list)
+
+    def request(self) -> str:
+        """Serve one request and note how long it took; returns its trace id."""
+        start = time.perf_counter()
+        answer = httpx.post(self.process.url, json=REQUEST, timeout=ANSWER_SECONDS)
+        self.seconds.append(time.perf_counter() - start)
+        answer.raise_for_status()
+        return str(answer.json()["trace_id"])
+
+    def books(self) -> Books:
+        return Books.read(self.process)
+
+
+@dataclass(frozen=True)
+class Books:
+    """The account of spans, as scraped: ours, and the SDK's own."""
+
+    ended: int
+    results: dict[str, int]
+    queued: int
+    in_flight: int
+    processed: int
+
+    @classmethod
+    def read(cls, process: ServerProcess) -> Books:
+        text = httpx.get(process.metrics_url, timeout=60).text
+
+        def value(name: str) -> int:
+            found = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+            return round(sum(map(float, found)))
+
+        results = re.findall(r'^sdxl_spans_total\{result="(\w+)"\} (\S+)$', text, re.MULTILINE)
+        return cls(
+            ended=value("sdxl_spans_ended_total"),
+            results={name: round(float(count)) for name, count in results},
+            queued=value("otel_sdk_processor_span_queue_size"),
+            in_flight=value("otel_sdk_exporter_span_inflight"),
+            processed=value("otel_sdk_processor_span_processed_total"),
+        )
+
+    @property
+    def balance(self) -> bool:
+        settled = sum(self.results.values())
+        waiting = self.queued + self.in_flight
+        return self.ended == settled + waiting and self.processed == settled + self.in_flight
+
+
+def quiescent(served: Served, ended: int) -> Books:
+    """The books once all that was asked for has ended. They settle in a moment: what was taken out
+    of the queue and is not yet under way is seen by nobody."""
+    deadline = time.monotonic() + 20
+    while True:
+        books = served.books()
+        if books.ended >= ended and books.balance:
+            return books
+        assert time.monotonic() < deadline, books
+        time.sleep(0.05)
+
+
+def backend(stack: ExitStack, fault: Fault) -> tuple[OtlpEndpoint, str]:
+    """An endpoint with the fault, and the address of it that a server is given."""
+    if fault.url:
+        return OtlpEndpoint(url=""), fault.url.format(port=free_port())
+    otlp = stack.enter_context(otlp_endpoint(fault.answer, fault.tls))
+    return otlp, otlp.url
+
+
+SILENT = next(fault for fault in FAULTS if fault.backend == "accepts and never answers")
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[Served]]:
+    """A ready server for every fault, and one more whose backend is silent."""
+    with ExitStack() as stack:
+        faults = (*FAULTS, SILENT)
+        backends = [backend(stack, fault) for fault in faults]
+        processes = stack.enter_context(
+            forked_servers(
+                [
+                    environment(otlp, SDXL_SHAPES="64x64", OTEL_EXPORTER_OTLP_ENDPOINT=url)
+                    for otlp, url in backends
+                ]
+            )
+        )
+        started = [
+            Served(fault, otlp, process)
+            for fault, (otlp, _), process in zip(faults, backends, processes, strict=True)
+        ]
+        for server in started:
+            server.process.wait_until_ready(START_SECONDS)
+        yield started
+
+
+def test_the_whole_table(servers: list[Served]) -> None:
+    """In one test, since every server is served, looked at and ended once."""
+    table = servers[: len(FAULTS)]
+    for _ in range(ROUNDS):
+        for served in table:  # in turn, so that all see the same machine
+            served.request()
+
+    healthy = statistics.median(table[0].seconds)
+    for served in table:
+        median = statistics.median(served.seconds)
+        assert median < 2 * healthy + 0.1, (served.fault.backend, median, healthy)
+        assert max(served.seconds) < 5, served.fault.backend
+
+    # A warm-up of three phases and its root, then ten spans and a step a request.
+    ended = 4 + ROUNDS * 11
+    for served in table:
+        seen = quiescent(served, ended)
+        assert seen.ended == ended, served.fault.backend
+        wait_for_result(served)
+
+    ends = end_all(table)
+    for served, seconds in zip(table, ends, strict=True):
+        median_ms = statistics.median(served.seconds) * 1e3
+        print(f"{served.fault.backend:<40} {median_ms:6.1f} ms, gone after {seconds:.2f} s")
+    for served, seconds in zip(table, ends, strict=True):
+        output = served.process.output()
+        assert served.process.process.returncode == 0, output
+        assert seconds < EXIT_SECONDS, (served.fault.backend, seconds)
+        lost = re.findall(r"(\d+) spans were not exported within the .* allowed at", output)
+        assert len(lost) == (1 if served.fault.holds else 0), (served.fault.backend, output)
+        assert all(int(count) >= 11 for count in lost), lost
+        assert "Traceback" not in output
+
+
+def wait_for_result(served: Served) -> None:
+    """Spans are counted as the table says, as soon as there is a result at all."""
+    deadline = time.monotonic() + 30
+    while True:
+        results = {name: count for name, count in served.books().results.items() if count}
+        if served.fault.result in results:
+            break
+        assert not results, (served.fault.backend, results)
+        assert time.monotonic() < deadline, served.fault.backend
+        time.sleep(0.2)
+    allowed = {served.fault.result} | ({"exported"} if served.fault.answer.rejected else set())
+    assert set(results) <= allowed, served.fault.backend
+
+
+def end_all(table: list[Served]) -> list[float]:
+    """Send each a last request and SIGTERM; how long each took to be gone. One after the other by
+    half a second: they end side by side, and start ending apart."""
+    ends = [0.0] * len(table)
+
+    def end(number: int) -> None:
+        ends[number] = table[number].process.terminate()
+
+    threads = []
+    for number, served in enumerate(table):
+        last = served.request()
+        threads.append(threading.Thread(target=end, args=(number,)))
+        threads[-1].start()
+        if served.fault.result == "exported":
+            # Nothing is lost on a backend that takes spans.
+            threads[-1].join()
+            assert len(served.otlp.trace(last)) == 11
+    for thread in threads:
+        thread.join()
+    return ends
+
+
+def test_sigterm_in_mid_request_with_a_silent_backend(servers: list[Served]) -> None:
+    """The running request is answered in its own time; what telemetry adds is bounded."""
+    process = servers[-1].process
+    running = {"prompt": "a red circle", "num_inference_steps": 60, "seed": 1}
+    with httpx.stream(
+        "POST", process.url + "/stream", json=running, timeout=ANSWER_SECONDS
+    ) as answer:
+        lines = answer.iter_lines()
+        while next(lines) != "event: step":
+            pass
+        process.process.send_signal(signal.SIGTERM)
+        assert "event: image" in list(lines)
+        answered = time.monotonic()
+    process.process.wait(60)
+    assert time.monotonic() - answered < EXIT_SECONDS
+    assert process.process.returncode == 0
+
+
+FAL_FAULTS = FAULTS[:3]  # healthy, closed and silent
+
+
+def test_under_fals_runtime() -> None:
+    with ExitStack() as stack:
+        table = []
+        for fault in FAL_FAULTS:
+            otlp, url = backend(stack, fault)
+            settings = environment(otlp, SDXL_SHAPES="64x64", OTEL_EXPORTER_OTLP_ENDPOINT=url)
+            table.append(Served(fault, otlp, stack.enter_context(fal_local(settings))))
+        for served in table:
+            served.process.wait_until_ready(START_SECONDS)
+        for _ in range(ROUNDS):
+            for served in table:
+                served.request()
+        healthy = statistics.median(table[0].seconds)
+        for served in table:
+            assert statistics.median(served.seconds) < 2 * healthy + 0.1, served.fault.backend
+            quiescent(served, 4 + ROUNDS * 11)
+        ends = end_all(table)
+        for served, seconds in zip(table, ends, strict=True):
+            output = served.process.output()
+            assert seconds < EXIT_SECONDS, (served.fault.backend, seconds)
+            assert ("spans were not exported" in output) == served.fault.holds, output
+
+
+def test_the_readmes_table_is_this_one() -> None:
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.split("<!-- faults: begin -->")[1].split("<!-- faults: end -->")[0]
+    assert shown.strip() == rendered().strip()
+
+
+def rendered() -> str:
+    """The table as the README shows it."""
+    rows = [
+        f"| {f.backend} | {f.told} | `{f.result}` | {'`shutdown`' if f.holds else 'nothing'} |"
+        for f in FAULTS
+    ]
+    head = "| the backend | a batch is | counted as | lost at SIGTERM |"
+    return "\n".join([head, "|---|---|---|---|", *rows])

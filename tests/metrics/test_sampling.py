@@ -1,0 +1,203 @@
+"""Both decisions over a trace, and that what is kept can be counted."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.trace import SpanContext, TraceFlags, TraceState
+
+from metrics.sampling import KeepRules, Sampling, TokenBucket, TraceIdentity
+from metrics.timeline import Failure
+from tests.metrics.timings import START_NS, request_timing
+
+FAILED = Failure("internal", "E", "m", START_NS)
+REFUSED = Failure("queue_full", "QueueFull", "full", START_NS, server_fault=False)
+
+
+class Seconds:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def caller(sampled: bool, tracestate: str = "") -> SpanContext:
+    return SpanContext(
+        trace_id=0xABC,
+        span_id=0xDEF,
+        is_remote=True,
+        trace_flags=TraceFlags(1 if sampled else 0),
+        trace_state=TraceState.from_header([tracestate]),
+    )
+
+
+def decided(sampling: Sampling, parent: SpanContext | None = None) -> TraceIdentity:
+    return sampling.decide(random.getrandbits(128) or 1, random.getrandbits(64) or 1, parent)
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (KeepRules(), None),
+        (KeepRules(slow_seconds=0.05), "slow"),
+        (KeepRules(slow_seconds=0.052), None),  # it takes 51 ms
+        (KeepRules(slow_step_ms=11.9), "slow_step"),
+        (KeepRules(slow_step_ms=12), None),  # its slowest step takes 12 ms
+    ],
+)
+def test_slow_is_slower_than_said(rules: KeepRules, expected: str | None) -> None:
+    request = request_timing()
+    assert request.duration_ns == 51_000_000
+    assert rules.reason(request) == expected
+
+
+def test_a_failure_is_kept_and_a_refusal_is_not() -> None:
+    assert KeepRules().reason(request_timing(failure=FAILED)) == "failed"
+    assert KeepRules().reason(request_timing(failure=REFUSED)) is None
+    assert KeepRules(slow_step_ms=1).reason(replace(request_timing(), run=None)) is None
+
+
+def test_what_is_worth_it_is_kept_though_the_ratio_said_no() -> None:
+    sampling = Sampling(0.0, keep=KeepRules())
+    identity = decided(sampling)
+    assert not identity.exported
+    assert not sampling.settle(identity, worth_keeping=False).exported
+    kept = sampling.settle(identity, worth_keeping=True)
+    assert kept == replace(identity, exported=True, probability=1.0)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_trusted_caller_is_obeyed_both_ways(rate: float, sampled: bool) -> None:
+    sampling = Sampling(rate, keep=KeepRules())
+    identity = decided(sampling, caller(sampled))
+    assert identity.exported == sampled
+    assert (identity.trace_id, identity.parent) == (0xABC, caller(sampled))
+    assert sampling.settle(identity, worth_keeping=True).exported == sampled
+
+
+def test_a_sampler_that_is_not_parent_based_decides_by_itself() -> None:
+    identity = decided(Sampling(1.0, parent_based=False), caller(sampled=False))
+    assert identity.exported
+    assert identity.trace_id == 0xABC
+    assert not decided(Sampling(0.0, parent_based=False), caller(sampled=True)).exported
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_caller_that_is_not_trusted_decides_nothing(sampled: bool) -> None:
+    sampling = Sampling(0.0, trust_parent=False, keep=KeepRules())
+    identity = decided(sampling, caller(sampled))
+    assert identity.trace_id != 0xABC
+    assert identity.parent is None
+    assert identity.caller == caller(sampled)
+    assert not identity.exported
+    assert sampling.settle(identity, worth_keeping=True).exported
+
+
+@pytest.mark.parametrize(
+    ("tracestate", "probability"),
+    [
+        ("", 1.0),
+        ("vendor=1", 1.0),
+        ("ot=th:0", 1.0),
+        ("ot=th:8", 0.5),
+        ("ot=rv:abcdef01234567;th:c", 0.25),
+        ("ot=th:fd70a3d70a3d71", 0.01),
+        ("ot=th:xyz", 1.0),
+        ("ot=th:0123456789abcdef", 1.0),
+        ("ot=th:", 1.0),
+    ],
+)
+def test_a_callers_own_probability_is_carried_on(tracestate: str, probability: float) -> None:
+    identity = decided(Sampling(0.3), caller(True, tracestate))
+    assert identity.probability == pytest.approx(probability)
+
+
+def test_the_bucket_bounds_what_an_incident_keeps() -> None:
+    clock = Seconds()
+    sampling = Sampling(0.0, keep=KeepRules(), bucket=TokenBucket(3, 0.5, clock))
+
+    def kept(count: int) -> int:
+        return sum(sampling.settle(decided(sampling), True).exported for _ in range(count))
+
+    assert kept(10) == 3
+    clock.now += 2
+    assert kept(10) == 1
+    clock.now += 1
+    assert kept(10) == 0
+    clock.now += 1
+    assert kept(10) == 1
+    clock.now += 3600
+    assert kept(10) == 3
+
+
+def test_what_the_ratio_chose_costs_no_token_and_is_exported_once() -> None:
+    sampling = Sampling(1.0, keep=KeepRules(), bucket=TokenBucket(1, 0, Seconds()))
+    for _ in range(5):
+        identity = decided(sampling)
+        settled = sampling.settle(identity, worth_keeping=True)
+        assert settled == identity
+    assert settled.probability == 1.0
+
+
+def test_without_a_token_the_ratios_word_and_weight_stand() -> None:
+    sampling = Sampling(0.5, keep=KeepRules(), bucket=TokenBucket(0, 0, Seconds()))
+    identity = decided(sampling)
+    assert sampling.settle(identity, worth_keeping=True) == identity
+    assert identity.probability == 0.5
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.25, 1.0])
+def test_the_ratio_holds(rate: float) -> None:
+    sampling = Sampling(rate)
+    count = 20_000
+    chosen = sum(decided(sampling).exported for _ in range(count))
+    assert chosen / count == pytest.approx(rate, abs=5 * (rate * (1 - rate) / count) ** 0.5)
+
+
+@pytest.mark.parametrize("tokens", [0, 200, 10**9])
+def test_weights_add_up_over_any_mix(tokens: int) -> None:
+    """Requests of which a tenth failed, of which a bucket keeps none, some or all."""
+    generator = random.Random(7)
+    rate, count = 0.2, 20_000
+    clock = Seconds()
+    sampling = Sampling(rate, keep=KeepRules(), bucket=TokenBucket(tokens, 0.05, clock))
+    weights = {True: 0.0, False: 0.0}
+    truth = {True: 0, False: 0}
+    for _ in range(count):
+        clock.now += 1
+        failed = generator.random() < 0.1
+        truth[failed] += 1
+        settled = sampling.settle(decided(sampling), worth_keeping=failed)
+        if settled.exported:
+            weights[failed] += 1 / settled.probability
+    for failed, true_count in truth.items():
+        # Five standard deviations of a count of which each was there with the rate or surely.
+        deviation = (true_count * (1 - rate) / rate) ** 0.5
+        assert weights[failed] == pytest.approx(true_count, abs=5 * deviation)
+    if tokens == 10**9:
+        assert weights[True] == truth[True]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 100), st.booleans()), max_size=60),
+    st.integers(1, 10),
+    st.floats(0.01, 5),
+)
+def test_a_bucket_never_gives_more_than_it_was_given(
+    events: list[tuple[float, bool]], burst: int, per_second: float
+) -> None:
+    clock = Seconds()
+    bucket = TokenBucket(burst, per_second, clock)
+    taken = 0
+    for seconds, wants in events:
+        clock.now += seconds
+        if wants and bucket.has_token:
+            bucket.take()
+            taken += 1
+    assert taken <= burst + clock.now * per_second + 1e-6
