@@ -103,20 +103,16 @@ def _rows_height(rows: int) -> int:
 def stack(shown: Sequence[Line]) -> go.Figure:
     """Horizontal bars, the baseline on top."""
     figure = _figure(_rows_height(len(shown)), showlegend=False, bargap=0.35)
-    baseline: float = 0.0
     above, below, texts = [], [], []
     for line in shown:
-        step = line.scenario.step_ms
-        judged = line.of_baseline
+        step, judged = line.scenario.step_ms, line.of_baseline
+        texts.append(f"{digits(step)} ms" + ("" if line.ratio is None else f"  {cells(line)[3]}"))
         if judged is None or judged.ratio is None or judged.low is None or judged.high is None:
-            baseline = step if line.of_baseline is None else baseline
             above.append(0.0)
             below.append(0.0)
-            texts.append(f"{digits(step)} ms")
         else:
             above.append(step * (judged.high / judged.ratio - 1))
             below.append(step * (1 - judged.low / judged.ratio))
-            texts.append(f"{digits(step)} ms  {change(judged)[0]}")
     figure.add_bar(
         y=_labels(shown),
         x=[line.scenario.step_ms for line in shown],
@@ -343,14 +339,10 @@ PLOTS: tuple[tuple[Callable[[Sequence[Line]], go.Figure | None], str, str], ...]
 
 def _cards(shown: Sequence[Line]) -> str:
     """The last scenario of the stack, which is what ships, in a few figures."""
-    last, first = shown[-1], shown[0]
+    last = shown[-1]
     cards = [(f"{digits(last.scenario.step_ms)} ms", f"a step, {last.label}")]
-    if last.of_baseline is not None and last.of_baseline.ratio is not None:
-        cards.append((f"{1 / last.of_baseline.ratio:.2f} x", "as fast as the baseline"))
-    elif last is not first:
-        cards.append(
-            (f"{first.scenario.step_ms / last.scenario.step_ms:.2f} x", f"as fast as {first.label}")
-        )
+    if last.ratio is not None:
+        cards.append((f"{1 / last.ratio:.2f} x", "as fast as the baseline, a step"))
     cards.append((digits(last.scenario.images_per_second), "images a second"))
     if last.times_floor is not None:
         cards.append((f"{last.times_floor:.2f} x", "the floor of a step"))

@@ -19,7 +19,7 @@ from pathlib import Path
 from bench.compare import busy, change, machine
 from bench.errors import BenchError
 from bench.result_file import BenchResult, MeasuredScenario, Session
-from bench.terminal import coloured, table
+from bench.terminal import coloured, percent, table
 from bench.verdict import Judgement, by_round, judge
 
 
@@ -57,8 +57,10 @@ class Line:
 
     label: str
     scenario: MeasuredScenario
+    ratio: float | None
+    """A steady step's over the baseline's, as their medians have it; None for the baseline."""
     of_baseline: Judgement | None
-    """A steady step; None for the baseline itself, and where too few rounds are shared."""
+    """The same with its interval, from rounds that both share; None where those are too few."""
     mfu: float | None
     floor_ms: float | None
     """What its nominal FLOPs take at the measured rate of matrix products."""
@@ -84,6 +86,7 @@ def lines(result: BenchResult) -> list[Line]:
             Line(
                 label=scenario.name if alone else f"{scenario.name} ({scenario.side})",
                 scenario=scenario,
+                ratio=None if judgement is None else scenario.step_ms / baseline.step_ms,
                 of_baseline=judgement if judgement and judgement.ratio is not None else None,
                 mfu=scenario.mfu(result.ceilings),
                 floor_ms=_floor_ms(scenario, result),
@@ -119,7 +122,9 @@ COLUMNS = (
 def cells(line: Line) -> tuple[str, ...]:
     """One line's texts, in the order of COLUMNS."""
     scenario = line.scenario
-    shift, interval = ("", "") if line.of_baseline is None else change(line.of_baseline)
+    shift, interval = ("" if line.ratio is None else percent(line.ratio - 1)), ""
+    if line.of_baseline is not None:
+        shift, interval = change(line.of_baseline)
     return (
         line.label,
         str(len(scenario.requests)),

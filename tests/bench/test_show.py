@@ -76,6 +76,7 @@ def test_sides_stand_beside_each_other_and_have_a_baseline_each() -> None:
 def test_too_few_rounds_show_no_interval() -> None:
     shown = lines(result(scenario("a", [25.0, 26.0]), scenario("b", [20.0, 21.0])))
     assert [line.of_baseline for line in shown] == [None, None]
+    assert shown[1].ratio == pytest.approx(20.5 / 25.5)
 
 
 def test_the_page_is_one_file_that_asks_for_nothing() -> None:
