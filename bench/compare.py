@@ -389,17 +389,23 @@ def _judge_by_calibration(
 def _broken_control(base: Measured, head: Measured, smallest_change: float) -> str | None:
     """Why an interleaved run is not to be trusted: a calibration, the same code on both sides, that
     is not the same speed."""
-    for name, scenario in base.scenarios.items():
-        other = head.scenarios.get(name)
-        if scenario.calibration and other is not None:
-            found = judge(
-                by_round(scenario, "step"), by_round(other, "step"), smallest_change=smallest_change
+    controls = [
+        (name, by_round(scenario, "step"), by_round(head.scenarios[name], "step"))
+        for name, scenario in base.scenarios.items()
+        if scenario.calibration and name in head.scenarios
+    ]
+    for name, of_base, of_head in controls:
+        found = judge(
+            of_base,
+            of_head,
+            smallest_change=smallest_change,
+            error_rate=ERROR_RATE / len(controls),
+        )
+        if found.verdict in ("improved", "regressed") and found.ratio is not None:
+            return (
+                f"{name}, in which no code of ours runs, is {percent(found.ratio - 1)} between the "
+                f"two sides: their processes were not alike, measure again"
             )
-            if found.verdict in ("improved", "regressed") and found.ratio is not None:
-                return (
-                    f"{name}, in which no code of ours runs, is {percent(found.ratio - 1)} between "
-                    f"the two sides: their processes were not alike, measure again"
-                )
     return None
 
 

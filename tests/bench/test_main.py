@@ -1,0 +1,73 @@
+"""The command line: answers at once, loads no model library, and says what it has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bench.__main__ import COMMANDS, main
+
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "plotly"}
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    """Modules that a call imports, whatever it ends with."""
+    script = (
+        "import sys\nfrom bench.__main__ import main\n"
+        f"try: main({list(arguments)!r})\nexcept SystemExit: pass\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    return set(ended.stderr.split())
+
+
+def test_help_answers_at_once_and_names_every_command() -> None:
+    start = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-m", "bench", "--help"],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert time.monotonic() - start < 5  # 0.05 s where nothing else runs
+    for name, told in COMMANDS.items():
+        assert name in ended.stdout
+        assert told.split()[0] in ended.stdout
+
+
+def test_help_imports_no_command() -> None:
+    loaded = loaded_by("--help")
+    assert loaded.isdisjoint(HEAVY | {"numpy", "pydantic"})
+    assert not {f"bench.{name}" for name in COMMANDS} & loaded
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_commands_help_loads_no_model_library(name: str) -> None:
+    loaded = loaded_by(name, "--help")
+    assert f"bench.{name}" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("name", ["compare", "show", "load"])
+def test_a_commands_help_tells_its_exit_statuses_or_files(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert f"python -m bench {name}" in said
+    assert name == "show" or "Exit status: 0" in said
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["--fast"]])
+def test_an_unknown_command_is_wrong_usage(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: python -m bench" in capsys.readouterr().err

@@ -1,0 +1,34 @@
+"""`python -m bench load` against the service: what its clients see is what its histogram says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+from tests.e2e.conftest import Server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+def test_the_service_is_measured_and_its_histogram_agrees(server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "load.json"
+    status = main(
+        [
+            "load", "--url", server.process.url, "--metrics-url", server.process.metrics_url,
+            "--rate", "1", "--seconds", "5", "--steps", "1=3", "2", "--out", str(out),
+        ]
+    )  # fmt: skip
+    told = json.loads(out.read_text())
+    (level,) = told["levels"]
+    assert level["sent"] > 0
+    assert level["ok"] + sum(level["refused"].values()) == level["sent"]
+    # One may wait; at most it refuses.
+    assert set(level["refused"]) <= {"429"}
+    assert told["server"]["server_count"] == told["server"]["client_count"] == level["ok"]
+    assert told["server_agrees"] is True
+    # What the clients saw beyond the server's own account: the connection, and the last bytes.
+    assert told["server"]["mean_overhead_ms"] > 0
+    assert status == 0
