@@ -15,6 +15,7 @@ from bench.errors import BenchError
 
 COMMANDS = {
     "run": "time scenarios in interleaved rounds, of this commit or beside another",
+    "overhead": "what telemetry costs a request: wall time and CPU",
     "compare": "is HEAD faster than BASE, by how much, and is that real",
     "show": "a result as a table, or as a page with plots",
     "load": "latency, goodput and rejections of a server under a given rate of requests",
