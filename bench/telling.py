@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     settings = load_settings()
     configure_logging(settings.log_format)
     if arguments == ["silent"]:
-        server.build_runtime = silent  # type: ignore[assignment]
+        vars(server)["build_runtime"] = silent
     return server.run(settings, "127.0.0.1", 0)
 
 
