@@ -15,6 +15,11 @@ from bench.errors import BenchError
 
 COMMANDS = {
     "run": "time scenarios in interleaved rounds, of this commit or beside another",
+    "overhead": "what telemetry costs a request: wall time and CPU",
+    "coldstart": "process start to first image, cold and from cache, by phase",
+    "micro": "what our own pieces cost by themselves",
+    "peers": "throughput beside the documented example, served as written",
+    "bare": "what the bench reports against the same work timed bare",
     "compare": "is HEAD faster than BASE, by how much, and is that real",
     "show": "a result as a table, or as a page with plots",
     "load": "latency, goodput and rejections of a server under a given rate of requests",

@@ -248,7 +248,7 @@ class PlainCall:
         from serve.model import load_model
 
         self._work = work
-        self._uploads = scenario.way == "documented"
+        self.uploads = scenario.way == "documented"
         dtype = dtype_name(scenario, work)
         model = load_model(work.model, None, work.device, dtype)
         self.pipeline = model.pipeline
@@ -304,7 +304,7 @@ class PlainCall:
         try:
             image = self.call(seed)
             drawn_ns = time.perf_counter_ns()
-            if self._uploads:
+            if self.uploads:
                 png_data_uri(image)
             end_ns = time.perf_counter_ns()
             cpu_ns = time.process_time_ns() - cpu_ns
@@ -317,7 +317,7 @@ class PlainCall:
             # To pixels in host memory, as PIL has them.
             "vae_decode": (anchor.to_unix(drawn_ns) - run.steps[-1].end_ns) / 1e6,
         }
-        if self._uploads:
+        if self.uploads:
             stages["image_encode"] = (end_ns - drawn_ns) / 1e6
         return sample_of(
             run,

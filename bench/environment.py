@@ -21,6 +21,9 @@ from bench.result_file import Ceilings, Code, Conditions, Environment, Side
 
 ROOT = Path(__file__).resolve().parents[1]
 
+MEASURED = ("serve", "kernels_warmup", "metrics")
+"""Our packages whose speed it is; the bench itself is the same on both sides of a comparison."""
+
 DECIDING_PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "torchao")
 """Those whose version decides the speed."""
 
@@ -71,7 +74,7 @@ def describe_code(side: Side, root: Path = ROOT, commit: str | None = None) -> C
     Args:
         commit: what is measured, where there is no git to ask.
     """
-    status = _git(root, "status", "--porcelain", "--untracked-files=no")
+    status = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
     return Code(
         side=side,
         commit=commit or _git(root, "rev-parse", "HEAD"),

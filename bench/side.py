@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -160,7 +161,8 @@ class RemoteSide:
         self, root: Path, work: Mapping[str, Any], side: Side, commit: str | None = None
     ) -> None:
         self.side: Side = side
-        self._answers, theirs = os.pipe()
+        ours, theirs = os.pipe()
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         environment = os.environ | {"PYTHONPATH": _search_path(root)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.side", str(theirs)],
@@ -168,14 +170,15 @@ class RemoteSide:
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            # A file: nobody reads along, and a full pipe would stop the process.
+            stderr=self._errors,
             text=True,
             pass_fds=(theirs,),
             # Ctrl-C is the parent's to deal with.
             start_new_session=True,
         )
         os.close(theirs)
-        self._lines = os.fdopen(self._answers)
+        self._lines = os.fdopen(ours)
         self._ask("open", work=dict(work), side=side, commit=commit)
 
     def code(self) -> Code:
@@ -204,9 +207,9 @@ class RemoteSide:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for stream in (process.stdin, process.stderr, self._lines):
+        assert process.stdin is not None
+        for stream in (process.stdin, self._errors, self._lines):
             with contextlib.suppress(OSError):
-                assert stream is not None
                 stream.close()
 
     def _ask(self, what: str, **arguments: Any) -> Any:
@@ -225,9 +228,9 @@ class RemoteSide:
         return answer["answer"]
 
     def _last_words(self, what: str) -> str:
-        assert self._process.stderr is not None
-        told = self._process.stderr.read().strip().splitlines()
         status = self._process.wait()
+        self._errors.seek(0)
+        told = self._errors.read().strip().splitlines()
         reason = told[-1][:300] if told else f"it exited with status {status}"
         if what == "open":
             return (

@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bench.environment import MEASURED
 from bench.errors import BenchError
-
-PACKAGES = ("serve", "kernels_warmup", "metrics")
-"""What is measured; the bench itself is this commit's on both sides."""
 
 
 @contextmanager
@@ -36,7 +34,7 @@ def worktree(revision: str, root: Path) -> Iterator[tuple[Path, str]]:
         try:
             if _git(root, "worktree", "add", "--detach", str(place), commit) is None:
                 raise BenchError(f"git could not check out {commit[:12]} into a worktree")
-            missing = [name for name in PACKAGES if not (place / name).is_dir()]
+            missing = [name for name in MEASURED if not (place / name).is_dir()]
             if missing:
                 raise BenchError(f"the base commit {commit[:12]} has no {missing[0]}/ to measure")
             shutil.rmtree(place / "bench", ignore_errors=True)

@@ -1,0 +1,241 @@
+"""What our own pieces cost by themselves: mark, poll, resolve, record, emit, scrape.
+
+    python -m bench micro
+
+Each figure is the median over series of calls, with its 95% interval, in microseconds a call. What
+is timed is built as the service builds it; nothing is loaded and nothing leaves the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from metrics.clock import Clock
+    from metrics.timeline import RequestTiming
+    from serve.runtime import Runtime
+
+STEPS = 30
+"""Of the request that is recorded: 30 steps and 6 stages are 36 observations of the histograms."""
+SHAPES_KEPT_WARM = 9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call, in microseconds."""
+
+    name: str
+    what: str
+    median_us: float
+    low_us: float
+    high_us: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--series", type=int, default=200, help="series a figure (default: 200)")
+    parser.add_argument("--device", default="auto", help="whose clock, as SDXL_DEVICE")
+    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit status. Raises BenchError."""
+    from bench.errors import BenchError
+    from serve.errors import ModelError
+    from serve.model import choose_device
+
+    if options.series < 1:
+        raise BenchError("--series: 1 and more are allowed")
+    try:
+        device = str(choose_device(options.device))
+    except (ModelError, RuntimeError) as error:
+        raise BenchError(str(error)) from None
+    costs = measure(device, options.series)
+    for cost in costs:
+        spread = f"({cost.low_us:.2f} to {cost.high_us:.2f})"
+        print(f"{cost.name:8} {cost.median_us:10.2f} us {spread:24} {cost.what}")
+    if options.out:
+        told = {"python": platform.python_version(), "device": device}
+        told |= {"costs": [asdict(cost) for cost in costs]}  # type: ignore[dict-item]
+        options.out.write_text(json.dumps(told, indent=1) + "\n")
+    return 0
+
+
+def measure(device: str, series: int) -> list[Cost]:
+    """Every piece, in the order in which a request meets them."""
+    from metrics.catalogue import render
+    from metrics.clock import make_clock
+
+    clock = make_clock(device)
+    runtime = _runtime()
+    try:
+        request = _request(_shapes(runtime)[0])
+        _fill_labels(runtime)
+
+        def record() -> None:
+            runtime.metrics.observe_request(request, {"trace_id": "0" * 32, "span_id": "0" * 16})
+
+        def emit() -> None:
+            from metrics.spans import emit_request
+
+            runtime.tracing.emit(
+                runtime.tracing.identify(),
+                lambda tracer, context: emit_request(tracer, context, request),
+            )
+
+        def scrape() -> None:
+            render(runtime.metrics.registry, "application/openmetrics-text; version=1.0.0")
+
+        return [
+            _mark(clock, series),
+            _poll(clock, series),
+            _resolve(clock, series),
+            _cost("record", f"one request of {STEPS} steps into the metrics", record, series, 5),
+            _cost("emit", f"one request of {STEPS} steps as spans, queued", emit, series, 5),
+            _cost("scrape", "/metrics, every label set filled", scrape, max(1, series // 10), 1),
+        ]
+    finally:
+        runtime.close(1)
+
+
+def _mark(clock: Clock, series: int) -> Cost:
+    def once() -> float:
+        clock.begin()
+        start = time.perf_counter_ns()
+        for _ in range(STEPS):
+            clock.mark()
+        return (time.perf_counter_ns() - start) / STEPS
+
+    return _summary("mark", f"one mark of the {clock.name} clock", [once() for _ in range(series)])
+
+
+def _poll(clock: Clock, series: int) -> Cost:
+    clock.begin()
+    mark = clock.mark()
+    clock.wait(mark)
+    return _cost(
+        "poll", "whether a mark has happened, and when", lambda: clock.poll(mark), series, 50
+    )
+
+
+def _resolve(clock: Clock, series: int) -> Cost:
+    def once() -> float:
+        clock.begin()
+        marks = [clock.mark() for _ in range(STEPS + 7)]
+        clock.wait(marks[-1])
+        start = time.perf_counter_ns()
+        clock.resolve(marks)
+        return time.perf_counter_ns() - start
+
+    what = f"the {STEPS + 7} marks of a run of {STEPS} steps"
+    return _summary("resolve", what, [once() for _ in range(series)])
+
+
+def _cost(name: str, what: str, call: Callable[[], object], series: int, calls: int) -> Cost:
+    call()
+    taken = []
+    for _ in range(series):
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        taken.append((time.perf_counter_ns() - start) / calls)
+    return _summary(name, what, taken)
+
+
+def _summary(name: str, what: str, nanoseconds: Sequence[float]) -> Cost:
+    from bench.intervals import interval
+
+    found = interval([value / 1000 for value in nanoseconds])
+    return Cost(name, what, found.point, found.low, found.high)
+
+
+def _runtime() -> Runtime:
+    """A runtime of which only the telling half is used; its spans go no further than the queue."""
+    from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+    from prometheus_client import CollectorRegistry
+
+    from metrics.tracing import Tracing
+    from serve.runtime import build_runtime
+    from serve.settings import ServeSettings
+    from serve.telemetry import build_resource, build_sampler
+
+    class Nowhere(SpanExporter):
+        def export(self, spans: object) -> SpanExportResult:
+            return SpanExportResult.SUCCESS
+
+    settings = ServeSettings.model_validate({"device": "cpu", "ENABLE_TRACING": False})
+    runtime = build_runtime(settings, CollectorRegistry())
+    runtime.tracing = Tracing(
+        sampler=build_sampler(settings),
+        exporter=Nowhere(),
+        resource=build_resource(settings),
+        on_settled=runtime.metrics.spans_settled,
+    )
+    runtime.metrics.set_warm_shapes(_shapes(runtime))
+    return runtime
+
+
+def _shapes(_: Runtime) -> list[str]:
+    from kernels_warmup.shapes import SDXL_SHAPES
+
+    return [str(shape) for shape in SDXL_SHAPES[:SHAPES_KEPT_WARM]]
+
+
+def _request(shape: str, guidance: bool = True, endpoint: str = "/") -> RequestTiming:
+    """A finished request as the middleware hands it over, times made up."""
+    from metrics.timeline import (
+        GenerationFacts,
+        RequestTiming,
+        RunTiming,
+        StageTiming,
+        StepTiming,
+    )
+
+    ms = 1_000_000
+    start = 1_700_000_000 * 1000 * ms
+    begin = start + 3 * ms
+    steps = tuple(
+        StepTiming(i, begin + (20 + 30 * i) * ms, begin + (50 + 30 * i) * ms, 60 * ms)
+        for i in range(STEPS)
+    )
+    denoised = steps[-1].end_ns
+    stages = (
+        StageTiming("text_encode", begin, begin + 19 * ms),
+        StageTiming("denoise", begin + 20 * ms, denoised),
+        StageTiming("vae_decode", denoised, denoised + 33 * ms),
+    )
+    end = denoised + 34 * ms
+    own = (
+        StageTiming("receive", start, start + ms),
+        StageTiming("queue", start + ms, start + 2 * ms),
+        StageTiming("image_encode", end, end + 11 * ms),
+        StageTiming("upload", end + 11 * ms, end + 13 * ms),
+        StageTiming("respond", end + 13 * ms, end + 15 * ms),
+    )
+    run = RunTiming("0" * 32, "cuda", shape, guidance, 1, begin, end, stages, steps)
+    width, height = map(int, shape.split("x"))
+    facts = GenerationFacts("sdxl-base", 80, STEPS, 5.0, width, height, 1)
+    last = end + 15 * ms
+    return RequestTiming(endpoint, "POST", 200, "ok", start, last, own, run, True, facts)
+
+
+def _fill_labels(runtime: Runtime) -> None:
+    """Observe every combination of labels once, so that a scrape is as long as it can get."""
+    from dataclasses import replace
+
+    from serve.errors import OUTCOMES
+    from serve.runtime import ENDPOINTS
+
+    for shape in (*_shapes(runtime), "64x64"):
+        for guidance in (True, False):
+            runtime.metrics.observe_request(_request(shape, guidance), {"trace_id": "1" * 32})
+    for endpoint in ENDPOINTS:
+        for outcome in OUTCOMES:
+            request = replace(_request(_shapes(runtime)[0]), endpoint=endpoint, outcome=outcome)
+            runtime.metrics.observe_request(request, None)
