@@ -13,6 +13,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from metrics.clock import WallAnchor, make_clock
+from metrics.gpu import THROTTLE_REASONS, Gpu
 from metrics.timeline import RunTimeline, RunTiming
 from serve.admission import Cancellation
 from serve.call import Call
@@ -141,6 +142,41 @@ def test_a_mark_costs_microseconds() -> None:
     assert each_us < 50
 
 
+def test_a_step_costs_the_gpus_thread_microseconds(work: Work) -> None:
+    """Mark, wait and tell, with the driver's part in it: on an idle device no wait lasts."""
+    timeline = new_timeline()
+    pacer = StepPacer(timeline, Cancellation(), lambda *_: None, lambda: None)
+    timeline.loop_begins()
+    torch.cuda.synchronize()
+    times_us = []
+    for _ in range(100):
+        start = time.perf_counter_ns()
+        pacer.step_enqueued()
+        times_us.append((time.perf_counter_ns() - start) / 1e3)
+        torch.cuda.synchronize()
+    median_us = sorted(times_us)[50]
+    print(f"\na step: {median_us:.1f} us")
+    assert median_us < 50
+
+
+def test_the_driver_says_which_gpu_this_is_and_what_holds_it_back() -> None:
+    gpu = Gpu.open("cuda")
+    assert gpu is not None, "nvidia-ml-py is part of the gpu extra"
+    assert gpu.identity["hw.name"] == torch.cuda.get_device_name()
+    assert str(torch.cuda.get_device_properties(0).uuid) in gpu.identity["hw.id"]
+    times_us = []
+    for _ in range(50):
+        start = time.perf_counter_ns()
+        seen = gpu.conditions()
+        times_us.append((time.perf_counter_ns() - start) / 1e3)
+    print(f"\nconditions: {sorted(times_us)[25]:.0f} us at the median, {max(times_us):.0f} at most")
+    assert gpu.failures == 0
+    assert seen.throttle <= set(THROTTLE_REASONS)
+    assert seen.sm_clock_mhz is not None
+    assert seen.max_sm_clock_mhz is not None
+    assert 0 < seen.sm_clock_mhz <= seen.max_sm_clock_mhz
+
+
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
     settings = ServeSettings(model="demo", device="cuda", compile="off")
@@ -174,6 +210,61 @@ def test_a_request_on_the_gpu(runtime: Runtime) -> None:
     assert run.error_bound_ns < 1_000_000
     assert run.start_ns - run.error_bound_ns <= run.stages[0].start_ns
     assert run.stages[-1].end_ns <= run.end_ns + run.error_bound_ns
+
+
+def test_the_pipelines_loop_waits_for_nothing_but_its_lead(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the CUDA runtime was asked for while the real pipeline was in its loop."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    steps = 12
+    assert runtime._model is not None
+    denoise = runtime._model.denoise
+    loop = record_function("the loop")
+
+    def watched(*args: Any, on_loop_begins: Any, on_step_enqueued: Any, **kwargs: Any) -> Any:
+        def begins() -> None:
+            on_loop_begins()
+            loop.__enter__()
+
+        def enqueued(index: int, latents: Any) -> None:
+            on_step_enqueued(index, latents)
+            if index == steps - 1:
+                loop.__exit__(None, None, None)
+
+        return denoise(*args, on_loop_begins=begins, on_step_enqueued=enqueued, **kwargs)
+
+    monkeypatch.setattr(runtime._model, "denoise", watched)
+    call = new_call(runtime)
+    request = TextToImageRequest(prompt="a red circle", num_inference_steps=steps, seed=1)
+    plan = runtime._plan(request, call)
+
+    def work() -> Any:
+        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+        with profile(activities=activities, acc_events=True) as profiler:
+            runtime._run(plan, call, None)
+        return profiler.events()
+
+    events = runtime._gpu.submit(work).result(120)
+    inside = next(event.time_range for event in events if event.name == "the loop")
+    asked = Counter(
+        event.name
+        for event in events
+        if event.name.startswith("cuda") and inside.start <= event.time_range.start <= inside.end
+    )
+    assert asked, "the profiler saw no CUDA call in the loop"
+    waits = {name: n for name, n in asked.items() if "Synchronize" in name or name == "cudaMemcpy"}
+    assert set(waits) == {"cudaEventSynchronize"}
+    assert waits["cudaEventSynchronize"] <= steps
+
+
+def test_a_request_says_what_the_gpu_went_through(runtime: Runtime) -> None:
+    call = new_call(runtime)
+    generate(runtime, call)
+    assert call.run is not None
+    assert 1 <= len(call.run.conditions) <= 2
+    assert all(seen.sm_clock_mhz for seen in call.run.conditions)
 
 
 def test_the_same_seed_gives_the_same_image_on_the_gpu(runtime: Runtime) -> None:
