@@ -1,0 +1,155 @@
+"""Every mode, attention backend and quantisation on SDXL base's architecture at 1024x1024.
+
+Each is one UNet forward on seeded inputs, through `compile_model` as the service calls it, held
+against float32 and against eager bfloat16. The tuned mode takes many minutes and comes last.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from kernels_warmup.shapes import SDXL_SHAPES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+NO_WORSE = 1.02
+"""Two bf16 computations of the same thing differ in where they round."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The seeded inputs, float32's answer to them, and how far from it eager bfloat16 is."""
+
+    inputs: Any
+    exact: torch.Tensor
+    eager_error: float
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.compiler.reset()
+
+
+def load() -> Any:
+    from serve.model import load_model
+
+    return load_model("random:sdxl-base", None, "cuda", "bfloat16").pipeline
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    from bench.one_forward import StepInputs, forward_once, relative_error
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    with torch.no_grad():
+        unet = load().unet
+        device, dtype = torch.device("cuda"), torch.bfloat16
+        inputs = StepInputs.draw(unet, SDXL_SHAPES[0], 1, device, dtype)
+        eager = forward_once(unet, inputs)
+        exact = forward_once(unet.float(), inputs.cast(torch.float32))
+        return Reference(inputs, exact, relative_error(eager, exact))
+
+
+def forward(pipeline: Any, reference: Reference) -> tuple[torch.Tensor, float]:
+    """A forward's answer, and its relative error against float32."""
+    from bench.one_forward import forward_once, relative_error
+
+    result = forward_once(pipeline.unet, reference.inputs)
+    return result, relative_error(result, reference.exact)
+
+
+def compiled(mode: str, **options: Any) -> tuple[Any, Any]:
+    from kernels_warmup.compile import compile_model
+
+    pipeline = load()
+    return pipeline, compile_model(pipeline, mode, **options)  # type: ignore[arg-type]
+
+
+def check_lossless(mode: str, reference: Reference, **options: Any) -> None:
+    """No further from float32 than eager, the same when replayed, and nothing overwritten."""
+    pipeline, made = compiled(mode, **options)
+    start = time.perf_counter()
+    first, error = forward(pipeline, reference)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    print(f"\n{mode} {options}: error {error}, eager {reference.eager_error}, {seconds:.1f} s cold")
+    assert error <= NO_WORSE * reference.eager_error
+    kept = first.clone()
+    made.freeze()
+    again, _ = forward(pipeline, reference)
+    torch.cuda.synchronize()
+    assert torch.equal(first, kept)
+    assert torch.equal(again, kept)
+    assert made.fallbacks.cold == made.fallbacks.recompiles == 0
+
+
+@pytest.mark.parametrize("mode", ["regional", "default"])
+def test_a_mode_is_no_further_from_float32_than_eager(mode: str, reference: Reference) -> None:
+    check_lossless(mode, reference)
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "flash", "xformers"])
+def test_a_backend_is_no_further_from_float32_than_eager(
+    attention: Any, reference: Reference
+) -> None:
+    from kernels_warmup.attention import why_unusable
+
+    reason = why_unusable(attention, torch.device("cuda"), torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+    check_lossless("regional", reference, attention=attention)
+
+
+def test_xformers_own_kernel_runs() -> None:
+    from kernels_warmup.attention import attend, why_unusable
+
+    reason = why_unusable("xformers", torch.device("cuda"), torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+    sample = torch.randn(1, 10, 1024, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        attend("xformers", sample, sample, sample)
+        torch.cuda.synchronize()
+    names = [event.name for event in seen.events() or [] if event.device_type.name == "CUDA"]
+    assert any("fmha" in name or "flash" in name for name in names), names
+    assert not any("cudnn" in name for name in names), names
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+@pytest.mark.parametrize("mode", ["regional", "default"])
+def test_a_quantisation_says_its_error(quantize: Any, mode: str, reference: Reference) -> None:
+    from kernels_warmup.quantize import why_unusable
+
+    reason = why_unusable(quantize, torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    pipeline, made = compiled(mode, quantize=quantize)
+    _, error = forward(pipeline, reference)
+    assert made.quantized is not None
+    print(f"\n{mode} {quantize}: {made.quantized}, against float32 {error}")
+    assert made.quantized.layers > 500
+    # Lossy, but what it says of itself is what is seen.
+    assert made.quantized.error < 0.2
+    assert error == pytest.approx(made.quantized.error, rel=0.5)
+
+
+@pytest.mark.timeout(3600)
+def test_the_tuned_mode_is_no_further_from_float32_than_eager(reference: Reference) -> None:
+    check_lossless("max", reference)
