@@ -62,6 +62,9 @@ def configure_logging(log_format: str, level: int = logging.INFO) -> None:
     # These two quote what they could not parse: a header's value, a caller's tracestate.
     for name in ("opentelemetry.util.re", "opentelemetry.trace.span"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # torchao is there for SDXL_QUANTIZE; importing it tells of kernels for other machines.
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("httpx", "urllib3", "asyncio", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -582,36 +582,6 @@ def test_draining_lets_the_running_request_finish() -> None:
     assert runtime.close(1) == 0
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own insides
-def test_compiled_and_warm_nothing_compiles_afterwards() -> None:
-    from kernels_warmup.warmup import compiler_counts
-
-    settings = ServeSettings(model="demo", device="cpu", compile="default")
-    compiled = build_runtime(settings, CollectorRegistry())
-    asyncio.run(compiled.start())
-    graphs = compiler_counts().graphs
-    assert graphs > 0
-    for seed, (steps, guidance, width, height) in enumerate(
-        [(2, 5.0, 128, 128), (7, 7.5, 160, 96), (3, 1.0, 128, 128), (1, 0.0, 160, 96)]
-    ):
-        call = Call("/", "POST", compiled.tracing.identify())
-        response = generate(
-            compiled,
-            call,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            width=width,
-            height=height,
-            seed=seed,
-            prompt="a red circle " * (seed + 1),
-        )
-        assert len(response.timings.steps_ms) == steps
-    assert compiler_counts().graphs == graphs
-    compiled.close(1)
-
-
 def png(response: TextToImageResponse) -> np.ndarray[Any, Any]:
     data = base64.b64decode(response.image.url.split(",")[1])
     return np.asarray(Image.open(io.BytesIO(data))).astype(np.int16)

@@ -133,6 +133,25 @@ def test_nothing_compiles_in_fifty_mixed_requests(compiled: Runtime) -> None:
     assert counted(compiled, "sdxl_cold_shape_runs_total") == 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_nothing_compiles_in_five_hundred_mixed_requests_of_generated_code() -> None:
+    torch.compiler.reset()
+    runtime = build(compile="default")
+    asyncio.run(runtime.start())
+    before = compiler_counts()
+    assert before.graphs >= 6
+    for fields in mixed_requests(500):
+        call = new_call(runtime)
+        generate(runtime, call, **fields)
+        assert call.run is not None
+        assert not call.run.eager_fallback
+    assert compiler_counts() == before
+    assert counted(runtime, "sdxl_recompiles_total") == 0
+    runtime.close(1)
+    torch.compiler.reset()
+
+
 def test_what_the_start_did_is_told(compiled: Runtime) -> None:
     told = compiled.readiness.as_json()
     assert told["shapes"] == ["128x128", "160x96"]
