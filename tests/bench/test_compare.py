@@ -108,6 +108,12 @@ def test_separate_runs_without_a_calibration(tmp_path: Path, capsys: Capture) ->
     assert "no calibration scenario in common" in told["rows"][0]["reason"]
 
 
+def test_a_calibration_is_no_measure_of_itself(tmp_path: Path, capsys: Capture) -> None:
+    files = single(1.0), single(1.0, seed=5)
+    told = compared(tmp_path, capsys, *files, also=("--scenario", "documented"))[1]
+    assert verdicts(told) == {"not interleaved"}
+
+
 def other_machine(measured: BenchResult) -> BenchResult:
     return replace(measured, environment=GPU)
 
