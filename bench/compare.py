@@ -317,7 +317,7 @@ def compare(
                 )
             if judgement is None:
                 judgement = _judge_by_calibration(
-                    base, head, of_base, of_head, quantity, smallest_change, error_rate
+                    base, head, name, quantity, smallest_change, error_rate
                 )
             rows.append(Row(name, quantity, _median(of_base), _median(of_head), judgement))
     return Comparison(base, head, smallest_change, tuple(rows), tuple(_notes(base, head, names)))
@@ -355,26 +355,23 @@ def _compared_names(base: Measured, head: Measured, wanted: Sequence[str] | None
 def _judge_by_calibration(
     base: Measured,
     head: Measured,
-    of_base: dict[int, float],
-    of_head: dict[int, float],
+    name: str,
     quantity: str,
     smallest_change: float,
     error_rate: float,
 ) -> Judgement:
-    """By the first calibration scenario that both hold."""
-    for name, scenario in base.scenarios.items():
-        other = head.scenarios.get(name)
-        if not scenario.calibration or other is None or not other.calibration:
+    """By the first calibration scenario that both hold, which nothing is by itself."""
+    for yardstick, scenario in base.scenarios.items():
+        other = head.scenarios.get(yardstick)
+        if not scenario.calibration or other is None or not other.calibration or yardstick == name:
             continue
         # A stage that the calibration does not time is held against its steps.
-        yardstick = (
-            quantity if by_round(scenario, quantity) and by_round(other, quantity) else "step"
-        )
+        timed = by_round(scenario, quantity) and by_round(other, quantity)
         return judge_separate(
-            of_base,
-            of_head,
-            by_round(scenario, yardstick),
-            by_round(other, yardstick),
+            by_round(base.scenarios[name], quantity),
+            by_round(head.scenarios[name], quantity),
+            by_round(scenario, quantity if timed else "step"),
+            by_round(other, quantity if timed else "step"),
             smallest_change=smallest_change,
             error_rate=error_rate,
         )

@@ -1,8 +1,9 @@
-"""`python -m bench.error_rates`: how often the verdict errs, on simulated pairs of known truth.
+"""`python -m bench.error_rates`: how often the verdict errs, on pairs whose truth is known.
 
 Each world makes noise of one kind for requests that follow one another; base and head take turns in
 it, the order within a round alternating as `bench run --base` does. Nothing of a world is known to
-the verdict.
+the verdict. Beside the made-up worlds stands a real one: a run of one commit against itself, in two
+processes on a machine that others used meanwhile, cut into stretches.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.result_file import BenchResult
 from bench.verdict import (
     ERROR_RATE,
     SMALLEST_CHANGE,
     Judgement,
+    by_round,
     judge,
     judge_separate,
     judge_unpaired,
 )
 
-OUT = Path(__file__).resolve().parent / "results" / "verdict-error-rates.json"
+RESULTS = Path(__file__).resolve().parent / "results"
+OUT = RESULTS / "verdict-error-rates.json"
+NO_CHANGE = RESULTS / "cpu-2026-11-24-no-change.json"
+"""`python -m bench run --scenario diffusers default --base HEAD --steps 4 --requests 240`."""
 CHANGE = 0.03
 STEPS = 19
 """Steady steps a request, of 20."""
@@ -123,6 +129,24 @@ def interleaved(world: str, rounds: int, trials: int, seed: int = 0) -> Rates:
     return _rates(trial, world, rounds, trials, seed)
 
 
+def of_a_real_run(result: BenchResult, rounds: int, trials: int, seed: int = 0) -> Rates:
+    """Stretches of `rounds` rounds, from anywhere in the run, of one of its scenarios; which side
+    is called head is drawn, and a change is made by multiplying its times."""
+    pairs = []
+    for name, scenario in result.of_side("base").items():
+        base, head = (by_round(s, "step") for s in (scenario, result.of_side("head")[name]))
+        shared = sorted(base.keys() & head.keys())
+        pairs.append(np.log([[base[number], head[number]] for number in shared]))
+
+    def trial(generator: Generator, change: float) -> Judgement:
+        pair = pairs[generator.integers(len(pairs))]
+        start = generator.integers(len(pair) - rounds + 1)
+        noise = pair[start : start + rounds, :: generator.choice([-1, 1])]
+        return judge(_figures(noise[:, 0]), _figures(noise[:, 1] + change))
+
+    return _rates(trial, "a real run", rounds, trials, seed)
+
+
 def separate(rounds: int, trials: int, seed: int = 0, *, calibrated: bool = True) -> Rates:
     """Two runs, each at a speed of its own, which a calibration feels by up to a half more or less
     than what is compared does. Without calibration: as if the two were one sample each."""
@@ -164,7 +188,7 @@ def of_steps(rounds: int, trials: int, seed: int = 0, *, pooled: bool) -> Rates:
 
 
 def _figures(logs: Logs) -> dict[int, float]:
-    return dict(enumerate(25 * np.exp(logs)))
+    return dict(enumerate(np.exp(logs)))
 
 
 def _rates(
@@ -183,6 +207,8 @@ def _rates(
 
 def all_rates(trials: int) -> list[Rates]:
     rates = [interleaved(world, rounds, trials) for world in WORLDS for rounds in (6, 10, 20, 40)]
+    real = BenchResult.read(NO_CHANGE)
+    rates += [of_a_real_run(real, rounds, trials) for rounds in (6, 10, 20, 40)]
     rates += [separate(20, trials, calibrated=calibrated) for calibrated in (True, False)]
     # Fewer: each draws as many samples as twenty others.
     return rates + [of_steps(20, max(1, trials // 4), pooled=pooled) for pooled in (True, False)]

@@ -18,7 +18,7 @@ from bench.compare import COLOURS as VERDICT_COLOURS
 from bench.compare import Measured, change, compare
 from bench.errors import BenchError
 from bench.result_file import BenchResult
-from bench.show import COLUMNS, Line, cells, digits, facts, lines, remarks
+from bench.show import Line, cells, columns, digits, facts, lines, remarks
 from bench.verdict import by_round
 
 PALETTE = (
@@ -47,7 +47,7 @@ def as_page(result: BenchResult, title: str) -> str:
         cards=_cards(shown),
         comparison=_comparison(result),
         sections=sections,
-        table=_table(COLUMNS, [cells(line) for line in shown]),
+        table=_table(*columns(shown)),
         not_run=_not_run(result),
         remarks="".join(f'<p class="remark">{html.escape(text)}</p>' for text in remarks(result)),
         facts="".join(

@@ -364,8 +364,7 @@ class BenchResult:
             "digest": _digest(_canonical(content)),
             "result": content,
         }
-        pretty = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
-        return _INNERMOST_LIST.sub(_on_one_line, pretty) + "\n"
+        return _laid_out(document)
 
     def write(self, path: Path | str) -> None:
         """Replace the file in one go: an interrupted write leaves the one before. Raises
@@ -391,11 +390,22 @@ class BenchResult:
 
 # Text --------------------------------------------------------------------------------------------
 
-_INNERMOST_LIST = re.compile(r"\[\n[^\[\]{}\"]*\]")
 
+def _laid_out(document: dict[str, Any]) -> str:
+    """Indented, with each request on a line of its own."""
+    lines: dict[str, str] = {}
+    digest = document["digest"]  # in no text of the document but its own
 
-def _on_one_line(match: re.Match[str]) -> str:
-    return " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]")
+    def line(request: Any) -> str:
+        key = f"{digest} {len(lines)}"
+        lines[f'"{key}"'] = json.dumps(request, allow_nan=False, ensure_ascii=False)
+        return key
+
+    for scenario in document["result"]["scenarios"]:
+        for samples in ("requests", "warmups"):
+            scenario[samples] = [line(request) for request in scenario[samples]]
+    pretty = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+    return re.sub(rf'"{digest} \d+"', lambda match: lines[match[0]], pretty) + "\n"
 
 
 def _load(text: str, name: str) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +141,13 @@ def cells(line: Line) -> tuple[str, ...]:
     )
 
 
+def columns(shown: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, without the columns of what nobody measured."""
+    rows = [cells(line) for line in shown]
+    kept = [index for index in range(len(COLUMNS)) if any(row[index] for row in rows)]
+    return [COLUMNS[index] for index in kept], [[row[index] for index in kept] for row in rows]
+
+
 def digits(value: float) -> str:
     """Four significant digits, as a plain number."""
     return f"{value:.{max(0, 3 - math.floor(math.log10(value)))}f}"
@@ -196,7 +203,7 @@ def _state(session: Session) -> str:
     ):
         values = [getattr(moment, name) for moment in moments]
         if any(value is not None for value in values):
-            seen = [f"{value:g}" if value is not None else "?" for value in values]
+            seen = [f"{value:.4g}" if value is not None else "?" for value in values]
             told.append(f"{' -> '.join(dict.fromkeys(seen))} {unit}")
     return ", ".join(told)
 
@@ -213,11 +220,8 @@ def remarks(result: BenchResult) -> Iterator[str]:
 
 def as_text(result: BenchResult) -> str:
     shown = lines(result)
-    rows = [cells(line) for line in shown]
-    # What nobody measured is no column.
-    kept = [index for index, name in enumerate(COLUMNS) if any(row[index] for row in rows)]
     told = [f"{name:<10} {value}" for name, value in facts(result)]
-    told += ["", table([COLUMNS[i] for i in kept], [[row[i] for i in kept] for row in rows])]
+    told += ["", table(*columns(shown))]
     if result.not_run:
         told += ["", "not run:"]
         told += [f"  {missing.name}: {missing.reason}" for missing in result.not_run]

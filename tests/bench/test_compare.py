@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from bench.__main__ import main
+from bench.error_rates import NO_CHANGE
 from bench.result_file import BenchResult, Conditions, NotRun
+from bench.table import in_place
 from tests.bench.made_up import CPU, GPU, noisy, result, scenario
 
 Capture = pytest.CaptureFixture[str]
@@ -104,6 +106,12 @@ def test_separate_runs_without_a_calibration(tmp_path: Path, capsys: Capture) ->
     status, told = compared(tmp_path, capsys, *bare)
     assert (status, verdicts(told)) == (3, {"not interleaved"})
     assert "no calibration scenario in common" in told["rows"][0]["reason"]
+
+
+def test_a_calibration_is_no_measure_of_itself(tmp_path: Path, capsys: Capture) -> None:
+    files = single(1.0), single(1.0, seed=5)
+    told = compared(tmp_path, capsys, *files, also=("--scenario", "documented"))[1]
+    assert verdicts(told) == {"not interleaved"}
 
 
 def other_machine(measured: BenchResult) -> BenchResult:
@@ -277,6 +285,13 @@ def test_stages_can_be_asked_for(tmp_path: Path, capsys: Capture) -> None:
     decode, encode = told["rows"]
     assert (status, decode["verdict"], encode["verdict"]) == (3, "improved", "not comparable")
     assert encode["reason"] == "image_encode was not measured on both"
+
+
+def test_the_documented_comparison_is_that_of_its_file(capsys: Capture) -> None:
+    assert main(["compare", str(NO_CHANGE)]) == 0
+    page = (NO_CHANGE.parents[2] / "docs" / "bench.md").read_text()
+    shown = in_place(page, "comparison")[1]
+    assert shown == f"```text\n{capsys.readouterr().out.strip()}\n```"
 
 
 def test_as_a_process(tmp_path: Path) -> None:
