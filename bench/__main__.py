@@ -18,6 +18,8 @@ COMMANDS = {
     "overhead": "what telemetry costs a request: wall time and CPU",
     "coldstart": "process start to first image, cold and from cache, by phase",
     "micro": "what our own pieces cost by themselves",
+    "kernels": "where the time of a step goes, by kernel",
+    "operators": "every product, convolution and attention of a step by itself",
     "peers": "throughput beside the documented example, served as written",
     "bare": "what the bench reports against the same work timed bare",
     "compare": "is HEAD faster than BASE, by how much, and is that real",

@@ -13,8 +13,9 @@ import gc
 import io
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from bench.one_forward import StepInputs
     from kernels_warmup.compile import CompiledModel, Recipe
     from serve.model import SdxlModel
+
+T = TypeVar("T")
 
 PROMPT = "a small red circle left of a large blue square on a white background"
 GUIDANCE = 5.0
@@ -66,8 +69,8 @@ class Driven(Protocol):
     def request(self, seed: int, round_number: int) -> RequestSample:
         """One request of `images` pictures, timed."""
 
-    def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """One UNet forward on these inputs, as a step makes it."""
+    def with_pipeline(self, work: Callable[[Any], T]) -> T:
+        """Do something with its diffusers pipeline, on the thread that owns it."""
 
     def close(self) -> None:
         """Give the memory back."""
@@ -181,17 +184,14 @@ class Served:
             stages_ms={stage.name: stage.duration_ns / 1e6 for stage in stages},
         )
 
-    def forward(self, inputs: StepInputs) -> torch.Tensor:
-        from bench.one_forward import forward_once
-
-        def once(model: SdxlModel) -> torch.Tensor:
+    def with_pipeline(self, work: Callable[[Any], T]) -> T:
+        def on_thread(model: SdxlModel) -> T:
             import torch
 
             with torch.no_grad():
-                unet = model.pipeline.unet
-                return forward_once(unet, inputs.cast(unet.dtype)).clone()
+                return work(model.pipeline)
 
-        return self.runtime.on_model(once).result()
+        return self.runtime.on_model(on_thread).result()
 
     def close(self) -> None:
         self.runtime.close(1)
@@ -328,14 +328,11 @@ class PlainCall:
             stages_ms=stages,
         )
 
-    def forward(self, inputs: StepInputs) -> torch.Tensor:
+    def with_pipeline(self, work: Callable[[Any], T]) -> T:
         import torch
 
-        from bench.one_forward import forward_once
-
         with torch.no_grad():
-            unet = self.pipeline.unet
-            return forward_once(unet, inputs.cast(unet.dtype))
+            return work(self.pipeline)
 
     def close(self) -> None:
         del self.pipeline
@@ -382,10 +379,14 @@ class References:
 
     def error(self, driven: Driven, dtype: str) -> float | None:
         """Relative error of one of its forwards; None where it is no number."""
-        from bench.one_forward import relative_error
+        from bench.one_forward import forward_once, relative_error
 
         inputs, reference = self._of(dtype)
-        error = relative_error(driven.forward(inputs), reference)
+
+        def once(pipeline: Any) -> torch.Tensor:
+            return forward_once(pipeline.unet, inputs.cast(pipeline.unet.dtype)).clone()
+
+        error = relative_error(driven.with_pipeline(once), reference)
         return error if math.isfinite(error) else None
 
     def _of(self, dtype: str) -> tuple[StepInputs, torch.Tensor]:

@@ -68,6 +68,17 @@ def describe_machine(device: str) -> Environment:
     )
 
 
+def machine_slug(device: str) -> str:
+    """The kind of machine in a file's name: `h200`, `a100`, `cpu`."""
+    if not device.startswith("cuda"):
+        return "cpu"
+    import torch
+
+    name = torch.cuda.get_device_name(device).lower()
+    model = re.search(r"\b(?:[a-z]{1,3}\d{2,4}[a-z]{0,2}|rtx \d+)\b", name)
+    return re.sub(r"[^a-z0-9]+", "-", model[0] if model else name).strip("-")
+
+
 def describe_code(side: Side, root: Path = ROOT, commit: str | None = None) -> Code:
     """The commit checked out at `root`, and the versions of what it runs on.
 

@@ -16,6 +16,7 @@ Exit status: 0 done; 2 wrong usage or nothing measured; 75 time was up and --res
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shlex
@@ -42,7 +43,7 @@ from bench.result_file import (
     Side,
     Workload,
 )
-from bench.scenarios import SCENARIOS, Scenario, chosen
+from bench.scenarios import BASELINE, SCENARIOS, Scenario, chosen
 
 if TYPE_CHECKING:
     from bench.drive import Work
@@ -51,8 +52,9 @@ if TYPE_CHECKING:
 TIME_IS_UP = 75
 """Exit status: the rest is for another call with --resume."""
 
-CUT_OFF = "it was cut off while getting ready"
-CUT_OFF_AGAIN = "it was cut off while getting ready, twice"
+ATTEMPTS = 2
+"""How often a scenario may be cut off while it gets ready, before the others go on without it."""
+NO_TIME = "there was no time left for it"
 
 MEMORY_SPARE = 1.3
 """A further scenario is started where this times the largest so far is free."""
@@ -75,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base", metavar="REV", help="time this commit beside the present one")
     parser.add_argument("--out", type=Path, help="result file (default: bench-DEVICE-DATE.json)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="write to, or go on with, DIR/MACHINE-DATE-bench.json",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with --out where it exists")
     parser.add_argument(
         "--price-per-hour", type=float, metavar="X", help="of the machine, for the cost of images"
@@ -91,12 +99,15 @@ def run(options: argparse.Namespace) -> int:
     _refuse_nonsense(options)
     from bench.device_lock import only_bench_on
     from bench.drive import choose_work
+    from bench.environment import machine_slug
     from bench.side import LocalSide, RemoteSide
 
     work = choose_work(options.model, options.device, options.shape, options.steps)
-    out = options.out or Path(
-        f"bench-{work.device.replace(':', '')}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    )
+    out = options.out
+    if options.results is not None:
+        name = f"{machine_slug(work.device)}-{time.strftime('%Y-%m-%d', time.gmtime())}-bench.json"
+        out, options.resume = options.results / name, True
+    out = out or Path(f"bench-{machine_slug(work.device)}-{time.strftime('%Y%m%d-%H%M%S')}.json")
     with ExitStack() as stack:
         stack.enter_context(only_bench_on(work.device))
         stack.enter_context(_signals_interrupt())
@@ -130,7 +141,9 @@ def _refuse_nonsense(options: argparse.Namespace) -> None:
         )
     if options.price_per_hour is not None and not options.price_per_hour > 0:
         raise BenchError("--price-per-hour must be above 0")
-    if options.resume and options.out is None:
+    if options.out is not None and options.results is not None:
+        raise BenchError("--out and --results both name the file: one of them is allowed")
+    if options.resume and options.out is None and options.results is None:
         raise BenchError("--resume needs --out, the file to go on with")
     if options.out is not None and options.out.exists() and not options.resume:
         raise BenchError(
@@ -161,6 +174,35 @@ def _signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Attempts:
+    """Which scenarios were being got ready when a process ended, in a file beside the result."""
+
+    def __init__(self, out: Path | None) -> None:
+        self._path = None if out is None else out.with_name(f".{out.name}.attempts")
+        self._counts: dict[str, int] = {}
+        if self._path is not None and self._path.exists():
+            self._counts = json.loads(self._path.read_text())
+
+    def spent(self, name: str) -> bool:
+        """Whether it has had its chances."""
+        return self._counts.get(name, 0) >= ATTEMPTS
+
+    def begin(self, name: str) -> None:
+        self._counts[name] = self._counts.get(name, 0) + 1
+        self._keep()
+
+    def end(self, name: str) -> None:
+        """It is ready, or cannot be."""
+        self._counts.pop(name, None)
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._path is not None and self._counts:
+            self._path.write_text(json.dumps(self._counts))
+        elif self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -220,6 +262,7 @@ class Bench:
         self._end: Conditions | None = None
         self._ceilings: Ceilings | None = None
         self._in_memory: list[str] = []
+        self._attempts = Attempts(out if options.resume else None)
 
     def measure(self, scenarios: Sequence[Scenario]) -> int:
         """Returns the exit status. Raises BenchError."""
@@ -228,6 +271,7 @@ class Bench:
         self._environment: Environment = describe_machine(self._work.device)
         self._codes: tuple[Code, ...] = tuple(side.code() for side in self._sides)
         self._go_on_with_file()
+        self._asked = list(scenarios)
         left = [s for s in scenarios if not self._settled(s)]
         if self._earlier is not None and not left:
             self._say(f"{self._out} has every scenario that was asked for")
@@ -287,7 +331,7 @@ class Bench:
         if all(have.get((s.side, scenario.name), 0) >= self._requests for s in self._sides):
             return True
         reasons = [n.reason for key, n in self._not_run.items() if key[1] == scenario.name]
-        return any(reason != CUT_OFF and "no time" not in reason for reason in reasons)
+        return any(reason != NO_TIME for reason in reasons)
 
     # Groups and rounds
 
@@ -295,18 +339,26 @@ class Bench:
         """Get ready as many as fit, time them in rounds, give them back; returns what is left."""
         group: list[Scenario] = []
         largest = 0
+        if BASELINE in self._asked and BASELINE not in left:
+            # Beside every group, so that groups and sessions can be told apart by the machine's
+            # state.
+            largest = self._get_ready(BASELINE) or 0
+            group += [BASELINE] if BASELINE.name in self._in_memory else []
         for scenario in left:
             if group and not self._fits(largest):
                 break
             if not self._in_time(scenario, group):
                 self._postponed = True
-                self._cannot(scenario, None, "there was no time left for it")
+                self._cannot(scenario, None, NO_TIME)
+                continue
+            if self._attempts.spent(scenario.name):
+                self._cannot(scenario, None, "it was cut off while getting ready, twice")
                 continue
             held = self._get_ready(scenario)
             if held is not None:
                 largest = max(largest, held)
                 group.append(scenario)
-        rest = [s for s in left[left.index(scenario) :] if s not in group and not self._tried(s)]
+        rest = [s for s in left if s not in group and not self._tried(s)]
         if group:
             self._time(group)
             self._end_group()
@@ -345,26 +397,23 @@ class Bench:
         """Bytes it holds once it is ready on every side; None where it cannot run."""
         from bench.drive import CannotRun
 
-        before = self._not_run.get((None, scenario.name))
-        again = before is not None and before.reason == CUT_OFF
         # Written before it is tried: a process that is killed can tell nobody.
-        self._cannot(scenario, None, CUT_OFF_AGAIN if again else CUT_OFF)
-        if self._measured():
-            self._write(partial=True)
+        self._attempts.begin(scenario.name)
         held = 0
         for side in self._sides:
             self._say(f"{scenario.name}{self._of(side)}: {scenario.what}")
             try:
                 ready = side.prepare(scenario)
             except CannotRun as reason:
-                self._not_run.pop((None, scenario.name))
+                self._attempts.end(scenario.name)
                 self._cannot(scenario, side.side if len(self._sides) > 1 else None, str(reason))
                 self._say(f"  not run: {reason}")
                 for earlier in self._sides[: self._sides.index(side)]:
                     earlier.release([scenario.name])
                     del self._rows[earlier.side, scenario.name]
                 return None
-            self._rows[side.side, scenario.name] = Row(scenario, side.side, ready)
+            row = self._rows.setdefault((side.side, scenario.name), Row(scenario, side.side, ready))
+            row.ready = ready
             held += ready.held_bytes
             error = "-" if ready.error_vs_fp32 is None else f"{ready.error_vs_fp32:.4f}"
             self._say(
@@ -373,6 +422,7 @@ class Bench:
             )
         self._not_run = {key: n for key, n in self._not_run.items() if key[1] != scenario.name}
         self._in_memory.append(scenario.name)
+        self._attempts.end(scenario.name)
         return held
 
     def _time(self, group: list[Scenario]) -> None:

@@ -179,7 +179,11 @@ class RemoteSide:
         )
         os.close(theirs)
         self._lines = os.fdopen(ours)
-        self._ask("open", work=dict(work), side=side, commit=commit)
+        try:
+            self._ask("open", work=dict(work), side=side, commit=commit)
+        except BaseException:
+            self.close()
+            raise
 
     def code(self) -> Code:
         return TypeAdapter(Code).validate_python(self._ask("code"))

@@ -17,14 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-from bench.unet_stack import (  # noqa: E402
-    TEXT,
-    StepInputs,
-    Weights,
-    forward_once,
-    relative_error,
-)
-from bench.unet_stack import _cast as cast_inputs  # noqa: E402
+from bench.one_forward import StepInputs, forward_once, relative_error  # noqa: E402
 from kernels_warmup.attention import attend, why_unusable  # noqa: E402
 from kernels_warmup.compile import (  # noqa: E402
     RECIPES,
@@ -32,8 +25,11 @@ from kernels_warmup.compile import (  # noqa: E402
     compile_unet,
 )
 from kernels_warmup.shapes import CompiledShape  # noqa: E402
+from tests.gpu.weights import Weights  # noqa: E402
 
 DEFAULT = CompiledShape(1024, 1024)
+TEXT = replace(RECIPES["off"], replay="captured", channels_last=True, fuse_qkv=True, text_once=True)
+"""Every rewrite of the UNet, captured and not compiled."""
 NO_WORSE = 1.02
 """Two bf16 computations of the same thing differ in where they round."""
 
@@ -48,7 +44,7 @@ def _no_grad() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    return Weights(torch.device("cuda"), tiny=False)
+    return Weights(torch.device("cuda"))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +58,7 @@ def reference(weights: Weights, inputs: StepInputs) -> torch.Tensor:
     torch.backends.cudnn.allow_tf32 = False
     with torch.no_grad():
         exact = weights.unet(torch.float32)
-        return forward_once(exact, cast_inputs(inputs, torch.float32))
+        return forward_once(exact, inputs.cast(torch.float32))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +118,7 @@ def test_text_computed_once_is_the_same_in_float32(
     torch.backends.cudnn.benchmark = False
     unet = weights.unet(torch.float32)
     compile_unet(unet, replace(TEXT, replay="none"), "auto")
-    assert relative_error(forward_once(unet, cast_inputs(inputs, torch.float32)), reference) < 1e-4
+    assert relative_error(forward_once(unet, inputs.cast(torch.float32)), reference) < 1e-4
 
 
 @pytest.mark.parametrize(("backend", "kernel"), [("cudnn", "cudnn"), ("flash", "flash_fwd")])

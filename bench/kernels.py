@@ -1,0 +1,156 @@
+"""Where a step's time goes, by kernel.
+
+    python -m bench kernels --scenario default --model random:sdxl-base
+
+Profiles a few UNet forwards, or decodes, of a scenario that is warm: time and calls by kernel and
+by kind of kernel, and what of the device's timeline no kernel covers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import re
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.errors import BenchError
+from bench.one_forward import StepInputs, forward_once
+from bench.scenarios import chosen
+
+FORWARDS = 5
+PARTS = ("step", "decode")
+
+KINDS: tuple[tuple[str, str], ...] = (
+    ("generated: reduction", r"^triton_(red|per)"),
+    ("generated: pointwise", r"^triton_poi"),
+    ("attention", r"flash|fmha|sdpa|attention"),
+    ("conv", r"conv|fprop|implicit|nchwToNhwc|nhwcToNchw|im2col"),
+    ("gemm", r"gemm|nvjet|cutlass|^triton_(tem|mm)|splitK|cublas|s16816|h16816|bmm|addmm"),
+    ("norm", r"norm|RowwiseMoments|softmax"),
+    ("copy", r"[Mm]em(cpy|set)|copy|Cat"),
+    ("elementwise", r"elementwise|vectorized|upsample|reduce"),
+)
+
+
+def kind_of(kernel: str) -> str:
+    """A kernel's kind by its name; generated kernels first, for they are named by what they hold"""
+    return next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), "other")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scenario", default="default", metavar="NAME", help="as of `run`")
+    parser.add_argument("--part", default="step", choices=PARTS, help="(default: step)")
+    parser.add_argument("--model", help="as SDXL_MODEL (default: demo without a CUDA device)")
+    parser.add_argument("--device", default="auto", help="as SDXL_DEVICE (default: auto)")
+    parser.add_argument("--shape", metavar="WxH", help="image size (default: the model's first)")
+    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit status. Raises BenchError."""
+    from bench.device_lock import only_bench_on
+    from bench.drive import CannotRun, choose_work, drive
+
+    (scenario,) = chosen([options.scenario])
+    work = choose_work(options.model, options.device, options.shape, 2)
+    with only_bench_on(work.device), asyncio.Runner() as runner:
+        try:
+            driven = drive(scenario, work, runner)
+        except CannotRun as reason:
+            raise BenchError(f"{scenario.name} cannot run here: {reason}") from None
+        try:
+            device = torch.device(work.device)
+            found = driven.with_pipeline(
+                lambda pipeline: profile(pipeline, work.shape, device, options.part)
+            )
+        finally:
+            driven.close()
+    print(
+        f"{scenario.name}, {options.part}: {found['timeline_ms']} ms on the timeline, "
+        f"{found['gaps_ms']} ms of it gaps, {found['kernels']} kernels"
+    )
+    for kind, ms in found["by_kind_ms"].items():
+        print(f"  {kind:24} {ms:9.3f} ms")
+    for row in found["top"][:15]:
+        named = f"{row['kind']:22} {row['kernel'][:70]}"
+        print(f"  {row['ms']:9.3f} ms {row['calls']:7.1f} calls  {named}")
+    if options.out:
+        told = {"scenario": scenario.name, "part": options.part, "model": work.model}
+        options.out.write_text(json.dumps(told | found, indent=1) + "\n")
+    return 0
+
+
+def profile(pipeline: Any, shape: Any, device: torch.device, part: str) -> dict[str, Any]:
+    """Milliseconds and calls of one forward, over several of them."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    inputs = StepInputs.draw(pipeline.unet, shape, 1, device, torch.bfloat16)
+    inputs = inputs.cast(pipeline.unet.dtype)
+    latents = inputs.latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
+
+    def once() -> None:
+        if part == "step":
+            forward_once(pipeline.unet, inputs)
+        else:
+            pipeline.vae.decode(latents, return_dict=False)
+
+    on_cuda = device.type == "cuda"
+    once()
+    walls = []
+    with profiler(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as seen:
+        for _ in range(FORWARDS):
+            start = time.perf_counter()
+            once()
+            if on_cuda:
+                torch.cuda.synchronize()
+            walls.append((time.perf_counter() - start) * 1000)
+    total: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    spans: list[tuple[float, float]] = []
+    for event in seen.events() or []:
+        if on_cuda and event.device_type.name != "CUDA":
+            continue
+        span = event.time_range
+        # A CPU's operators call one another; their own time adds up.
+        total[event.name] += span.end - span.start if on_cuda else event.self_cpu_time_total
+        calls[event.name] += 1
+        spans.append((span.start, span.end))
+    busy_ms = covered(spans) / 1000 / FORWARDS
+    by_kind: Counter[str] = Counter()
+    for kernel, microseconds in total.items():
+        by_kind[kind_of(kernel)] += microseconds
+    wall_ms = statistics.median(walls)
+    return {
+        "forwards": FORWARDS,
+        "timeline_ms": round(wall_ms, 4),
+        "gaps_ms": round(max(0.0, wall_ms - busy_ms), 4),
+        "kernels": round(sum(calls.values()) / FORWARDS, 1),
+        "by_kind_ms": {k: round(v / 1000 / FORWARDS, 4) for k, v in by_kind.most_common()},
+        "top": [
+            {
+                "kernel": kernel[:160],
+                "kind": kind_of(kernel),
+                "calls": round(calls[kernel] / FORWARDS, 2),
+                "ms": round(microseconds / 1000 / FORWARDS, 4),
+            }
+            for kernel, microseconds in total.most_common(40)
+        ],
+    }
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """How much of the timeline the spans cover, overlaps counted once."""
+    busy, until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.kernels import covered, kind_of
+from bench.one_forward import StepInputs
+from bench.operators import time_operators
+from kernels_warmup.shapes import CompiledShape
+from tests.kernels_warmup.tiny import tiny_unet
+
+SMALL = ["--model", "demo", "--device", "cpu", "--shape", "64x64"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN", "gemm"),
+        ("triton_tem_fused_addmm_view_3", "gemm"),
+        ("triton_poi_fused_convolution_silu_4", "generated: pointwise"),
+        ("triton_red_fused_native_group_norm_2", "generated: reduction"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "conv"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "elementwise"),
+        ("mystery", "other"),
+    ],
+)
+def test_kernels_are_grouped_by_what_they_do(kernel: str, kind: str) -> None:
+    assert kind_of(kernel) == kind
+
+
+def test_overlapping_kernels_are_counted_once() -> None:
+    assert covered([(4, 6), (0, 2), (1, 3)]) == 5
+
+
+@pytest.mark.parametrize("part", ["step", "decode"])
+def test_a_profile_tells_where_the_time_went(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    assert main(["kernels", "--scenario", "served", "--part", part, *SMALL, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["by_kind_ms"]["conv"] > 0
+    # Operators' own times fill the forward without exceeding it.
+    own = sum(found["by_kind_ms"].values())
+    assert 0.3 * found["timeline_ms"] < own < 1.5 * found["timeline_ms"]
+    assert "conv" in capsys.readouterr().out
+
+
+def test_every_operator_of_a_step_is_timed_by_itself() -> None:
+    unet = tiny_unet().bfloat16()
+    device = torch.device("cpu")
+    inputs = StepInputs.draw(unet, CompiledShape(64, 64), 1, device, torch.bfloat16)
+    with torch.no_grad():
+        rows = time_operators(unet, inputs, device)
+    kinds = {row["kind"] for row in rows}
+    assert kinds == {"linear", "conv", "attention"}
+    done = [row for row in rows if "failed" not in row]
+    assert all(row["us"] > 0 and row["count"] > 0 for row in done)
+    assert {row["how"] for row in done} >= {"bf16", "channels last", "auto"}
+    # What cannot run here says so instead of ending the others.
+    assert all("failed" in row for row in rows if row["how"] == "cudnn")
+    assert not any(module._forward_hooks for module in unet.modules())
