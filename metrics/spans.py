@@ -247,6 +247,8 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, str | i
         attributes["inference.slow_reason"] = reason
     if run.eager_fallback:
         attributes["inference.eager_fallback"] = True
+    if run.profile is not None:
+        attributes |= {"inference.profiled": True, "inference.profile": run.profile}
     if request.facts is not None:
         attributes |= {
             "gen_ai.request.model": request.facts.model_name,
