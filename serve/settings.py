@@ -36,7 +36,8 @@ def _rate(value: float) -> float:
 
 
 # NAME=VALUE, NAME=VALUE: what the exporter would skip with a warning that quotes it is refused.
-_HEADERS = r"^\s*[^\s=,]+=[^,]*(,\s*[^\s=,]+=[^,]*)*,?\s*$"
+_HEADER = r"""[ \t]*[-!#-'*+.0-9A-Z^-z|~]+[ \t]*=[ !#-+\--:<-\[\]-~\t]*"""
+_HEADERS = rf"^{_HEADER}(,{_HEADER})*,?\s*$"
 _SECRET_FIELDS = frozenset({"otlp_headers", "otlp_traces_headers", "admin_token"})
 
 # Standard samplers of the OpenTelemetry specification and the root each gives.
