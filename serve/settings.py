@@ -131,6 +131,12 @@ class ServeSettings(BaseSettings):
     log_format: Literal["auto", "text", "json"] = Field(
         default="auto", description="auto, text or json"
     )
+    # Where the gateway finds the image app; the image app itself has no use for it.
+    gateway_target: str | None = Field(
+        default=None,
+        pattern=r"^(https?://[^\s]+|[\w.-]+(/[\w.-]+)+)$",
+        description="an http:// or https:// URL, or OWNER/APP on fal,",
+    )
     # Where profiles of single runs go; unset, none can be asked for.
     profile_dir: Path | None = Field(default=None, description="a folder that can be written")
     nvtx: bool = Field(default=False, description="true or false")
