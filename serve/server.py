@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from ipaddress import ip_address
 from types import FrameType
 
@@ -185,6 +186,12 @@ def bind(host: str, port: int) -> socket.socket:
 
 def run(settings: ServeSettings, host: str, port: int) -> int:
     """Serve until SIGTERM or SIGINT. Returns the process's exit status."""
+    missing = [name for name in ("torch", "diffusers", "transformers") if find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(
+            f"{', '.join(missing)} not installed: `pip install 'stepspan[model]'` installs what "
+            "draws images."
+        )
     listener = bind(host, port)
     runtime = build_runtime(settings)
     app = create_app(runtime, on_failed_start=lambda: server.stop())
