@@ -234,20 +234,24 @@ class GenerationMetrics:
     def observe_request(self, request: RequestTiming, exemplar: dict[str, str] | None) -> None:
         """Observe one request, and its run if the request was the first of it.
 
+        One whose run was profiled is counted, and in no histogram.
+
         Args:
             exemplar: `trace_id` and `span_id` of a trace handed to the exporter, else None: an
                 exemplar that leads nowhere is worse than none.
         """
-        endpoint = request.endpoint if request.endpoint in self._endpoints else "other"
-        outcome = request.outcome if request.outcome in self._outcomes else "error"
-        self._request_duration.labels(endpoint, outcome).observe(
-            request.duration_ns / 1e9, exemplar
-        )
         if request.failure is not None:
             known = request.failure.error_type in self._error_types
             self._errors.labels(request.failure.error_type if known else "internal").inc()
         elif request.outcome == "ok" and request.run is not None:
             self._images.inc()
+        if request.run is not None and request.run.profiled:
+            return  # a profiler at work makes latencies that nobody else sees
+        endpoint = request.endpoint if request.endpoint in self._endpoints else "other"
+        outcome = request.outcome if request.outcome in self._outcomes else "error"
+        self._request_duration.labels(endpoint, outcome).observe(
+            request.duration_ns / 1e9, exemplar
+        )
         for stage in request.stages:
             if stage.name == "queue":
                 self._queue_duration.observe(stage.duration_ns / 1e9, exemplar)

@@ -28,6 +28,8 @@ Attributes = Mapping[str, str | int | float | bool]
 
 GEN_AI_PROVIDER = "stepspan"
 
+RELAY_SPAN = "prompt-gateway"
+
 
 class _Tree:
     """Starts spans inside their parents' bounds."""
@@ -118,6 +120,44 @@ def emit_request(
     if request.failure is not None:
         _record_failure(root, request.failure)
     root.end(request.end_ns)
+
+
+def emit_relay(tracer: Tracer, context: Context, request: RequestTiming) -> int:
+    """Emit the gateway's own part of a request's tree, but for its call to the image app, which
+    has an identity of its own: `emit_call`. Returns how many spans it has."""
+    tree = _Tree(tracer)
+    root, inside = tree.open(
+        RELAY_SPAN, request.start_ns, context, _root_attributes(request), SpanKind.SERVER
+    )
+    for stage in request.stages:
+        if stage.name != "call":
+            span, _ = tree.open(stage.name, stage.start_ns, inside)
+            _mark_failed(span, request.failure, stage.start_ns, stage.end_ns)
+            tree.close(span, stage.end_ns)
+    if request.failure is not None:
+        _record_failure(root, request.failure)
+    tree.close(root, request.end_ns)
+    return tree.count
+
+
+def emit_call(
+    tracer: Tracer,
+    context: Context,
+    call: StageTiming,
+    failure: Failure | None,
+    attributes: Attributes,
+) -> int:
+    """Emit a call to another service, the parent of that service's spans. Returns 1.
+
+    To a caller every refusal is an error, as the conventions for clients ask.
+    """
+    tree = _Tree(tracer)
+    span, _ = tree.open("call", call.start_ns, context, attributes, SpanKind.CLIENT)
+    if failure is not None and call.start_ns <= failure.at_ns <= call.end_ns:
+        span.set_attribute("error.type", failure.error_type)
+        span.set_status(Status(StatusCode.ERROR, failure.message))
+    tree.close(span, call.end_ns)
+    return tree.count
 
 
 def emit_warmup(
@@ -247,6 +287,8 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, str | i
         attributes["inference.slow_reason"] = reason
     if run.eager_fallback:
         attributes["inference.eager_fallback"] = True
+    if run.profile is not None:
+        attributes |= {"inference.profiled": True, "inference.profile": run.profile}
     if request.facts is not None:
         attributes |= {
             "gen_ai.request.model": request.facts.model_name,

@@ -11,8 +11,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from metrics.clock import Clock, HostClock, Mark, MonotonicNs, WallAnchor
 from metrics.gpu import GpuConditions
@@ -88,10 +89,16 @@ class RunTiming:
     """Something in it was not compiled for its shape and ran eagerly."""
     conditions: tuple[GpuConditions, ...] = ()
     """What the GPU's driver said while it ran."""
+    profile: str | None = None
+    """The file its profile is in. Recording it slowed the run, so it says nothing of latency."""
 
     @property
     def duration_ns(self) -> int:
         return self.end_ns - self.start_ns
+
+    @property
+    def profiled(self) -> bool:
+        return self.profile is not None
 
     def stage(self, name: str) -> StageTiming | None:
         return next((stage for stage in self.stages if stage.name == name), None)
@@ -107,6 +114,14 @@ class RunTiming:
         )
 
 
+class Ranges(Protocol):
+    """What shows a run's stages and steps to a profiler that looks on."""
+
+    def stage(self, name: str) -> AbstractContextManager[None]: ...
+
+    def step_begins(self, index: int) -> None: ...
+
+
 class RunTimeline:
     """Marks of one run while it works; used by one thread."""
 
@@ -119,6 +134,7 @@ class RunTimeline:
         shape: str,
         guidance: bool,
         batch_size: int = 1,
+        ranges: Ranges | None = None,
         monotonic: MonotonicNs = time.perf_counter_ns,
     ) -> None:
         self._clock = clock
@@ -127,6 +143,7 @@ class RunTimeline:
         self._shape = shape
         self._guidance = guidance
         self._batch_size = batch_size
+        self._ranges = ranges
         self._monotonic = monotonic
         self._stages: list[tuple[str, Mark, Mark]] = []
         self._step_bounds: list[Mark] = []
@@ -138,18 +155,23 @@ class RunTimeline:
         """Time the enclosed work as a stage; a stage that raises is kept, ended where it raised."""
         start = self._clock.mark()
         try:
-            yield
+            with self._ranges.stage(name) if self._ranges else nullcontext():
+                yield
         finally:
             self._stages.append((name, start, self._clock.mark()))
 
     def loop_begins(self) -> None:
         """The denoising loop is about to start: the start of step 0. N steps need N+1 marks."""
         self._step_bounds = [self._clock.mark()]
+        if self._ranges:
+            self._ranges.step_begins(0)
 
     def step_enqueued(self) -> int:
         """A step's work has been handed to the device. Returns how many have been so far."""
         self._step_bounds.append(self._clock.mark())
-        return len(self._step_bounds) - 1
+        if self._ranges:
+            self._ranges.step_begins(self.steps_enqueued)
+        return self.steps_enqueued
 
     def wait_for_step(self, index: int) -> int:
         """Block until step `index` has ended on the device; returns its duration in ns."""

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from serve.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from serve.settings import ServeSettings
 
 DESCRIPTION = "Serve SDXL text-to-image over HTTP. Settings are environment variables; see README."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 after a clean end, 1 when the model failed, 2 on wrong usage."""
+    """Returns the exit status: 0 after a clean end, 1 when the model failed or the doctor found a
+    problem, 2 on wrong usage and wrong settings."""
     parser = argparse.ArgumentParser(prog="python -m serve", description=DESCRIPTION)
-    commands = parser.add_subparsers(dest="command", metavar="run")
+    commands = parser.add_subparsers(dest="command", metavar="run|doctor")
     _add_address(parser, host="127.0.0.1", port=8080)
     # Without defaults of its own, which would overwrite what stands before the command.
     _add_address(commands.add_parser("run", help="serve (the default)"))
+    doctor = commands.add_parser("doctor", help="check the telemetry settings and send a trace")
+    doctor.add_argument("--no-send", action="store_true", help="check the settings only")
+    doctor.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="what the endpoint forwards to, where its host does not tell, as a proxy's does not",
+    )
     options = parser.parse_args(arguments)
 
     from serve.settings import load_settings
 
     try:
         settings = load_settings()
+        if options.command == "doctor":
+            return _doctor(settings, options)
         from serve.logs import configure_logging
 
         configure_logging(settings.log_format)
@@ -32,6 +46,27 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigurationError as error:
         print(f"stepspan: {error}", file=sys.stderr)
         return 2
+
+
+def _doctor(settings: ServeSettings, options: argparse.Namespace) -> int:
+    import shutil
+
+    from serve.backends import BACKENDS
+    from serve.doctor import run
+
+    backend = None
+    if options.backend is not None:
+        known = {_plain(backend.name): backend for backend in BACKENDS}
+        backend = known.get(_plain(options.backend))
+        if backend is None:
+            names = ", ".join(backend.name for backend in BACKENDS)
+            raise ConfigurationError(f"--backend {options.backend!r} is not known: {names} are.")
+    width = min(100, shutil.get_terminal_size().columns)
+    return run(settings, print, sends=not options.no_send, stand_in_for=backend, width=width)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace(" ", "").replace("-", "")
 
 
 def _add_address(parser: argparse.ArgumentParser, **defaults: str | int) -> None:

@@ -21,9 +21,12 @@ import fal
 from serve.schema import TextToImageRequest, TextToImageResponse
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
 
+    from serve.asgi import Service
     from serve.images import Upload
     from serve.runtime import Runtime
     from serve.schema import ImageFormat
@@ -62,11 +65,7 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
         from serve.runtime import build_runtime
         from serve.settings import load_settings
 
-        if not self._installed:
-            raise RuntimeError(
-                "this version of fal no longer calls _add_extra_routes, so requests would meet "
-                "fal's error handlers instead of ours; see tests/serve/test_app.py"
-            )
+        require_our_handlers(self._installed)
         settings = load_settings()
         if settings.cache_dir is None and KEPT.is_dir():
             settings = settings.model_copy(update={"cache_dir": KEPT / "stepspan"})
@@ -120,14 +119,7 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
         This hook is private and the only thing here that is. fal's version is not called: all it
         adds is a `/health`, which would come before ours.
         """
-        from fastapi.middleware.cors import CORSMiddleware
-
-        from serve.asgi import install
-
-        # fal would let any web page read answers; whoever wants that puts it in front.
-        cors: object = CORSMiddleware
-        app.user_middleware[:] = [added for added in app.user_middleware if added.cls is not cors]
-        install(app, lambda: self._runtime)
+        replace_fals_handlers(app, lambda: self._runtime)
         self._installed = True
 
     def _begin_exit(self) -> None:
@@ -139,6 +131,27 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
     def _started(self) -> Runtime:
         assert self._runtime is not None  # fal opens the port after setup
         return self._runtime
+
+
+def replace_fals_handlers(app: FastAPI, service: Callable[[], Service | None]) -> None:
+    """Put our middleware, error table and GET endpoints in place of fal's."""
+    from fastapi.middleware.cors import CORSMiddleware
+
+    from serve.asgi import install
+
+    # fal would let any web page read answers; whoever wants that puts it in front.
+    cors: object = CORSMiddleware
+    app.user_middleware[:] = [added for added in app.user_middleware if added.cls is not cors]
+    install(app, service)
+
+
+def require_our_handlers(installed: bool) -> None:
+    """Raises `RuntimeError` where fal did not call the hook that installs them."""
+    if not installed:
+        raise RuntimeError(
+            "this version of fal no longer calls _add_extra_routes, so requests would meet "
+            "fal's error handlers instead of ours; see tests/serve/test_app.py"
+        )
 
 
 def build_upload() -> Upload:

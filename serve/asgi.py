@@ -12,7 +12,7 @@ import logging
 import re
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 from fastapi import FastAPI, Request
@@ -23,8 +23,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from metrics.catalogue import render
-from metrics.timeline import GenerationFacts
+from metrics.catalogue import GenerationMetrics, render
+from metrics.timeline import GenerationFacts, RequestTiming
+from metrics.tracing import TraceIdentity, Tracing
 from serve.call import Call, current_call
 from serve.errors import (
     BodyTooLarge,
@@ -38,7 +39,8 @@ from serve.errors import (
 from serve.images import data_uri, encode_image
 from serve.runtime import ENDPOINTS, Runtime
 from serve.schema import TextToImageRequest, TextToImageResponse
-from serve.startup import State
+from serve.settings import ServeSettings
+from serve.startup import Readiness, State
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,30 @@ _REQUEST_ID = re.compile(r"[0-9A-Za-z-]{8,64}")
 _QUOTING_KINDS = {"json_invalid": "the body is not valid JSON"}
 
 
-def install(app: FastAPI, runtime: Callable[[], Runtime | None]) -> None:
+class Tells(Protocol):
+    """What is told of finished requests."""
+
+    def record(self, request: RequestTiming, identity: TraceIdentity) -> None: ...
+
+
+class Service(Protocol):
+    """What is served: the runtime, or the gateway's relay before it."""
+
+    @property
+    def settings(self) -> ServeSettings: ...
+    @property
+    def tracing(self) -> Tracing: ...
+    @property
+    def metrics(self) -> GenerationMetrics: ...
+    @property
+    def recorder(self) -> Tells: ...
+    @property
+    def readiness(self) -> Readiness: ...
+    @property
+    def healthy(self) -> bool: ...
+
+
+def install(app: FastAPI, runtime: Callable[[], Service | None]) -> None:
     """Put the middleware, the error table and the GET endpoints into an app.
 
     Args:
@@ -101,7 +126,7 @@ async def metrics_endpoint(request: Request, runtime: Runtime) -> Response:
 
 async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:
     """The body of `POST /`."""
-    call = _begin(runtime, request)
+    call = begin(runtime, request)
     response = await runtime.generate(request, call)
     call.timeline.begin("respond")
     return _json(response)
@@ -113,7 +138,7 @@ async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) ->
     What is refused before work starts is an ordinary response with its status; once the stream has
     begun, a failure is its last event.
     """
-    call = _begin(runtime, request)
+    call = begin(runtime, request)
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
@@ -176,12 +201,12 @@ async def _stream(
         yield f"event: image\ndata: {response.model_dump_json()}\n\n"
 
 
-def _begin(runtime: Runtime, request: TextToImageRequest) -> Call:
+def begin(service: Service, request: TextToImageRequest) -> Call:
     """The request is read and validated; a trace context in its body is preferred to the header."""
     call = current_call.get()
     assert call is not None  # the middleware makes one for every endpoint that generates
     if request.trace_context is not None:
-        identity = runtime.tracing.identify(request.trace_context.carrier())
+        identity = service.tracing.identify(request.trace_context.carrier())
         if identity.parent is not None or identity.caller is not None:
             call.identity = identity
     call.timeline.end()
@@ -194,7 +219,7 @@ class RequestMiddleware:
     Plain ASGI and outermost, so that what other middleware does is inside the measured time.
     """
 
-    def __init__(self, app: ASGIApp, runtime: Callable[[], Runtime | None]) -> None:
+    def __init__(self, app: ASGIApp, runtime: Callable[[], Service | None]) -> None:
         self._app = app
         self._runtime = runtime
 

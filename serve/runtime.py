@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,6 +49,7 @@ from serve.errors import (
 )
 from serve.gpu_thread import GpuThread, StepPacer
 from serve.images import CONTENT_TYPES, Upload, data_uri, encode_image
+from serve.profiling import Profiling
 from serve.schema import (
     MAX_SEED,
     GeneratedImage,
@@ -74,6 +76,10 @@ WARMUP_STEPS = 2
 SILENCE_LIMIT_SECONDS = 120.0
 """A run that shows no sign of life for this long has hung: even the slowest step and decode that
 this service is meant for (a full-size model on a CPU) stay well below it."""
+
+PROFILE_SECONDS = 0.2
+"""How long the process's end waits for a profile that is being written. A large one takes seconds,
+which it does not have."""
 
 OnStep = Callable[[int, float, Any], None]
 """Told `(index, gpu_ms, preview pixels or None)` of a step that has ended; on the GPU thread."""
@@ -132,6 +138,7 @@ class Runtime:
         self.recorder = recorder
         self.readiness = Readiness()
         self.admission = Admission(settings.max_waiting, metrics.set_waiting)
+        self.profiling = Profiling(settings.profile_dir, settings.nvtx)
         self._gpu = GpuThread()
         self._upload = upload
         self._watch = GpuWatch(gpu)
@@ -249,8 +256,9 @@ class Runtime:
                 admitted.enter_context(self._deadline(request, call))
                 admitted.enter_context(self.admission.admit(call.cancellation))
                 call.timeline.begin("queue")
+            work = partial(self._run_together, asked)
             outcomes = await asyncio.wrap_future(
-                self._gpu.submit(lambda: self._run_together(asked))
+                self._gpu.submit(lambda: self.profiling.run(work, plans[0].run_id, calls))
             )
 
         async def answer(one: Asked, outcome: Drawn | RequestError) -> TextToImageResponse:
@@ -340,7 +348,8 @@ class Runtime:
 
     async def _run_on_gpu(self, plan: Plan, call: Call, on_step: OnStep | None) -> tuple[Any, bool]:
         """Queue the run and wait for its pixels; a cancelled request that still waits leaves."""
-        future = self._gpu.submit(lambda: self._run(plan, call, on_step))
+        work = partial(self._run, plan, call, on_step)
+        future = self._gpu.submit(lambda: self.profiling.run(work, plan.run_id, [call]))
         call.cancellation.when_cancelled(future.cancel)
         try:
             return await asyncio.wrap_future(future)
@@ -455,6 +464,7 @@ class Runtime:
                 shape=str(plan.shape),
                 guidance=plan.guided,
                 batch_size=len(asked),
+                ranges=self.profiling.ranges(plan.num_inference_steps),
             )
             pacer = StepPacer(timeline, cancellations, on_step_ended, self._gpu.sign_of_life)
             with timeline.stage("text_encode"):
@@ -588,6 +598,7 @@ class Runtime:
         self._startup.end(self.work_left_behind)
         lost = self.recorder.close(budget_seconds)
         self.work_left_behind |= self.recorder.left_behind
+        self.work_left_behind |= not self.profiling.close(PROFILE_SECONDS)
         return lost
 
 

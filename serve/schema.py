@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 MAX_PROMPT_CHARACTERS = 2000
+MAX_UNTIDY_CHARACTERS = 10_000
+"""Longest prompt the gateway takes, before it is cut to the one above."""
+
 MAX_SEED = 2**63 - 1
 
 ImageFormat = Literal["jpeg", "png", "webp"]
@@ -94,6 +97,20 @@ class TextToImageRequest(BaseModel):
         if not value.strip():
             raise ValueError("must not be blank")
         return value
+
+
+class PromptRequest(TextToImageRequest):
+    """What the gateway takes: the same, with prompts that may be longer, for it cuts them."""
+
+    prompt: str = Field(
+        min_length=1,
+        max_length=MAX_UNTIDY_CHARACTERS,
+        description="What to draw; made tidy, and cut at 2,000 characters.",
+        examples=["a red circle   on a\twhite background"],
+    )
+    negative_prompt: str = Field(
+        default="", max_length=MAX_UNTIDY_CHARACTERS, description="What to keep out."
+    )
 
 
 class GeneratedImage(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import math
 import os
@@ -11,13 +12,18 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
+from ipaddress import ip_address
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from serve.asgi import install, metrics_endpoint, text_to_image, text_to_image_stream
 from serve.errors import ConfigurationError, ModelError
+from serve.profiling import MAX_PROFILES
 from serve.runtime import Runtime, build_runtime
 from serve.schema import TextToImageRequest, TextToImageResponse
 from serve.settings import ServeSettings
@@ -69,7 +75,57 @@ def create_app(runtime: Runtime, on_failed_start: Callable[[], None] = lambda: N
         """Prometheus text, or OpenMetrics with exemplars when asked for."""
         return await metrics_endpoint(request, runtime)
 
+    if runtime.profiling.enabled:
+        # Where no profile can be asked for there is no such path, and nothing to find out.
+        @app.post("/debug/profile")
+        async def profile(request: Request, order: ProfileOrder) -> Response:
+            """Arm the next requests; 0 calls it off."""
+            return arm_profiling(runtime, request, order)
+
     return app
+
+
+class ProfileOrder(BaseModel):
+    """How many of the next requests to profile."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    requests: int = Field(ge=0, le=MAX_PROFILES)
+
+
+def arm_profiling(runtime: Runtime, request: Request, order: ProfileOrder) -> Response:
+    """The body of `POST /debug/profile`: for this machine, or whoever holds the admin token."""
+    if not is_operator(request, runtime.settings.admin_token):
+        return JSONResponse(
+            {"detail": "Profiling is for this machine itself, or with SDXL_ADMIN_TOKEN as bearer."},
+            status_code=403,
+        )
+    runtime.profiling.arm(order.requests)
+    logger.info("the next %d requests will be profiled", order.requests)
+    return JSONResponse(
+        {"armed": runtime.profiling.armed, "profiles": runtime.profiling.profiles()}
+    )
+
+
+def is_operator(request: Request, token: SecretStr | None) -> bool:
+    """Whether a request comes from this machine itself or bears the admin token.
+
+    A proxy on this machine and a page in a browser on it do not count: the one says for whom it
+    asks, the other where it is from.
+    """
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if token is not None and scheme.lower() == "bearer":
+        expected = token.get_secret_value().encode()
+        return hmac.compare_digest(given.strip().encode(), expected)
+    if any(name in request.headers for name in _ON_BEHALF):
+        return False
+    try:
+        return request.client is not None and ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False
+
+
+_ON_BEHALF = ("forwarded", "x-forwarded-for", "x-real-ip", "via", "origin", "sec-fetch-site")
 
 
 async def _start(runtime: Runtime, on_failure: Callable[[], None]) -> None:
@@ -130,6 +186,12 @@ def bind(host: str, port: int) -> socket.socket:
 
 def run(settings: ServeSettings, host: str, port: int) -> int:
     """Serve until SIGTERM or SIGINT. Returns the process's exit status."""
+    missing = [name for name in ("torch", "diffusers", "transformers") if find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(
+            f"{', '.join(missing)} not installed: `pip install 'stepspan[model]'` installs what "
+            "draws images."
+        )
     listener = bind(host, port)
     runtime = build_runtime(settings)
     app = create_app(runtime, on_failed_start=lambda: server.stop())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kernels_warmup.shapes import CompiledShape
@@ -36,8 +36,9 @@ def _rate(value: float) -> float:
 
 
 # NAME=VALUE, NAME=VALUE: what the exporter would skip with a warning that quotes it is refused.
-_HEADERS = r"^\s*[^\s=,]+=[^,]*(,\s*[^\s=,]+=[^,]*)*,?\s*$"
-_SECRET_FIELDS = frozenset({"otlp_headers", "otlp_traces_headers"})
+_HEADER = r"""[ \t]*[-!#-'*+.0-9A-Z^-z|~]+[ \t]*=[ !#-+\--:<-\[\]-~\t]*"""
+_HEADERS = rf"^{_HEADER}(,{_HEADER})*,?\s*$"
+_SECRET_FIELDS = frozenset({"otlp_headers", "otlp_traces_headers", "admin_token"})
 
 # Standard samplers of the OpenTelemetry specification and the root each gives.
 SamplerName = Literal[
@@ -129,6 +130,20 @@ class ServeSettings(BaseSettings):
     )
     log_format: Literal["auto", "text", "json"] = Field(
         default="auto", description="auto, text or json"
+    )
+    # Where the gateway finds the image app; the image app itself has no use for it.
+    gateway_target: str | None = Field(
+        default=None,
+        pattern=r"^(https?://[^\s]+|[\w.-]+(/[\w.-]+)+)$",
+        description="an http:// or https:// URL, or OWNER/APP on fal,",
+    )
+    # Where profiles of single runs go; unset, none can be asked for.
+    profile_dir: Path | None = Field(default=None, description="a folder that can be written")
+    nvtx: bool = Field(default=False, description="true or false")
+    admin_token: SecretStr | None = Field(
+        default=None,
+        min_length=16,
+        description="a token of at least 16 characters, printable and without spaces,",
     )
     # Every answered image says its price basis, megapixels times steps, in fal's billing header.
     fal_billing: bool = Field(default=False, description="true or false")
@@ -236,6 +251,13 @@ class ServeSettings(BaseSettings):
             shapes = tuple(CompiledShape.parse(part) for part in value.split(","))
             return tuple(dict.fromkeys(shapes))
         return value
+
+    @field_validator("admin_token")
+    @classmethod
+    def _fits_into_a_header(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and not re.fullmatch(r"[!-~]+", token.get_secret_value()):
+            raise ValueError("does not fit into a header")
+        return token
 
     @property
     def tracing_enabled(self) -> bool:

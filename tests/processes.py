@@ -122,8 +122,10 @@ def self_hosted(
 
 
 @contextmanager
-def fal_local(environment: Mapping[str, str] | None = None) -> Iterator[ServerProcess]:
-    """`fal run --local sdxl` on free ports, not yet ready.
+def fal_local(
+    environment: Mapping[str, str] | None = None, app: str = "sdxl"
+) -> Iterator[ServerProcess]:
+    """`fal run --local` of an app of pyproject.toml, on free ports, not yet ready.
 
     fal listens on all interfaces and offers no other way: end it soon.
     """
@@ -132,7 +134,7 @@ def fal_local(environment: Mapping[str, str] | None = None) -> Iterator[ServerPr
     no_config = {"FAL_CONFIG_PATH": os.devnull}
     ports = ["--exposed-port", str(port), "--exposed-metrics-port", str(metrics_port)]
     with running(
-        [sys.executable, "-m", "fal", "run", "--local", "sdxl", *ports],
+        [sys.executable, "-m", "fal", "run", "--local", app, *ports],
         f"http://127.0.0.1:{port}",
         no_config | dict(environment or {}),
         ROOT,

@@ -32,6 +32,8 @@ for name in sys.argv[2:]:
 app = importlib.import_module("serve.app").SdxlApp
 paths = app.build_metadata()["openapi"]["paths"]
 assert {"/", "/stream"} <= set(paths), paths
+gateway = importlib.import_module("serve.gateway").PromptGateway
+assert "/" in gateway.build_metadata()["openapi"]["paths"]
 assert not {"torch", "diffusers"} & set(sys.modules)
 
 from serve.model import load_model

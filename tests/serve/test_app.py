@@ -133,7 +133,7 @@ def test_fal_resolves_every_host_option(table: AppData, options: Options) -> Non
 def test_requirements_are_this_project_and_pins_of_what_is_tested_here(options: Options) -> None:
     requirements: list[str] = options.environment["requirements"]
     project, *pins = requirements
-    assert project == f"stepspan[gpu] @ {SDIST_URL}"
+    assert project == f"stepspan[gpu,model] @ {SDIST_URL}"
     gpu_only = {"nvidia-ml-py", "torchao", "xformers"}  # not installed here
     for pin in map(Requirement, pins):
         (specifier,) = pin.specifier
@@ -149,7 +149,8 @@ def test_the_pins_cover_the_project_and_what_fal_serves_with(table: AppData) -> 
 
     pinned = {name(pin) for pin in table.options.environment["requirements"][1:]}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["gpu"], *extras["model"]]
     assert {name(requirement) for requirement in needed} <= pinned
     # By entry point fal adds none of these by itself.
     assert {name(requirement) for requirement in SERVE_REQUIREMENTS} <= pinned

@@ -15,10 +15,12 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from metrics.sampling import TraceIdentity
 from metrics.timeline import RequestTiming
+from serve import server
 from serve.asgi import MAX_BODY_BYTES
 from serve.errors import ConfigurationError
 from serve.runtime import Runtime
 from serve.server import bind, create_app
+from serve.settings import ServeSettings
 from serve.startup import State
 
 PROMPT = "a zebra that no error may mention"
@@ -396,3 +398,9 @@ def test_an_address_that_cannot_be_had() -> None:
             bind("127.0.0.1", port)
     with pytest.raises(ConfigurationError, match="cannot listen"):
         bind("127.0.0.1", 99_999)
+
+
+def test_what_draws_images_may_not_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "find_spec", lambda name: None if name == "torch" else name)
+    with pytest.raises(ConfigurationError, match=r"torch not installed: `pip install 'stepspan\["):
+        server.run(ServeSettings(), "127.0.0.1", 0)

@@ -1,0 +1,234 @@
+"""The gateway as a fal app: what fal resolves of it, and that it needs nothing of the model's."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from fal.api import SERVE_REQUIREMENTS, FalServerlessHost, Options, _sdist
+from fal.cli._utils import AppData, get_app_data_from_toml
+from fal.project import find_project_root
+from fal.sdk import ApplicationHealthCheckConfig
+from fal.utils import load_function_from
+from packaging.requirements import Requirement
+from prometheus_client import REGISTRY
+from starlette.testclient import TestClient
+
+from serve import app as app_module
+from serve.app import UPLOAD_SECONDS
+from serve.asgi import RequestMiddleware
+from serve.errors import ConfigurationError
+from serve.gateway import PromptGateway
+from serve.relay import ANSWER_SECONDS, MAX_CALLS, Target
+from serve.server import FLUSH_SECONDS
+from serve.settings import ServeSettings
+from tests.serve.test_app import FAL_DRAIN_SECONDS, ROOT, SDIST_URL
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> AppData:
+    """`[tool.fal.apps.gateway]`, as fal's own code reads it."""
+    monkeypatch.chdir(ROOT)
+    find_project_root.cache_clear()
+    return get_app_data_from_toml("gateway")
+
+
+@pytest.fixture
+def options(table: AppData, monkeypatch: pytest.MonkeyPatch) -> Options:
+    monkeypatch.setattr(_sdist, "_resolve_sdist_url", lambda *_: ("stepspan", SDIST_URL))
+    host = FalServerlessHost()
+    loaded = load_function_from(
+        host,
+        None,
+        options=table.options,
+        app_name=table.name,
+        app_auth=table.auth,
+        python_entry_point=table.python_entry_point,
+    )
+    assert loaded.function.run_entrypoint == "serve.gateway:PromptGateway.run_local"
+    return host.prepare_options(loaded.function.options)
+
+
+def test_fal_resolves_every_host_option(table: AppData, options: Options) -> None:
+    assert (table.name, table.auth, table.deployment_strategy) == ("gateway", "private", "rolling")
+    assert table.reset_scale
+    assert options.host == {
+        "machine_type": "S",
+        "min_concurrency": 0,
+        "max_concurrency": 2,
+        "concurrency_buffer": 0,
+        "scaling_delay": 10,
+        "keep_alive": 600,
+        "max_multiplexing": 32,
+        "startup_timeout": 300,
+        "request_timeout": 90,
+        "termination_grace_period_seconds": 80,
+        "secrets": [
+            "SDXL_GATEWAY_TARGET",
+            "FAL_KEY",
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            "ENABLE_TRACING",
+            "OTEL_SAMPLE_RATE",
+        ],
+        "metrics_port": 9090,
+        "health_check_config": ApplicationHealthCheckConfig(
+            path="/health",
+            method="GET",
+            start_period_seconds=30,
+            timeout_seconds=5,
+            failure_threshold=3,
+            call_regularly=True,
+        ),
+    }
+    assert options.environment["python_version"] == "3.11"
+
+
+def test_its_requirements_are_light_pinned_and_whole(options: Options) -> None:
+    project, *pins = options.environment["requirements"]
+    assert project == f"stepspan @ {SDIST_URL}"
+    for pin in map(Requirement, pins):
+        (specifier,) = pin.specifier
+        assert specifier.operator == "=="
+        assert specifier.version == version(pin.name).split("+")[0], pin.name
+
+    def name(requirement: str) -> str:
+        return Requirement(requirement).name.lower().replace("_", "-")
+
+    pinned = {name(pin) for pin in pins}
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {name(requirement) for requirement in described["dependencies"]} <= pinned
+    assert {name(requirement) for requirement in SERVE_REQUIREMENTS} <= pinned
+    heavy = {name(requirement) for requirement in described["optional-dependencies"]["model"]}
+    assert {"torch", "diffusers", "transformers"} <= heavy
+    assert pinned.isdisjoint(heavy)
+
+
+def test_the_time_limits_fit_into_each_other(table: AppData) -> None:
+    host = table.options.host
+    longest = ServeSettings().deadline_seconds + ANSWER_SECONDS
+    # The image app may take its deadline, and an upload that fails and is answered inline.
+    assert ANSWER_SECONDS >= UPLOAD_SECONDS
+    assert longest < host["request_timeout"]
+    ending = longest + FAL_DRAIN_SECONDS + FLUSH_SECONDS + 0.5
+    assert ending < host["termination_grace_period_seconds"]
+    assert host["max_multiplexing"] <= MAX_CALLS
+
+
+WITHOUT_THE_MODELS_LIBRARIES = """
+import asyncio, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
+
+sys.meta_path.insert(0, Missing())
+from starlette.testclient import TestClient
+from serve.gateway import PromptGateway
+
+gateway = PromptGateway(_allow_init=True)
+app = gateway._build_app()
+asyncio.run(gateway.setup())
+print(TestClient(app).get("/ready").json()["state"])
+"""
+
+
+def test_it_runs_where_the_models_libraries_are_not_installed(tmp_path: Path) -> None:
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    missing = [
+        Requirement(requirement).name
+        for extra in ("model", "gpu")
+        for requirement in described["optional-dependencies"][extra]
+    ]
+    shown = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_MODELS_LIBRARIES, *missing, "pynvml"],
+        env={"SDXL_GATEWAY_TARGET": "http://127.0.0.1:9", "HOME": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.stdout.strip() == "ready", shown.stderr
+
+
+@pytest.fixture
+def gateway() -> PromptGateway:
+    return PromptGateway(_allow_init=True)
+
+
+def test_our_handlers_win_over_fals(gateway: PromptGateway) -> None:
+    built = gateway._build_app()
+    assert built.user_middleware[0].cls is RequestMiddleware
+    schema = gateway.openapi()["paths"]["/"]["post"]
+    assert schema["requestBody"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/PromptRequest"
+    }
+
+
+def test_it_refuses_to_start_without_our_handlers(gateway: PromptGateway) -> None:
+    with pytest.raises(RuntimeError, match="no longer calls _add_extra_routes"):
+        asyncio.run(gateway.setup())
+
+
+def test_exit_before_setup_is_no_error(gateway: PromptGateway) -> None:
+    gateway.handle_exit()
+    asyncio.run(gateway.teardown())
+
+
+def test_a_life(gateway: PromptGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDXL_GATEWAY_TARGET", "http://127.0.0.1:9")
+    client = TestClient(gateway._build_app())
+
+    async def live() -> None:
+        await gateway.setup()
+        assert client.get("/health").status_code == 200
+        assert client.get("/ready").status_code == 200
+        gateway.handle_exit()
+        await asyncio.sleep(0.01)
+        assert client.get("/ready").json()["state"] == "draining"
+        assert client.post("/", json={"prompt": "a"}).json()["error_type"] == "draining"
+        await gateway.teardown()
+
+    try:
+        asyncio.run(live())
+    finally:
+        assert app_module._on_metrics_port is not None
+        REGISTRY.unregister(app_module._on_metrics_port)
+        app_module._on_metrics_port = None
+
+
+# Where the image app is
+
+KEY = ("key-id", "key-secret")
+
+
+def test_an_app_on_fal_is_called_with_the_key() -> None:
+    target = Target.named_by("someone/sdxl", KEY, "fal.run")
+    assert target.url == "https://fal.run/someone/sdxl"
+    assert target.headers == {"Authorization": "Key key-id:key-secret"}
+    assert "key-secret" not in repr(target)
+
+
+def test_an_address_is_never_told_the_key() -> None:
+    target = Target.named_by("https://elsewhere.test/sdxl", KEY, "fal.run")
+    assert (target.url, target.headers) == ("https://elsewhere.test/sdxl", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "said"),
+    [
+        (None, KEY, "SDXL_GATEWAY_TARGET is not set"),
+        ("someone/sdxl", None, "FAL_KEY is needed to call it"),
+    ],
+)
+def test_a_target_that_cannot_be_called_stops_the_start(
+    name: str | None, key: tuple[str, str] | None, said: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        Target.named_by(name, key, "fal.run")
