@@ -28,6 +28,7 @@ PALETTE = (
 """Told apart on white and on near-black, and by most of the colour-blind."""
 STAGES = ("queue", "text_encode", "denoise", "vae_decode", "image_encode", "upload")
 ROW_PIXELS = 34
+MANY = 6
 
 
 def as_page(result: BenchResult, title: str) -> str:
@@ -84,6 +85,12 @@ def _paler(colour: str) -> str:
     return "#" + "".join(f"{(part + 160) // 2:02x}" for part in _parts(colour))
 
 
+def _at_first(shown: Sequence[Line], line: Line) -> bool | str:
+    """Among many lines a plot begins with the baseline and what ships; a click shows the others."""
+    names = {shown[0].scenario.name, shown[-1].scenario.name}
+    return True if len(shown) <= MANY or line.scenario.name in names else "legendonly"
+
+
 def _labels(shown: Sequence[Line]) -> list[str]:
     return [html.escape(line.label) for line in shown]
 
@@ -105,7 +112,7 @@ def stack(shown: Sequence[Line]) -> go.Figure:
     figure = _figure(_rows_height(len(shown)), showlegend=False, bargap=0.35)
     above, below, texts = [], [], []
     for line in shown:
-        step, judged = line.scenario.step_ms, line.of_baseline
+        step, judged = line.image_step_ms, line.of_baseline
         texts.append(f"{digits(step)} ms" + ("" if line.ratio is None else f"  {cells(line)[3]}"))
         if judged is None or judged.ratio is None or judged.low is None or judged.high is None:
             above.append(0.0)
@@ -115,7 +122,7 @@ def stack(shown: Sequence[Line]) -> go.Figure:
             below.append(step * (1 - judged.low / judged.ratio))
     figure.add_bar(
         y=_labels(shown),
-        x=[line.scenario.step_ms for line in shown],
+        x=[line.image_step_ms for line in shown],
         orientation="h",
         marker_color=_colours(shown),
         error_x={"array": above, "arrayminus": below, "thickness": 1.5, "width": 5},
@@ -126,11 +133,11 @@ def stack(shown: Sequence[Line]) -> go.Figure:
         customdata=[html.escape(line.scenario.what) for line in shown],
         hovertemplate="%{customdata}<br>%{text}<extra></extra>",
     )
-    floors = {line.floor_ms for line in shown if line.floor_ms is not None}
-    if len(floors) == 1:
-        figure.add_vline(x=floors.pop(), line={"dash": "dot", "width": 2, "color": "#c8553d"})
+    if shown[-1].floor_ms is not None:
+        least = shown[-1].floor_ms / shown[-1].scenario.images
+        figure.add_vline(x=least, line={"dash": "dot", "width": 2, "color": "#c8553d"})
     figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(title="ms a step", rangemode="tozero")
+    figure.update_xaxes(title="ms a step and image", rangemode="tozero")
     return figure
 
 
@@ -139,7 +146,7 @@ def floor(shown: Sequence[Line]) -> go.Figure | None:
     known = [line for line in shown if line.floor_ms is not None]
     if not known:
         return None
-    floors = [line.floor_ms or 0.0 for line in known]
+    floors = [(line.floor_ms or 0.0) / line.scenario.images for line in known]
     figure = _figure(
         _rows_height(len(known)) + 20,
         barmode="stack",
@@ -157,10 +164,7 @@ def floor(shown: Sequence[Line]) -> go.Figure | None:
     figure.add_bar(
         name="beyond",
         y=_labels(known),
-        x=[
-            max(0.0, line.scenario.step_ms - least)
-            for line, least in zip(known, floors, strict=True)
-        ],
+        x=[max(0.0, line.image_step_ms - least) for line, least in zip(known, floors, strict=True)],
         orientation="h",
         marker_color="#e07b39",
         text=[f"{line.times_floor or 0:.2f} x the floor" for line in known],
@@ -170,7 +174,7 @@ def floor(shown: Sequence[Line]) -> go.Figure | None:
         hovertemplate="%{text}<br>%{x:.2f} ms beyond<extra></extra>",
     )
     figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(title="ms a step")
+    figure.update_xaxes(title="ms a step and image")
     return figure
 
 
@@ -192,6 +196,7 @@ def by_index(shown: Sequence[Line]) -> go.Figure:
             fillcolor=f"rgba({red},{green},{blue},0.15)",
             line_width=0,
             legendgroup=label,
+            visible=_at_first(shown, line),
             showlegend=False,
             hoverinfo="skip",
         )
@@ -200,6 +205,7 @@ def by_index(shown: Sequence[Line]) -> go.Figure:
             y=[median(column) for column in columns],
             name=label,
             legendgroup=label,
+            visible=_at_first(shown, line),
             mode="lines+markers",
             marker={"size": 5, "color": colour},
             line={"color": colour, "width": 2},
@@ -244,6 +250,7 @@ def drift(shown: Sequence[Line]) -> go.Figure | None:
             x=sorted(rounds),
             y=[_off(rounds[number], line) for number in sorted(rounds)],
             name=label,
+            visible=_at_first(shown, line),
             mode="lines+markers",
             marker={"size": 5, "color": colour},
             line={"color": colour, "width": 1.5},
@@ -297,7 +304,7 @@ PLOTS: tuple[tuple[Callable[[Sequence[Line]], go.Figure | None], str, str], ...]
         "The stack",
         (
             "A steady step, from the baseline down to what ships, median of requests. Whiskers: "
-            "the interval of its ratio to the baseline. Dotted: the floor."
+            "the interval of its ratio to the baseline. Dotted: the floor of the last."
         ),
     ),
     (

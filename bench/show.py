@@ -58,14 +58,20 @@ class Line:
     label: str
     scenario: MeasuredScenario
     ratio: float | None
-    """A steady step's over the baseline's, as their medians have it; None for the baseline."""
+    """A steady step's over the baseline's, as their medians have it, each by its images; None for
+    the baseline."""
     of_baseline: Judgement | None
     """The same with its interval, from rounds that both share; None where those are too few."""
     mfu: float | None
     floor_ms: float | None
-    """What its nominal FLOPs take at the measured rate of matrix products."""
+    """What a step's nominal FLOPs take at the measured rate of matrix products."""
     cost: float | None
     """Of a thousand images."""
+
+    @property
+    def image_step_ms(self) -> float:
+        """A step's share that one image has."""
+        return self.scenario.step_ms / self.scenario.images
 
     @property
     def times_floor(self) -> float | None:
@@ -80,13 +86,15 @@ def lines(result: BenchResult) -> list[Line]:
         baseline = next(iter(result.of_side(scenario.side).values()))
         judgement = None
         if scenario is not baseline:
-            judgement = judge(by_round(baseline, "step"), by_round(scenario, "step"))
+            judgement = judge(_image_steps(baseline), _image_steps(scenario))
         alone = len(result.sides) == 1
         told.append(
             Line(
                 label=scenario.name if alone else f"{scenario.name} ({scenario.side})",
                 scenario=scenario,
-                ratio=None if judgement is None else scenario.step_ms / baseline.step_ms,
+                ratio=None
+                if judgement is None
+                else scenario.step_ms / scenario.images / (baseline.step_ms / baseline.images),
                 of_baseline=judgement if judgement and judgement.ratio is not None else None,
                 mfu=scenario.mfu(result.ceilings),
                 floor_ms=_floor_ms(scenario, result),
@@ -96,9 +104,16 @@ def lines(result: BenchResult) -> list[Line]:
     return told
 
 
+def _image_steps(scenario: MeasuredScenario) -> dict[int, float]:
+    """A step's share that one image has, by round."""
+    return {number: ms / scenario.images for number, ms in by_round(scenario, "step").items()}
+
+
 def _floor_ms(scenario: MeasuredScenario, result: BenchResult) -> float | None:
-    mfu = scenario.mfu(result.ceilings)
-    return None if mfu is None else mfu * scenario.step_ms
+    rate = None if result.ceilings is None else result.ceilings.matmul_tflops.get(scenario.dtype)
+    if rate is None or scenario.flops is None:
+        return None
+    return scenario.flops.step / (rate * 1e12) * 1000
 
 
 # Text --------------------------------------------------------------------------------------------
@@ -214,6 +229,11 @@ def remarks(result: BenchResult) -> Iterator[str]:
         yield "interrupted: what had been measured until then is here"
     yield from busy(result)
     for name, scenario in result.of_side(result.sides[-1]).items():
+        if scenario.images > 1:
+            yield (
+                f"{name} draws {scenario.images} images a request: its step is of all of them, and "
+                f"what it is of the first is an image's"
+            )
         if scenario.lossy:
             yield f"{name} is lossy: its speed counts only beside what it does to the images"
 

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from bench.__main__ import COMMANDS, main
+from bench.error_rates import NO_CHANGE
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "plotly"}
 MODEL_CODE = {"kernels", "operators"}
@@ -73,3 +74,12 @@ def test_an_unknown_command_is_wrong_usage(
         main(arguments)
     assert stop.value.code == 2
     assert "usage: python -m bench" in capsys.readouterr().err
+
+
+def test_a_reader_who_has_seen_enough_is_no_failure() -> None:
+    """As in `bench show RESULT | head -1`."""
+    ended = subprocess.run(
+        f"{sys.executable} -m bench show {NO_CHANGE} | true",
+        shell=True, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert ended.stderr == ""

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.page import PLOTS, as_page
+from bench.page import PLOTS, as_page, drift
 from bench.result_file import BenchResult, NotRun
 from bench.show import lines
 from tests.bench.made_up import GPU, noisy, result, scenario
@@ -44,7 +44,8 @@ def test_the_table(tmp_path: Path, capsys: Capture) -> None:
         "MFU", "x floor", "memory", "error", "per 1000",
     ]  # fmt: skip
     row = next(line for line in said.splitlines() if line.startswith("default"))
-    assert re.search(r"default +12 +(24|25)\.\d\d +-(49|50)\.\d% +-\d\d\.\d% to -\d\d\.\d%", row)
+    assert re.search(r"default +12 +(24|25)\.\d\d +-7[45]\.\d% +-7\d\.\d% to -7\d\.\d%", row)
+    assert "note: default draws 2 images a request" in said
     # 20 GFLOP at 1.5 TFLOP/s is a floor of 13.3 ms.
     assert row.split()[-5] in ("1.86", "1.87", "1.88", "1.89")
     assert "cudnn: needs a CUDA device" in said
@@ -71,6 +72,24 @@ def test_sides_stand_beside_each_other_and_have_a_baseline_each() -> None:
     ]  # fmt: skip
     ratios = [line.of_baseline.ratio if line.of_baseline else None for line in shown]
     assert ratios == [None, None, pytest.approx(0.5, abs=0.01), pytest.approx(0.45, abs=0.01)]
+
+
+def test_a_batch_is_compared_by_its_images() -> None:
+    """Four images in three times the time are a quarter less for each."""
+    batch = scenario("batch-4", noisy(75, 12, 0.01, 2), images=4)
+    (_, line) = lines(result(scenario("one", noisy(25, 12, 0.01, 1)), batch))
+    assert line.ratio == pytest.approx(0.75, abs=0.02)
+    assert line.of_baseline is not None
+    assert line.of_baseline.verdict == "improved"
+    assert line.times_floor == pytest.approx(75 / 13.33, rel=0.03)
+
+
+def test_a_plot_of_many_lines_begins_with_two() -> None:
+    many = [scenario(f"s{index}", noisy(25, 8, 0.01, index)) for index in range(9)]
+    shown = lines(result(*many))
+    drawn = [trace.name for trace in drift(shown).data if trace.visible is True]
+    assert drawn == ["s0", "s8"]
+    assert all(trace.visible is True for trace in drift(shown[:4]).data)
 
 
 def test_too_few_rounds_show_no_interval() -> None:
