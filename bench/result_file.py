@@ -345,7 +345,8 @@ class BenchResult:
                 f"{name} was changed after it was written: its content does not match its digest; "
                 f"measure again"
             )
-        for scenario in content.get("scenarios", ()):
+        scenarios = content.get("scenarios")
+        for scenario in scenarios if isinstance(scenarios, list) else ():
             if isinstance(scenario, dict):
                 scenario.pop("figures", None)
         try:
@@ -433,7 +434,7 @@ def _digest(canonical: str) -> str:
 
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in fault["loc"]) or "it"
+    place = ".".join(str(part) for part in fault["loc"]) or "all of it"
     if fault["type"] in ("missing", "missing_argument"):
         return f"{place} is missing"
     if fault["type"] == "unexpected_keyword_argument":

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bench import result_file
@@ -116,6 +119,29 @@ def test_an_unsound_result_is_refused_even_with_its_digest(
         BenchResult.parse(edited(change, signed=True), name="here")
     assert str(caught.value).startswith("here ")
     assert "\n" not in str(caught.value)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=5,
+)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_value_anywhere_is_read_or_refused_with_a_sentence(data: st.DataObject) -> None:
+    """One node of a sound file, replaced by anything, and signed again."""
+    document = json.loads(result(scenario("a", [25.0, 26.0])).to_json())
+    node, key = document, "result"
+    while isinstance(node[key], (dict, list)) and node[key] and data.draw(st.integers(0, 3)):
+        node = node[key]
+        keys = sorted(node) if isinstance(node, dict) else list(range(len(node)))
+        key = data.draw(st.sampled_from(keys))
+    node[key] = data.draw(JSON_VALUES)
+    document["digest"] = result_file._digest(result_file._canonical(document["result"]))
+    with suppress(ResultFileError):
+        assert isinstance(BenchResult.parse(json.dumps(document)), BenchResult)
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
