@@ -85,10 +85,16 @@ def drive(scenario: Scenario, work: Work, runner: asyncio.Runner) -> Driven:
     if scenario.cuda_only and not work.on_cuda:
         raise CannotRun("it needs a CUDA device, and there is none here")
     if scenario.quantize != "none":
-        from kernels_warmup.quantize import QUANTIZATIONS
+        import torch
 
-        if scenario.quantize not in QUANTIZATIONS:
-            raise CannotRun(f"there is no quantisation {scenario.quantize!r} in this version")
+        from kernels_warmup.quantize import why_unusable as why_unquantizable
+
+        reason = why_unquantizable(
+            scenario.quantize,  # type: ignore[arg-type]
+            torch.device(work.device),
+        )
+        if reason is not None:
+            raise CannotRun(reason)
     if scenario.attention != "auto":
         import torch
 

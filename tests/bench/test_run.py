@@ -46,14 +46,14 @@ def test_every_sample_of_a_run_is_written_down(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
-    names = ["documented", "served", "channels-last", "graph", "fp8", "batch-2"]
+    names = ["documented", "served", "channels-last", "graph", "int8", "batch-2"]
     arguments = ["run", "--scenario", *names, *SMALL, "--requests", "4", "--rounds", "2"]
     assert main([*arguments, "--price-per-hour", "3.6", "--out", str(out)]) == 0
     result = BenchResult.read(out)
     assert not result.partial
     assert result.workload.shape == "128x128"
     measured = result.of_side("head")
-    assert list(measured) == ["documented", "served", "channels-last", "fp8", "batch-2"]
+    assert list(measured) == ["documented", "served", "channels-last", "int8", "batch-2"]
     for scenario in measured.values():
         assert [request.round for request in scenario.requests] == [0, 0, 1, 1]
         assert len(scenario.warmups) == 2
@@ -67,8 +67,8 @@ def test_every_sample_of_a_run_is_written_down(
     # On a CPU these compute the very same float32.
     assert measured["documented"].error_vs_fp32 == measured["served"].error_vs_fp32 == 0
     assert 0 <= (measured["channels-last"].error_vs_fp32 or 0) < 1e-5
-    assert 1e-3 < (measured["fp8"].error_vs_fp32 or 0) < 0.1
-    assert measured["fp8"].lossy
+    assert 1e-3 < (measured["int8"].error_vs_fp32 or 0) < 0.1
+    assert measured["int8"].lossy
     assert measured["batch-2"].images == 2
     one, two = measured["served"].flops, measured["batch-2"].flops
     assert one is not None
