@@ -147,7 +147,7 @@ class FakeSide:
 
     side = "head"
 
-    def __init__(self, memory: int | None = None, held: int = 0) -> None:
+    def __init__(self, memory: int = 100, held: int = 0) -> None:
         self.memory, self.held = memory, held
         self.in_memory: list[str] = []
         self.most_at_once = 0
@@ -179,8 +179,8 @@ class FakeSide:
         for name in names:
             self.in_memory.remove(name)
 
-    def free_bytes(self) -> int | None:
-        return None if self.memory is None else self.memory - self.held * len(self.in_memory)
+    def free_bytes(self) -> int:
+        return self.memory - self.held * len(self.in_memory)
 
     def close(self) -> None:
         self.in_memory = []
@@ -254,6 +254,17 @@ def test_nothing_is_started_that_cannot_end_in_time_and_a_later_call_goes_on(
     assert result is not None
     assert not result.not_run
     assert {len(s.requests) for s in result.scenarios} == {2, 4}
+
+
+def test_each_call_of_a_resumed_run_starts_something(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    names = ("documented", "regional", "compiled", "vae-compiled")
+    calls = 0
+    while bench(FakeSide(), out, *names, seconds_limit=60, resume=True)[0] == run.TIME_IS_UP:
+        calls += 1
+        assert calls < 5
+    result = BenchResult.read(out)
+    assert set(result.of_side("head")) == set(names)
 
 
 def test_what_was_cut_off_twice_while_getting_ready_is_not_tried_again(tmp_path: Path) -> None:
