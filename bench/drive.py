@@ -12,9 +12,11 @@ import base64
 import gc
 import io
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry
@@ -85,10 +87,16 @@ def drive(scenario: Scenario, work: Work, runner: asyncio.Runner) -> Driven:
     if scenario.cuda_only and not work.on_cuda:
         raise CannotRun("it needs a CUDA device, and there is none here")
     if scenario.quantize != "none":
-        from kernels_warmup.quantize import QUANTIZATIONS
+        import torch
 
-        if scenario.quantize not in QUANTIZATIONS:
-            raise CannotRun(f"there is no quantisation {scenario.quantize!r} in this version")
+        from kernels_warmup.quantize import why_unusable as why_unquantizable
+
+        reason = why_unquantizable(
+            scenario.quantize,  # type: ignore[arg-type]
+            torch.device(work.device),
+        )
+        if reason is not None:
+            raise CannotRun(reason)
     if scenario.attention != "auto":
         import torch
 
@@ -472,12 +480,15 @@ class LibrarySettings:
 
 
 def device_memory(device: str) -> tuple[int, int]:
-    """Bytes in use by torch, and bytes that are free; zeros on a CPU, where neither decides."""
+    """Bytes in use, by torch on a GPU and by the process on a CPU, and bytes that are free."""
     import torch
 
-    if not device.startswith("cuda"):
-        return 0, 0
-    return torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo").read_text()
+    available = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable"))
+    return resident, int(available.split()[1]) * 1024
 
 
 def peak_memory(device: str) -> int:

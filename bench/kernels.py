@@ -17,13 +17,13 @@ import statistics
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
-from bench.one_forward import StepInputs, forward_once
 from bench.scenarios import chosen
+
+if TYPE_CHECKING:
+    import torch
 
 FORWARDS = 5
 PARTS = ("step", "decode")
@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
+    import torch
+
     from bench.device_lock import only_bench_on
     from bench.drive import CannotRun, choose_work, drive
 
@@ -90,8 +92,11 @@ def run(options: argparse.Namespace) -> int:
 
 def profile(pipeline: Any, shape: Any, device: torch.device, part: str) -> dict[str, Any]:
     """Milliseconds and calls of one forward, over several of them."""
+    import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
+
+    from bench.one_forward import StepInputs, forward_once
 
     inputs = StepInputs.draw(pipeline.unet, shape, 1, device, torch.bfloat16)
     inputs = inputs.cast(pipeline.unet.dtype)

@@ -262,6 +262,7 @@ class Bench:
         self._end: Conditions | None = None
         self._ceilings: Ceilings | None = None
         self._in_memory: list[str] = []
+        self._has_started_one = False
         self._attempts = Attempts(out if options.resume else None)
 
     def measure(self, scenarios: Sequence[Scenario]) -> int:
@@ -358,6 +359,7 @@ class Bench:
             if held is not None:
                 largest = max(largest, held)
                 group.append(scenario)
+                self._has_started_one = True
         rest = [s for s in left if s not in group and not self._tried(s)]
         if group:
             self._time(group)
@@ -369,14 +371,13 @@ class Bench:
 
     def _fits(self, largest: int) -> bool:
         """Whether a scenario like the largest so far would fit beside what is in memory."""
-        for side in self._sides:
-            free = side.free_bytes()
-            if free is not None and free < MEMORY_SPARE * largest:
-                return False
-        return True
+        return all(side.free_bytes() >= MEMORY_SPARE * largest for side in self._sides)
 
     def _in_time(self, scenario: Scenario, group: Sequence[Scenario]) -> bool:
         if self._limit is None:
+            return True
+        if self._resume and not self._has_started_one:
+            # Each call of a resumed run starts something, or it would never end.
             return True
         seconds = scenario.prepare_seconds[0 if self._work.on_cuda else 1]
         ahead = seconds * len(self._sides) + self._rounds_seconds(group, one_more=scenario)

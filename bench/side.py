@@ -43,7 +43,7 @@ class Ready:
     flops: Flops
     peak_memory_bytes: int | None
     held_bytes: int
-    """Of device memory, for as long as it stays; 0 on a CPU."""
+    """Of the device's memory, for as long as it stays."""
 
 
 class Asked(Protocol):
@@ -63,8 +63,8 @@ class Asked(Protocol):
     def release(self, names: list[str]) -> None:
         """Give these scenarios' memory back."""
 
-    def free_bytes(self) -> int | None:
-        """Device memory that is left; None on a CPU."""
+    def free_bytes(self) -> int:
+        """Of the device's memory."""
 
     def close(self) -> None:
         """End it."""
@@ -119,8 +119,17 @@ class LocalSide:
             error_vs_fp32=error,
             flops=self._flops[scenario.images],
             peak_memory_bytes=peak,
-            held_bytes=max(0, free - drive.device_memory(work.device)[1]),
+            held_bytes=max(0, self._held(in_use, free)),
         )
+
+    def _held(self, in_use: int, free: int) -> int:
+        """How much more is held than when that was in use and free."""
+        from bench.drive import device_memory
+
+        in_use_now, free_now = device_memory(self._work.device)
+        # A graph's pool and the driver's own are not in torch's count; a host's free memory is
+        # not ours alone.
+        return free - free_now if self._work.on_cuda else in_use_now - in_use
 
     def measure(self, name: str, round_number: int, seeds: list[int]) -> list[RequestSample]:
         from bench.drive import CannotRun, told
@@ -140,10 +149,10 @@ class LocalSide:
 
         release_memory()
 
-    def free_bytes(self) -> int | None:
+    def free_bytes(self) -> int:
         from bench.drive import device_memory
 
-        return device_memory(self._work.device)[1] if self._work.on_cuda else None
+        return device_memory(self._work.device)[1]
 
     def close(self) -> None:
         self.release(list(self._driven))
@@ -198,8 +207,8 @@ class RemoteSide:
     def release(self, names: list[str]) -> None:
         self._ask("release", names=names)
 
-    def free_bytes(self) -> int | None:
-        free: int | None = self._ask("free_bytes")
+    def free_bytes(self) -> int:
+        free: int = self._ask("free_bytes")
         return free
 
     def close(self) -> None:

@@ -10,12 +10,17 @@ import argparse
 import json
 import random
 import statistics
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from bench.result_file import BenchResult
+from bench.show import lines
 
 ROOT = Path(__file__).resolve().parents[1]
 STACK = ROOT / "bench" / "results" / "h200-2026-11-22-unet-stack.json"
 README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
 FIGURES = ROOT / "bench" / "results" / "cpu-2026-11-22-figures.json"
 
 STEP_BASELINE, DECODE_BASELINE = "fp16-eager", "vae-bf16-eager"
@@ -75,7 +80,7 @@ def render_figures(figures: dict[str, Any]) -> str:
 
 
 def render_stack(results: dict[str, Any]) -> str:
-    """`bench.unet_stack` on one GPU, as Markdown."""
+    """The first session on one GPU, whose file is older than the result format, as Markdown."""
     scenarios = results["scenarios"]
     lines = [
         "| | ms | of the first such row (95% interval) | error of one forward | compile |",
@@ -96,9 +101,50 @@ def render_stack(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def render_runs() -> str:
+    """Every `python -m bench run` that is kept, one table a machine, as Markdown."""
+    return "\n\n".join(
+        render_run(BenchResult.read(path)) for path in sorted(RESULTS.glob("*-bench.json"))
+    )
+
+
+def render_run(result: BenchResult) -> str:
+    """One result, its scenarios in the order of the stack; what could not run below."""
+    work, environment, code = result.workload, result.environment, result.code[-1]
+    machine = environment.gpu or f"{environment.cores} cores of {environment.cpu}"
+    guidance = "guidance on" if work.guidance else "guidance off"
+    weights = ""
+    if work.model.startswith("random:"):
+        weights = "; random weights, so not accuracy-qualified"
+    day = datetime.fromtimestamp(result.sessions[0].start.at_ns / 1e9, UTC).date()
+    where = f"{machine}, torch {code.versions.get('torch', '?')}, {day}"
+    what = f"{work.model} at {work.shape}, {work.steps} steps, {guidance}{weights}"
+    told = [
+        f"{where}: {what}.",
+        "",
+        "| scenario | step, ms | of the first (interval) | request, ms | images/s | error | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in lines(result):
+        scenario, judged = line.scenario, line.of_baseline
+        ratio = "1" if line.ratio is None else f"{line.ratio:.3f}"
+        if judged is not None:
+            ratio += f" ({judged.low:.3f} to {judged.high:.3f})"
+        error = "-" if scenario.error_vs_fp32 is None else f"{scenario.error_vs_fp32:.4f}"
+        told.append(
+            f"| {line.label} | {scenario.step_ms:.2f} | {ratio} | {scenario.request_ms:.1f} "
+            f"| {scenario.images_per_second:.3f} | {error} | {scenario.what} |"
+        )
+    if result.not_run:
+        reasons = "; ".join(f"{n.name} ({n.reason})" for n in result.not_run)
+        told += ["", f"Not run here: {reasons}."]
+    return "\n".join(told)
+
+
 def tables() -> dict[str, str]:
     """Each table by the name of its place in the README."""
     return {
+        "bench tables": render_runs(),
         "gpu table": render_stack(json.loads(STACK.read_text())),
         "cpu table": render_figures(json.loads(FIGURES.read_text())),
     }

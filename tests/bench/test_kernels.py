@@ -9,7 +9,7 @@ import torch
 from bench.__main__ import main
 from bench.kernels import covered, kind_of
 from bench.one_forward import StepInputs
-from bench.operators import time_operators
+from bench.operator_times import time_operators
 from kernels_warmup.shapes import CompiledShape
 from tests.kernels_warmup.tiny import tiny_unet
 

@@ -46,14 +46,14 @@ def test_every_sample_of_a_run_is_written_down(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
-    names = ["documented", "served", "channels-last", "graph", "fp8", "batch-2"]
+    names = ["documented", "served", "channels-last", "graph", "int8", "batch-2"]
     arguments = ["run", "--scenario", *names, *SMALL, "--requests", "4", "--rounds", "2"]
     assert main([*arguments, "--price-per-hour", "3.6", "--out", str(out)]) == 0
     result = BenchResult.read(out)
     assert not result.partial
     assert result.workload.shape == "128x128"
     measured = result.of_side("head")
-    assert list(measured) == ["documented", "served", "channels-last", "fp8", "batch-2"]
+    assert list(measured) == ["documented", "served", "channels-last", "int8", "batch-2"]
     for scenario in measured.values():
         assert [request.round for request in scenario.requests] == [0, 0, 1, 1]
         assert len(scenario.warmups) == 2
@@ -67,8 +67,8 @@ def test_every_sample_of_a_run_is_written_down(
     # On a CPU these compute the very same float32.
     assert measured["documented"].error_vs_fp32 == measured["served"].error_vs_fp32 == 0
     assert 0 <= (measured["channels-last"].error_vs_fp32 or 0) < 1e-5
-    assert 1e-3 < (measured["fp8"].error_vs_fp32 or 0) < 0.1
-    assert measured["fp8"].lossy
+    assert 1e-3 < (measured["int8"].error_vs_fp32 or 0) < 0.1
+    assert measured["int8"].lossy
     assert measured["batch-2"].images == 2
     one, two = measured["served"].flops, measured["batch-2"].flops
     assert one is not None
@@ -147,7 +147,7 @@ class FakeSide:
 
     side = "head"
 
-    def __init__(self, memory: int | None = None, held: int = 0) -> None:
+    def __init__(self, memory: int = 100, held: int = 0) -> None:
         self.memory, self.held = memory, held
         self.in_memory: list[str] = []
         self.most_at_once = 0
@@ -179,8 +179,8 @@ class FakeSide:
         for name in names:
             self.in_memory.remove(name)
 
-    def free_bytes(self) -> int | None:
-        return None if self.memory is None else self.memory - self.held * len(self.in_memory)
+    def free_bytes(self) -> int:
+        return self.memory - self.held * len(self.in_memory)
 
     def close(self) -> None:
         self.in_memory = []
@@ -254,6 +254,17 @@ def test_nothing_is_started_that_cannot_end_in_time_and_a_later_call_goes_on(
     assert result is not None
     assert not result.not_run
     assert {len(s.requests) for s in result.scenarios} == {2, 4}
+
+
+def test_each_call_of_a_resumed_run_starts_something(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    names = ("documented", "regional", "compiled", "vae-compiled")
+    calls = 0
+    while bench(FakeSide(), out, *names, seconds_limit=60, resume=True)[0] == run.TIME_IS_UP:
+        calls += 1
+        assert calls < 5
+    result = BenchResult.read(out)
+    assert set(result.of_side("head")) == set(names)
 
 
 def test_what_was_cut_off_twice_while_getting_ready_is_not_tried_again(tmp_path: Path) -> None:
