@@ -29,7 +29,6 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 import requests
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from opentelemetry import trace
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -39,6 +38,7 @@ from opentelemetry.util.re import parse_env_headers
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import NameResolutionError
 
+from metrics.otlp import otlp_exporter
 from metrics.tracing import MAX_EXPORT_BATCH_SIZE, SCOPE_NAME
 from serve.backends import BACKENDS, Backend, Region, backend_of, key_owner
 from serve.settings import ServeSettings
@@ -444,12 +444,8 @@ def _examine_the_rest(
 
 def _examine_sampling(settings: ServeSettings) -> Finding:
     sampler = settings.traces_sampler or "parentbased_traceidratio"
-    rate = settings.sample_rate
-    if rate is None:
-        rate = settings.traces_sampler_arg
-    rate = {"always_on": 1.0, "always_off": 0.0}.get(
-        sampler.removeprefix("parentbased_"), 1.0 if rate is None else rate
-    )
+    root = sampler.removeprefix("parentbased_")
+    rate = {"always_on": 1.0, "always_off": 0.0}.get(root, settings.rate)
     unless = ", unless its caller decided" if sampler.startswith("parentbased_") else ""
     if rate == 0:
         return Finding(
@@ -506,8 +502,7 @@ def send(settings: ServeSettings, stand_in_for: Backend | None = None) -> list[F
         return []
     backend = stand_in_for or backend_of(destination.host)
     exchange = _Exchange()
-    session = requests.Session()
-    exporter = OTLPSpanExporter(session=session)
+    exporter, session = otlp_exporter()
     for scheme in ("http://", "https://"):
         session.mount(scheme, _Observing(exchange))
     spans, trace_id = _small_trace(settings)
@@ -569,13 +564,12 @@ class _Explaining:
         if 200 <= status < 300:
             return self._accepted(response, said, spans, trace_id)
         if 300 <= status < 400:
-            # The exporter takes it for a success and sends nothing to the other address.
             where = urlsplit(response.headers.get("Location", ""))
             to = f" to {where.scheme}://{where.hostname}" if where.hostname else ""
             return Finding(
                 Verdict.PROBLEM,
                 "answer",
-                f"{said}: a redirect{to}, which exporters do not follow; spans would be lost",
+                f"{said}: a redirect{to}, which is not followed; spans would be lost",
                 f"Name the address that takes the spans in {self._destination.variable}.",
             )
         means, advice = self._refusal(response)

@@ -535,7 +535,7 @@ def partial(rejected: int, message: str) -> bytes:
             None,
             (302, b"", ""),
             Verdict.PROBLEM,
-            "a redirect to https://login.example.test, which exporters do not follow",
+            "a redirect to https://login.example.test, which is not followed",
             "",
         ),
         (None, (400, b"", ""), Verdict.PROBLEM, "was not understood", "OTLP/HTTP"),
