@@ -205,7 +205,7 @@ def _examine_form(
     parts = destination.parts
     change = ""
     if backend is not None and region is not None:
-        change = f"Set OTEL_EXPORTER_OTLP_ENDPOINT={backend.base_url(destination.host)}."
+        change = f"Set OTEL_EXPORTER_OTLP_ENDPOINT={backend.base_url(destination.host)}"
     yield from _examine_path(destination, backend, change)
     if parts.username is not None or parts.password is not None:
         yield Finding(
@@ -295,7 +295,7 @@ def _examine_headers(
                 Verdict.PROBLEM,
                 "header",
                 f"{shown} has no value",
-                f"Set {variable} to NAME=VALUE, the key as the value.",
+                f"Set {variable} to NAME=VALUE, the key as the value",
             )
     yield from _examine_encoding(destination)
     for name, value in headers.items():
@@ -312,7 +312,7 @@ def _examine_headers(
                 Verdict.PROBLEM,
                 "header",
                 f"{name} is how {owner.name} takes a key, not {backend.name}",
-                f"Set {variable}={backend.header_form()}.",
+                f"Set {variable}={backend.header_form()}",
             )
     if backend is None:
         return
@@ -322,7 +322,7 @@ def _examine_headers(
             Verdict.PROBLEM,
             "header",
             f"there is no {backend.header}, which holds {backend.name}'s key",
-            f"Set {variable}={backend.header_form()}.",
+            f"Set {variable}={backend.header_form()}",
         )
         return
     remark = backend.remark(key, region.name if region else "", frozenset(headers))
@@ -331,7 +331,7 @@ def _examine_headers(
             Verdict.PROBLEM if remark.certain else Verdict.NOTE,
             "header",
             f"what {backend.header} holds {remark.text}",
-            f"Set {variable}={backend.header_form()}." if remark.certain else "",
+            f"Set {variable}={backend.header_form()}" if remark.certain else "",
         )
     for name, (value, missing) in backend.wanted.items():
         if headers.get(name) != value:
@@ -373,7 +373,7 @@ def _examine_encoding(destination: Destination) -> Iterator[Finding]:
             yield Finding(
                 Verdict.NOTE,
                 "header",
-                f"{shown} has a space in its value, which other SDKs and tools leave out",
+                f"{shown} has a space in its value, which not every SDK and tool takes",
                 "Write it as %20.",
             )
 
@@ -426,7 +426,7 @@ def _examine_the_rest(
                 "batches",
                 f"one can be of {most / 1e6:.1f} MB; "
                 f"{backend.name} takes {backend.max_bytes / 1e6:g} MB",
-                f"Set OTEL_BSP_MAX_EXPORT_BATCH_SIZE to {backend.max_bytes // SPAN_BYTES} or less.",
+                f"Set OTEL_BSP_MAX_EXPORT_BATCH_SIZE to {backend.max_bytes // SPAN_BYTES} or less",
             )
     wants_delta = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
     if (
@@ -438,7 +438,7 @@ def _examine_the_rest(
             Verdict.PROBLEM,
             "metrics",
             f"{backend.name} takes metrics only as differences",
-            f"Set {wants_delta}=delta.",
+            f"Set {wants_delta}=delta",
         )
 
 

@@ -163,7 +163,7 @@ def test_the_destination_is_the_exporters_own(
         (
             {ENDPOINT: "https://otlp.nr-data.net:4318/v1/traces"},
             "stands there already, so it stands twice",
-            "OTEL_EXPORTER_OTLP_ENDPOINT=https://otlp.nr-data.net:4318.",
+            "OTEL_EXPORTER_OTLP_ENDPOINT=https://otlp.nr-data.net:4318",
         ),
         (
             {TRACES_ENDPOINT: "https://otlp.nr-data.net:4318"},
@@ -173,22 +173,22 @@ def test_the_destination_is_the_exporters_own(
         (
             {ENDPOINT: "http://otlp.nr-data.net:4318"},
             "http:// is not served there",
-            "=https://otlp.nr-data.net:4318.",
+            "=https://otlp.nr-data.net:4318",
         ),
         (
             {ENDPOINT: "https://otlp.datadoghq.com:4318"},
             "port 4318 takes no OTLP/HTTP there, 443 do",
-            "=https://otlp.datadoghq.com.",
+            "=https://otlp.datadoghq.com",
         ),
         (
             {ENDPOINT: "https://otlp-gateway-prod-us-east-0.grafana.net"},
             "the path has nothing where Grafana Cloud wants /otlp before /v1/traces",
-            "=https://otlp-gateway-prod-us-east-0.grafana.net/otlp.",
+            "=https://otlp-gateway-prod-us-east-0.grafana.net/otlp",
         ),
         (
             {ENDPOINT: "https://api.honeycomb.io/otlp"},
             "the path has /otlp where Honeycomb wants nothing before /v1/traces",
-            "=https://api.honeycomb.io.",
+            "=https://api.honeycomb.io",
         ),
         (
             {ENDPOINT: "http://127.0.0.1:4317"},
@@ -220,7 +220,7 @@ def test_the_destination_is_the_exporters_own(
         (
             {ENDPOINT: "https://otlp.nr-data.net:4318"},
             "there is no api-key",
-            "OTEL_EXPORTER_OTLP_HEADERS=api-key=<ingest license key>.",
+            "OTEL_EXPORTER_OTLP_HEADERS=api-key=<ingest license key>",
         ),
         (
             {ENDPOINT: "https://otlp.nr-data.net:4318", HEADERS: DATADOG_HEADERS},
