@@ -857,3 +857,17 @@ def test_the_command_says_ok_problem_or_wrong_settings() -> None:
     for result in (ok, refused, unsent):
         assert result.stderr == ""
         assert all(len(line) <= 100 for line in result.stdout.splitlines())
+
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def test_the_readme_shows_what_the_doctor_says() -> None:
+    block = README.read_text().split("<!-- doctor: begin -->\n```console\n")[1]
+    *lines, _ = block.split("```\n<!-- doctor: end -->")[0].split("\n")
+    exports = [line.removeprefix("$ export ") for line in lines if line.startswith("$ export ")]
+    environment = {
+        name: value.strip('"') for name, _, value in (line.partition("=") for line in exports)
+    }
+    command = lines.index("$ python -m serve doctor --no-send")
+    assert "\n".join(lines[command + 1 :]) == doctor(environment, "--no-send").stdout.rstrip("\n")
