@@ -41,6 +41,7 @@ from urllib3.exceptions import NameResolutionError
 from metrics.otlp import otlp_exporter
 from metrics.tracing import MAX_EXPORT_BATCH_SIZE, SCOPE_NAME
 from serve.backends import BACKENDS, Backend, Region, backend_of, key_owner
+from serve.errors import ConfigurationError
 from serve.settings import ServeSettings
 from serve.telemetry import build_resource
 
@@ -100,7 +101,11 @@ class Destination:
 
 
 def destination_of(settings: ServeSettings) -> Destination | None:
-    """What the exporter would make of the settings; None where no endpoint is named."""
+    """What the exporter would make of the settings; None where no endpoint is named.
+
+    Raises:
+        ConfigurationError: the endpoint is no URL.
+    """
     if settings.otlp_traces_endpoint is not None:
         url, variable = settings.otlp_traces_endpoint, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
     elif settings.otlp_endpoint is not None:
@@ -108,6 +113,13 @@ def destination_of(settings: ServeSettings) -> Destination | None:
         variable = "OTEL_EXPORTER_OTLP_ENDPOINT"
     else:
         return None
+    try:
+        _ = urlsplit(url).port
+    except ValueError:
+        raise ConfigurationError(
+            f"{variable} is no URL: http:// or https://, a host, and a port from 1 to 65535 is "
+            "allowed."
+        ) from None
     of_traces = settings.otlp_traces_headers is not None
     raw = settings.otlp_traces_headers or settings.otlp_headers or ""
     return Destination(

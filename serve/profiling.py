@@ -60,6 +60,10 @@ class Profiling:
         max_bytes: int = MAX_PROFILE_BYTES,
     ) -> None:
         self._folder = None if folder is None else _writable(folder)
+        if self._folder is not None:
+            for path in self._folder.iterdir():
+                if path.name[0] == "." and _PROFILE_NAME.fullmatch(path.name[1:]):
+                    path.unlink(missing_ok=True)  # cut off by the end of another process
         self._nvtx = nvtx
         self.max_profiles = max_profiles
         self._max_bytes = max_bytes

@@ -155,7 +155,7 @@ def tidy_prompt(text: str, limit: int = MAX_PROMPT_CHARACTERS) -> str:
 class Target:
     """Where the image app is, and what it is to be told beside the request."""
 
-    url: str
+    url: str = dataclasses.field(repr=False)
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -165,7 +165,7 @@ class Target:
         The key goes to fal alone, never to an address.
 
         Raises:
-            ConfigurationError: it names none, or an app on fal and there is no key to call it.
+            ConfigurationError: it names none, no URL, or an app on fal without a key to call it.
         """
         if name is None:
             raise ConfigurationError(
@@ -173,6 +173,13 @@ class Target:
                 "is needed."
             )
         if name.startswith(("http://", "https://")):
+            try:
+                _ = httpx.URL(name), urlsplit(name).port
+            except (httpx.InvalidURL, ValueError):
+                raise ConfigurationError(
+                    "SDXL_GATEWAY_TARGET is no URL: http:// or https://, a host, and a port from 1 "
+                    "to 65535 is allowed."
+                ) from None
             return cls(name)
         if fal_key is None:
             raise ConfigurationError(

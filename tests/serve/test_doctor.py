@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTracePartialSuccess,
@@ -28,6 +30,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 
 from serve.backends import BACKENDS, DATADOG, GRAFANA, HONEYCOMB, NEW_RELIC, Backend
 from serve.doctor import Finding, Verdict, destination_of, examine, run, send
+from serve.errors import ConfigurationError
 from serve.settings import load_settings
 from tests.otlp_endpoint import otlp_endpoint, tree
 from tests.processes import clean_environment
@@ -806,6 +809,52 @@ def test_an_endpoints_password_is_not_shown(
 ) -> None:
     monkeypatch.setenv(ENDPOINT, "http://someone:hunter2hunter2@127.0.0.1:9/?token=hunter2hunter2")
     assert "hunter2" not in told(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("url", ["http://host:99999", "https://[::1", "http://host:port"])
+def test_what_is_no_url_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    with pytest.raises(ConfigurationError, match="OTEL_EXPORTER_OTLP_ENDPOINT is no URL"):
+        examined(monkeypatch, **{ENDPOINT: url})
+
+
+# A host of every backend and none, with what may be typed around it.
+HOSTS = st.sampled_from(
+    [r.host.replace("*", "a") for b in BACKENDS for r in b.regions] + ["localhost", "grafana.net"]
+)
+ENDPOINTS = st.builds(
+    "{}://{}{}{}".format,
+    st.sampled_from(["http", "https"]),
+    HOSTS,
+    st.sampled_from(["", ":4317", ":443", ":99999", ":"]),
+    st.text("/v1tracesotlp?#%@:[]", max_size=12),
+)
+SOME_HEADERS = st.dictionaries(
+    st.sampled_from([backend.header for backend in BACKENDS] + ["a", "x-b"]),
+    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60),
+    max_size=3,
+)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(endpoint=ENDPOINTS, headers=SOME_HEADERS, traces=st.booleans())
+def test_whatever_is_set_is_examined_or_refused_and_nothing_of_a_key_shown(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str, headers: dict[str, str], traces: bool
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv(TRACES_ENDPOINT if traces else ENDPOINT, endpoint)
+        patch.setenv(HEADERS, ",".join(f"{name}={value}" for name, value in headers.items()))
+        lines: list[str] = []
+        try:
+            status = run(load_settings(), lines.append, sends=False)
+        except ConfigurationError as refused:
+            lines.append(str(refused))
+        else:
+            assert status in (0, 1)
+            assert (status == 1) == any(line.startswith("problem") for line in lines)
+        shown = "\n".join(lines)
+        for value in headers.values():
+            for piece in pieces(value.strip(), 9):
+                assert piece in endpoint or piece not in shown or not piece.strip("= ")
 
 
 @pytest.mark.parametrize("header", ['a="quoted"', "a=x;y", "a=ü", "key:hunter2", "a b=hunter2"])
