@@ -34,8 +34,7 @@ MAX_PROFILES = 20
 """How many profiles the folder keeps, and so how many requests may be armed at once."""
 
 MAX_PROFILE_BYTES = 512 * 1024 * 1024
-"""How large they may be together. A step of SDXL base is some thousands of operators and kernels:
-a request of 30 steps about 10 MB compressed."""
+"""How large they may be together: what a disk that holds a model has to spare."""
 
 _PROFILE_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{8}\.json\.gz")
 

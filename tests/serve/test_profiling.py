@@ -446,6 +446,21 @@ def test_a_loop_left_midway_leaves_no_range_open() -> None:
     assert seen == ["+denoise", "+denoise_step 0", "-denoise_step 0", "-denoise"]
 
 
+def test_nvtx_ranges_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: seen.append(f"+{name}"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("-"))
+    ranges = Profiling(None, nvtx=True).ranges(1)
+    assert ranges is not None
+    with ranges.stage("denoise"):
+        ranges.step_begins(0)
+        ranges.step_begins(1)
+    assert seen == ["+denoise", "+denoise_step 0", "-", "-"]
+
+
 def test_nvtx_marks_nothing_without_a_cuda_device(tmp_path: Path) -> None:
     import torch
 
