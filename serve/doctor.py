@@ -29,7 +29,6 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 import requests
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from opentelemetry import trace
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -39,8 +38,10 @@ from opentelemetry.util.re import parse_env_headers
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import NameResolutionError
 
+from metrics.otlp import otlp_exporter
 from metrics.tracing import MAX_EXPORT_BATCH_SIZE, SCOPE_NAME
 from serve.backends import BACKENDS, Backend, Region, backend_of, key_owner
+from serve.errors import ConfigurationError
 from serve.settings import ServeSettings
 from serve.telemetry import build_resource
 
@@ -100,7 +101,11 @@ class Destination:
 
 
 def destination_of(settings: ServeSettings) -> Destination | None:
-    """What the exporter would make of the settings; None where no endpoint is named."""
+    """What the exporter would make of the settings; None where no endpoint is named.
+
+    Raises:
+        ConfigurationError: the endpoint is no URL.
+    """
     if settings.otlp_traces_endpoint is not None:
         url, variable = settings.otlp_traces_endpoint, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
     elif settings.otlp_endpoint is not None:
@@ -108,6 +113,13 @@ def destination_of(settings: ServeSettings) -> Destination | None:
         variable = "OTEL_EXPORTER_OTLP_ENDPOINT"
     else:
         return None
+    try:
+        _ = urlsplit(url).port
+    except ValueError:
+        raise ConfigurationError(
+            f"{variable} is no URL: http:// or https://, a host, and a port from 1 to 65535 is "
+            "allowed."
+        ) from None
     of_traces = settings.otlp_traces_headers is not None
     raw = settings.otlp_traces_headers or settings.otlp_headers or ""
     return Destination(
@@ -205,7 +217,7 @@ def _examine_form(
     parts = destination.parts
     change = ""
     if backend is not None and region is not None:
-        change = f"Set OTEL_EXPORTER_OTLP_ENDPOINT={backend.base_url(destination.host)}."
+        change = f"Set OTEL_EXPORTER_OTLP_ENDPOINT={backend.base_url(destination.host)}"
     yield from _examine_path(destination, backend, change)
     if parts.username is not None or parts.password is not None:
         yield Finding(
@@ -295,7 +307,7 @@ def _examine_headers(
                 Verdict.PROBLEM,
                 "header",
                 f"{shown} has no value",
-                f"Set {variable} to NAME=VALUE, the key as the value.",
+                f"Set {variable} to NAME=VALUE, the key as the value",
             )
     yield from _examine_encoding(destination)
     for name, value in headers.items():
@@ -312,7 +324,7 @@ def _examine_headers(
                 Verdict.PROBLEM,
                 "header",
                 f"{name} is how {owner.name} takes a key, not {backend.name}",
-                f"Set {variable}={backend.header_form()}.",
+                f"Set {variable}={backend.header_form()}",
             )
     if backend is None:
         return
@@ -322,7 +334,7 @@ def _examine_headers(
             Verdict.PROBLEM,
             "header",
             f"there is no {backend.header}, which holds {backend.name}'s key",
-            f"Set {variable}={backend.header_form()}.",
+            f"Set {variable}={backend.header_form()}",
         )
         return
     remark = backend.remark(key, region.name if region else "", frozenset(headers))
@@ -331,7 +343,7 @@ def _examine_headers(
             Verdict.PROBLEM if remark.certain else Verdict.NOTE,
             "header",
             f"what {backend.header} holds {remark.text}",
-            f"Set {variable}={backend.header_form()}." if remark.certain else "",
+            f"Set {variable}={backend.header_form()}" if remark.certain else "",
         )
     for name, (value, missing) in backend.wanted.items():
         if headers.get(name) != value:
@@ -373,7 +385,7 @@ def _examine_encoding(destination: Destination) -> Iterator[Finding]:
             yield Finding(
                 Verdict.NOTE,
                 "header",
-                f"{shown} has a space in its value, which other SDKs and tools leave out",
+                f"{shown} has a space in its value, which not every SDK and tool takes",
                 "Write it as %20.",
             )
 
@@ -426,7 +438,7 @@ def _examine_the_rest(
                 "batches",
                 f"one can be of {most / 1e6:.1f} MB; "
                 f"{backend.name} takes {backend.max_bytes / 1e6:g} MB",
-                f"Set OTEL_BSP_MAX_EXPORT_BATCH_SIZE to {backend.max_bytes // SPAN_BYTES} or less.",
+                f"Set OTEL_BSP_MAX_EXPORT_BATCH_SIZE to {backend.max_bytes // SPAN_BYTES} or less",
             )
     wants_delta = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
     if (
@@ -438,18 +450,14 @@ def _examine_the_rest(
             Verdict.PROBLEM,
             "metrics",
             f"{backend.name} takes metrics only as differences",
-            f"Set {wants_delta}=delta.",
+            f"Set {wants_delta}=delta",
         )
 
 
 def _examine_sampling(settings: ServeSettings) -> Finding:
     sampler = settings.traces_sampler or "parentbased_traceidratio"
-    rate = settings.sample_rate
-    if rate is None:
-        rate = settings.traces_sampler_arg
-    rate = {"always_on": 1.0, "always_off": 0.0}.get(
-        sampler.removeprefix("parentbased_"), 1.0 if rate is None else rate
-    )
+    root = sampler.removeprefix("parentbased_")
+    rate = {"always_on": 1.0, "always_off": 0.0}.get(root, settings.rate)
     unless = ", unless its caller decided" if sampler.startswith("parentbased_") else ""
     if rate == 0:
         return Finding(
@@ -506,8 +514,7 @@ def send(settings: ServeSettings, stand_in_for: Backend | None = None) -> list[F
         return []
     backend = stand_in_for or backend_of(destination.host)
     exchange = _Exchange()
-    session = requests.Session()
-    exporter = OTLPSpanExporter(session=session)
+    exporter, session = otlp_exporter()
     for scheme in ("http://", "https://"):
         session.mount(scheme, _Observing(exchange))
     spans, trace_id = _small_trace(settings)
@@ -569,13 +576,12 @@ class _Explaining:
         if 200 <= status < 300:
             return self._accepted(response, said, spans, trace_id)
         if 300 <= status < 400:
-            # The exporter takes it for a success and sends nothing to the other address.
             where = urlsplit(response.headers.get("Location", ""))
             to = f" to {where.scheme}://{where.hostname}" if where.hostname else ""
             return Finding(
                 Verdict.PROBLEM,
                 "answer",
-                f"{said}: a redirect{to}, which exporters do not follow; spans would be lost",
+                f"{said}: a redirect{to}, which is not followed; spans would be lost",
                 f"Name the address that takes the spans in {self._destination.variable}.",
             )
         means, advice = self._refusal(response)

@@ -34,8 +34,7 @@ MAX_PROFILES = 20
 """How many profiles the folder keeps, and so how many requests may be armed at once."""
 
 MAX_PROFILE_BYTES = 512 * 1024 * 1024
-"""How large they may be together. A step of SDXL base is some thousands of operators and kernels:
-a request of 30 steps about 10 MB compressed."""
+"""How large they may be together: what a disk that holds a model has to spare."""
 
 _PROFILE_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{8}\.json\.gz")
 
@@ -60,6 +59,10 @@ class Profiling:
         max_bytes: int = MAX_PROFILE_BYTES,
     ) -> None:
         self._folder = None if folder is None else _writable(folder)
+        if self._folder is not None:
+            for path in self._folder.iterdir():
+                if path.name[0] == "." and _PROFILE_NAME.fullmatch(path.name[1:]):
+                    path.unlink(missing_ok=True)  # cut off by the end of another process
         self._nvtx = nvtx
         self.max_profiles = max_profiles
         self._max_bytes = max_bytes

@@ -24,15 +24,21 @@ from urllib.parse import urlsplit
 import httpx
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    TraceFlags,
+    TraceState,
+    set_span_in_context,
+)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
 from metrics.catalogue import GenerationMetrics
-from metrics.spans import Attributes, emit_call, emit_relay
+from metrics.sampling import TraceIdentity
+from metrics.spans import emit_call, emit_relay
 from metrics.timeline import Failure, RequestTiming
-from metrics.tracing import TraceIdentity
 from serve.asgi import begin
 from serve.call import Call
 from serve.errors import (
@@ -149,7 +155,7 @@ def tidy_prompt(text: str, limit: int = MAX_PROMPT_CHARACTERS) -> str:
 class Target:
     """Where the image app is, and what it is to be told beside the request."""
 
-    url: str
+    url: str = dataclasses.field(repr=False)
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -159,7 +165,7 @@ class Target:
         The key goes to fal alone, never to an address.
 
         Raises:
-            ConfigurationError: it names none, or an app on fal and there is no key to call it.
+            ConfigurationError: it names none, no URL, or an app on fal without a key to call it.
         """
         if name is None:
             raise ConfigurationError(
@@ -167,6 +173,13 @@ class Target:
                 "is needed."
             )
         if name.startswith(("http://", "https://")):
+            try:
+                _ = httpx.URL(name), urlsplit(name).port
+            except (httpx.InvalidURL, ValueError):
+                raise ConfigurationError(
+                    "SDXL_GATEWAY_TARGET is no URL: http:// or https://, a host, and a port from 1 "
+                    "to 65535 is allowed."
+                ) from None
             return cls(name)
         if fal_key is None:
             raise ConfigurationError(
@@ -205,7 +218,7 @@ class Relay:
             error_types=(*ERROR_TYPES, *(error.error_type for error in GATEWAY_ERRORS)),
             build={"version": version("stepspan")},
         )
-        self.tracing = build_tracing(settings, self.metrics.spans_settled)
+        self.tracing = build_tracing(settings, self.metrics)
         self.readiness = Readiness(state=State.READY, phase="ready")
         self._target = target
         self._ids = RandomIdGenerator()
@@ -358,10 +371,12 @@ class Relay:
         Where the gateway exports nothing it is no part of the trace: its caller's context goes on
         as it came.
         """
-        span = identity.parent
+        span = identity.parent or identity.caller
         if self.tracing.exporting:
             flags = TraceFlags(TraceFlags.SAMPLED if identity.exported else TraceFlags.DEFAULT)
-            state = identity.parent.trace_state if identity.parent else None
+            state = identity.parent.trace_state if identity.parent else TraceState()
+            if identity.exported and identity.probability < 1:
+                state = state.delete("ot").add("ot", _threshold(identity.probability))
             span = SpanContext(call.trace_id, call.span_id, False, flags, state)
         carrier: dict[str, str] = {}
         if span is not None:
@@ -373,9 +388,8 @@ class Relay:
         """Tell of a request that has ended; never raises into it."""
         outgoing = self._outgoing.pop(identity.span_id, None)
         try:
-            self._emit(request, identity, outgoing)
             exemplar = None
-            if identity.exported:
+            if self._emit(request, identity, outgoing):
                 exemplar = {"trace_id": identity.trace_id_hex, "span_id": identity.span_id_hex}
             # The stages of its own are on its spans; the histogram's are the image app's.
             ours = tuple(stage for stage in request.stages if stage.name in ("receive", "respond"))
@@ -386,16 +400,29 @@ class Relay:
 
     def _emit(
         self, request: RequestTiming, identity: TraceIdentity, outgoing: _Outgoing | None
-    ) -> None:
-        self.tracing.emit(identity, lambda tracer, context: emit_relay(tracer, context, request))
-        stage = request.stage("call")
-        if outgoing is None or stage is None:
-            return
-        attributes: Attributes = outgoing.attributes
-        self.tracing.emit(
-            outgoing.identity,
-            lambda tracer, context: emit_call(tracer, context, stage, request.failure, attributes),
+    ) -> bool:
+        """Whether the gateway's spans are on their way."""
+        kept_for = self.tracing.worth_keeping(request)
+        settled = self.tracing.settle(identity, worth_keeping=kept_for is not None)
+        call = request.stage("call")
+        own = dataclasses.replace(request, stages=tuple(s for s in request.stages if s is not call))
+        on_its_way = self.tracing.emit(
+            settled,
+            1 + len(own.stages),
+            lambda tracer, context: emit_relay(tracer, context, own, settled.caller),
         )
+        if on_its_way and outgoing is not None and call is not None:
+            of_call, attributes = outgoing.identity, outgoing.attributes
+            self.tracing.emit(
+                dataclasses.replace(
+                    settled, span_id=of_call.span_id, parent=of_call.parent, caller=None
+                ),
+                1,
+                lambda tracer, context: emit_call(
+                    tracer, context, call, request.failure, attributes
+                ),
+            )
+        return on_its_way
 
     # Ending
 
@@ -409,6 +436,13 @@ class Relay:
         self.begin_drain()
         await self._client.aclose()
         await asyncio.to_thread(self.tracing.shutdown, budget_seconds)
+
+
+def _threshold(probability: float) -> str:
+    """A probability of being sampled as OpenTelemetry's tracestate tells it on, so that the image
+    app's spans are weighed like the gateway's: of 14 hexadecimal digits, zeros at the end left
+    out."""
+    return "th:" + (format(round((1 - probability) * 16**14), "014x").rstrip("0") or "0")
 
 
 def _error_type(answer: httpx.Response) -> str | None:

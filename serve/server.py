@@ -19,7 +19,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from serve.asgi import install, metrics_endpoint, text_to_image, text_to_image_stream
 from serve.errors import ConfigurationError, ModelError
@@ -78,11 +78,14 @@ def create_app(runtime: Runtime, on_failed_start: Callable[[], None] = lambda: N
     if runtime.profiling.enabled:
         # Where no profile can be asked for there is no such path, and nothing to find out.
         @app.post("/debug/profile")
-        async def profile(request: Request, order: ProfileOrder) -> Response:
+        async def profile(request: Request) -> Response:
             """Arm the next requests; 0 calls it off."""
-            return arm_profiling(runtime, request, order)
+            return await arm_profiling(runtime, request)
 
     return app
+
+
+MAX_ORDER_BYTES = 1024
 
 
 class ProfileOrder(BaseModel):
@@ -93,12 +96,27 @@ class ProfileOrder(BaseModel):
     requests: int = Field(ge=0, le=MAX_PROFILES)
 
 
-def arm_profiling(runtime: Runtime, request: Request, order: ProfileOrder) -> Response:
-    """The body of `POST /debug/profile`: for this machine, or whoever holds the admin token."""
+async def arm_profiling(runtime: Runtime, request: Request) -> Response:
+    """The body of `POST /debug/profile`: for this machine, or whoever holds the admin token.
+
+    Nothing of a request is read before it is clear who asks, and then no more than an order is.
+    """
     if not is_operator(request, runtime.settings.admin_token):
         return JSONResponse(
             {"detail": "Profiling is for this machine itself, or with SDXL_ADMIN_TOKEN as bearer."},
             status_code=403,
+        )
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_ORDER_BYTES:
+            return JSONResponse({"detail": "The body is larger than an order is."}, status_code=413)
+    try:
+        order = ProfileOrder.model_validate_json(body)
+    except ValidationError:
+        return JSONResponse(
+            {"detail": f'{{"requests": N}} is asked for, a number from 0 to {MAX_PROFILES}.'},
+            status_code=422,
         )
     runtime.profiling.arm(order.requests)
     logger.info("the next %d requests will be profiled", order.requests)

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTracePartialSuccess,
@@ -28,6 +30,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 
 from serve.backends import BACKENDS, DATADOG, GRAFANA, HONEYCOMB, NEW_RELIC, Backend
 from serve.doctor import Finding, Verdict, destination_of, examine, run, send
+from serve.errors import ConfigurationError
 from serve.settings import load_settings
 from tests.otlp_endpoint import otlp_endpoint, tree
 from tests.processes import clean_environment
@@ -163,7 +166,7 @@ def test_the_destination_is_the_exporters_own(
         (
             {ENDPOINT: "https://otlp.nr-data.net:4318/v1/traces"},
             "stands there already, so it stands twice",
-            "OTEL_EXPORTER_OTLP_ENDPOINT=https://otlp.nr-data.net:4318.",
+            "OTEL_EXPORTER_OTLP_ENDPOINT=https://otlp.nr-data.net:4318",
         ),
         (
             {TRACES_ENDPOINT: "https://otlp.nr-data.net:4318"},
@@ -173,22 +176,22 @@ def test_the_destination_is_the_exporters_own(
         (
             {ENDPOINT: "http://otlp.nr-data.net:4318"},
             "http:// is not served there",
-            "=https://otlp.nr-data.net:4318.",
+            "=https://otlp.nr-data.net:4318",
         ),
         (
             {ENDPOINT: "https://otlp.datadoghq.com:4318"},
             "port 4318 takes no OTLP/HTTP there, 443 do",
-            "=https://otlp.datadoghq.com.",
+            "=https://otlp.datadoghq.com",
         ),
         (
             {ENDPOINT: "https://otlp-gateway-prod-us-east-0.grafana.net"},
             "the path has nothing where Grafana Cloud wants /otlp before /v1/traces",
-            "=https://otlp-gateway-prod-us-east-0.grafana.net/otlp.",
+            "=https://otlp-gateway-prod-us-east-0.grafana.net/otlp",
         ),
         (
             {ENDPOINT: "https://api.honeycomb.io/otlp"},
             "the path has /otlp where Honeycomb wants nothing before /v1/traces",
-            "=https://api.honeycomb.io.",
+            "=https://api.honeycomb.io",
         ),
         (
             {ENDPOINT: "http://127.0.0.1:4317"},
@@ -220,7 +223,7 @@ def test_the_destination_is_the_exporters_own(
         (
             {ENDPOINT: "https://otlp.nr-data.net:4318"},
             "there is no api-key",
-            "OTEL_EXPORTER_OTLP_HEADERS=api-key=<ingest license key>.",
+            "OTEL_EXPORTER_OTLP_HEADERS=api-key=<ingest license key>",
         ),
         (
             {ENDPOINT: "https://otlp.nr-data.net:4318", HEADERS: DATADOG_HEADERS},
@@ -535,7 +538,7 @@ def partial(rejected: int, message: str) -> bytes:
             None,
             (302, b"", ""),
             Verdict.PROBLEM,
-            "a redirect to https://login.example.test, which exporters do not follow",
+            "a redirect to https://login.example.test, which is not followed",
             "",
         ),
         (None, (400, b"", ""), Verdict.PROBLEM, "was not understood", "OTLP/HTTP"),
@@ -808,6 +811,52 @@ def test_an_endpoints_password_is_not_shown(
     assert "hunter2" not in told(monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("url", ["http://host:99999", "https://[::1", "http://host:port"])
+def test_what_is_no_url_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    with pytest.raises(ConfigurationError, match="OTEL_EXPORTER_OTLP_ENDPOINT is no URL"):
+        examined(monkeypatch, **{ENDPOINT: url})
+
+
+# A host of every backend and none, with what may be typed around it.
+HOSTS = st.sampled_from(
+    [r.host.replace("*", "a") for b in BACKENDS for r in b.regions] + ["localhost", "grafana.net"]
+)
+ENDPOINTS = st.builds(
+    "{}://{}{}{}".format,
+    st.sampled_from(["http", "https"]),
+    HOSTS,
+    st.sampled_from(["", ":4317", ":443", ":99999", ":"]),
+    st.text("/v1tracesotlp?#%@:[]", max_size=12),
+)
+SOME_HEADERS = st.dictionaries(
+    st.sampled_from([backend.header for backend in BACKENDS] + ["a", "x-b"]),
+    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60),
+    max_size=3,
+)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(endpoint=ENDPOINTS, headers=SOME_HEADERS, traces=st.booleans())
+def test_whatever_is_set_is_examined_or_refused_and_nothing_of_a_key_shown(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str, headers: dict[str, str], traces: bool
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv(TRACES_ENDPOINT if traces else ENDPOINT, endpoint)
+        patch.setenv(HEADERS, ",".join(f"{name}={value}" for name, value in headers.items()))
+        lines: list[str] = []
+        try:
+            status = run(load_settings(), lines.append, sends=False)
+        except ConfigurationError as refused:
+            lines.append(str(refused))
+        else:
+            assert status in (0, 1)
+            assert (status == 1) == any(line.startswith("problem") for line in lines)
+        shown = "\n".join(lines)
+        for value in headers.values():
+            for piece in pieces(value.strip(), 9):
+                assert piece in endpoint or piece not in shown or not piece.strip("= ")
+
+
 @pytest.mark.parametrize("header", ['a="quoted"', "a=x;y", "a=ü", "key:hunter2", "a b=hunter2"])
 def test_what_the_exporter_would_leave_out_is_refused_at_the_start(
     header: str, monkeypatch: pytest.MonkeyPatch
@@ -857,3 +906,17 @@ def test_the_command_says_ok_problem_or_wrong_settings() -> None:
     for result in (ok, refused, unsent):
         assert result.stderr == ""
         assert all(len(line) <= 100 for line in result.stdout.splitlines())
+
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def test_the_readme_shows_what_the_doctor_says() -> None:
+    block = README.read_text().split("<!-- doctor: begin -->\n```console\n")[1]
+    *lines, _ = block.split("```\n<!-- doctor: end -->")[0].split("\n")
+    exports = [line.removeprefix("$ export ") for line in lines if line.startswith("$ export ")]
+    environment = {
+        name: value.strip('"') for name, _, value in (line.partition("=") for line in exports)
+    }
+    command = lines.index("$ python -m serve doctor --no-send")
+    assert "\n".join(lines[command + 1 :]) == doctor(environment, "--no-send").stdout.rstrip("\n")

@@ -225,6 +225,8 @@ def test_an_address_is_never_told_the_key() -> None:
     [
         (None, KEY, "SDXL_GATEWAY_TARGET is not set"),
         ("someone/sdxl", None, "FAL_KEY is needed to call it"),
+        ("http://host:99999", KEY, "SDXL_GATEWAY_TARGET is no URL"),
+        ("http://[::1", KEY, "SDXL_GATEWAY_TARGET is no URL"),
     ],
 )
 def test_a_target_that_cannot_be_called_stops_the_start(

@@ -247,6 +247,23 @@ def test_a_wrong_number_is_refused(profiled_runtime: Runtime, requests: Any) -> 
     assert profiled_runtime.profiling.armed == 0
 
 
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"x" * 2000, 413), (b"{", 422), (b"", 422), (b'{"requests": 1, "else": 2}', 422)],
+)
+def test_what_is_no_order_is_refused(profiled_runtime: Runtime, body: bytes, status: int) -> None:
+    app = create_app(profiled_runtime)
+
+    async def once(client: str) -> httpx.Response:
+        transport = httpx.ASGITransport(app, client=(client, 50000))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return await http.post("/debug/profile", content=body)
+
+    assert asyncio.run(once("127.0.0.1")).status_code == status
+    assert asyncio.run(once("192.0.2.7")).status_code == 403  # unread
+    assert profiled_runtime.profiling.armed == 0
+
+
 def test_without_a_token_none_is_right(
     profiled_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +347,13 @@ def test_the_oldest_go_first_and_nothing_of_others(
         profiling._write(Profiler(size), name(second))
     assert profiling.profiles() == [name(second) for second in kept]
     assert {path.name for path in tmp_path.iterdir()} == {*others, *profiling.profiles()}
+
+
+def test_what_a_process_left_unfinished_is_removed_by_the_next(tmp_path: Path) -> None:
+    for left in (f".{name(1)}", name(2), ".gitkeep"):
+        (tmp_path / left).touch()
+    Profiling(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {name(2), ".gitkeep"}
 
 
 def test_the_next_run_and_the_end_wait_for_no_writing(tmp_path: Path) -> None:
@@ -420,6 +444,21 @@ def test_a_loop_left_midway_leaves_no_range_open() -> None:
         ranges.step_begins(0)
         raise OSError
     assert seen == ["+denoise", "+denoise_step 0", "-denoise_step 0", "-denoise"]
+
+
+def test_nvtx_ranges_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: seen.append(f"+{name}"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("-"))
+    ranges = Profiling(None, nvtx=True).ranges(1)
+    assert ranges is not None
+    with ranges.stage("denoise"):
+        ranges.step_begins(0)
+        ranges.step_begins(1)
+    assert seen == ["+denoise", "+denoise_step 0", "-", "-"]
 
 
 def test_nvtx_marks_nothing_without_a_cuda_device(tmp_path: Path) -> None:

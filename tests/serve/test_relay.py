@@ -17,11 +17,15 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.context import Context
+from opentelemetry.trace import SpanContext, get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import CollectorRegistry, generate_latest
 
+from metrics.sampling import Sampling
 from serve import relay as relay_module
 from serve.asgi import install
-from serve.relay import Relay, Target, tidy_prompt
+from serve.relay import Relay, Target, _threshold, tidy_prompt
 from serve.schema import MAX_PROMPT_CHARACTERS, PromptRequest
 from serve.settings import load_settings
 from tests.otlp_endpoint import OtlpEndpoint, otlp_endpoint, tree
@@ -192,6 +196,60 @@ def test_a_trace_that_is_not_sampled_says_so_further_on(
     assert told.split("-")[1] == answer.headers["x-trace-id"]
     assert told.endswith("-00")
     assert otlp.spans == []
+
+
+def test_how_likely_it_was_sampled_is_told_further_on(
+    image_app: ImageApp, otlp: OtlpEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the image app's spans would count for one trace each, and the gateway's for more."""
+    monkeypatch.setenv("OTEL_SAMPLE_RATE", "0.75")
+    told: dict[str, Any] = {"traceparent": "-00"}
+    for _ in range(60):  # one chance in 4^60 that none of them is sampled
+        if told["traceparent"].endswith("-01"):
+            break
+        ask(image_app)
+        told = image_app.asked[-1][1]["trace_context"]
+    assert told["tracestate"] == "ot=th:4"
+    caller = Sampling(1.0).decide(0, 0, _span_context(told))
+    assert caller.probability == 0.75
+    probabilities = {span.attributes["sampling.probability"] for span in otlp.spans}
+    assert probabilities == {0.75}
+
+
+def _span_context(carrier: dict[str, str]) -> SpanContext:
+    context = TraceContextTextMapPropagator().extract(carrier, context=Context())
+    return get_current_span(context).get_span_context()
+
+
+@given(st.floats(1e-9, 1))
+def test_a_probability_comes_back_as_it_was_told(probability: float) -> None:
+    state = {"traceparent": "00-" + "1" * 32 + "-" + "2" * 16 + "-01"}
+    state["tracestate"] = "ot=" + _threshold(probability)
+    told = Sampling(1.0).decide(0, 0, _span_context(state)).probability
+    assert told == pytest.approx(probability, abs=1e-15)
+
+
+def test_a_caller_that_is_not_trusted_becomes_a_link_and_no_parent(
+    image_app: ImageApp, otlp: OtlpEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDXL_TRACE_TRUST_PARENT", "false")
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
+    answer = ask(image_app, traceparent=parent)
+    trace_id = answer.headers["x-trace-id"]
+    assert trace_id != parent.split("-")[1]
+    assert image_app.asked[0][1]["trace_context"]["traceparent"].split("-")[1] == trace_id
+    spans = {span.name: span for span in otlp.trace(trace_id)}
+    assert spans["prompt-gateway"].parent_span_id == ""
+
+
+def test_a_request_that_failed_is_kept_past_the_ratio(
+    image_app: ImageApp, otlp: OtlpEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_SAMPLE_RATE", "0")
+    image_app.refuse(500, "out_of_memory")
+    spans = otlp.trace(ask(image_app).headers["x-trace-id"])
+    assert tree(spans) == "prompt-gateway\n  receive\n  tidy\n  call\n  respond"
+    assert {span.attributes["sampling.probability"] for span in spans} == {1.0}
 
 
 def test_a_gateway_that_exports_nothing_is_no_part_of_the_trace(image_app: ImageApp) -> None:
