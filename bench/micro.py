@@ -82,10 +82,11 @@ def measure(device: str, series: int) -> list[Cost]:
             runtime.metrics.observe_request(request, {"trace_id": "0" * 32, "span_id": "0" * 16})
 
         def emit() -> None:
-            from metrics.spans import emit_request
+            from metrics.spans import emit_request, request_spans
 
             runtime.tracing.emit(
                 runtime.tracing.identify(),
+                request_spans(request),
                 lambda tracer, context: emit_request(tracer, context, request),
             )
 
@@ -160,10 +161,10 @@ def _runtime() -> Runtime:
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
     from prometheus_client import CollectorRegistry
 
-    from metrics.tracing import Tracing
+    from metrics.tracing import Destination, Tracing
     from serve.runtime import build_runtime
     from serve.settings import ServeSettings
-    from serve.telemetry import build_resource, build_sampler
+    from serve.telemetry import build_resource, build_sampling
 
     class Nowhere(SpanExporter):
         def export(self, spans: object) -> SpanExportResult:
@@ -172,9 +173,10 @@ def _runtime() -> Runtime:
     settings = ServeSettings.model_validate({"device": "cpu", "ENABLE_TRACING": False})
     runtime = build_runtime(settings, CollectorRegistry())
     runtime.tracing = Tracing(
-        sampler=build_sampler(settings),
-        exporter=Nowhere(),
-        resource=build_resource(settings),
+        build_sampling(settings),
+        Destination(Nowhere()),
+        build_resource(settings),
+        on_ended=runtime.metrics.spans_ended,
         on_settled=runtime.metrics.spans_settled,
     )
     runtime.metrics.set_warm_shapes(_shapes(runtime))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 
 from metrics.recorder import Recorder
+from metrics.sampling import TraceIdentity
 from metrics.spans import Attributes
 from metrics.timeline import RequestTiming, WarmupTiming
-from metrics.tracing import TraceIdentity
 
 
 class SilentRecorder(Recorder):

@@ -20,7 +20,7 @@ from typing import Literal
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace.sampling import Decision, ParentBased, Sampler, TraceIdRatioBased
-from opentelemetry.trace import SpanContext, SpanKind
+from opentelemetry.trace import SpanContext, SpanKind, TraceState
 
 from metrics.timeline import RequestTiming
 
@@ -172,6 +172,15 @@ class Sampling:
         if not identity.exported:
             self._bucket.take()
         return dataclasses.replace(identity, exported=True, probability=1.0)
+
+
+def state_for_callee(identity: TraceIdentity) -> TraceState:
+    """The tracestate that goes on to a service called in a request's name: what came, and where the
+    ratio was ours, what it was, so that spans over there can be counted too."""
+    if identity.parent is not None:
+        return identity.parent.trace_state
+    threshold = format(round((1 - identity.probability) * 16**14), "014x")
+    return TraceState([("ot", f"th:{threshold.rstrip('0') or '0'}")])
 
 
 def _callers_probability(parent: SpanContext | None) -> float:

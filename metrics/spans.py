@@ -122,22 +122,37 @@ def emit_request(
     root.end(request.end_ns)
 
 
-def emit_relay(tracer: Tracer, context: Context, request: RequestTiming) -> int:
+def relay_spans(request: RequestTiming) -> int:
+    """How many spans `emit_relay` makes of a request."""
+    return 1 + sum(stage.name != "call" for stage in request.stages)
+
+
+def emit_relay(
+    tracer: Tracer, context: Context, request: RequestTiming, caller: SpanContext | None = None
+) -> None:
     """Emit the gateway's own part of a request's tree, but for its call to the image app, which
-    has an identity of its own: `emit_call`. Returns how many spans it has."""
+    has an identity of its own: `emit_call`.
+
+    Args:
+        caller: as `emit_request` takes it.
+    """
     tree = _Tree(tracer)
     root, inside = tree.open(
-        RELAY_SPAN, request.start_ns, context, _root_attributes(request), SpanKind.SERVER
+        RELAY_SPAN,
+        request.start_ns,
+        context,
+        _root_attributes(request),
+        SpanKind.SERVER,
+        [] if caller is None else [Link(caller)],
     )
     for stage in request.stages:
         if stage.name != "call":
             span, _ = tree.open(stage.name, stage.start_ns, inside)
             _mark_failed(span, request.failure, stage.start_ns, stage.end_ns)
-            tree.close(span, stage.end_ns)
+            span.end(stage.end_ns)
     if request.failure is not None:
         _record_failure(root, request.failure)
-    tree.close(root, request.end_ns)
-    return tree.count
+    root.end(request.end_ns)
 
 
 def emit_call(
@@ -146,8 +161,8 @@ def emit_call(
     call: StageTiming,
     failure: Failure | None,
     attributes: Attributes,
-) -> int:
-    """Emit a call to another service, the parent of that service's spans. Returns 1.
+) -> None:
+    """Emit a call to another service, the one span that is the parent of that service's.
 
     To a caller every refusal is an error, as the conventions for clients ask.
     """
@@ -156,8 +171,7 @@ def emit_call(
     if failure is not None and call.start_ns <= failure.at_ns <= call.end_ns:
         span.set_attribute("error.type", failure.error_type)
         span.set_status(Status(StatusCode.ERROR, failure.message))
-    tree.close(span, call.end_ns)
-    return tree.count
+    span.end(call.end_ns)
 
 
 def emit_warmup(

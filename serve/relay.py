@@ -30,9 +30,9 @@ from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
 from metrics.catalogue import GenerationMetrics
-from metrics.spans import Attributes, emit_call, emit_relay
+from metrics.sampling import TraceIdentity, state_for_callee
+from metrics.spans import Attributes, emit_call, emit_relay, relay_spans
 from metrics.timeline import Failure, RequestTiming
-from metrics.tracing import TraceIdentity
 from serve.asgi import begin
 from serve.call import Call
 from serve.errors import (
@@ -205,7 +205,7 @@ class Relay:
             error_types=(*ERROR_TYPES, *(error.error_type for error in GATEWAY_ERRORS)),
             build={"version": version("stepspan")},
         )
-        self.tracing = build_tracing(settings, self.metrics.spans_settled)
+        self.tracing = build_tracing(settings, self.metrics)
         self.readiness = Readiness(state=State.READY, phase="ready")
         self._target = target
         self._ids = RandomIdGenerator()
@@ -361,7 +361,7 @@ class Relay:
         span = identity.parent
         if self.tracing.exporting:
             flags = TraceFlags(TraceFlags.SAMPLED if identity.exported else TraceFlags.DEFAULT)
-            state = identity.parent.trace_state if identity.parent else None
+            state = state_for_callee(identity)
             span = SpanContext(call.trace_id, call.span_id, False, flags, state)
         carrier: dict[str, str] = {}
         if span is not None:
@@ -373,9 +373,8 @@ class Relay:
         """Tell of a request that has ended; never raises into it."""
         outgoing = self._outgoing.pop(identity.span_id, None)
         try:
-            self._emit(request, identity, outgoing)
             exemplar = None
-            if identity.exported:
+            if self._emit(request, identity, outgoing):
                 exemplar = {"trace_id": identity.trace_id_hex, "span_id": identity.span_id_hex}
             # The stages of its own are on its spans; the histogram's are the image app's.
             ours = tuple(stage for stage in request.stages if stage.name in ("receive", "respond"))
@@ -386,16 +385,28 @@ class Relay:
 
     def _emit(
         self, request: RequestTiming, identity: TraceIdentity, outgoing: _Outgoing | None
-    ) -> None:
-        self.tracing.emit(identity, lambda tracer, context: emit_relay(tracer, context, request))
-        stage = request.stage("call")
-        if outgoing is None or stage is None:
-            return
-        attributes: Attributes = outgoing.attributes
-        self.tracing.emit(
-            outgoing.identity,
-            lambda tracer, context: emit_call(tracer, context, stage, request.failure, attributes),
+    ) -> bool:
+        """Hand over the gateway's spans; whether they are on their way."""
+        worth_keeping = self.tracing.worth_keeping(request) is not None
+        settled = self.tracing.settle(identity, worth_keeping)
+        on_their_way = self.tracing.emit(
+            settled,
+            relay_spans(request),
+            lambda tracer, context: emit_relay(tracer, context, request, settled.caller),
         )
+        stage = request.stage("call")
+        if outgoing is not None and stage is not None:
+            attributes: Attributes = outgoing.attributes
+            self.tracing.emit(
+                dataclasses.replace(
+                    outgoing.identity, exported=settled.exported, probability=settled.probability
+                ),
+                1,
+                lambda tracer, context: emit_call(
+                    tracer, context, stage, request.failure, attributes
+                ),
+            )
+        return on_their_way
 
     # Ending
 

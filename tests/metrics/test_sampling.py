@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.trace import SpanContext, TraceFlags, TraceState
 
-from metrics.sampling import KeepRules, Sampling, TokenBucket, TraceIdentity
+from metrics.sampling import KeepRules, Sampling, TokenBucket, TraceIdentity, state_for_callee
 from metrics.timeline import Failure
 from tests.metrics.timings import START_NS, request_timing
 
@@ -116,6 +116,23 @@ def test_a_caller_that_is_not_trusted_decides_nothing(sampled: bool) -> None:
 def test_a_callers_own_probability_is_carried_on(tracestate: str, probability: float) -> None:
     identity = decided(Sampling(0.3), caller(True, tracestate))
     assert identity.probability == pytest.approx(probability)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5, 0.25, 0.1, 0.001])
+def test_what_is_called_learns_the_ratio(rate: float) -> None:
+    ours = replace(decided(Sampling(rate)), exported=True)
+    state = state_for_callee(ours)
+    theirs = decided(Sampling(0.3), replace_state(caller(True), state))
+    assert theirs.probability == pytest.approx(rate, rel=1e-9)
+    # Where a caller decided, its state goes on as it came.
+    parent = caller(True, "ot=th:8,vendor=1")
+    assert state_for_callee(decided(Sampling(0.3), parent)) == parent.trace_state
+
+
+def replace_state(context: SpanContext, state: TraceState) -> SpanContext:
+    return SpanContext(
+        context.trace_id, context.span_id, context.is_remote, context.trace_flags, state
+    )
 
 
 def test_the_bucket_bounds_what_an_incident_keeps() -> None:
