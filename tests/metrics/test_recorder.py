@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 
 from metrics.catalogue import GenerationMetrics
 from metrics.recorder import Recorder, StepSpans
 from metrics.sampling import KeepRules, Sampling
-from metrics.timeline import WarmupTiming
+from metrics.timeline import Failure, WarmupTiming
 from metrics.tracing import Destination, Tracing
 from tests.metrics.timings import START_NS, request_timing
+
+FAILED = Failure("internal", "E", "m", START_NS)
 
 
 def recorder(
@@ -85,3 +90,103 @@ def test_the_warm_up_is_recorded() -> None:
     rec.close(5)
     [span] = exporter.get_finished_spans()
     assert span.name == "warmup"
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_failed_request_is_exported_once_whatever_the_ratio_said(rate: float) -> None:
+    rec, tracing, exporter, registry = recorder(rate)
+    identity = tracing.identify()
+    rec.record(request_timing(failure=FAILED, status_code=500, outcome="error"), identity)
+    rec.record(request_timing(), identity)
+    assert rec.close(5) == 0
+    roots = [span for span in exporter.get_finished_spans() if span.name == "text-to-image"]
+    assert len(roots) == (1 if rate == 0 else 2)
+    assert roots[0].context is not None
+    assert roots[0].context.span_id == identity.span_id
+    assert roots[0].context.trace_flags.sampled
+    ended = registry.get_sample_value("sdxl_spans_ended_total")
+    assert ended == registry.get_sample_value("sdxl_spans_total", {"result": "exported"})
+    assert ended == len(exporter.get_finished_spans())
+
+
+def test_a_refused_request_is_no_failure_of_ours() -> None:
+    rec, tracing, exporter, _ = recorder(rate=0.0)
+    refused = replace(FAILED, server_fault=False)
+    rec.record(request_timing(failure=refused, status_code=429), tracing.identify())
+    rec.close(5)
+    assert exporter.get_finished_spans() == ()
+
+
+def test_a_weighted_count_of_what_arrived_is_what_was_served() -> None:
+    """300 requests of which a tenth failed; the bucket keeps 20 of them past the ratio."""
+    rec, tracing, exporter, registry = recorder(rate=0.3, steps="summary")
+    count = 300
+    for number in range(count):
+        failure = FAILED if number % 10 == 0 else None
+        rec.record(request_timing(failure=failure), tracing.identify())
+    rec.close(20)
+    roots = [span for span in exporter.get_finished_spans() if span.name == "text-to-image"]
+    weighted = sum(1 / probability(root) for root in roots)
+    # Five standard deviations of those that the ratio decided over.
+    assert weighted == pytest.approx(count, abs=5 * (count * 0.7 / 0.3) ** 0.5)
+    kept = [root for root in roots if (root.attributes or {}).get("error.type")]
+    assert {probability(root) for root in kept} <= {0.3, 1.0}
+    assert sum(probability(root) == 1.0 for root in kept) >= 20
+    assert registry.get_sample_value("sdxl_spans_ended_total") == len(exporter.get_finished_spans())
+
+
+def probability(span: ReadableSpan) -> float:
+    assert span.attributes is not None
+    value = span.attributes["sampling.probability"]
+    assert isinstance(value, float)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("steps", "failure", "seen"),
+    [
+        ("all", None, 3),
+        ("slow", None, 0),
+        ("slow", Failure("internal", "E", "m", START_NS), 3),
+        ("summary", Failure("internal", "E", "m", START_NS), 0),
+    ],
+)
+def test_whose_steps_are_spans(steps: StepSpans, failure: Failure | None, seen: int) -> None:
+    rec, tracing, exporter, _ = recorder(steps=steps)
+    rec.record(request_timing(failure=failure), tracing.identify())
+    rec.close(5)
+    names = [span.name for span in exporter.get_finished_spans()]
+    assert names.count("denoise_step") == seen
+    assert names.count("denoise") == 1
+
+
+def test_a_request_with_a_reason_to_be_slow_shows_its_steps() -> None:
+    rec, tracing, exporter, _ = recorder(steps="slow")
+    request = request_timing()
+    assert request.run is not None
+    eager = replace(request, run=replace(request.run, eager_fallback=True))
+    rec.record(eager, tracing.identify())
+    rec.close(5)
+    assert "denoise_step" in {span.name for span in exporter.get_finished_spans()}
+
+
+def test_a_start_that_failed_is_kept() -> None:
+    rec, _, exporter, _ = recorder(rate=0.0)
+    rec.record_warmup(WarmupTiming(START_NS, START_NS + 1, ()), {})
+    rec.record_warmup(WarmupTiming(START_NS, START_NS + 1, (), FAILED), {"model.name": "demo"})
+    rec.close(5)
+    [span] = exporter.get_finished_spans()
+    assert (span.attributes or {})["error.type"] == "internal"
+
+
+def test_an_exemplar_leads_to_a_trace_that_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str] | None] = []
+    monkeypatch.setattr(
+        GenerationMetrics, "observe_request", lambda self, request, exemplar: seen.append(exemplar)
+    )
+    rec, tracing, _, _ = recorder(rate=0.0)
+    ordinary, failed = tracing.identify(), tracing.identify()
+    rec.record(request_timing(), ordinary)
+    rec.record(request_timing(failure=FAILED), failed)
+    rec.close(5)
+    assert seen == [None, {"trace_id": failed.trace_id_hex, "span_id": failed.span_id_hex}]

@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from metrics.sampling import TraceIdentity
+from metrics.sampling import Sampling, TraceIdentity
 from metrics.timeline import RequestTiming
 from serve import server
 from serve.asgi import MAX_BODY_BYTES
@@ -100,6 +100,53 @@ def test_a_callers_trace_by_header_and_by_body(
 ) -> None:
     response = post(app, valid(num_inference_steps=1, **body), traceparent=header)
     assert response.json()["trace_id"] == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "header", "linked"),
+    [
+        ({}, PARENT, PARENT[3:35]),
+        ({"trace_context": {"traceparent": BODY_PARENT}}, PARENT, BODY_PARENT[3:35]),
+    ],
+)
+def test_a_caller_that_is_not_trusted_is_linked_to(
+    app: FastAPI,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    body: dict[str, Any],
+    header: str,
+    linked: str,
+) -> None:
+    identities: list[TraceIdentity] = []
+    monkeypatch.setattr(runtime.tracing, "_sampling", Sampling(trust_parent=False))
+    monkeypatch.setattr(
+        runtime.recorder, "record", lambda timing, identity: identities.append(identity)
+    )
+    response = post(app, valid(num_inference_steps=1, **body), traceparent=header)
+    [identity] = identities
+    assert response.json()["trace_id"] == identity.trace_id_hex != linked
+    assert identity.parent is None
+    assert identity.caller is not None
+    assert format(identity.caller.trace_id, "032x") == linked
+
+
+@pytest.mark.parametrize("exported", [True, False])
+def test_the_log_line_links_to_a_trace_that_is_exported(
+    app: FastAPI,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    exported: bool,
+) -> None:
+    url = "https://traces.example.com/{trace_id}?view=tree"
+    monkeypatch.setattr(runtime, "settings", ServeSettings(device="cpu", trace_url=url))
+    identity = TraceIdentity(trace_id=0xABC, span_id=1, exported=exported)
+    monkeypatch.setattr(runtime.tracing, "identify", lambda *_: identity)
+    caplog.set_level("INFO")
+    post(app, valid(num_inference_steps=1))
+    [line] = [r for r in caplog.records if r.name == "serve.asgi"]
+    link = f"https://traces.example.com/{identity.trace_id_hex}?view=tree"
+    assert line.__dict__.get("trace_url") == (link if exported else None)
 
 
 @pytest.mark.parametrize("header", ["nonsense", "00-0-0-0", "é", "00-" + "0" * 32 + "-" + "0" * 16])

@@ -187,6 +187,7 @@ def test_a_recompile_is_not_taken_but_counted(
     assert compiler_counts() == before
     assert call.run is not None
     assert call.run.eager_fallback
+    assert call.finish(200).slow_reason == "eager_fallback"
     # Once a run, however many of its steps would have compiled.
     assert counted(compiled, "sdxl_recompiles_total") == 1
     assert caplog.text.count("not compiled again, run eagerly") == 1

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from metrics.catalogue import GenerationMetrics
 from metrics.gpu import Gpu
-from serve.settings import ServeSettings
-from serve.telemetry import build_resource, build_sampling
+from metrics.tracing import Tracing
+from serve.settings import ServeSettings, load_settings
+from serve.telemetry import build_resource, build_sampling, build_tracing
 from tests.metrics.fake_nvml import FakeGpu, FakeNvml
 
 
@@ -83,3 +86,42 @@ def test_the_resource_names_the_gpu() -> None:
     fake = FakeGpu()
     attributes = build_resource(ServeSettings(device="cuda"), Gpu(FakeNvml(fake), fake)).attributes
     assert (attributes["hw.name"], attributes["hw.id"]) == (fake.name, fake.uuid)
+
+
+def built(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Tracing:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    metrics = GenerationMetrics(
+        CollectorRegistry(), endpoints=(), outcomes=(), error_types=(), build={"version": "1"}
+    )
+    return build_tracing(load_settings(), metrics)
+
+
+@pytest.mark.parametrize(
+    ("environment", "exports"),
+    [
+        ({}, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}, True),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "ENABLE_TRACING": "false"}, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"}, False),
+    ],
+)
+def test_tracing_is_on_where_an_endpoint_is_named_and_nobody_said_no(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], exports: bool
+) -> None:
+    tracing = built(monkeypatch, **environment)
+    assert tracing.exporting == exports
+    assert tracing.identify().exported == exports
+    tracing.shutdown(1)
+
+
+def test_a_standard_variable_without_effect_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracing = built(
+        monkeypatch,
+        OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9",
+        OTEL_BSP_EXPORT_TIMEOUT="5000",
+    )
+    tracing.shutdown(1)
+    assert "OTEL_BSP_EXPORT_TIMEOUT has no effect" in caplog.text
