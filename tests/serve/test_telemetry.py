@@ -1,11 +1,22 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from kernels_warmup.shapes import CompiledShape
+from metrics import buckets
 from metrics.gpu import Gpu
 from serve.settings import ServeSettings
-from serve.telemetry import build_resource, build_sampling
+from serve.telemetry import (
+    bucket_families,
+    build_budget,
+    build_gpu_metrics,
+    build_push,
+    build_resource,
+    build_sampling,
+)
 from tests.metrics.fake_nvml import FakeGpu, FakeNvml
+from tests.metrics.test_catalogue import declared
 
 
 @pytest.mark.parametrize(
@@ -83,3 +94,42 @@ def test_the_resource_names_the_gpu() -> None:
     fake = FakeGpu()
     attributes = build_resource(ServeSettings(device="cuda"), Gpu(FakeNvml(fake), fake)).attributes
     assert (attributes["hw.name"], attributes["hw.id"]) == (fake.name, fake.uuid)
+
+
+def test_a_budget_follows_the_device_and_the_operator() -> None:
+    default = CompiledShape(1024, 1024)
+    on_cuda = build_budget(ServeSettings(), default, "cuda:0")
+    on_cpu = build_budget(ServeSettings(), default, "cpu")
+    assert on_cuda.seconds(1024, 1024, 20) == pytest.approx(2 + 20 * 0.05)
+    assert on_cpu.seconds(512, 1024, 20) == pytest.approx(2 + 20 * 0.1 / 2)
+    stated = ServeSettings(budget_seconds=0.5, budget_step_ms=10)
+    assert build_budget(stated, default, "cuda").seconds(1024, 1024, 10) == pytest.approx(0.6)
+
+
+def test_the_operators_buckets_replace_one_family_and_no_other() -> None:
+    families = bucket_families(ServeSettings.model_validate({"buckets_step": "0.1,0.2"}))
+    assert families.step == (0.1, 0.2)
+    assert families.queue == buckets.QUEUE
+
+
+def test_a_peak_is_the_gpus_or_the_operators() -> None:
+    fake = FakeGpu(name="NVIDIA H200")
+    peaks = []
+    for settings in (ServeSettings(), ServeSettings(peak_tflops=2)):
+        metrics = declared(CollectorRegistry())
+        build_gpu_metrics(settings, metrics, Gpu(FakeNvml(fake), fake))
+        peaks.append(metrics.registry.get_sample_value("sdxl_peak_flops_per_second"))
+    assert peaks == [989e12, 2e12]
+
+
+def test_nothing_is_pushed_unless_asked_for() -> None:
+    metrics = declared(CollectorRegistry())
+    named = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
+    for changes, pushes in (
+        ({}, False),
+        ({"otlp_metrics": True}, True),
+        ({"otlp_metrics": True, "OTEL_SDK_DISABLED": True}, False),
+    ):
+        settings = ServeSettings.model_validate(named | changes)
+        push = build_push(settings, metrics, build_resource(settings))
+        assert (push is not None) is pushes
