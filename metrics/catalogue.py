@@ -49,7 +49,8 @@ CANCELLED_DURING = ("waiting", "running", "answering")
 
 BUDGET_RESULTS = ("within", "over")
 
-PUSH_RESULTS = ("exported", "failed")
+PUSH_RESULTS = ("exported", "partial", "failed")
+"""What became of a push: taken; taken but for some points; not arrived, or refused."""
 
 FAULTS = (
     "negative_value",  # a clock that stepped backwards
@@ -500,9 +501,11 @@ class _RunMetrics:
     def observe(self, run: RunTiming, exemplar: Exemplar) -> None:
         for stage in run.stages:
             self.observe_stage(stage.name, stage.duration_ns, exemplar)
-        batch = min(run.batch_size, self._max_batch)
-        steps = self._step_durations.get((run.shape, run.guidance, batch))
-        steps = steps or self._step_durations[COLD_SHAPE, run.guidance, batch]
+        steps = self._step_durations.get((run.shape, run.guidance, run.batch_size))
+        if steps is None:
+            # A batch that was not declared has no warm graph either, whatever its shape.
+            batch = min(run.batch_size, self._max_batch)
+            steps = self._step_durations[COLD_SHAPE, run.guidance, batch]
         for step in run.steps:
             _observe(steps, step.duration_ns / 1e9, exemplar, self._fault)
         if run.clock != "host":

@@ -80,7 +80,9 @@ class MetricsPush:
         resource: what the metrics are said to come from; the same as the spans'.
         delta: tell differences instead of totals.
         period_seconds: from one push to the next.
-        on_pushed: told `exported` or `failed` of every push.
+        on_pushed: told a value of `catalogue.PUSH_RESULTS` for every push.
+        take_rejected: how many points the backend has refused of the pushes it took, since last
+            asked. They are not told again: it would refuse them again.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class MetricsPush:
         delta: bool,
         period_seconds: float,
         on_pushed: Callable[[str], None],
+        take_rejected: Callable[[], int] = lambda: 0,
         unix_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._registry = registry
@@ -100,6 +103,7 @@ class MetricsPush:
         self._delta = delta
         self._period_seconds = period_seconds
         self._on_pushed = on_pushed
+        self._take_rejected = take_rejected
         self._unix_ns = unix_ns
         self._began_ns = unix_ns()
         self._arrived_ns = self._began_ns
@@ -143,7 +147,9 @@ class MetricsPush:
         if arrived:
             self._arrived_ns = reading.now_ns
             self._told = reading.totals
-        self._on_pushed("exported" if arrived else "failed")
+            self._on_pushed("partial" if self._take_rejected() else "exported")
+        else:
+            self._on_pushed("failed")
         return arrived
 
     def begin_end(self) -> None:

@@ -147,14 +147,16 @@ def build_push(
     """Who pushes the metrics over OTLP, where somebody asked for it."""
     if not settings.otlp_metrics or settings.sdk_disabled:
         return None
-    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    from metrics.otlp import otlp_metric_exporter
 
+    exporter, answers = otlp_metric_exporter()
     return MetricsPush(
         metrics.registry,
-        OTLPMetricExporter(),
+        exporter,
         resource,
         # `lowmemory` asks for differences of counters and histograms, and has no say on gauges.
         delta=settings.otlp_metrics_temporality != "cumulative",
         period_seconds=settings.metric_export_interval / 1e3,
         on_pushed=metrics.pushed,
+        take_rejected=answers.take_rejected,
     )

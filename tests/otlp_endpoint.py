@@ -198,7 +198,9 @@ def otlp_endpoint(answer: Answer = HEALTHY, tls: bool = False) -> Iterator[OtlpE
                 if self.path.endswith("/v1/metrics"):
                     metrics = ExportMetricsServiceRequest.FromString(body)
                     endpoint.pushes.append(list(_received_points(metrics)))
-                    return ExportMetricsServiceResponse().SerializeToString()
+                    taken = ExportMetricsServiceResponse()
+                    taken.partial_success.rejected_data_points = answer.rejected
+                    return taken.SerializeToString()
                 spans = list(_received(ExportTraceServiceRequest.FromString(body)))
                 endpoint.spans.extend(spans[answer.rejected :])
             told = ExportTraceServiceResponse()

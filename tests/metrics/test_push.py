@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.sdk.metrics.export import AggregationTemporality
 from opentelemetry.sdk.resources import Resource
 from prometheus_client import CollectorRegistry
 
 from metrics.budget import Budget
-from metrics.catalogue import GenerationMetrics
+from metrics.catalogue import PUSH_RESULTS, GenerationMetrics
+from metrics.otlp import otlp_metric_exporter
 from metrics.push import MetricsPush
 from tests.metrics.test_catalogue import declared
 from tests.metrics.timings import request_timing
-from tests.otlp_endpoint import OtlpEndpoint, ReceivedPoint, otlp_endpoint
+from tests.otlp_endpoint import Answer, OtlpEndpoint, ReceivedPoint, otlp_endpoint
 from tests.processes import free_port
 
 EXEMPLAR = {"trace_id": "a1" * 16, "span_id": "b2" * 8}
@@ -41,13 +41,15 @@ def metrics_of_one_request() -> GenerationMetrics:
 def pushing(
     metrics: GenerationMetrics, url: str, *, delta: bool = False, period_seconds: float = 60
 ) -> MetricsPush:
+    exporter, answers = otlp_metric_exporter(endpoint=f"{url}/v1/metrics", timeout=0.5)
     return MetricsPush(
         metrics.registry,
-        OTLPMetricExporter(endpoint=f"{url}/v1/metrics", timeout=0.5),
+        exporter,
         Resource.create({"service.name": "stepspan"}),
         delta=delta,
         period_seconds=period_seconds,
         on_pushed=metrics.pushed,
+        take_rejected=answers.take_rejected,
     )
 
 
@@ -93,9 +95,8 @@ def test_delta_tells_what_happened_since_the_last_push_that_arrived(
     metrics.observe_request(request_timing(), None)
     metrics.observe_request(request_timing(), None)
     exporter = working._exporter
-    working._exporter = OTLPMetricExporter(
-        endpoint=f"http://127.0.0.1:{free_port()}/v1/metrics", timeout=0.2
-    )
+    nowhere = f"http://127.0.0.1:{free_port()}/v1/metrics"
+    working._exporter, _ = otlp_metric_exporter(endpoint=nowhere, timeout=0.2)
     assert not working.push()
     working._exporter = exporter
     metrics.observe_request(request_timing(), None)
@@ -158,3 +159,20 @@ def test_a_dead_backend_costs_a_count_and_a_bounded_end() -> None:
 
 def test_an_end_without_a_start_is_none() -> None:
     pushing(metrics_of_one_request(), "http://127.0.0.1:1").end(1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "result"),
+    [
+        (Answer(rejected=3), "partial"),
+        (Answer(status=400), "failed"),
+        (Answer(status=307, headers={"Location": "http://127.0.0.1:9/"}), "failed"),
+    ],
+)
+def test_what_a_backend_thinks_of_it_is_counted(answer: Answer, result: str) -> None:
+    metrics = metrics_of_one_request()
+    with otlp_endpoint(answer) as endpoint:
+        assert pushing(metrics, endpoint.url).push() is (result == "partial")
+    for each in PUSH_RESULTS:
+        counted = metrics.registry.get_sample_value("sdxl_otlp_pushes_total", {"result": each})
+        assert counted == (each == result)
