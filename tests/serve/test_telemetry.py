@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from kernels_warmup.shapes import CompiledShape
 from metrics import buckets
+from metrics.catalogue import render
 from metrics.gpu import Gpu
+from serve.runtime import build_runtime
 from serve.settings import ServeSettings
 from serve.telemetry import (
     bucket_families,
@@ -16,7 +19,7 @@ from serve.telemetry import (
     build_sampling,
 )
 from tests.metrics.fake_nvml import FakeGpu, FakeNvml
-from tests.metrics.test_catalogue import declared
+from tests.metrics.test_catalogue import OPENMETRICS, declared
 
 
 @pytest.mark.parametrize(
@@ -133,3 +136,20 @@ def test_nothing_is_pushed_unless_asked_for() -> None:
         settings = ServeSettings.model_validate(named | changes)
         push = build_push(settings, metrics, build_resource(settings))
         assert (push is not None) is pushes
+
+
+def test_two_services_of_one_process_both_tell_all_of_their_own() -> None:
+    registry = CollectorRegistry(auto_describe=True)
+    named = {"device": "cpu", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
+    runtimes = [build_runtime(ServeSettings.model_validate(named), registry) for _ in range(2)]
+    runtimes[1].metrics.record_failed()
+    told = []
+    for runtime in runtimes:
+        text, _ = render(runtime.metrics.registry, OPENMETRICS)
+        families = list(text_string_to_metric_families(text.decode()))
+        names = [family.name for family in families]
+        assert len(set(names)) == len(names)
+        told.append({sample.name: sample.value for family in families for sample in family.samples})
+        runtime.close(0.1)
+    assert told[0].keys() == told[1].keys()
+    assert [one["sdxl_record_failures_total"] for one in told] == [0, 1]
