@@ -10,6 +10,10 @@ import itertools
 import math
 from collections.abc import Sequence
 
+# A family's bounds times its label sets are lines of every scrape. Sixty keep the largest family
+# (steps: nine shapes, guided and not) near a thousand lines.
+MOST_BOUNDS = 60
+
 
 def geometric(first: float, last: float, ratio: float) -> tuple[float, ...]:
     """Bounds from `first` until `last` is reached, neighbours at most `ratio` apart.
@@ -34,6 +38,15 @@ def checked(bounds: Sequence[float]) -> tuple[float, ...]:
     if any(later <= earlier for earlier, later in itertools.pairwise(values)):
         raise ValueError("bucket bounds must rise from each to the next")
     return values
+
+
+def parse(text: str) -> tuple[float, ...]:
+    """Bounds from `0.1,0.2,0.5`. Raises ValueError for all that `checked` refuses, and for more
+    than `MOST_BOUNDS`."""
+    bounds = checked([float(part) for part in text.split(",")])
+    if len(bounds) > MOST_BOUNDS:
+        raise ValueError(f"a bucket list may hold at most {MOST_BOUNDS} bounds")
+    return bounds
 
 
 def _significant(value: float, digits: int = 4) -> float:
@@ -61,3 +74,12 @@ STEP = checked(
         *geometric(0.070, 20, 1.5),
     )
 )
+
+# How long a step lay in the GPU's queue. Under a millisecond the GPU has waited for the host or is
+# about to; two steps ahead, where the host is held, is twice a step: 30 to 140 ms. Doubling tells
+# the three apart.
+LEAD = checked(geometric(0.0005, 0.512, 2))
+
+# Bytes of an encoded image: 3 kB for a demo JPEG, 100 to 500 kB for one at 1024x1024, 1.5 MB for
+# its PNG, 8 MB for the largest allowed. What matters is which of these it is: powers of two.
+IMAGE_BYTES = checked([2.0**exponent for exponent in range(10, 25)])

@@ -1,4 +1,4 @@
-"""The OTLP/HTTP exporter, and what it overlooks.
+"""The OTLP/HTTP exporters, of spans and of metrics, and what they overlook.
 
 To the SDK's exporter a redirect is a success, which it follows nowhere; a partial success is one
 like any other; a certificate that is not accepted is tried again like a connection that was cut;
@@ -13,6 +13,7 @@ from typing import Any
 
 import requests
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.metrics import MeterProvider
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
@@ -21,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 class Redirected(requests.RequestException):
-    """The endpoint answered with another address; spans are not sent after it."""
+    """The endpoint answered with another address; nothing is sent after it."""
 
     def __init__(self, status: int) -> None:
         super().__init__(
             f"the endpoint answered {status}, a redirect, which is not followed: name the address "
-            "that takes the spans"
+            "that takes them"
         )
 
 
@@ -38,10 +39,15 @@ class Untrusted(requests.RequestException):
 
 
 class AnswerReader(requests.Session):
-    """A session that reads the answers to the end. Used by one export at a time."""
+    """A session that reads the answers to the end. Used by one export at a time.
 
-    def __init__(self) -> None:
+    Args:
+        sent: what the exports hold, in a word for the log.
+    """
+
+    def __init__(self, sent: str) -> None:
         super().__init__()
+        self._sent = sent
         self._rejected = 0
 
     def request(self, *args: Any, **kwargs: Any) -> requests.Response:
@@ -54,13 +60,20 @@ class AnswerReader(requests.Session):
         if 300 <= response.status_code < 400:
             raise Redirected(response.status_code)
         if response.ok:
-            self._rejected += _rejected_spans(response)
+            self._rejected += self._refused(response)
         return response
 
     def take_rejected(self) -> int:
-        """How many spans the backend has refused, of batches it accepted, since last asked."""
+        """How much the backend has refused, of batches it accepted, since last asked."""
         rejected, self._rejected = self._rejected, 0
         return rejected
+
+    def _refused(self, response: requests.Response) -> int:
+        refused = _rejected(response)
+        if refused:
+            # Not the backend's own message, which may quote what it was sent.
+            logger.warning("the backend refused %d %s of a batch it accepted", refused, self._sent)
+        return refused
 
 
 def _reason(error: requests.RequestException) -> str:
@@ -69,23 +82,27 @@ def _reason(error: requests.RequestException) -> str:
     return str(getattr(cause, "reason", type(error).__name__))
 
 
-def _rejected_spans(response: requests.Response) -> int:
+def _rejected(response: requests.Response) -> int:
+    """How many of a batch were refused. The answers to spans and to metrics are one message but for
+    their names: the count is the same field of both."""
     if "protobuf" not in response.headers.get("content-type", ""):
         return 0
     try:
         answer = ExportTraceServiceResponse.FromString(response.content)
     except DecodeError:
         return 0
-    rejected = int(answer.partial_success.rejected_spans)
-    if rejected:
-        # Not the backend's own message, which may quote what it was sent.
-        logger.warning("the tracing backend refused %d spans of a batch it accepted", rejected)
-    return rejected
+    return int(answer.partial_success.rejected_spans)
 
 
 def otlp_exporter(
     meter_provider: MeterProvider | None = None,
 ) -> tuple[OTLPSpanExporter, AnswerReader]:
     """The exporter, which reads the standard `OTEL_EXPORTER_OTLP_*` variables, and its session."""
-    session = AnswerReader()
+    session = AnswerReader("spans")
     return OTLPSpanExporter(session=session, meter_provider=meter_provider), session
+
+
+def otlp_metric_exporter(**options: Any) -> tuple[OTLPMetricExporter, AnswerReader]:
+    """The same for metrics."""
+    session = AnswerReader("metric points")
+    return OTLPMetricExporter(session=session, **options), session

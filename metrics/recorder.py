@@ -59,8 +59,11 @@ class Recorder:
 
         self._submit(record)
 
-    def close(self, budget_seconds: float) -> int:
+    def close(self, budget_seconds: float, on_recorded: Callable[[], None] = lambda: None) -> int:
         """Record what was handed over and shut tracing down, within the budget.
+
+        Args:
+            on_recorded: called in between; the metrics say all that they will say of requests.
 
         Returns how many spans were lost.
         """
@@ -71,6 +74,7 @@ class Recorder:
             last.result(timeout=budget_seconds)
         except TimeoutError:
             logger.warning("some finished requests were not recorded in time")
+        on_recorded()
         lost = self._tracing.shutdown(max(0.0, deadline - time.monotonic()))
         self.left_behind = self._tracing.left_behind or not last.done()
         return lost

@@ -315,6 +315,8 @@ class RequestTiming:
     observes_run: bool = False
     facts: GenerationFacts | None = None
     failure: Failure | None = None
+    image_bytes: int | None = None
+    """Size of the encoded image, once there is one."""
 
     @property
     def duration_ns(self) -> int:
@@ -403,6 +405,7 @@ class RequestTimeline:
         observes_run: bool = False,
         facts: GenerationFacts | None = None,
         failure: Failure | None = None,
+        image_bytes: int | None = None,
     ) -> RequestTiming:
         """Close what is open and freeze the request's timing, ending now."""
         self.end()
@@ -418,4 +421,5 @@ class RequestTimeline:
             observes_run=observes_run,
             facts=facts,
             failure=failure,
+            image_bytes=image_bytes,
         )

@@ -34,6 +34,7 @@ class Call:
     run: RunTiming | None = None
     failure: Failure | None = None
     outcome: str = "ok"
+    image_bytes: int | None = None
     first_of_run: bool = True
     """Whether the run is observed with this call; of several calls in one run, the first's."""
     work: asyncio.Task[Any] | None = None
@@ -80,6 +81,7 @@ class Call:
             observes_run=self.run is not None and self.first_of_run,
             facts=self.facts,
             failure=self.failure,
+            image_bytes=self.image_bytes,
         )
 
 

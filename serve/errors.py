@@ -207,6 +207,14 @@ REQUEST_ERRORS: tuple[type[RequestError], ...] = (
 ERROR_TYPES = (*(error.error_type for error in REQUEST_ERRORS), "internal")
 """The closed set of `error_type` label values."""
 
+REJECTIONS = tuple(
+    error.error_type
+    for error in REQUEST_ERRORS
+    if error.outcome == "rejected" or error in (DeadlineExceeded, DeviceLost)
+)
+"""The error types that may turn a request away before any work was done for it: the closed set of
+`reason` label values."""
+
 OUTCOMES = ("ok", "invalid", "rejected", "deadline", "cancelled", "error")
 """The closed set of `outcome` label values."""
 

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import platform
 import secrets
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
@@ -26,7 +27,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
 from metrics.catalogue import GenerationMetrics
 from metrics.clock import Clock, make_clock
-from metrics.gpu import Gpu, GpuWatch
+from metrics.gpu import Gpu, GpuMetrics, GpuWatch
+from metrics.push import MetricsPush
 from metrics.recorder import Recorder
 from metrics.timeline import GenerationFacts, RunTimeline
 from metrics.tracing import Tracing
@@ -35,6 +37,7 @@ from serve.call import Call
 from serve.errors import (
     ERROR_TYPES,
     OUTCOMES,
+    REJECTIONS,
     ClientGone,
     DeadlineExceeded,
     DeviceLost,
@@ -59,7 +62,13 @@ from serve.schema import (
 )
 from serve.settings import ServeSettings
 from serve.startup import Prepare, Readiness, Startup, State
-from serve.telemetry import build_tracing
+from serve.telemetry import (
+    bucket_families,
+    build_gpu_metrics,
+    build_push,
+    build_resource,
+    build_tracing,
+)
 
 if TYPE_CHECKING:
     from kernels_warmup.compile import Fallbacks
@@ -131,6 +140,8 @@ class Runtime:
         make_run_clock: Callable[[str], Clock] = make_clock,
         prepare: Prepare | None = None,
         gpu: Gpu | None = None,
+        gpu_metrics: GpuMetrics | None = None,
+        push: MetricsPush | None = None,
     ) -> None:
         self.settings = settings
         self.tracing = tracing
@@ -142,6 +153,8 @@ class Runtime:
         self._gpu = GpuThread()
         self._upload = upload
         self._watch = GpuWatch(gpu)
+        self._gpu_metrics = gpu_metrics
+        self._push = push
         self._device_lost = False
         self.work_left_behind = False
         self.ready = asyncio.Event()
@@ -169,6 +182,10 @@ class Runtime:
         Raises:
             ModelError: the model cannot be loaded, or not made fast as the settings ask.
         """
+        if self._gpu_metrics is not None:
+            self._gpu_metrics.start()
+        if self._push is not None:
+            self._push.start()
         starting = self._starting = asyncio.create_task(self._startup.run(on_progress))
         ready = asyncio.create_task(self.ready.wait())
         try:
@@ -231,6 +248,7 @@ class Runtime:
 
         with call.stage("image_encode"):
             data = await asyncio.to_thread(encode_image, pixels, request.format)
+        call.image_bytes = len(data)
         with call.stage("upload"):
             url = await self._put(data, plan)
 
@@ -267,6 +285,7 @@ class Runtime:
             pixels, truncated = outcome
             with one.call.stage("image_encode"):
                 data = await asyncio.to_thread(encode_image, pixels, one.plan.request.format)
+            one.call.image_bytes = len(data)
             with one.call.stage("upload"):
                 url = await self._put(data, one.plan)
             return self._response(one.plan, one.call, url, truncated)
@@ -596,7 +615,14 @@ class Runtime:
         # A compile cannot be interrupted and may take minutes, a hung run for ever.
         self.work_left_behind = not self._gpu.stop(timeout_seconds=0.1)
         self._startup.end(self.work_left_behind)
-        lost = self.recorder.close(budget_seconds)
+        if self._gpu_metrics is not None:
+            self._gpu_metrics.stop()
+        # Spans and metrics leave side by side: a dead backend takes all the time it is given.
+        deadline = time.monotonic() + budget_seconds
+        push = self._push
+        lost = self.recorder.close(budget_seconds, push.begin_end if push else lambda: None)
+        if push is not None:
+            push.end(max(0.0, deadline - time.monotonic()))
         self.work_left_behind |= self.recorder.left_behind
         self.work_left_behind |= not self.profiling.close(PROFILE_SECONDS)
         return lost
@@ -640,6 +666,8 @@ def build_runtime(
         endpoints=ENDPOINTS,
         outcomes=OUTCOMES,
         error_types=ERROR_TYPES,
+        rejections=REJECTIONS,
+        bucket_families=bucket_families(settings),
         build={
             "version": version("stepspan"),
             "python": platform.python_version(),
@@ -648,9 +676,20 @@ def build_runtime(
         },
     )
     gpu = Gpu.open(settings.device)
-    tracing = build_tracing(settings, metrics, gpu)
+    resource = build_resource(settings, gpu)
+    tracing = build_tracing(settings, metrics, resource)
     recorder = Recorder(tracing, metrics, settings.trace_steps)
-    return Runtime(settings, tracing, metrics, recorder, upload, prepare=prepare, gpu=gpu)
+    return Runtime(
+        settings,
+        tracing,
+        metrics,
+        recorder,
+        upload,
+        prepare=prepare,
+        gpu=gpu,
+        gpu_metrics=build_gpu_metrics(settings, metrics, gpu),
+        push=build_push(settings, metrics, resource),
+    )
 
 
 def _fail_at_last_stage(call: Call, failure: RequestError) -> None:

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kernels_warmup.shapes import CompiledShape
+from metrics import buckets
 from metrics.tracing import MAX_QUEUE_SIZE, MOST_SPANS_PER_REQUEST
 from serve.errors import ConfigurationError
 
@@ -38,7 +39,13 @@ def _rate(value: float) -> float:
 # NAME=VALUE, NAME=VALUE: what the exporter would skip with a warning that quotes it is refused.
 _HEADER = r"""[ \t]*[-!#-'*+.0-9A-Z^-z|~]+[ \t]*=[ !#-+\--:<-\[\]-~\t]*"""
 _HEADERS = rf"^{_HEADER}(,{_HEADER})*,?\s*$"
-_SECRET_FIELDS = frozenset({"otlp_headers", "otlp_traces_headers", "admin_token"})
+_SECRET_FIELDS = frozenset(
+    {"otlp_headers", "otlp_traces_headers", "otlp_metrics_headers", "admin_token"}
+)
+
+_BUCKETS = f"a comma-separated list of 1 to {buckets.MOST_BOUNDS} {{}}, each above the last"
+_BUCKETS_IN_SECONDS = _BUCKETS.format("positive numbers of seconds")
+_BUCKETS_IN_BYTES = _BUCKETS.format("positive numbers of bytes")
 
 # Standard samplers of the OpenTelemetry specification and the root each gives.
 SamplerName = Literal[
@@ -145,6 +152,44 @@ class ServeSettings(BaseSettings):
         min_length=16,
         description="a token of at least 16 characters, printable and without spaces,",
     )
+    # An answered request is within its budget when it took at most the base, plus for each step the
+    # step's, in proportion to its area over the default shape's.
+    budget_seconds: float = Field(
+        default=2, ge=0, le=3600, allow_inf_nan=False, description="a number from 0 to 3600"
+    )
+    budget_step_ms: float | None = Field(
+        default=None,
+        gt=0,
+        le=3_600_000,
+        allow_inf_nan=False,
+        description="a number of milliseconds up to 3600000, above 0",
+    )
+    peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        le=1_000_000,
+        allow_inf_nan=False,
+        description="a number of dense bf16 teraFLOPs a second up to 1000000, above 0",
+    )
+    otlp_metrics: bool = Field(default=False, description="true or false")
+    buckets_request: Annotated[tuple[float, ...] | None, NoDecode] = Field(
+        default=None, description=_BUCKETS_IN_SECONDS
+    )
+    buckets_queue: Annotated[tuple[float, ...] | None, NoDecode] = Field(
+        default=None, description=_BUCKETS_IN_SECONDS
+    )
+    buckets_stage: Annotated[tuple[float, ...] | None, NoDecode] = Field(
+        default=None, description=_BUCKETS_IN_SECONDS
+    )
+    buckets_step: Annotated[tuple[float, ...] | None, NoDecode] = Field(
+        default=None, description=_BUCKETS_IN_SECONDS
+    )
+    buckets_lead: Annotated[tuple[float, ...] | None, NoDecode] = Field(
+        default=None, description=_BUCKETS_IN_SECONDS
+    )
+    buckets_image_bytes: Annotated[tuple[float, ...] | None, NoDecode] = Field(
+        default=None, description=_BUCKETS_IN_BYTES
+    )
     # Every answered image says its price basis, megapixels times steps, in fal's billing header.
     fal_billing: bool = Field(default=False, description="true or false")
 
@@ -225,6 +270,43 @@ class ServeSettings(BaseSettings):
         # be nearly three hours.
         description="a number of seconds up to 300, above 0 (not milliseconds)",
     )
+    otlp_metrics_endpoint: str | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+        pattern=r"^https?://[^\s]+$",
+        description="an http:// or https:// URL, used as it stands",
+    )
+    otlp_metrics_headers: str | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_METRICS_HEADERS",
+        pattern=_HEADERS,
+        description="a comma-separated list of NAME=VALUE, values percent-encoded",
+    )
+    otlp_metrics_compression: Literal["none", "gzip", "deflate"] | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_METRICS_COMPRESSION",
+        description="none, gzip or deflate",
+    )
+    otlp_metrics_timeout: float | None = Field(
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_METRICS_TIMEOUT",
+        gt=0,
+        le=300,
+        description="a number of seconds up to 300, above 0 (not milliseconds)",
+    )
+    otlp_metrics_temporality: Literal["cumulative", "delta", "lowmemory"] = Field(
+        default="cumulative",
+        validation_alias="OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
+        description="cumulative, delta or lowmemory",
+    )
+    metric_export_interval: float = Field(
+        default=60_000,
+        validation_alias="OTEL_METRIC_EXPORT_INTERVAL",
+        ge=1000,
+        le=3_600_000,
+        allow_inf_nan=False,
+        description="a number of milliseconds from 1000 to 3600000",
+    )
     bsp_max_queue_size: int | None = Field(
         default=None,
         validation_alias="OTEL_BSP_MAX_QUEUE_SIZE",
@@ -258,6 +340,24 @@ class ServeSettings(BaseSettings):
         if token is not None and not re.fullmatch(r"[!-~]+", token.get_secret_value()):
             raise ValueError("does not fit into a header")
         return token
+
+    @field_validator("otlp_metrics_temporality", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value  # the specification's spelling
+
+    @field_validator(
+        "buckets_request",
+        "buckets_queue",
+        "buckets_stage",
+        "buckets_step",
+        "buckets_lead",
+        "buckets_image_bytes",
+        mode="before",
+    )
+    @classmethod
+    def _parse_buckets(cls, value: Any) -> Any:
+        return buckets.parse(value) if isinstance(value, str) else value
 
     @property
     def tracing_enabled(self) -> bool:
@@ -321,6 +421,11 @@ def _sentence(error: ValidationError) -> str:
 
 
 def _refuse_contradictions(settings: ServeSettings) -> None:
+    if settings.otlp_metrics and not (settings.otlp_metrics_endpoint or settings.otlp_endpoint):
+        raise ConfigurationError(
+            "SDXL_OTLP_METRICS needs an endpoint to push to: set OTEL_EXPORTER_OTLP_ENDPOINT or "
+            "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT."
+        )
     rate, argument = settings.sample_rate, settings.traces_sampler_arg
     if rate is not None and argument is not None and rate != argument:
         raise ConfigurationError(

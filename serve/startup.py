@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kernels_warmup.cache import CacheResult, CompileCache, cache_key
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import BOTH, RunOnce, Warmup, WarmupReport
-from metrics.catalogue import GenerationMetrics
+from metrics.catalogue import GenerationMetrics, RunFlops
 from metrics.clock import Clock, WallAnchor
 from metrics.recorder import Recorder
 from metrics.timeline import Failure, PhaseTiming, WarmupTiming
 from serve.errors import Draining, ModelError
 from serve.gpu_thread import GpuThread
 from serve.settings import ServeSettings
+from serve.telemetry import build_budget
 
 if TYPE_CHECKING:
     from kernels_warmup.compile import CompiledModel
@@ -144,6 +145,8 @@ class Startup:
                 if self._settings.ready_early and warmup.warm_shapes:
                     self._become_ready(warmup)
             await self._piece(lambda: self._verify(warmup))
+            for shape in warmup.warm_shapes:
+                await self._piece(lambda shape=shape: self._count_flops(shape))  # type: ignore[misc]
             self._become_ready(warmup)
         except Exception as error:
             failure = Failure(
@@ -315,6 +318,27 @@ class Startup:
             math.fsum(phase.duration_ns for phase in report.phases) / 1e9,
         )
 
+    def _count_flops(self, shape: CompiledShape) -> None:
+        """What a run at this shape is worth: utilisation is a share of it.
+
+        A piece like the others, because torch counts through hooks that every module of the process
+        runs while it does.
+        """
+        assert self.model is not None
+        self._progress(f"count_flops {shape}")
+        started_ns = self._now_ns()
+        try:
+            from kernels_warmup.flops import count_run
+
+            flops = count_run(self.model.pipeline, shape)
+        except Exception as error:  # noqa: BLE001 - images are drawn without it
+            logger.warning("the FLOPs at %s are not counted: %s", shape, type(error).__name__)
+        else:
+            self._metrics.set_flops(
+                str(shape), RunFlops(flops.text_encode, flops.step, flops.vae_decode)
+            )
+            self._end_phase(f"count_flops {shape}", started_ns, {"shape": str(shape)})
+
     # Telling
 
     def _progress(self, phase: str) -> None:
@@ -350,6 +374,9 @@ class Startup:
         """Serve the shapes that are warm by now."""
         self._readiness.shapes = warmup.warm_shapes
         self._metrics.set_warm_shapes([str(shape) for shape in warmup.warm_shapes])
+        self._metrics.set_budget(
+            build_budget(self._settings, warmup.warm_shapes[0], self._readiness.device)
+        )
         if self._readiness.state is State.STARTING:
             self._readiness.state = State.READY
             self._readiness.phase = "ready"

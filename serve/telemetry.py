@@ -1,16 +1,21 @@
-"""The settings' tracing, built: sampler, exporter and what the spans are said to come from."""
+"""The settings' telemetry, built: tracing, what the metrics need to know, and who pushes them."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import uuid
 from importlib.metadata import version
 
 from opentelemetry.sdk.resources import Resource
 
-from metrics.catalogue import GenerationMetrics
-from metrics.gpu import Gpu
+from kernels_warmup.shapes import CompiledShape
+from metrics.budget import Budget
+from metrics.catalogue import BucketFamilies, GenerationMetrics
+from metrics.gpu import Gpu, GpuMetrics, MemoryUse
+from metrics.peaks import peak_flops
+from metrics.push import MetricsPush
 from metrics.sampling import KeepRules, Sampling
 from metrics.tracing import Tracing, otlp_destination, sdk_metrics
 from serve.settings import ServeSettings
@@ -19,9 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 def build_tracing(
-    settings: ServeSettings, metrics: GenerationMetrics, gpu: Gpu | None = None
+    settings: ServeSettings, metrics: GenerationMetrics, resource: Resource | None = None
 ) -> Tracing:
-    """Tracing as configured; without an endpoint nothing is exported and nothing complains."""
+    """Tracing as configured; without an endpoint nothing is exported and nothing complains.
+
+    Args:
+        resource: what the spans are said to come from; pushed metrics say the same.
+    """
     destination = None
     if settings.tracing_enabled:
         if os.environ.get("OTEL_BSP_EXPORT_TIMEOUT"):
@@ -33,7 +42,7 @@ def build_tracing(
     return Tracing(
         sampling=build_sampling(settings),
         destination=destination,
-        resource=build_resource(settings, gpu),
+        resource=resource or build_resource(settings),
         on_ended=metrics.spans_ended,
         on_settled=metrics.spans_settled,
         version=version("stepspan"),
@@ -78,3 +87,76 @@ def build_resource(settings: ServeSettings, gpu: Gpu | None = None) -> Resource:
     if gpu is not None:
         attributes |= gpu.identity
     return Resource.create(attributes)
+
+
+# What a guided step at the default shape may take where the operator says nothing. On a GPU: the 50
+# ms that published H100-class figures at 1024x1024 stay under, where this service takes 30. On a
+# CPU: four times what the demo model takes on two idle cores.
+_GPU_STEP_SECONDS = 0.050
+_CPU_STEP_SECONDS = 0.100
+
+
+def build_budget(settings: ServeSettings, default_shape: CompiledShape, device: str) -> Budget:
+    """What a request may take on `device` (a torch device's name)."""
+    step_seconds = _GPU_STEP_SECONDS if device.startswith("cuda") else _CPU_STEP_SECONDS
+    if settings.budget_step_ms is not None:
+        step_seconds = settings.budget_step_ms / 1e3
+    return Budget(settings.budget_seconds, step_seconds, default_shape.pixels)
+
+
+def bucket_families(settings: ServeSettings) -> BucketFamilies:
+    """The operator's bounds where there are any, else those of `buckets.py`."""
+    stated = {
+        "request": settings.buckets_request,
+        "queue": settings.buckets_queue,
+        "stage": settings.buckets_stage,
+        "step": settings.buckets_step,
+        "lead": settings.buckets_lead,
+        "image_bytes": settings.buckets_image_bytes,
+    }
+    return BucketFamilies(**{name: bounds for name, bounds in stated.items() if bounds is not None})
+
+
+def build_gpu_metrics(
+    settings: ServeSettings, metrics: GenerationMetrics, gpu: Gpu | None
+) -> GpuMetrics:
+    """The GPU's figures, shown with the others; nothing without a GPU."""
+    gpu_metrics = GpuMetrics(gpu, torch_memory, lambda: metrics.fault("nvml"))
+    metrics.show(gpu_metrics)
+    peak = peak_flops("" if gpu is None else gpu.identity["hw.name"], settings.peak_tflops)
+    if peak is not None:
+        metrics.set_peak_flops(peak)
+    return gpu_metrics
+
+
+def torch_memory() -> MemoryUse | None:
+    """What torch's allocator holds on the device in use; None until something has touched it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return MemoryUse(
+        allocated=torch.cuda.memory_allocated(),
+        reserved=torch.cuda.memory_reserved(),
+        peak=torch.cuda.max_memory_allocated(),
+    )
+
+
+def build_push(
+    settings: ServeSettings, metrics: GenerationMetrics, resource: Resource
+) -> MetricsPush | None:
+    """Who pushes the metrics over OTLP, where somebody asked for it."""
+    if not settings.otlp_metrics or settings.sdk_disabled:
+        return None
+    from metrics.otlp import otlp_metric_exporter
+
+    exporter, answers = otlp_metric_exporter()
+    return MetricsPush(
+        metrics.registry,
+        exporter,
+        resource,
+        # `lowmemory` asks for differences of counters and histograms, and has no say on gauges.
+        delta=settings.otlp_metrics_temporality != "cumulative",
+        period_seconds=settings.metric_export_interval / 1e3,
+        on_pushed=metrics.pushed,
+        take_rejected=answers.take_rejected,
+    )

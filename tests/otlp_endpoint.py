@@ -1,8 +1,10 @@
-"""A real OTLP/HTTP protobuf endpoint on loopback that keeps the spans it receives, or is unwell."""
+"""A real OTLP/HTTP protobuf endpoint on loopback that keeps the spans and metrics it gets, or is
+unwell."""
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 import ssl
 import tempfile
@@ -20,6 +22,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -64,12 +70,34 @@ HEALTHY = Answer()
 PROTOBUF = "application/x-protobuf"
 
 
+@dataclass(frozen=True)
+class ReceivedPoint:
+    """One series of a metric as it crossed the wire. A histogram's `value` is its sum."""
+
+    name: str
+    unit: str
+    kind: str
+    attributes: dict[str, Any]
+    value: float
+    start_ns: int
+    end_ns: int
+    temporality: int
+    resource: dict[str, Any]
+    count: int = 0
+    bucket_counts: tuple[int, ...] = ()
+    bounds: tuple[float, ...] = ()
+    exemplars: tuple[tuple[str, str, float], ...] = ()
+    """Trace id, span id and value of each."""
+
+
 @dataclass
 class OtlpEndpoint:
     """What a test sees of the endpoint."""
 
     url: str
     spans: list[ReceivedSpan] = field(default_factory=list)
+    pushes: list[list[ReceivedPoint]] = field(default_factory=list)
+    """What `/v1/metrics` received, one push after the other."""
     headers: list[dict[str, str]] = field(default_factory=list)
     arrived: threading.Condition = field(default_factory=threading.Condition)
 
@@ -90,6 +118,25 @@ class OtlpEndpoint:
                     raise AssertionError(f"not received in {timeout_seconds} s; have {names}")
                 self.arrived.wait(left)
             return list(self.spans)
+
+    def wait_for_points(
+        self, name: str, timeout_seconds: float = 20, **attributes: str
+    ) -> list[ReceivedPoint]:
+        """All points of one series pushed so far, once there is one."""
+
+        def received() -> list[ReceivedPoint]:
+            points = itertools.chain.from_iterable(self.pushes)
+            return [
+                p for p in points if p.name == name and attributes.items() <= p.attributes.items()
+            ]
+
+        deadline = time.monotonic() + timeout_seconds
+        with self.arrived:
+            while not (points := received()):
+                left = deadline - time.monotonic()
+                assert left > 0, f"{name} was not pushed in {timeout_seconds} s"
+                self.arrived.wait(left)
+            return points
 
     def wait_for_trace(self, trace_id: str, timeout_seconds: float = 20) -> list[ReceivedSpan]:
         """The spans of a trace once its root has arrived; a tree is exported in one piece."""
@@ -136,21 +183,29 @@ def otlp_endpoint(answer: Answer = HEALTHY, tls: bool = False) -> Iterator[OtlpE
                 None if math.isinf(answer.seconds) else answer.seconds
             ):
                 return
-            told = ExportTraceServiceResponse()
-            if answer.status == 200:
-                spans = list(_received(ExportTraceServiceRequest.FromString(body)))
-                with endpoint.arrived:
-                    endpoint.headers.append(dict(self.headers))
-                    endpoint.spans.extend(spans[answer.rejected :])
-                    endpoint.arrived.notify_all()
-                told.partial_success.rejected_spans = min(answer.rejected, len(spans))
-            text = told.SerializeToString()
+            text = self._take(body) if answer.status == 200 else b""
             self.send_response(answer.status)
             self.send_header("Content-Length", str(len(text)))
             for name, value in ({"Content-Type": PROTOBUF} | dict(answer.headers)).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(text)
+
+        def _take(self, body: bytes) -> bytes:
+            with endpoint.arrived:
+                endpoint.headers.append(dict(self.headers))
+                endpoint.arrived.notify_all()
+                if self.path.endswith("/v1/metrics"):
+                    metrics = ExportMetricsServiceRequest.FromString(body)
+                    endpoint.pushes.append(list(_received_points(metrics)))
+                    taken = ExportMetricsServiceResponse()
+                    taken.partial_success.rejected_data_points = answer.rejected
+                    return taken.SerializeToString()
+                spans = list(_received(ExportTraceServiceRequest.FromString(body)))
+                endpoint.spans.extend(spans[answer.rejected :])
+            told = ExportTraceServiceResponse()
+            told.partial_success.rejected_spans = min(answer.rejected, len(spans))
+            return told.SerializeToString()
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -217,6 +272,36 @@ def _received(request: ExportTraceServiceRequest) -> Iterator[ReceivedSpan]:
                     resource=resource,
                     trace_state=span.trace_state,
                 )
+
+
+def _received_points(request: ExportMetricsServiceRequest) -> Iterator[ReceivedPoint]:
+    for resource_metrics in request.resource_metrics:
+        resource = {a.key: _value(a.value) for a in resource_metrics.resource.attributes}
+        for scope_metrics in resource_metrics.scope_metrics:
+            for metric in scope_metrics.metrics:
+                kind = metric.WhichOneof("data")
+                assert kind is not None
+                data = getattr(metric, kind)
+                for point in data.data_points:
+                    histogram = kind == "histogram"
+                    yield ReceivedPoint(
+                        name=metric.name,
+                        unit=metric.unit,
+                        kind=kind,
+                        attributes={a.key: _value(a.value) for a in point.attributes},
+                        value=point.sum if histogram else point.as_double,
+                        start_ns=point.start_time_unix_nano,
+                        end_ns=point.time_unix_nano,
+                        temporality=getattr(data, "aggregation_temporality", 0),
+                        resource=resource,
+                        count=point.count if histogram else 0,
+                        bucket_counts=tuple(point.bucket_counts) if histogram else (),
+                        bounds=tuple(point.explicit_bounds) if histogram else (),
+                        exemplars=tuple(
+                            (e.trace_id.hex(), e.span_id.hex(), e.as_double)
+                            for e in point.exemplars
+                        ),
+                    )
 
 
 def _value(value: AnyValue) -> Any:

@@ -306,7 +306,7 @@ def test_the_start_is_a_trace_of_its_own(server: Server) -> None:
     spans = server.otlp.wait_for(lambda spans: any(s.name == "warmup" for s in spans))
     warmup = by_name(spans, "warmup")
     children = [s.name.split(" ")[0] for s in spans if s.parent_span_id == warmup.span_id]
-    assert set(children) == {"load_model", "compile", "verify"}
+    assert set(children) == {"load_model", "prepare", "compile", "verify", "count_flops"}
     assert not warmup.parent_span_id
 
 

@@ -66,3 +66,22 @@ def test_the_code_that_runs_is_the_wheels(python: Path, tmp_path: Path) -> None:
         check=True,
     ).stdout
     assert shown.count(str(python.parent.parent)) == 2
+
+
+def test_it_brings_what_is_for_whoever_is_on_call(python: Path, tmp_path: Path) -> None:
+    listing = "print(*sorted(f.name for f in (files('metrics') / 'monitoring').iterdir()))"
+    shown = subprocess.run(
+        [python, "-c", f"from importlib.resources import files; {listing}"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown.split() == [
+        "dashboard.json",
+        "fal.yml",
+        "prometheus.yml",
+        "rules.yml",
+        "rules_test.yml",
+    ]

@@ -1,27 +1,48 @@
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from metrics.catalogue import GenerationMetrics, render
+from metrics.budget import Budget
+from metrics.catalogue import GenerationMetrics, RunFlops, render
 from metrics.timeline import Failure
-from tests.metrics.timings import START_NS, request_timing, run_timing
+from tests.metrics.timings import FACTS, START_NS, request_timing, run_timing
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 EXEMPLAR = {"trace_id": "a" * 32, "span_id": "b" * 16}
 
 
-@pytest.fixture
-def metrics() -> GenerationMetrics:
-    metrics = GenerationMetrics(
-        CollectorRegistry(),
+def declared(registry: CollectorRegistry) -> GenerationMetrics:
+    return GenerationMetrics(
+        registry,
         endpoints=("/", "/stream"),
-        outcomes=("ok", "error"),
-        error_types=("queue_full", "internal"),
+        outcomes=("ok", "error", "rejected", "cancelled"),
+        error_types=("queue_full", "deadline_exceeded", "non_finite_output", "internal"),
+        rejections=("queue_full", "deadline_exceeded"),
         build={"version": "1"},
     )
+
+
+@pytest.fixture
+def metrics() -> GenerationMetrics:
+    metrics = declared(CollectorRegistry())
     metrics.set_warm_shapes(["128x96"])
     return metrics
+
+
+def parsed(metrics: GenerationMetrics) -> dict[str, str]:
+    """The type of every family of a scrape, by its name, as OpenMetrics' own parser reads it."""
+    body, _ = render(metrics.registry, OPENMETRICS)
+    return {family.name: family.type for family in text_string_to_metric_families(body.decode())}
 
 
 def value(metrics: GenerationMetrics, name: str, **labels: str) -> float | None:
@@ -42,8 +63,6 @@ def test_a_request_is_observed_once_everywhere(metrics: GenerationMetrics) -> No
 
 
 def test_a_shared_run_is_observed_once(metrics: GenerationMetrics) -> None:
-    import dataclasses
-
     request = request_timing()
     metrics.observe_request(request, None)
     metrics.observe_request(dataclasses.replace(request, observes_run=False), None)
@@ -52,8 +71,9 @@ def test_a_shared_run_is_observed_once(metrics: GenerationMetrics) -> None:
 
 
 def test_openmetrics_carries_the_exemplar(metrics: GenerationMetrics) -> None:
+    metrics.set_budget(Budget(1, 0.1, 128 * 96))
     metrics.observe_request(request_timing(), EXEMPLAR)
-    body, content_type = render(metrics.registry, "application/openmetrics-text; version=1.0.0")
+    body, content_type = render(metrics.registry, OPENMETRICS)
     assert content_type.startswith("application/openmetrics-text")
     exemplars = {
         sample.name: sample.exemplar.labels
@@ -63,6 +83,9 @@ def test_openmetrics_carries_the_exemplar(metrics: GenerationMetrics) -> None:
     }
     for name in ("request", "queue", "stage", "denoise_step"):
         assert exemplars[f"sdxl_{name}_duration_seconds_bucket"] == EXEMPLAR
+    for name in ("denoise_step_lead_seconds", "image_bytes"):
+        assert exemplars[f"sdxl_{name}_bucket"] == EXEMPLAR
+    assert exemplars["sdxl_request_budget_total"] == EXEMPLAR
 
 
 def test_plain_text_is_the_default(metrics: GenerationMetrics) -> None:
@@ -77,8 +100,6 @@ def test_a_trace_that_is_not_exported_leaves_no_exemplar(metrics: GenerationMetr
 
 
 def test_labels_come_from_closed_sets(metrics: GenerationMetrics) -> None:
-    import dataclasses
-
     run = dataclasses.replace(run_timing(START_NS), shape="1000x8")
     failure = Failure("never heard of", "X", "x", START_NS)
     request = dataclasses.replace(
@@ -91,6 +112,86 @@ def test_labels_come_from_closed_sets(metrics: GenerationMetrics) -> None:
     labels = {"endpoint": "other", "outcome": "error"}
     assert value(metrics, "sdxl_request_duration_seconds_count", **labels) == 1
     assert value(metrics, "sdxl_images_total") == 0
+
+
+def failing(error_type: str, outcome: str = "error", **changes: Any) -> Any:
+    failure = Failure(error_type, "X", "x", START_NS)
+    timing = request_timing(outcome=outcome, failure=failure)
+    return dataclasses.replace(timing, **changes)
+
+
+def test_a_rejection_is_a_request_that_no_work_was_done_for(metrics: GenerationMetrics) -> None:
+    metrics.observe_request(failing("queue_full", "rejected", run=None), None)
+    metrics.observe_request(failing("deadline_exceeded", run=None), None)
+    metrics.observe_request(failing("deadline_exceeded"), None)  # midway
+    assert value(metrics, "sdxl_rejections_total", reason="queue_full") == 1
+    assert value(metrics, "sdxl_rejections_total", reason="deadline_exceeded") == 1
+    assert value(metrics, "sdxl_errors_total", error_type="deadline_exceeded") == 2
+
+
+def test_what_is_not_finite_is_counted(metrics: GenerationMetrics) -> None:
+    metrics.observe_request(failing("non_finite_output"), None)
+    assert value(metrics, "sdxl_non_finite_outputs_total") == 1
+
+
+def test_a_client_that_leaves_is_counted_by_what_was_going_on(metrics: GenerationMetrics) -> None:
+    metrics.observe_request(failing("internal", "cancelled", run=None), None)
+    during = failing("internal", "cancelled")
+    before_encoding = [s for s in during.stages if s.name in ("receive", "queue")]
+    metrics.observe_request(dataclasses.replace(during, stages=tuple(before_encoding)), None)
+    metrics.observe_request(during, None)
+    for when in ("waiting", "running", "answering"):
+        assert value(metrics, "sdxl_cancelled_total", during=when) == 1
+
+
+def test_a_budget_follows_shape_and_steps(metrics: GenerationMetrics) -> None:
+    budget = Budget(base_seconds=0.01, step_seconds=0.02, pixels=128 * 96)
+    assert budget.seconds(128, 96, 3) == pytest.approx(0.07)
+    assert budget.seconds(256, 96, 30) == pytest.approx(1.21)
+    took = request_timing()
+    metrics.observe_request(took, None)
+    assert value(metrics, "sdxl_request_budget_total", result="within") == 0  # none is set yet
+    seconds = took.duration_ns / 1e9
+    for step_seconds in ((seconds - 0.001) / 3, (seconds + 0.001) / 3):
+        metrics.set_budget(Budget(0, step_seconds, 128 * 96))
+        metrics.observe_request(took, None)
+    metrics.observe_request(failing("internal"), None)
+    assert value(metrics, "sdxl_request_budget_total", result="within") == 1
+    assert value(metrics, "sdxl_request_budget_total", result="over") == 1
+
+
+def test_the_lead_is_observed_on_a_gpus_clock_only(metrics: GenerationMetrics) -> None:
+    metrics.observe_request(request_timing(), None)
+    run = dataclasses.replace(run_timing(START_NS), clock="host")
+    metrics.observe_request(request_timing(run=run), None)
+    assert value(metrics, "sdxl_denoise_step_lead_seconds_count") == 3
+
+
+def test_flops_and_seconds_count_the_same_runs(metrics: GenerationMetrics) -> None:
+    metrics.set_flops("128x96", RunFlops(guided_text_encode=10, guided_step=100, vae_decode=1000))
+    metrics.observe_request(request_timing(), None)
+    flops, seconds = "sdxl_model_flops_total", "sdxl_run_seconds_total"
+    assert value(metrics, flops) == 10 + 3 * 100 + 1000
+    took = value(metrics, seconds)
+    run = run_timing(START_NS)
+    assert took == pytest.approx((run.stages[-1].end_ns - run.stages[0].start_ns) / 1e9)
+    # Without guidance half of the batch, and only what was done: no decoding of a run that failed.
+    half = dataclasses.replace(run, guidance=False, stages=run.stages[:2])
+    metrics.observe_request(request_timing(run=half), None)
+    assert value(metrics, flops) == 1310 + 5 + 3 * 50
+    cold = dataclasses.replace(run, shape="640x64")
+    before = value(metrics, flops), value(metrics, seconds)
+    metrics.observe_request(request_timing(run=cold), None)
+    assert (value(metrics, flops), value(metrics, seconds)) == before
+    pair = dataclasses.replace(run, batch_size=2)
+    metrics.observe_request(request_timing(run=pair), None)
+    assert value(metrics, flops) == 1465 + 2 * 1310
+
+
+def test_a_peak_is_told_where_it_is_known(metrics: GenerationMetrics) -> None:
+    assert value(metrics, "sdxl_peak_flops_per_second") is None
+    metrics.set_peak_flops(989e12)
+    assert value(metrics, "sdxl_peak_flops_per_second") == 989e12
 
 
 def test_counters_exist_before_their_first_event(metrics: GenerationMetrics) -> None:
@@ -121,14 +222,164 @@ def test_gauges_follow(metrics: GenerationMetrics) -> None:
     assert value(metrics, "sdxl_record_failures_total") == 1
 
 
-def test_two_services_on_one_registry_are_refused() -> None:
+def test_the_second_service_of_a_process_keeps_its_metrics_to_itself() -> None:
+    """The shared scrape stays whole, and each service's own tells what it did."""
     registry = CollectorRegistry()
-    arguments = {
-        "endpoints": ("/",),
-        "outcomes": ("ok",),
-        "error_types": (),
-        "build": {"version": "1"},
-    }
-    GenerationMetrics(registry, **arguments)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Duplicated"):
-        GenerationMetrics(registry, **arguments)  # type: ignore[arg-type]
+    first, second = declared(registry), declared(registry)
+    second.observe_request(request_timing(), EXEMPLAR)
+    assert first.registry is registry
+    assert value(first, "sdxl_images_total") == 0
+    assert value(second, "sdxl_images_total") == 1
+    assert value(second, "sdxl_telemetry_faults_total", fault="declared_twice") == 1
+    assert value(first, "sdxl_telemetry_faults_total", fault="declared_twice") == 0
+    for service in (first, second):
+        parsed(service)
+
+
+def test_a_name_taken_by_a_library_does_not_break_the_service() -> None:
+    registry = CollectorRegistry()
+    Gauge("sdxl_ready", "Somebody else's.", registry=registry)
+    metrics = declared(registry)
+    metrics.set_ready(True)
+    assert value(metrics, "sdxl_ready") == 1
+    assert registry.get_sample_value("sdxl_ready") == 0
+
+
+class Broken:
+    """Tells a metric until it breaks."""
+
+    broken = False
+
+    def collect(self) -> Iterator[Metric]:
+        if self.broken:
+            raise RuntimeError("a driver went away")
+        yield GaugeMetricFamily("sdxl_something", "Something.", value=1)
+
+
+def test_a_metric_registered_twice_is_refused_and_counted(metrics: GenerationMetrics) -> None:
+    metrics.show(Broken())
+    metrics.show(Broken())
+    assert value(metrics, "sdxl_something") == 1
+    assert value(metrics, "sdxl_telemetry_faults_total", fault="declared_twice") == 1
+
+
+def test_a_collector_that_raises_is_left_out_and_counted(metrics: GenerationMetrics) -> None:
+    collector = Broken()
+    metrics.show(collector)
+    collector.broken = True
+    assert "sdxl_something" not in parsed(metrics)
+    assert value(metrics, "sdxl_ready") == 0
+    collector.broken = False
+    assert parsed(metrics)["sdxl_something"] == "gauge"
+    counted = value(metrics, "sdxl_telemetry_faults_total", fault="collector")
+    assert counted is not None
+    assert counted >= 1
+
+
+@pytest.mark.parametrize(
+    ("wrong_ns", "fault"),
+    [(-5, "negative_value"), (float("nan"), "not_a_number"), (float("inf"), "not_a_number")],
+)
+def test_a_clock_that_is_wrong_is_counted_and_spoils_no_sum(
+    metrics: GenerationMetrics, wrong_ns: float, fault: str
+) -> None:
+    metrics.set_flops("128x96", RunFlops(1, 1, 1))
+    good = request_timing()
+    assert good.run is not None
+
+    def wrong(timing: Any) -> Any:
+        return dataclasses.replace(timing, end_ns=timing.start_ns + wrong_ns)
+
+    run = dataclasses.replace(
+        good.run,
+        stages=tuple(wrong(stage) for stage in good.run.stages),
+        steps=tuple(dataclasses.replace(wrong(step), lead_ns=wrong_ns) for step in good.run.steps),
+    )
+    stages = tuple(wrong(stage) for stage in good.stages)
+    metrics.observe_request(dataclasses.replace(wrong(good), stages=stages, run=run), EXEMPLAR)
+    # The request, its five stages, the run's three, its steps and leads, and perhaps its time.
+    assert value(metrics, "sdxl_telemetry_faults_total", fault=fault) == pytest.approx(16, abs=1)
+    metrics.observe_request(good, EXEMPLAR)
+    for name in ("sdxl_request_duration_seconds", "sdxl_stage_duration_seconds"):
+        sums = [
+            sample.value
+            for family in metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == name + "_sum"
+        ]
+        assert all(math.isfinite(total) and total >= 0 for total in sums)
+        assert sum(sums) > 0
+
+
+def test_an_exemplar_over_the_limit_is_left_out_and_the_rest_observed(
+    metrics: GenerationMetrics,
+) -> None:
+    metrics.observe_request(request_timing(), {"trace_id": "a" * 32, "why": "b" * 100})
+    body, _ = render(metrics.registry, OPENMETRICS)
+    assert b"trace_id" not in body
+    assert value(metrics, "sdxl_images_total") == 1
+    assert value(metrics, "sdxl_telemetry_faults_total", fault="exemplar_too_long") == 1
+
+
+def test_ten_thousand_varied_requests_add_no_series(metrics: GenerationMetrics) -> None:
+    random = Random(0)
+    metrics.set_warm_shapes(["128x96", "160x96"], max_batch=2)
+    metrics.set_budget(Budget(1, 0.1, 128 * 96))
+    before = series(metrics)
+    for _ in range(10_000):
+        failure = None
+        outcome = random.choice(("ok", "error", "cancelled", f"odd {random.random()}"))
+        if outcome != "ok":
+            kind = random.choice(("queue_full", "internal", f"never seen {random.random()}"))
+            failure = Failure(kind, "X", "x", START_NS)
+        facts = dataclasses.replace(
+            FACTS,
+            num_inference_steps=random.randrange(1, 101),
+            width=8 * random.randrange(8, 257),
+            prompt_length=random.randrange(2000),
+            seed=random.getrandbits(63),
+            guidance_scale=20 * random.random(),
+        )
+        run = dataclasses.replace(
+            run_timing(START_NS, tuple(random.uniform(1, 1000) for _ in range(2))),
+            run_id=str(random.random()),
+            shape=random.choice(("128x96", f"{facts.width}x96")),
+            guidance=random.random() < 0.5,
+            batch_size=random.randrange(1, 9),
+        )
+        request = request_timing(outcome=outcome, failure=failure, run=run, facts=facts)
+        request = dataclasses.replace(
+            request,
+            endpoint=random.choice(("/", "/stream", f"/{random.random()}")),
+            image_bytes=random.randrange(10**7),
+        )
+        metrics.observe_request(request, EXEMPLAR)
+    assert series(metrics) == before
+
+
+def series(metrics: GenerationMetrics) -> int:
+    return sum(len(family.samples) for family in metrics.registry.collect())
+
+
+def test_a_profiled_request_is_counted_and_its_times_are_observed_nowhere(
+    metrics: GenerationMetrics,
+) -> None:
+    metrics.set_budget(Budget(1, 0.1, 128 * 96))
+    metrics.set_flops("128x96", RunFlops(1, 1, 1))
+    run = dataclasses.replace(run_timing(START_NS), profile="a.json")
+    metrics.observe_request(request_timing(run=run), EXEMPLAR)
+    assert value(metrics, "sdxl_images_total") == 1
+    labels = {"endpoint": "/", "outcome": "ok"}
+    assert value(metrics, "sdxl_request_duration_seconds_count", **labels) == 0
+    assert value(metrics, "sdxl_stage_duration_seconds_count", stage="denoise") == 0
+    assert value(metrics, "sdxl_request_budget_total", result="within") == 0
+    assert value(metrics, "sdxl_run_seconds_total") == 0
+
+
+def test_why_a_request_was_slow_is_counted_as_its_trace_says(metrics: GenerationMetrics) -> None:
+    run = dataclasses.replace(run_timing(START_NS), eager_fallback=True)
+    request = request_timing(run=run)
+    assert request.slow_reason == "eager_fallback"
+    metrics.observe_request(request, EXEMPLAR)
+    assert value(metrics, "sdxl_slow_requests_total", reason="eager_fallback") == 1
+    assert value(metrics, "sdxl_slow_requests_total", reason="queue") == 0

@@ -71,4 +71,5 @@ def request_timing(
         observes_run=True,
         facts=facts,
         failure=failure,
+        image_bytes=40_000,
     )

@@ -113,6 +113,8 @@ def test_fal_resolves_every_host_option(table: AppData, options: Options) -> Non
             "OTEL_EXPORTER_OTLP_HEADERS",
             "ENABLE_TRACING",
             "OTEL_SAMPLE_RATE",
+            "SDXL_OTLP_METRICS",
+            "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
         ],
         "metrics_port": 9090,
         "health_check_config": ApplicationHealthCheckConfig(

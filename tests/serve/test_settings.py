@@ -75,6 +75,22 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
         ("SDXL_LOG_FORMAT", "xml", "text or json"),
         ("SDXL_TRACE_PROMPTS", "perhaps", "true or false"),
         ("ENABLE_TRACING", "perhaps", "true or false"),
+        ("SDXL_PEAK_TFLOPS", "0", "above 0"),
+        ("SDXL_PEAK_TFLOPS", "inf", "up to 1000000"),
+        ("SDXL_BUDGET_SECONDS", "-1", "a number from 0 to 3600"),
+        ("SDXL_BUDGET_STEP_MS", "0", "above 0"),
+        ("SDXL_OTLP_METRICS", "perhaps", "true or false"),
+        ("SDXL_BUCKETS_STEP", "0.2,0.1", "each above the last"),
+        ("SDXL_BUCKETS_STEP", "0.1,0.1", "each above the last"),
+        ("SDXL_BUCKETS_QUEUE", "0,1", "positive numbers of seconds"),
+        ("SDXL_BUCKETS_QUEUE", "1,inf", "positive numbers of seconds"),
+        ("SDXL_BUCKETS_LEAD", "0.1,nan", "positive numbers of seconds"),
+        ("SDXL_BUCKETS_STAGE", "0.1,,0.2", "a comma-separated list"),
+        ("SDXL_BUCKETS_REQUEST", "fast,slow", "a comma-separated list"),
+        ("SDXL_BUCKETS_IMAGE_BYTES", ",".join(map(str, range(1, 62))), "1 to 60 positive"),
+        ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "collector:4318", "http://"),
+        ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "both", "delta"),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "10", "from 1000"),
         ("OTEL_SAMPLE_RATE", "1.5", "from 0 to 1"),
         ("OTEL_SAMPLE_RATE", "nan", "from 0 to 1"),
         ("OTEL_TRACES_SAMPLER_ARG", "-0.1", "from 0 to 1"),
@@ -110,6 +126,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
     [
         ("OTEL_EXPORTER_OTLP_HEADERS", "api-key:hunter2"),
         ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "hunter2"),
+        ("OTEL_EXPORTER_OTLP_METRICS_HEADERS", "hunter2"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector://me:hunter2@host"),
     ],
 )
@@ -179,3 +196,20 @@ def test_settings_are_frozen() -> None:
 def test_every_setting_says_what_is_allowed() -> None:
     for name, field in ServeSettings.model_fields.items():
         assert field.description, environment_name(name)
+
+
+def test_a_push_needs_somewhere_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDXL_OTLP_METRICS", "true")
+    with pytest.raises(ConfigurationError, match="set OTEL_EXPORTER_OTLP_ENDPOINT or"):
+        load_settings()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://127.0.0.1:4318/v1/metrics")
+    assert load_settings().otlp_metrics
+
+
+def test_buckets_and_temporality_are_read_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDXL_BUCKETS_STEP", "0.02, 0.03,0.05")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "DELTA")
+    settings = load_settings()
+    assert settings.buckets_step == (0.02, 0.03, 0.05)
+    assert settings.buckets_queue is None
+    assert settings.otlp_metrics_temporality == "delta"

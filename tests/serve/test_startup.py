@@ -165,6 +165,8 @@ def test_what_the_start_did_is_told(compiled: Runtime) -> None:
         "compile 128x128",
         "compile 160x96",
         "verify",
+        "count_flops 128x128",
+        "count_flops 160x96",
     ]
     assert counted(compiled, "sdxl_graph_breaks") == 0
     assert counted(compiled, "sdxl_warmup_duration_seconds", phase="compile") == pytest.approx(

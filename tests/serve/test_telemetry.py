@@ -2,13 +2,26 @@ from __future__ import annotations
 
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from metrics.catalogue import GenerationMetrics
+from kernels_warmup.shapes import CompiledShape
+from metrics import buckets
+from metrics.catalogue import GenerationMetrics, render
 from metrics.gpu import Gpu
 from metrics.tracing import Tracing
+from serve.runtime import build_runtime
 from serve.settings import ServeSettings, load_settings
-from serve.telemetry import build_resource, build_sampling, build_tracing
+from serve.telemetry import (
+    bucket_families,
+    build_budget,
+    build_gpu_metrics,
+    build_push,
+    build_resource,
+    build_sampling,
+    build_tracing,
+)
 from tests.metrics.fake_nvml import FakeGpu, FakeNvml
+from tests.metrics.test_catalogue import OPENMETRICS, declared
 
 
 @pytest.mark.parametrize(
@@ -125,3 +138,59 @@ def test_a_standard_variable_without_effect_is_told_of(
     )
     tracing.shutdown(1)
     assert "OTEL_BSP_EXPORT_TIMEOUT has no effect" in caplog.text
+
+
+def test_a_budget_follows_the_device_and_the_operator() -> None:
+    default = CompiledShape(1024, 1024)
+    on_cuda = build_budget(ServeSettings(), default, "cuda:0")
+    on_cpu = build_budget(ServeSettings(), default, "cpu")
+    assert on_cuda.seconds(1024, 1024, 20) == pytest.approx(2 + 20 * 0.05)
+    assert on_cpu.seconds(512, 1024, 20) == pytest.approx(2 + 20 * 0.1 / 2)
+    stated = ServeSettings(budget_seconds=0.5, budget_step_ms=10)
+    assert build_budget(stated, default, "cuda").seconds(1024, 1024, 10) == pytest.approx(0.6)
+
+
+def test_the_operators_buckets_replace_one_family_and_no_other() -> None:
+    families = bucket_families(ServeSettings.model_validate({"buckets_step": "0.1,0.2"}))
+    assert families.step == (0.1, 0.2)
+    assert families.queue == buckets.QUEUE
+
+
+def test_a_peak_is_the_gpus_or_the_operators() -> None:
+    fake = FakeGpu(name="NVIDIA H200")
+    peaks = []
+    for settings in (ServeSettings(), ServeSettings(peak_tflops=2)):
+        metrics = declared(CollectorRegistry())
+        build_gpu_metrics(settings, metrics, Gpu(FakeNvml(fake), fake))
+        peaks.append(metrics.registry.get_sample_value("sdxl_peak_flops_per_second"))
+    assert peaks == [989e12, 2e12]
+
+
+def test_nothing_is_pushed_unless_asked_for() -> None:
+    metrics = declared(CollectorRegistry())
+    named = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
+    for changes, pushes in (
+        ({}, False),
+        ({"otlp_metrics": True}, True),
+        ({"otlp_metrics": True, "OTEL_SDK_DISABLED": True}, False),
+    ):
+        settings = ServeSettings.model_validate(named | changes)
+        push = build_push(settings, metrics, build_resource(settings))
+        assert (push is not None) is pushes
+
+
+def test_two_services_of_one_process_both_tell_all_of_their_own() -> None:
+    registry = CollectorRegistry(auto_describe=True)
+    named = {"device": "cpu", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
+    runtimes = [build_runtime(ServeSettings.model_validate(named), registry) for _ in range(2)]
+    runtimes[1].metrics.record_failed()
+    told = []
+    for runtime in runtimes:
+        text, _ = render(runtime.metrics.registry, OPENMETRICS)
+        families = list(text_string_to_metric_families(text.decode()))
+        names = [family.name for family in families]
+        assert len(set(names)) == len(names)
+        told.append({sample.name: sample.value for family in families for sample in family.samples})
+        runtime.close(0.1)
+    assert told[0].keys() == told[1].keys()
+    assert [one["sdxl_record_failures_total"] for one in told] == [0, 1]
