@@ -18,7 +18,7 @@ def test_the_service_is_measured_and_its_histogram_agrees(server: Server, tmp_pa
     status = main(
         [
             "load", "--url", server.process.url, "--metrics-url", server.process.metrics_url,
-            "--rate", "1", "--seconds", "5", "--steps", "1=3", "2", "--out", str(out),
+            "--rate", "1", "--seconds", "4", "--steps", "1=3", "2", "--out", str(out),
         ]
     )  # fmt: skip
     told = json.loads(out.read_text())
