@@ -140,6 +140,11 @@ class Served:
                 "dtype": dtype_name(scenario, work),
                 "shapes": (work.shape,),
                 "compile": scenario.compile,
+                # Said, so that nobody's environment changes what a scenario is.
+                "attention": "auto",
+                "quantize": "none",
+                "cache_dir": None,
+                "ready_early": False,
                 "deadline_seconds": 3600,
                 "ENABLE_TRACING": False,
             }

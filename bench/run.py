@@ -489,7 +489,9 @@ class Bench:
         if not scenarios:
             return
         sessions = () if self._earlier is None else self._earlier.sessions
-        rounds = self._next_round - self._first_round
+        # A round that was interrupted has samples, and counts.
+        begun = [1 + r.round for row in self._rows.values() for r in row.requests]
+        rounds = max(begun, default=self._first_round) - self._first_round
         if rounds:
             session = Session(self._first_round, rounds, self._start, self._end, self._ceilings)
             sessions = (*sessions, session)

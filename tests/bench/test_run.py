@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -153,6 +154,7 @@ class FakeSide:
         self.most_at_once = 0
         self.unready: dict[str, BaseException] = {}
         self.fails_in_round: dict[str, int] = {}
+        self.failure: BaseException = CannotRun("RuntimeError: broken")
         self.request_ms = 1000.0
 
     def code(self) -> Code:
@@ -172,7 +174,7 @@ class FakeSide:
     def measure(self, name: str, round_number: int, seeds: list[int]) -> list[RequestSample]:
         assert name in self.in_memory
         if self.fails_in_round.get(name) == round_number:
-            raise CannotRun("RuntimeError: broken")
+            raise self.failure
         return [self.sample(round_number) for _ in seeds]
 
     def release(self, names: list[str]) -> None:
@@ -231,6 +233,21 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> Non
     assert result is not None
     assert result.partial
     assert len(result.of_side("head")["diffusers"].requests) == 2
+
+
+def test_a_round_that_is_interrupted_midway_is_kept_as_far_as_it_came(tmp_path: Path) -> None:
+    side = FakeSide()
+    names = ("documented", "diffusers", "served", "default")
+    second_round = random.Random(1).sample(chosen(names), len(names))
+    side.fails_in_round[second_round[2].name] = 1
+    side.failure = run.Interrupted(signal.SIGINT)
+    status, result = bench(side, tmp_path / "out.json", *names)
+    assert status == 130
+    assert result is not None
+    assert result.partial
+    counts = {s.name: len(s.requests) for s in result.scenarios}
+    assert [counts[s.name] for s in second_round] == [2, 2, 1, 1]
+    assert result.sessions[0].rounds == 2
 
 
 def test_an_interruption_before_anything_was_measured_leaves_no_file(tmp_path: Path) -> None:
