@@ -91,6 +91,8 @@ FAULTS = (
 REQUEST = {"prompt": "a red circle", "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 1}
 
 ROUNDS = 8
+SPANS = 11
+"""Of one request: ten and a step."""
 
 
 @dataclass
@@ -160,6 +162,17 @@ def quiescent(served: Served, ended: int) -> Books:
         time.sleep(0.05)
 
 
+def at_rest(served: Served) -> int:
+    """How many spans the start came to, once they are all told."""
+    seen = 0
+    while True:
+        now = quiescent(served, 1).ended
+        if now == seen:
+            return now
+        seen = now
+        time.sleep(0.1)
+
+
 def backend(stack: ExitStack, fault: Fault) -> tuple[OtlpEndpoint, str]:
     """An endpoint with the fault, and the address of it that a server is given."""
     if fault.url:
@@ -197,6 +210,7 @@ def servers() -> Iterator[list[Served]]:
 def test_the_whole_table(servers: list[Served]) -> None:
     """In one test, since every server is served, looked at and ended once."""
     table = servers[: len(FAULTS)]
+    of_the_start = [at_rest(served) for served in table]
     for _ in range(ROUNDS):
         for served in table:  # in turn, so that all see the same machine
             served.request()
@@ -207,11 +221,9 @@ def test_the_whole_table(servers: list[Served]) -> None:
         assert median < 2 * healthy + 0.1, (served.fault.backend, median, healthy)
         assert max(served.seconds) < 5, served.fault.backend
 
-    # A warm-up of three phases and its root, then ten spans and a step a request.
-    ended = 4 + ROUNDS * 11
-    for served in table:
-        seen = quiescent(served, ended)
-        assert seen.ended == ended, served.fault.backend
+    for served, before in zip(table, of_the_start, strict=True):
+        ended = before + ROUNDS * SPANS
+        assert quiescent(served, ended).ended == ended, served.fault.backend
         wait_for_result(served)
 
     ends = end_all(table)
@@ -224,7 +236,7 @@ def test_the_whole_table(servers: list[Served]) -> None:
         assert seconds < EXIT_SECONDS, (served.fault.backend, seconds)
         lost = re.findall(r"(\d+) spans were not exported within the .* allowed at", output)
         assert len(lost) == (1 if served.fault.holds else 0), (served.fault.backend, output)
-        assert all(int(count) >= 11 for count in lost), lost
+        assert all(int(count) >= SPANS for count in lost), lost
         assert "Traceback" not in output
 
 
@@ -258,7 +270,7 @@ def end_all(table: list[Served]) -> list[float]:
         if served.fault.result == "exported":
             # Nothing is lost on a backend that takes spans.
             threads[-1].join()
-            assert len(served.otlp.trace(last)) == 11
+            assert len(served.otlp.trace(last)) == SPANS
     for thread in threads:
         thread.join()
     return ends
@@ -294,13 +306,15 @@ def test_under_fals_runtime() -> None:
             table.append(Served(fault, otlp, stack.enter_context(fal_local(settings))))
         for served in table:
             served.process.wait_until_ready(START_SECONDS)
+        of_the_start = [at_rest(served) for served in table]
         for _ in range(ROUNDS):
             for served in table:
                 served.request()
         healthy = statistics.median(table[0].seconds)
-        for served in table:
+        for served, before in zip(table, of_the_start, strict=True):
             assert statistics.median(served.seconds) < 2 * healthy + 0.1, served.fault.backend
-            quiescent(served, 4 + ROUNDS * 11)
+            ended = before + ROUNDS * SPANS
+            assert quiescent(served, ended).ended == ended, served.fault.backend
         ends = end_all(table)
         for served, seconds in zip(table, ends, strict=True):
             output = served.process.output()
