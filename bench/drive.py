@@ -78,12 +78,8 @@ class Driven(Protocol):
         """Give the memory back."""
 
 
-def drive(scenario: Scenario, work: Work, runner: asyncio.Runner) -> Driven:
-    """Load, compile and warm a scenario.
-
-    Raises:
-        CannotRun: it means nothing here, or failed to get ready.
-    """
+def refuse_what_cannot_run(scenario: Scenario, work: Work) -> None:
+    """Raises CannotRun where a scenario means nothing here or needs what is not here."""
     if scenario.cuda_only and not work.on_cuda:
         raise CannotRun("it needs a CUDA device, and there is none here")
     if scenario.quantize != "none":
@@ -109,6 +105,15 @@ def drive(scenario: Scenario, work: Work, runner: asyncio.Runner) -> Driven:
         )
         if reason is not None:
             raise CannotRun(reason)
+
+
+def drive(scenario: Scenario, work: Work, runner: asyncio.Runner) -> Driven:
+    """Load, compile and warm a scenario.
+
+    Raises:
+        CannotRun: it means nothing here, or failed to get ready.
+    """
+    refuse_what_cannot_run(scenario, work)
     try:
         if scenario.way == "served":
             return Served(scenario, work, runner)
@@ -394,7 +399,7 @@ class References:
         """Relative error of one of its forwards; None where it is no number."""
         from bench.one_forward import forward_once, relative_error
 
-        inputs, reference = self._of(dtype)
+        inputs, reference = self.of(dtype)
 
         def once(pipeline: Any) -> torch.Tensor:
             return forward_once(pipeline.unet, inputs.cast(pipeline.unet.dtype)).clone()
@@ -402,7 +407,8 @@ class References:
         error = relative_error(driven.with_pipeline(once), reference)
         return error if math.isfinite(error) else None
 
-    def _of(self, dtype: str) -> tuple[StepInputs, torch.Tensor]:
+    def of(self, dtype: str) -> tuple[StepInputs, torch.Tensor]:
+        """Seeded inputs, and their forward with weights of that type in float32 arithmetic."""
         if dtype not in self._by_dtype:
             self._by_dtype[dtype] = self._compute(dtype)
             release_memory()
@@ -428,13 +434,13 @@ class References:
             torch.backends.cudnn.allow_tf32 = tf32
 
 
-def count_flops(work: Work, images: int) -> Flops:
-    """Nominal FLOPs of one run. Reads the configurations of a model loaded nowhere."""
+def count_flops(driven: Driven, work: Work, images: int) -> Flops:
+    """Nominal FLOPs of one run, from the configurations of what is loaded."""
     from kernels_warmup.flops import count_run
-    from serve.model import load_model
 
-    pipeline = load_model(work.model, None, work.device).pipeline
-    counted = count_run(pipeline, work.shape, guidance=True, images=images)
+    counted = driven.with_pipeline(
+        lambda pipeline: count_run(pipeline, work.shape, guidance=True, images=images)
+    )
     return Flops(counted.text_encode, counted.step, counted.vae_decode)
 
 

@@ -95,6 +95,8 @@ class LocalSide:
 
         work = self._work
         self._defaults.apply()
+        dtype = drive.dtype_name(scenario, work)
+        self._check(scenario, dtype)
         drive.peak_memory(work.device)
         in_use, free = drive.device_memory(work.device)
         began = time.perf_counter()
@@ -103,10 +105,9 @@ class LocalSide:
         try:
             warmups = tuple(driven.request(seed, 0) for seed in range(WARMUPS))
             peak = drive.peak_memory(work.device) - in_use if work.on_cuda else None
-            dtype = drive.dtype_name(scenario, work)
             error = self._references.error(driven, dtype)
             if scenario.images not in self._flops:
-                self._flops[scenario.images] = drive.count_flops(work, scenario.images)
+                self._flops[scenario.images] = drive.count_flops(driven, work, scenario.images)
         except Exception as failure:
             driven.close()
             raise drive.CannotRun(drive.told(failure)) from failure
@@ -121,6 +122,20 @@ class LocalSide:
             peak_memory_bytes=peak,
             held_bytes=max(0, self._held(in_use, free)),
         )
+
+    def _check(self, scenario: Scenario, dtype: str) -> None:
+        """Whether it can run here, and its reference, while no weights of its own are in memory."""
+        from bench.drive import CannotRun, refuse_what_cannot_run, told
+        from serve.errors import ModelError
+
+        refuse_what_cannot_run(scenario, self._work)
+        try:
+            self._references.of(dtype)
+        except ModelError as error:
+            # No scenario can do without a model.
+            raise BenchError(str(error)) from None
+        except Exception as error:
+            raise CannotRun(f"its float32 reference failed with {told(error)}") from error
 
     def _held(self, in_use: int, free: int) -> int:
         """How much more is held than when that was in use and free."""

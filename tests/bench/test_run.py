@@ -105,6 +105,7 @@ def test_every_sample_of_a_run_is_written_down(
         (["--scenario", "no-such"], "there is no scenario 'no-such'; one of documented, diffusers"),
         (["--steps", "1"], "1 steps are not enough"),
         (["--shape", "100"], "'100' is not an image size"),
+        (["--model", "no-such-model", "--shape", "64x64"], "neither a directory here nor a hub"),
         (["--requests", "0"], "--requests and --rounds"),
         (["--requests", "2", "--rounds", "3"], "no more rounds than requests"),
         (["--price-per-hour", "0"], "--price-per-hour must be above 0"),
