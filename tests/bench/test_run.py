@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +448,18 @@ def test_a_base_needs_a_checkout(tmp_path: Path) -> None:
 
 
 # Scenarios ---------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_warm_and_a_run_that_is_not_is_refused() -> None:
+    work = drive.choose_work("demo", "cpu", "64x64", 2)
+    (text_once,) = chosen(["text-once"])
+    with asyncio.Runner() as runner:
+        batch = drive.Served(replace(text_once, images=2), work, runner)
+        assert batch.request(0, 0).total_ms > 0
+        batch._scenario = replace(text_once, images=3)
+        with pytest.raises(RuntimeError, match="fell back to running eagerly"):
+            batch.request(0, 0)
+        batch.close()
 
 
 def test_scenarios_have_names_of_their_own_and_recipes_that_exist() -> None:
