@@ -93,11 +93,10 @@ class Destination:
 
     @property
     def shown(self) -> str:
-        """The URL without a user's name and password, and without a query."""
-        return self.url_with(self.parts.path)
-
-    def url_with(self, path: str) -> str:
-        return f"{self.parts.scheme}://{self.parts.netloc.rpartition('@')[2]}{path}"
+        """The URL without a user's name and password, without a query, and without what in its
+        path may be a key, as some backends take it there."""
+        host = self.parts.netloc.rpartition("@")[2]
+        return f"{self.parts.scheme}://{host}{_shown_path(self.parts.path)}"
 
 
 def destination_of(settings: ServeSettings) -> Destination | None:
@@ -276,7 +275,7 @@ def _examine_path(
         yield Finding(
             Verdict.PROBLEM,
             "endpoint",
-            f"the path has {base or 'nothing'} where {backend.name} wants {expected}",
+            f"the path has {_shown_path(base) or 'nothing'} where {backend.name} wants {expected}",
             change or f"Make the path {backend.path}{TRACES_PATH}.",
         )
 
@@ -353,6 +352,10 @@ def _examine_headers(
                 f"without {name}={value} {missing}",
                 f"Append ,{name}={value} to {variable}.",
             )
+
+
+def _shown_path(path: str) -> str:
+    return "/".join("***" if len(part) >= 16 else part for part in path.split("/"))
 
 
 def _shown_name(name: str, value: str) -> str:

@@ -326,6 +326,8 @@ class Relay:
         status, headers = answer.status_code, dict(answer.headers)
         headers.pop("content-length", None)
         if status == 200:
+            if not headers.get("content-type", "").startswith("application/json"):
+                raise ImageAppFailed("The image app's address answered something that is no JSON.")
             return Response(answer.content, headers=headers)
         error_type = _error_type(answer)
         if error_type is None:

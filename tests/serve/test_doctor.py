@@ -811,6 +811,16 @@ def test_an_endpoints_password_is_not_shown(
     assert "hunter2" not in told(monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "api.honeycomb.io"])
+def test_a_key_in_an_endpoints_path_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str
+) -> None:
+    monkeypatch.setenv(ENDPOINT, f"https://{host}/in/0123456789abcdef")
+    shown = told(monkeypatch, capsys, sends=False)
+    assert "/in/***" in shown
+    assert "456789" not in shown
+
+
 @pytest.mark.parametrize("url", ["http://host:99999", "https://[::1", "http://host:port"])
 def test_what_is_no_url_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     with pytest.raises(ConfigurationError, match="OTEL_EXPORTER_OTLP_ENDPOINT is no URL"):

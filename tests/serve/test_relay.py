@@ -332,6 +332,13 @@ def test_only_its_own_shape_of_an_error_is_its_own(image_app: ImageApp, content:
     assert ask(image_app).json()["error_type"] == "image_app_failed"
 
 
+def test_a_web_page_in_its_place_is_no_image(image_app: ImageApp) -> None:
+    image_app.headers = {"Content-Type": "text/html"}
+    image_app.content = b"<html>Sign in</html>"
+    answer = ask(image_app)
+    assert (answer.status_code, answer.json()["error_type"]) == (502, "image_app_failed")
+
+
 def test_nobody_is_there(image_app: ImageApp) -> None:
     async def once() -> httpx.Response:
         async with gateway("http://someone:hunter2hunter2@127.0.0.1:9") as (_, client):
