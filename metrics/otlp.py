@@ -9,6 +9,7 @@ HTTP session that it is given.
 from __future__ import annotations
 
 import logging
+import ssl
 from typing import Any
 
 import requests
@@ -32,10 +33,10 @@ class Redirected(requests.RequestException):
 
 
 class Untrusted(requests.RequestException):
-    """No TLS connection came about; trying again would not mend it."""
+    """The endpoint's certificate was not accepted; trying again would not mend it."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"no TLS connection to the endpoint: {reason}")
+        super().__init__(f"the endpoint's certificate was not accepted: {reason}")
 
 
 class AnswerReader(requests.Session):
@@ -53,10 +54,11 @@ class AnswerReader(requests.Session):
     def request(self, *args: Any, **kwargs: Any) -> requests.Response:
         try:
             response = super().request(*args, **kwargs)
-        except requests.exceptions.SSLError as error:
-            raise Untrusted(_reason(error)) from None
         except requests.exceptions.ConnectionError as error:
-            raise requests.exceptions.ConnectionError(_reason(error)) from None
+            reason = _reason(error)
+            if any(isinstance(part, ssl.SSLCertVerificationError) for part in reason.args):
+                raise Untrusted(str(reason)) from None
+            raise requests.exceptions.ConnectionError(str(reason)) from None
         if 300 <= response.status_code < 400:
             raise Redirected(response.status_code)
         if response.ok:
@@ -76,10 +78,11 @@ class AnswerReader(requests.Session):
         return refused
 
 
-def _reason(error: requests.RequestException) -> str:
-    """Why there was no connection, without the URL, which may hold a key."""
-    cause = error.args[0] if error.args else error
-    return str(getattr(cause, "reason", type(error).__name__))
+def _reason(error: requests.RequestException) -> Exception:
+    """Why there was no connection; what is raised around it quotes the URL, keys and all."""
+    around = error.args[0] if error.args else error
+    reason = getattr(around, "reason", None)
+    return reason if isinstance(reason, Exception) else ConnectionError(type(around).__name__)
 
 
 def _rejected(response: requests.Response) -> int:

@@ -90,6 +90,19 @@ def test_a_certificate_that_nobody_vouches_for(
     assert time.monotonic() - start < 5  # tried once
 
 
+def test_what_speaks_no_tls_may_yet(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A handshake that fails for another reason than the certificate is tried again."""
+    with otlp_endpoint() as plain:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", plain.url.replace("http", "https"))
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")
+        exporter, _ = otlp_exporter()
+        assert exporter.export([]) is SpanExportResult.FAILURE
+    assert "Transient error" in caplog.text
+    assert "SSL" in caplog.text
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1:9", "name.invalid"])
 def test_a_connection_that_fails_is_logged_without_the_url(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, host: str
