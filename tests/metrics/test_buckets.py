@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from metrics import buckets
 
 
-@pytest.mark.parametrize("family", ["REQUEST", "QUEUE", "STAGE", "STEP"])
+@pytest.mark.parametrize("family", ["REQUEST", "QUEUE", "STAGE", "STEP", "LEAD", "IMAGE_BYTES"])
 def test_every_family_rises(family: str) -> None:
     bounds = getattr(buckets, family)
     assert bounds == buckets.checked(bounds)
@@ -52,3 +52,20 @@ def test_wrong_lists_are_refused_rather_than_sorted(wrong: list[float]) -> None:
 def test_geometric_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="0 < first < last"):
         buckets.geometric(1, 1, 2)
+
+
+def test_a_list_is_read_as_it_is_written() -> None:
+    assert buckets.parse("0.1, 0.25,1") == (0.1, 0.25, 1.0)
+
+
+@pytest.mark.parametrize("wrong", ["", "a", "0.1,", "0.2,0.1", "1e999", "nan"])
+def test_a_wrong_text_is_no_list(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"bucket|convert"):
+        buckets.parse(wrong)
+
+
+def test_a_list_is_bounded_for_the_scrapes_sake() -> None:
+    most = ",".join(str(bound) for bound in range(1, buckets.MOST_BOUNDS + 1))
+    assert len(buckets.parse(most)) == buckets.MOST_BOUNDS
+    with pytest.raises(ValueError, match="at most 60"):
+        buckets.parse(most + ",1000")
