@@ -41,7 +41,8 @@ bench: $(INSTALLED)  ## scenarios of the demo model that fit 5 minutes, into ben
 # is cut off (SIGTERM: 143) costs what it was getting ready, and the next tries that once more.
 PIECES ?= 20
 BENCH_GPU := run --device cuda --model random:sdxl-base --shape 1024x1024 --steps 30 --requests 10 \
-  --seconds-limit 430 --results bench/results $(if $(SCENARIOS),--scenario $(SCENARIOS))
+  --seconds-limit 430 --results bench/results \
+  $(if $(COMMIT),--commit $(COMMIT)) $(if $(SCENARIOS),--scenario $(SCENARIOS))
 bench-gpu:  ## every scenario at 1024x1024 on one GPU, in resumable pieces, into bench/results/
 	@for piece in $$(seq $(PIECES)); do \
 	  echo "piece $$piece"; \

@@ -149,6 +149,7 @@ class Served:
                 "attention": "auto",
                 "quantize": "none",
                 "cache_dir": None,
+                "guidance_scale": GUIDANCE,
                 "ready_early": False,
                 "deadline_seconds": 3600,
                 "ENABLE_TRACING": False,
