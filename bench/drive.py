@@ -35,8 +35,8 @@ from serve.settings import DEMO_MODEL, ServeSettings
 if TYPE_CHECKING:
     import torch
 
-    from bench.one_forward import StepInputs
     from kernels_warmup.compile import CompiledModel, Recipe
+    from kernels_warmup.one_forward import StepInputs
     from serve.model import SdxlModel
 
 T = TypeVar("T")
@@ -416,7 +416,7 @@ class References:
 
     def error(self, driven: Driven, dtype: str) -> float | None:
         """Relative error of one of its forwards; None where it is no number."""
-        from bench.one_forward import forward_once, relative_error
+        from kernels_warmup.one_forward import forward_once, relative_error
 
         inputs, reference = self.of(dtype)
 
@@ -436,7 +436,7 @@ class References:
     def _compute(self, dtype: str) -> tuple[StepInputs, torch.Tensor]:
         import torch
 
-        from bench.one_forward import StepInputs, forward_once
+        from kernels_warmup.one_forward import StepInputs, forward_once
         from serve.model import load_model
 
         work = self._work

@@ -96,7 +96,7 @@ def profile(pipeline: Any, shape: Any, device: torch.device, part: str) -> dict[
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from bench.one_forward import StepInputs, forward_once
+    from kernels_warmup.one_forward import StepInputs, forward_once
 
     inputs = StepInputs.draw(pipeline.unet, shape, 1, device, torch.bfloat16)
     inputs = inputs.cast(pipeline.unet.dtype)

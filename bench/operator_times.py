@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.one_forward import StepInputs, forward_once
 from kernels_warmup.attention import Backend, attend
+from kernels_warmup.one_forward import StepInputs, forward_once
 
 
 def time_operators(unet: Any, inputs: StepInputs, device: torch.device) -> list[dict[str, Any]]:

@@ -26,8 +26,8 @@ def run(options: argparse.Namespace) -> int:
 
     from bench.device_lock import only_bench_on
     from bench.drive import choose_work
-    from bench.one_forward import StepInputs
     from bench.operator_times import time_operators
+    from kernels_warmup.one_forward import StepInputs
     from serve.model import load_model
 
     work = choose_work(options.model, options.device, options.shape, 2)

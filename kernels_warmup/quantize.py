@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from kernels_warmup.attention import transformer_blocks
+from kernels_warmup.one_forward import StepInputs, forward_once, relative_error
+from kernels_warmup.shapes import PIXELS_PER_LATENT, CompiledShape
 
 Quantization = Literal["none", "int8", "fp8"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
@@ -100,10 +102,12 @@ def quantize_unet(unet: Any, quantization: Quantization) -> Quantized | None:
         for name, module in unet.named_modules()
         if is_quantized(module, name) and not any(module is part for part in unused)
     }
+    side = unet.config.sample_size * PIXELS_PER_LATENT
+    inputs = StepInputs.draw(unet, CompiledShape(side, side), 1, unet.device, unet.dtype)
     with torch.no_grad():
-        before = _one_forward(unet)
+        before = forward_once(unet, inputs)
         quantize_(unet, config, filter_fn=lambda _, name: name in chosen)
-        error = _relative_error(_one_forward(unet), before)
+        error = relative_error(forward_once(unet, inputs), before)
     return Quantized(quantization, len(chosen), error)
 
 
@@ -112,33 +116,3 @@ def is_quantized(module: nn.Module, name: str) -> bool:
     if not isinstance(module, nn.Linear) or any(re.search(p, name) for p, _ in SKIPPED):
         return False
     return module.in_features % GRANULE == 0 and module.out_features % GRANULE == 0
-
-
-def _one_forward(unet: Any) -> torch.Tensor:
-    """One guided forward at the size the UNet was configured for, on seeded inputs."""
-    config, device, dtype = unet.config, unet.device, unet.dtype
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    side = config.sample_size
-    draw = torch.Generator().manual_seed(20)
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=draw).to(device, dtype)
-
-    time_ids = torch.tensor([[8 * side, 8 * side, 0, 0, 8 * side, 8 * side]] * 2)
-    result: torch.Tensor = unet(
-        normal(2, config.in_channels, side, side),
-        # The middle of the schedule.
-        torch.tensor(601.0, device=device),
-        encoder_hidden_states=normal(2, 77, config.cross_attention_dim),
-        added_cond_kwargs={
-            "text_embeds": normal(2, pooled),
-            "time_ids": time_ids.to(device, dtype),
-        },
-        return_dict=False,
-    )[0]
-    return result
-
-
-def _relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
-    reference = reference.double()
-    return float((result.double() - reference).norm() / reference.norm())

@@ -8,8 +8,8 @@ import torch
 
 from bench.__main__ import main
 from bench.kernels import covered, kind_of
-from bench.one_forward import StepInputs
 from bench.operator_times import time_operators
+from kernels_warmup.one_forward import StepInputs
 from kernels_warmup.shapes import CompiledShape
 from tests.kernels_warmup.tiny import tiny_unet
 

@@ -17,13 +17,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-from bench.one_forward import StepInputs, forward_once, relative_error  # noqa: E402
 from kernels_warmup.attention import attend, why_unusable  # noqa: E402
 from kernels_warmup.compile import (  # noqa: E402
     RECIPES,
     compile_decoder,
     compile_unet,
 )
+from kernels_warmup.one_forward import StepInputs, forward_once, relative_error  # noqa: E402
 from kernels_warmup.shapes import CompiledShape  # noqa: E402
 from tests.gpu.weights import Weights  # noqa: E402
 

@@ -54,7 +54,7 @@ def load() -> Any:
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    from bench.one_forward import StepInputs, forward_once, relative_error
+    from kernels_warmup.one_forward import StepInputs, forward_once, relative_error
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -69,7 +69,7 @@ def reference() -> Reference:
 
 def forward(pipeline: Any, reference: Reference) -> tuple[torch.Tensor, float]:
     """A forward's answer, and its relative error against float32."""
-    from bench.one_forward import forward_once, relative_error
+    from kernels_warmup.one_forward import forward_once, relative_error
 
     result = forward_once(pipeline.unet, reference.inputs)
     return result, relative_error(result, reference.exact)
