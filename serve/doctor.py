@@ -444,10 +444,12 @@ def _examine_the_rest(
                 f"Set OTEL_BSP_MAX_EXPORT_BATCH_SIZE to {backend.max_bytes // SPAN_BYTES} or less",
             )
     wants_delta = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
+    same = settings.otlp_metrics_endpoint is None  # else they go elsewhere
     if (
         backend.delta_metrics
-        and os.environ.get("SDXL_OTLP_METRICS", "").lower() in ("1", "true", "yes", "on")
-        and os.environ.get(wants_delta, "").lower() != "delta"
+        and settings.otlp_metrics
+        and same
+        and settings.otlp_metrics_temporality != "delta"
     ):
         yield Finding(
             Verdict.PROBLEM,

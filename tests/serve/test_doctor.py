@@ -375,14 +375,15 @@ def test_what_may_be_meant_is_noted_and_no_problem(
 
 
 def test_datadogs_metrics_are_differences(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {ENDPOINT: "https://otlp.datadoghq.com", HEADERS: DATADOG_HEADERS}
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    loaded = load_settings()
-    monkeypatch.setenv("SDXL_OTLP_METRICS", "true")
-    assert "takes metrics only as differences" in said(problems(examine(loaded)))
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "DELTA")
-    assert not problems(examine(loaded))
+    datadog = {
+        ENDPOINT: "https://otlp.datadoghq.com",
+        HEADERS: DATADOG_HEADERS,
+        "SDXL_OTLP_METRICS": "true",
+    }
+    cumulative = examined(monkeypatch, **datadog)
+    assert "takes metrics only as differences" in said(problems(cumulative))
+    preference = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
+    assert not problems(examined(monkeypatch, **datadog, **{preference: "DELTA"}))
 
 
 @pytest.mark.parametrize(
