@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.result_file import Ceilings, Code, Conditions, Environment, Side
+from metrics.gpu import throttle_reasons
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,17 +37,6 @@ _GPU_FIELDS = (
     "clocks_event_reasons.active",
 )
 
-# The driver's bits; idle (0x1), the display's clock (0x100) and application clocks (0x2), which
-# somebody asked for, slow nothing down.
-_THROTTLE_BITS = {
-    0x04: "power_cap",
-    0x08: "hardware_slowdown",
-    0x10: "sync_boost",
-    0x20: "thermal",
-    0x40: "hardware_thermal",
-    0x80: "power_brake",
-}
-
 
 def describe_machine(device: str) -> Environment:
     """The machine that runs this; `device` as torch names it."""
@@ -57,7 +47,7 @@ def describe_machine(device: str) -> Environment:
     driver = _ask_driver(device, ("driver_version",)) if on_cuda else None
     return Environment(
         device=kind,
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),  # type: ignore[arg-type]
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         platform=f"{platform.system()} {platform.machine()}",
@@ -85,10 +75,10 @@ def describe_code(side: Side, root: Path = ROOT, commit: str | None = None) -> C
     Args:
         commit: what is measured, where there is no git to ask.
     """
-    status = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
+    status = git(root, "status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
     return Code(
         side=side,
-        commit=commit or _git(root, "rev-parse", "HEAD"),
+        commit=commit or git(root, "rev-parse", "HEAD"),
         dirty=bool(status),
         versions={
             name: found for name in DECIDING_PACKAGES if (found := _version(name)) is not None
@@ -111,7 +101,7 @@ def conditions(device: str) -> Conditions:
         power_watts=numbers[2],
         power_limit_watts=numbers[3],
         temperature_celsius=numbers[4],
-        throttle_reasons=tuple(name for bit, name in _THROTTLE_BITS.items() if reasons & bit),
+        throttle_reasons=throttle_reasons(reasons),
         load_average=load,
     )
 
@@ -214,7 +204,8 @@ def _bits(text: str) -> int:
         return 0
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's own name."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -230,7 +221,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def git(root: Path, *arguments: str) -> str | None:
+    """What git says; None when it fails."""
     try:
         told = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from bench.environment import cpu_name
 from metrics.recorder import Recorder
 from metrics.sampling import TraceIdentity
 from metrics.timeline import RequestTiming
@@ -91,7 +92,7 @@ def measure(requests: int, steps: int) -> Figures:
     facts = timings[0].facts
     assert facts is not None
     return Figures(
-        machine=_machine(),
+        machine=cpu_name(),
         gpu=_gpu(),
         cores=os.cpu_count() or 1,
         python=platform.python_version(),
@@ -181,15 +182,6 @@ def _import_app() -> float:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     return float(result.stdout)
-
-
-def _machine() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    match = re.search(r"model name\s*:\s*(.+)", text)
-    return match[1].strip() if match else platform.machine()
 
 
 def _gpu() -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.environment import MEASURED
+from bench.environment import MEASURED, git
 from bench.errors import BenchError
 
 
@@ -22,9 +21,9 @@ def worktree(revision: str, root: Path) -> Iterator[tuple[Path, str]]:
     Raises:
         BenchError: `root` is no git checkout, or there is no such commit.
     """
-    commit = _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    commit = git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
     if commit is None:
-        if _git(root, "rev-parse", "--git-dir") is None:
+        if git(root, "rev-parse", "--git-dir") is None:
             raise BenchError("--base needs a git checkout, and this is none")
         raise BenchError(
             f"there is no commit {revision!r} here; a branch, tag or commit is allowed"
@@ -32,7 +31,7 @@ def worktree(revision: str, root: Path) -> Iterator[tuple[Path, str]]:
     with tempfile.TemporaryDirectory(prefix="stepspan-base-") as folder:
         place = Path(folder) / "base"
         try:
-            if _git(root, "worktree", "add", "--detach", str(place), commit) is None:
+            if git(root, "worktree", "add", "--detach", str(place), commit) is None:
                 raise BenchError(f"git could not check out {commit[:12]} into a worktree")
             missing = [name for name in MEASURED if not (place / name).is_dir()]
             if missing:
@@ -45,16 +44,5 @@ def worktree(revision: str, root: Path) -> Iterator[tuple[Path, str]]:
             )
             yield place, commit
         finally:
-            _git(root, "worktree", "remove", "--force", str(place))
-            _git(root, "worktree", "prune")
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """What git says; None when it fails."""
-    try:
-        told = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return told.stdout.strip()
+            git(root, "worktree", "remove", "--force", str(place))
+            git(root, "worktree", "prune")

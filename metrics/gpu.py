@@ -46,6 +46,11 @@ THROTTLE_REASONS = tuple(_REASON_BITS.values())
 """Everything a GPU can be held back by, as far as NVML tells: the values of a closed label."""
 
 
+def throttle_reasons(bits: int) -> tuple[str, ...]:
+    """The reasons that NVML's (and nvidia-smi's) bits of active clock events name."""
+    return tuple(name for bit, name in _REASON_BITS.items() if bits & bit)
+
+
 @dataclass(frozen=True, slots=True)
 class GpuConditions:
     """One look at the GPU; what the driver would not tell is empty or None.
@@ -100,7 +105,7 @@ class Gpu:
         """What the GPU's clock does now and why. Never raises; failures are counted."""
         reasons = self.ask(self.nvml.nvmlDeviceGetCurrentClocksEventReasons) or 0
         return GpuConditions(
-            throttle=frozenset(name for bit, name in _REASON_BITS.items() if reasons & bit),
+            throttle=frozenset(throttle_reasons(reasons)),
             sm_clock_mhz=self.ask(self.nvml.nvmlDeviceGetClockInfo, self.nvml.NVML_CLOCK_SM),
             max_sm_clock_mhz=self._max_sm_clock_mhz,
         )
