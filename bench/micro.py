@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 STEPS = 30
 """Of the request that is recorded: 30 steps and 6 stages are 36 observations of the histograms."""
-SHAPES_KEPT_WARM = 9
+SHAPES_KEPT_WARM = (1, 9)
+"""As a full-size model ships, and all sizes that SDXL was trained for."""
 MOST_OUTSTANDING = 2048
 """Spans that may wait to be exported before the next tree is built: a quarter of the queue."""
 
@@ -75,16 +76,23 @@ def measure(device: str, series: int) -> list[Cost]:
     from metrics.clock import make_clock
 
     clock = make_clock(device)
-    runtime = _runtime()
+    runtimes = [_runtime(_shapes(count)) for count in SHAPES_KEPT_WARM]
     try:
-        request = _request(_shapes()[0])
-        _fill_labels(runtime)
+        runtime = runtimes[0]
+        request = _request(_shapes(1)[0])
+        for count, one in zip(SHAPES_KEPT_WARM, runtimes, strict=True):
+            _fill_labels(one, _shapes(count))
 
         def record() -> None:
             runtime.metrics.observe_request(request, {"trace_id": "0" * 32, "span_id": "0" * 16})
 
-        def scrape() -> None:
-            render(runtime.metrics.registry, "application/openmetrics-text; version=1.0.0")
+        def scrape(count: int, one: Runtime) -> Cost:
+            registry, accept = one.metrics.registry, "application/openmetrics-text; version=1.0.0"
+            kilobytes = len(render(registry, accept)[0]) / 1000
+            what = f"/metrics, every label set of {count} warm sizes filled: {kilobytes:.0f} kB"
+            return _cost(
+                f"scrape{count}", what, lambda: render(registry, accept), max(1, series // 10), 1
+            )
 
         return [
             _mark(clock, series),
@@ -92,10 +100,11 @@ def measure(device: str, series: int) -> list[Cost]:
             _resolve(clock, series),
             _cost("record", f"one request of {STEPS} steps into the metrics", record, series, 5),
             _emit(runtime, request, series),
-            _cost("scrape", "/metrics, every label set filled", scrape, max(1, series // 10), 1),
+            *map(scrape, SHAPES_KEPT_WARM, runtimes),
         ]
     finally:
-        runtime.close(1)
+        for one in runtimes:
+            one.close(1)
 
 
 def _mark(clock: Clock, series: int) -> Cost:
@@ -170,7 +179,7 @@ def _summary(name: str, what: str, nanoseconds: Sequence[float]) -> Cost:
     return Cost(name, what, found.point, found.low, found.high)
 
 
-def _runtime() -> Runtime:
+def _runtime(shapes: Sequence[str]) -> Runtime:
     """A runtime of which only the telling half is used; its spans go no further than the queue."""
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
     from prometheus_client import CollectorRegistry
@@ -193,14 +202,14 @@ def _runtime() -> Runtime:
         on_ended=runtime.metrics.spans_ended,
         on_settled=runtime.metrics.spans_settled,
     )
-    runtime.metrics.set_warm_shapes(_shapes())
+    runtime.metrics.set_warm_shapes(shapes)
     return runtime
 
 
-def _shapes() -> list[str]:
+def _shapes(count: int) -> list[str]:
     from kernels_warmup.shapes import SDXL_SHAPES
 
-    return [str(shape) for shape in SDXL_SHAPES[:SHAPES_KEPT_WARM]]
+    return [str(shape) for shape in SDXL_SHAPES[:count]]
 
 
 def _request(shape: str, guidance: bool = True, endpoint: str = "/") -> RequestTiming:
@@ -241,17 +250,17 @@ def _request(shape: str, guidance: bool = True, endpoint: str = "/") -> RequestT
     return RequestTiming(endpoint, "POST", 200, "ok", start, last, own, run, True, facts)
 
 
-def _fill_labels(runtime: Runtime) -> None:
+def _fill_labels(runtime: Runtime, shapes: Sequence[str]) -> None:
     """Observe every combination of labels once, so that a scrape is as long as it can get."""
     from dataclasses import replace
 
     from serve.errors import OUTCOMES
     from serve.runtime import ENDPOINTS
 
-    for shape in (*_shapes(), "64x64"):
+    for shape in (*shapes, "64x64"):
         for guidance in (True, False):
             runtime.metrics.observe_request(_request(shape, guidance), {"trace_id": "1" * 32})
     for endpoint in ENDPOINTS:
         for outcome in OUTCOMES:
-            request = replace(_request(_shapes()[0]), endpoint=endpoint, outcome=outcome)
+            request = replace(_request(shapes[0]), endpoint=endpoint, outcome=outcome)
             runtime.metrics.observe_request(request, None)
