@@ -100,6 +100,7 @@ def measure(device: str, series: int) -> list[Cost]:
             _resolve(clock, series),
             _cost("record", f"one request of {STEPS} steps into the metrics", record, series, 5),
             _emit(runtime, request, series),
+            _export(request, series),
             *map(scrape, SHAPES_KEPT_WARM, runtimes),
         ]
     finally:
@@ -159,6 +160,41 @@ def _emit(runtime: Runtime, request: RequestTiming, series: int) -> Cost:
 
     what = f"one request of {STEPS} steps as {spans} spans, queued"
     return _summary("emit", what, [once() for _ in range(series)])
+
+
+def _export(request: RequestTiming, series: int) -> Cost:
+    """The exporting thread's CPU, for the share that one request has in a full batch."""
+    from opentelemetry.context import Context
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from bench.processes import running
+    from metrics.otlp import AnswerReader
+    from metrics.spans import emit_request, request_spans
+    from metrics.tracing import MAX_EXPORT_BATCH_SIZE
+
+    kept, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    while len(kept.get_finished_spans()) < MAX_EXPORT_BATCH_SIZE:
+        emit_request(provider.get_tracer("bench"), Context(), request)
+    batch, spans = kept.get_finished_spans()[:MAX_EXPORT_BATCH_SIZE], request_spans(request)
+    with running("the OTLP receiver", ["bench.receiver"]) as receiver:
+        exporter = OTLPSpanExporter(receiver.address + "/v1/traces", session=AnswerReader("spans"))
+
+        def once() -> float:
+            start = time.thread_time_ns()
+            result = exporter.export(batch)
+            taken = time.thread_time_ns() - start
+            assert result.name == "SUCCESS"
+            return taken * spans / len(batch)
+
+        once()
+        costs = [once() for _ in range(max(1, series // 4))]
+        exporter.shutdown()  # type: ignore[no-untyped-call]
+    what = f"its {spans} spans sent with others, {len(batch)} at a time: CPU"
+    return _summary("export", what, costs)
 
 
 def _cost(name: str, what: str, call: Callable[[], object], series: int, calls: int) -> Cost:

@@ -1,19 +1,21 @@
-"""What telemetry costs: servers that tell everything, sample everything out, or tell nothing.
+"""What telemetry costs a request: told of in full, sampled out, or not told of at all.
 
     python -m bench overhead --pairs 400
     python -m bench overhead --scrape
 
-Three self-hosted servers in processes of their own get the same requests in turn, in a new order
-each round; spans go to a real OTLP/HTTP endpoint in a fourth process. The wall-time ratio is of
-requests of one round; CPU is the kernel's count for the whole process, over blocks of rounds, with
-what it does after the answer. With --scrape, the server that tells everything is also compared with
-itself while /metrics is read every second.
+One self-hosted server gets the three kinds of request in turn, in a new order each round; spans go
+to a real OTLP/HTTP endpoint in another process. The wall-time ratio is of requests of one round;
+CPU is the kernel's count for the whole process over blocks of requests of one kind, with what it
+does after the answer. The model has all cores but one, as telemetry has the host's where the model
+is on a GPU: two threads of a product that share their cores with anything else wait for each other,
+and spend CPU on it. With --scrape, requests are also compared while /metrics is read every second.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import threading
@@ -22,13 +24,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
+from bench.telling import trace_context
+
+if TYPE_CHECKING:
+    from bench.processes import Server
 
 ARMS = ("off", "sampled out", "on")
-BLOCK = 20
-"""Rounds a block of CPU time: enough that what is told late falls into it."""
+BLOCK = 10
+"""Requests of one kind a block of CPU time."""
 FIRST_REQUESTS = 5
 """Left out: caches fill."""
 SETTLE_SECONDS = 2.5
@@ -40,6 +46,9 @@ OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=400, help="rounds (default: 400)")
+    parser.add_argument(
+        "--blocks", type=int, default=8, help="blocks of CPU time of each kind (default: 8)"
+    )
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
     parser.add_argument("--model", default="demo", help="as SDXL_MODEL (default: demo)")
     parser.add_argument("--scrape", action="store_true", help="also the cost of being scraped")
@@ -55,17 +64,18 @@ class Samples:
     spans_received: int
     steps: int
     model: str
+    model_threads: int
     scraped_wall_ms: dict[str, list[float]] | None = None
 
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
-    if options.pairs < 2 * BLOCK:
-        raise BenchError(f"--pairs: {2 * BLOCK} and more are allowed, for two blocks of CPU time")
+    if options.pairs < 2 or options.blocks < 2:
+        raise BenchError("--pairs and --blocks: 2 and more are allowed, for an interval")
     from bench.device_lock import only_bench_on
 
     with only_bench_on("overhead"):
-        samples = measure(options.pairs, options.steps, options.model, options.scrape)
+        samples = measure(options)
     told = judge(samples)
     for line in tell(samples, told):
         print(line)
@@ -74,56 +84,68 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(pairs: int, steps: int, model: str, scrape: bool) -> Samples:
-    """About 3 requests a pair, one after the other."""
-    from bench.processes import Server, running
+def measure(options: argparse.Namespace) -> Samples:
+    """About 3 requests a pair, one after the other, and 30 a block."""
+    from bench.processes import running
 
+    threads = max(1, (os.cpu_count() or 1) - 1)
+    samples = Samples(
+        {arm: [] for arm in ARMS},
+        {arm: [] for arm in ARMS},
+        0,
+        options.steps,
+        options.model,
+        threads,
+    )
     with ExitStack() as stack:
         receiver = stack.enter_context(running("the OTLP receiver", ["bench.receiver"]))
-        exporting = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.address}
-        common = {"SDXL_MODEL": model, "SDXL_LOG_FORMAT": "json"}
-        ways = {
-            "off": ("silent", {"ENABLE_TRACING": "false"}),
-            "sampled out": ("tells", exporting | {"OTEL_SAMPLE_RATE": "0"}),
-            "on": ("tells", exporting | {"OTEL_SAMPLE_RATE": "1"}),
+        environment = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.address,
+            "SDXL_MODEL": options.model,
+            "SDXL_LOG_FORMAT": "json",
+            "OMP_NUM_THREADS": str(threads),
         }
-        servers: dict[str, Server] = {}
-        for arm in ARMS:
-            way, environment = ways[arm]
-            servers[arm] = stack.enter_context(
-                running(
-                    f"the server with telemetry {arm}", ["bench.telling", way], common | environment
-                )
-            )
-            for seed in range(FIRST_REQUESTS):
-                servers[arm].generate(seed, steps)
-        samples = Samples({arm: [] for arm in ARMS}, {arm: [] for arm in ARMS}, 0, steps, model)
-        _interleave(servers, samples, pairs, steps)
-        if scrape:
-            samples.scraped_wall_ms = _scraped(servers["on"], pairs, steps)
+        server = stack.enter_context(running("the server", ["bench.telling"], environment))
+        for seed in range(FIRST_REQUESTS):
+            server.generate(seed, options.steps)
+        order = random.Random(0)
+        _time_rounds(server, samples, options.pairs, order)
+        _count_cpu(server, samples, options.blocks, order)
+        if options.scrape:
+            samples.scraped_wall_ms = _scraped(server, options.pairs, options.steps)
+        time.sleep(SETTLE_SECONDS)
         samples.spans_received = int(receiver.ask("GET", "/count")[1])
     if not samples.spans_received:
         raise BenchError("no span reached the receiver, so nothing was measured")
     return samples
 
 
-def _interleave(servers: dict[str, Any], samples: Samples, pairs: int, steps: int) -> None:
-    order = random.Random(0)
-    for block in range(pairs // BLOCK):
-        cpu = {arm: server.cpu_seconds() for arm, server in servers.items()}
-        for index in range(BLOCK):
-            for arm in order.sample(ARMS, len(ARMS)):
-                start = time.perf_counter()
-                servers[arm].generate(block * BLOCK + index, steps)
-                samples.wall_ms[arm].append((time.perf_counter() - start) * 1000)
-        time.sleep(SETTLE_SECONDS)
-        for arm, server in servers.items():
-            spent = server.cpu_seconds() - cpu[arm]
+def _time_rounds(server: Server, samples: Samples, pairs: int, order: random.Random) -> None:
+    for pair in range(pairs):
+        for arm in order.sample(ARMS, len(ARMS)):
+            start = time.perf_counter()
+            server.generate(pair, samples.steps, trace_context=trace_context(arm))
+            samples.wall_ms[arm].append((time.perf_counter() - start) * 1000)
+        if (pair + 1) % 20 == 0:
+            print(f"{pair + 1} of {pairs} pairs", file=sys.stderr, flush=True)
+
+
+def _count_cpu(server: Server, samples: Samples, blocks: int, order: random.Random) -> None:
+    time.sleep(SETTLE_SECONDS)
+    for block in range(blocks):
+        for arm in order.sample(ARMS, len(ARMS)):
+            before = server.cpu_seconds()
+            for index in range(BLOCK):
+                context = trace_context(arm)
+                server.generate(block * BLOCK + index, samples.steps, trace_context=context)
+            # What is told late falls into the block as well.
+            time.sleep(SETTLE_SECONDS)
+            spent = server.cpu_seconds() - before
             samples.cpu_ms_a_request[arm].append(spent * 1000 / BLOCK)
-        print(f"{(block + 1) * BLOCK} of {pairs} pairs", file=sys.stderr, flush=True)
+        print(f"{block + 1} of {blocks} blocks", file=sys.stderr, flush=True)
 
 
-def _scraped(server: Any, pairs: int, steps: int) -> dict[str, list[float]]:
+def _scraped(server: Server, pairs: int, steps: int) -> dict[str, list[float]]:
     walls: dict[str, list[float]] = {"alone": [], "scraped": []}
     for block in range(2 * max(1, pairs // SCRAPED_BLOCK // 2)):
         # Alone, scraped, scraped, alone, ...: drift befalls both alike.
@@ -198,6 +220,7 @@ def tell(samples: Samples, told: dict[str, Any]) -> list[str]:
     """For people."""
     pairs = len(samples.wall_ms["off"])
     work = f"{pairs} pairs of {samples.steps} steps on {samples.model}"
+    work += f", the model on {samples.model_threads} threads"
     lines = [f"{work}; {samples.spans_received} spans received"]
     for arm, figures in told.items():
         ratio = figures["wall_ratio"]

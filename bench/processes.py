@@ -45,9 +45,9 @@ class Server:
             self._connection = connect(self.address)
         return ask(self._connection, method, path, body)
 
-    def generate(self, seed: int, steps: int) -> dict[str, Any]:
+    def generate(self, seed: int, steps: int, **more: object) -> dict[str, Any]:
         """One picture. Raises BenchError unless it is answered."""
-        status, body = self.ask("POST", "/", request_body(seed, steps))
+        status, body = self.ask("POST", "/", request_body(seed, steps) | more)
         if status != 200:
             raise BenchError(f"{self.name} answered {status} to a request: {body[:200]!r}")
         answer: dict[str, Any] = json.loads(body)

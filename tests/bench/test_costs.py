@@ -30,7 +30,16 @@ def test_the_small_pieces_are_each_timed(
     out = tmp_path / "micro.json"
     assert main(["micro", "--series", "5", "--device", "cpu", "--out", str(out)]) == 0
     costs = {cost["name"]: cost for cost in json.loads(out.read_text())["costs"]}
-    assert list(costs) == ["mark", "poll", "resolve", "record", "emit", "scrape1", "scrape9"]
+    assert list(costs) == [
+        "mark",
+        "poll",
+        "resolve",
+        "record",
+        "emit",
+        "export",
+        "scrape1",
+        "scrape9",
+    ]
     for cost in costs.values():
         assert 0 < cost["low_us"] <= cost["median_us"] <= cost["high_us"]
     # A mark on the model's thread is far cheaper than what is told off it.
@@ -54,6 +63,7 @@ def samples(on_ms: float, on_cpu_ms: float) -> Samples:
         spans_received=100,
         steps=20,
         model="demo",
+        model_threads=1,
         scraped_wall_ms={"alone": [100.0] * 20, "scraped": [103.0] * 20},
     )
 
@@ -70,7 +80,7 @@ def test_the_overhead_is_told_as_a_ratio_and_a_difference() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["overhead", "--pairs", "3"], "--pairs: 40 and more"),
+        (["overhead", "--pairs", "1"], "--pairs and --blocks: 2 and more"),
         (["coldstart", "--set", "NONSENSE"], "--set takes NAME=VALUE"),
         (["coldstart", "--repeats", "0"], "--repeats and --steps: 1 and more"),
         (["peers", "--clients", "0"], "1 and more are allowed"),
@@ -133,12 +143,14 @@ def test_what_is_reported_is_what_a_bare_loop_takes(tmp_path: Path) -> None:
 @pytest.mark.e2e
 def test_the_overhead_of_real_servers(tmp_path: Path) -> None:
     out = tmp_path / "overhead.json"
-    command = ["overhead", "--pairs", "40", "--steps", "2", "--scrape"]
+    command = ["overhead", "--pairs", "20", "--blocks", "2", "--steps", "2", "--scrape"]
     assert main([*command, "--out", str(out)]) == 0
     told = json.loads(out.read_text())
-    # Each of some 45 requests is a root, its stages and two steps; none is of those sampled out.
-    assert 40 * 8 <= told["spans_received"] <= 120 * 14
-    assert {len(values) for values in told["wall_ms"].values()} == {40}
+    # The first 5, 20 in rounds, 20 in blocks and 20 for the scraper are each a root, nine parts and
+    # two steps; no other request was told of.
+    assert 65 * 12 <= told["spans_received"] <= 65 * 12 + 20
+    assert {len(values) for values in told["wall_ms"].values()} == {20}
+    assert {len(values) for values in told["cpu_ms_a_request"].values()} == {2}
     assert all(cpu > 0 for values in told["cpu_ms_a_request"].values() for cpu in values)
     assert len(told["scraped_wall_ms"]["scraped"]) == 20
 
