@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STACK = ROOT / "bench" / "results" / "h200-2026-11-22-unet-stack.json"
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
-FIGURES = ROOT / "bench" / "results" / "cpu-2026-11-22-figures.json"
+FIGURES = ROOT / "bench" / "results" / "cpu-2026-11-24-figures.json"
 
 STEP_BASELINE, DECODE_BASELINE = "fp16-eager", "vae-bf16-eager"
 ROWS = (

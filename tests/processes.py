@@ -68,7 +68,8 @@ def free_port() -> int:
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment without settings of ours, and with `extra`."""
-    ours = ("SDXL_", "OTEL_", "ENABLE_TRACING", "FAL_")
+    # The last two: torch names its own default cache there, for whatever it starts to inherit.
+    ours = ("SDXL_", "OTEL_", "ENABLE_TRACING", "FAL_", "TORCHINDUCTOR_", "TRITON_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return environment | dict(extra or {})
 
