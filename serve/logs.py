@@ -56,6 +56,7 @@ def configure_logging(log_format: str, level: int = logging.INFO) -> None:
         # uvicorn brings handlers of its own; its lines go through ours.
         library = logging.getLogger(name)
         library.handlers.clear()
+        library.setLevel(logging.NOTSET)
         library.propagate = True
     # One line a request is ours, with its ids; httpx and the like tell of every connection.
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
