@@ -244,15 +244,8 @@ class Runtime:
         with self._deadline(request, call), self.admission.admit(call.cancellation):
             on_queued(self.admission.waiting)
             call.timeline.begin("queue")
-            pixels, truncated = await self._run_on_gpu(plan, call, on_step)
-
-        with call.stage("image_encode"):
-            data = await asyncio.to_thread(encode_image, pixels, request.format)
-        call.image_bytes = len(data)
-        with call.stage("upload"):
-            url = await self._put(data, plan)
-
-        return self._response(plan, call, url, truncated)
+            drawn = await self._run_on_gpu(plan, call, on_step)
+        return await self._answer(plan, call, drawn)
 
     async def generate_together(
         self, requests: Sequence[TextToImageRequest], calls: Sequence[Call]
@@ -282,15 +275,19 @@ class Runtime:
         async def answer(one: Asked, outcome: Drawn | RequestError) -> TextToImageResponse:
             if isinstance(outcome, RequestError):
                 raise outcome
-            pixels, truncated = outcome
-            with one.call.stage("image_encode"):
-                data = await asyncio.to_thread(encode_image, pixels, one.plan.request.format)
-            one.call.image_bytes = len(data)
-            with one.call.stage("upload"):
-                url = await self._put(data, one.plan)
-            return self._response(one.plan, one.call, url, truncated)
+            return await self._answer(one.plan, one.call, outcome)
 
         return await asyncio.gather(*map(answer, asked, outcomes))
+
+    async def _answer(self, plan: Plan, call: Call, drawn: Drawn) -> TextToImageResponse:
+        """What was drawn, encoded and put where the caller finds it."""
+        pixels, truncated = drawn
+        with call.stage("image_encode"):
+            data = await asyncio.to_thread(encode_image, pixels, plan.request.format)
+        call.image_bytes = len(data)
+        with call.stage("upload"):
+            url = await self._put(data, plan)
+        return self._response(plan, call, url, truncated)
 
     def _plan(self, request: TextToImageRequest, call: Call) -> Plan:
         """Decide the size and the seed. Raises unless this process is ready for the request."""

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -286,25 +287,25 @@ class Startup:
             how["cache"] = restored.result
             how["cache_bytes"] = restored.bytes
 
-    def _warm(self, warmup: Warmup, shape: CompiledShape) -> None:
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Lifts the guard; requests may follow at once, and none of them may compile."""
         if self.compiled is not None:
             self.compiled.thaw()
         try:
-            warmup.warm(shape)
+            yield
         finally:
-            # Requests may follow at once, and none of them may compile.
             if self.compiled is not None:
                 self.compiled.freeze()
+
+    def _warm(self, warmup: Warmup, shape: CompiledShape) -> None:
+        with self._compiling():
+            warmup.warm(shape)
         self._tell_warmup(warmup.report())
 
     def _verify(self, warmup: Warmup) -> None:
-        if self.compiled is not None:
-            self.compiled.thaw()
-        try:
+        with self._compiling():
             warmup.verify()
-        finally:
-            if self.compiled is not None:
-                self.compiled.freeze()
         report = warmup.report()
         self._tell_warmup(report)
         self._metrics.graph_breaks(report.compiled.graph_breaks)

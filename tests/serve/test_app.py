@@ -19,14 +19,12 @@ from typing import Any
 
 import fal
 import pytest
-from fal.api import SERVE_REQUIREMENTS, FalServerlessHost, Options, _sdist
-from fal.cli._utils import AppData, get_app_data_from_toml
-from fal.project import find_project_root
+from fal.api import SERVE_REQUIREMENTS, FalServerlessHost, Options
+from fal.cli._utils import AppData
 from fal.sdk import ApplicationHealthCheckConfig
 from fal.toolkit import Image
 from fal.toolkit.file.file import BUILT_IN_REPOSITORIES
 from fal.toolkit.file.types import FileData, FileRepository
-from fal.utils import load_function_from
 from fastapi.middleware.cors import CORSMiddleware
 from packaging.requirements import Requirement
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest
@@ -55,10 +53,9 @@ from serve.runtime import Runtime, build_runtime
 from serve.schema import GeneratedImage, ImageFormat
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
+from tests.serve.fal_table import SDIST_URL, read_table, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
-SDIST_URL = "https://cdn.test/stepspan.tar.gz"
-
 FAL_DRAIN_SECONDS = 5.0
 """What fal waits for uploads of its own before it calls teardown."""
 
@@ -68,27 +65,12 @@ FAL_DRAIN_SECONDS = 5.0
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> AppData:
-    """`[tool.fal.apps.sdxl]`, as fal's own code reads it."""
-    monkeypatch.chdir(ROOT)
-    find_project_root.cache_clear()
-    return get_app_data_from_toml("sdxl")
+    return read_table("sdxl", monkeypatch)
 
 
 @pytest.fixture
 def options(table: AppData, monkeypatch: pytest.MonkeyPatch) -> Options:
-    """What fal would send: loaded and prepared as `fal deploy` does; no sdist is uploaded."""
-    monkeypatch.setattr(_sdist, "_resolve_sdist_url", lambda *_: ("stepspan", SDIST_URL))
-    host = FalServerlessHost()
-    loaded = load_function_from(
-        host,
-        None,
-        options=table.options,
-        app_name=table.name,
-        app_auth=table.auth,
-        python_entry_point=table.python_entry_point,
-    )
-    assert loaded.function.run_entrypoint == "serve.app:SdxlApp.run_local"
-    return host.prepare_options(loaded.function.options)
+    return resolve(table, "serve.app:SdxlApp.run_local", monkeypatch)
 
 
 def test_fal_resolves_every_host_option(table: AppData, options: Options) -> None:

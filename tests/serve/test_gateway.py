@@ -10,11 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from fal.api import SERVE_REQUIREMENTS, FalServerlessHost, Options, _sdist
-from fal.cli._utils import AppData, get_app_data_from_toml
-from fal.project import find_project_root
+from fal.api import SERVE_REQUIREMENTS, Options
+from fal.cli._utils import AppData
 from fal.sdk import ApplicationHealthCheckConfig
-from fal.utils import load_function_from
 from packaging.requirements import Requirement
 from prometheus_client import REGISTRY
 from starlette.testclient import TestClient
@@ -27,31 +25,19 @@ from serve.gateway import PromptGateway
 from serve.relay import ANSWER_SECONDS, MAX_CALLS, Target
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
-from tests.serve.test_app import FAL_DRAIN_SECONDS, ROOT, SDIST_URL
+from tests.processes import ROOT
+from tests.serve.fal_table import SDIST_URL, read_table, resolve
+from tests.serve.test_app import FAL_DRAIN_SECONDS
 
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> AppData:
-    """`[tool.fal.apps.gateway]`, as fal's own code reads it."""
-    monkeypatch.chdir(ROOT)
-    find_project_root.cache_clear()
-    return get_app_data_from_toml("gateway")
+    return read_table("gateway", monkeypatch)
 
 
 @pytest.fixture
 def options(table: AppData, monkeypatch: pytest.MonkeyPatch) -> Options:
-    monkeypatch.setattr(_sdist, "_resolve_sdist_url", lambda *_: ("stepspan", SDIST_URL))
-    host = FalServerlessHost()
-    loaded = load_function_from(
-        host,
-        None,
-        options=table.options,
-        app_name=table.name,
-        app_auth=table.auth,
-        python_entry_point=table.python_entry_point,
-    )
-    assert loaded.function.run_entrypoint == "serve.gateway:PromptGateway.run_local"
-    return host.prepare_options(loaded.function.options)
+    return resolve(table, "serve.gateway:PromptGateway.run_local", monkeypatch)
 
 
 def test_fal_resolves_every_host_option(table: AppData, options: Options) -> None:

@@ -1,0 +1,36 @@
+"""What fal itself makes of the apps' tables in pyproject.toml."""
+
+from __future__ import annotations
+
+import pytest
+from fal.api import FalServerlessHost, Options, _sdist
+from fal.cli._utils import AppData, get_app_data_from_toml
+from fal.project import find_project_root
+from fal.utils import load_function_from
+
+from tests.processes import ROOT
+
+SDIST_URL = "https://cdn.test/stepspan.tar.gz"
+
+
+def read_table(name: str, monkeypatch: pytest.MonkeyPatch) -> AppData:
+    """`[tool.fal.apps.NAME]`, as fal's own code reads it."""
+    monkeypatch.chdir(ROOT)
+    find_project_root.cache_clear()
+    return get_app_data_from_toml(name)
+
+
+def resolve(table: AppData, entry_point: str, monkeypatch: pytest.MonkeyPatch) -> Options:
+    """What fal would send: loaded and prepared as `fal deploy` does; no sdist is uploaded."""
+    monkeypatch.setattr(_sdist, "_resolve_sdist_url", lambda *_: ("stepspan", SDIST_URL))
+    host = FalServerlessHost()
+    loaded = load_function_from(
+        host,
+        None,
+        options=table.options,
+        app_name=table.name,
+        app_auth=table.auth,
+        python_entry_point=table.python_entry_point,
+    )
+    assert loaded.function.run_entrypoint == entry_point
+    return host.prepare_options(loaded.function.options)
