@@ -261,12 +261,10 @@ def prepare(scenario: Scenario, model: SdxlModel) -> CompiledModel | None:
     pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
     backend = resolve(attention, model.device, model.dtype)
     unet_recipe, decoder_recipe = recipe_of(scenario.recipe or {}), recipe_of(scenario.decoder)
-    step = compile_unet(model.pipeline.unet, unet_recipe, backend, quantize, pool)
+    unet = compile_unet(model.pipeline.unet, unet_recipe, backend, quantize, pool)
     decode = compile_decoder(model.pipeline.vae, decoder_recipe, pool)
-    forward = model.pipeline.unet.forward
-    return CompiledModel(
-        mode, unet_recipe, backend, forward.quantized, forward.text, (step, decode)
-    )
+    functions = (*unet.functions, decode)
+    return CompiledModel(mode, unet_recipe, backend, unet.quantized, unet.text, functions)
 
 
 def recipe_of(fields: Any) -> Recipe:

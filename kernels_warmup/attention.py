@@ -133,7 +133,8 @@ class StepAttention:
 
     Uses the fused query-key-value projection where there is one. Cross-attention whose text keys
     and values were computed beforehand (`rewrites.TextOnce`) finds them on the module as
-    `text_key` and `text_value` and never looks at the text.
+    `text_key` and `text_value` and never looks at the text. Of a smaller batch than theirs, it is
+    the last of them that it attends to: the conditional half (`blocks.Block`).
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -152,7 +153,8 @@ class StepAttention:
         batch, tokens, _ = hidden_states.shape
         text_key: torch.Tensor | None = getattr(attn, "text_key", None)
         if text_key is not None:
-            query, key, value = attn.to_q(hidden_states), text_key, attn.text_value
+            query = attn.to_q(hidden_states)
+            key, value = text_key[-batch:], attn.text_value[-batch:]
         elif encoder_hidden_states is None and attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:

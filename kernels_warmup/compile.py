@@ -20,8 +20,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch._dynamo.exc import RecompileError
 
 from kernels_warmup.attention import Backend, resolve, set_attention
+from kernels_warmup.blocks import ZERO_TEXT, set_blocks
+from kernels_warmup.norms import set_decoder_norms, set_unet_norms
 from kernels_warmup.quantize import Quantization, Quantized, quantize_unet
-from kernels_warmup.rewrites import TextOnce, channels_last, set_vae_attention
+from kernels_warmup.rewrites import TextOnce, channels_last, set_time_once, set_vae_attention
+from kernels_warmup.upsample import Upsampling, set_upsampling
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,16 @@ class Recipe:
     fuse_qkv: bool = True
     text_once: bool = True
     vae_attention: bool = True
+    # Not measured on a GPU yet, and so in `max` alone.
+    group_norm: bool = False
+    """Group norms as reductions along the channels, in the UNet and the decoder."""
+    upsample: Upsampling = "nearest"
+    """How the upsamplings before a convolution are computed, in the UNet and the decoder."""
+    zero_text: bool = False
+    """A second function for runs without a negative prompt, whose unconditional half attends to no
+    text; it needs `text_once`, and compiles beside the full one."""
+    time_once: bool = False
+    """The step's embedding projected for all residual blocks at once."""
 
 
 TUNED: dict[str, bool | int | str] = {
@@ -82,6 +95,10 @@ RECIPES: dict[Mode, Recipe] = {
             # The shortcuts' 1x1 convolutions become products, which are tuned as above.
             "conv_1x1_as_mm": True,
         },
+        group_norm=True,
+        upsample="phases",
+        zero_text=True,
+        time_once=True,
     ),
 }
 
@@ -164,10 +181,10 @@ def compile_model(
         torch.backends.cudnn.benchmark = True
     # One pool for all graphs: they run one after the other, and keep their outputs alive.
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    step = compile_unet(pipeline.unet, recipe, backend, quantize, pool)
+    unet = compile_unet(pipeline.unet, recipe, backend, quantize, pool)
     decode = compile_decoder(pipeline.vae, recipe, pool)
-    forward = pipeline.unet.forward
-    return CompiledModel(mode, recipe, backend, forward.quantized, forward.text, (step, decode))
+    functions = (*unet.functions, decode)
+    return CompiledModel(mode, recipe, backend, unet.quantized, unet.text, functions)
 
 
 def compile_unet(
@@ -176,23 +193,38 @@ def compile_unet(
     attention: Backend,
     quantize: Quantization = "none",
     pool: Any = None,
-) -> PerShape:
-    """Rewrite the UNet in place and put a compiled `forward` in front of it."""
+) -> UNetForward:
+    """Rewrite the UNet in place and put a compiled `forward` in front of it, which is returned.
+
+    Raises:
+        ValueError: the UNet is not SDXL's, or the recipe contradicts itself.
+    """
+    if recipe.zero_text and not recipe.text_once:
+        raise ValueError("zero_text needs text_once: the keys and values of a text that is zero")
     if recipe.channels_last:
         channels_last(unet)
     set_attention(unet, attention, fuse_qkv=recipe.fuse_qkv)
     # Before the text buffers, which would keep the forward that its error is measured by from
     # running by itself.
     quantized = quantize_unet(unet, quantize)
+    if recipe.time_once:
+        set_time_once(unet)
+    if recipe.group_norm:
+        set_unet_norms(unet)
+    set_upsampling(unet, recipe.upsample)
+    if recipe.zero_text:
+        set_blocks(unet)
     text = TextOnce(unet) if recipe.text_once else None
-    step = _step_function(unet, text)
+    functions = [_step_function(unet, text)]
+    if recipe.zero_text:
+        functions.append(_step_without_negative(unet))
     if recipe.scope == "blocks":
         _compile_blocks(unet, recipe, unet.device)
     elif recipe.scope == "whole":
-        step = _compiled(step, recipe, unet.device)
-    per_shape = PerShape(step, recipe, unet.device, pool)
-    unet.forward = UNetForward(per_shape, text, quantized)
-    return per_shape
+        functions = [_compiled(function, recipe, unet.device) for function in functions]
+    step, *more = [PerShape(function, recipe, unet.device, pool) for function in functions]
+    unet.forward = UNetForward(step, text, quantized, more[0] if more else None)
+    return cast(UNetForward, unet.forward)
 
 
 def compile_decoder(vae: Any, recipe: Recipe, pool: Any = None) -> PerShape:
@@ -201,6 +233,9 @@ def compile_decoder(vae: Any, recipe: Recipe, pool: Any = None) -> PerShape:
         channels_last(vae)
     if recipe.vae_attention:
         set_vae_attention(vae)
+    if recipe.group_norm:
+        set_decoder_norms(vae.decoder)
+    set_upsampling(vae.decoder, recipe.upsample)
     decode = _decode_function(vae)
     if recipe.scope == "blocks":
         _compile_blocks(vae.decoder, recipe, vae.device)
@@ -265,6 +300,26 @@ def _step_function(unet: Any, text: TextOnce | None) -> TensorFunction:
     return step if text is None else step_after_text
 
 
+def _step_without_negative(unet: Any) -> TensorFunction:
+    """One UNet forward of a guided run whose negative text is zero, as a function of tensors."""
+    forward = unet.forward
+
+    def step_without_negative(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return cast(
+            torch.Tensor,
+            forward(
+                sample,
+                timestep,
+                None,
+                added_cond_kwargs={},
+                cross_attention_kwargs={ZERO_TEXT: True},
+                return_dict=False,
+            )[0],
+        )
+
+    return step_without_negative
+
+
 def _decode_function(vae: Any) -> TensorFunction:
     forward = vae.decoder.forward
 
@@ -275,14 +330,26 @@ def _decode_function(vae: Any) -> TensorFunction:
 
 
 class UNetForward:
-    """Stands in for the UNet's `forward`; the one place that sees each step from outside."""
+    """Stands in for the UNet's `forward`; the one place that sees each step from outside.
+
+    Attributes:
+        takes_zero_text: whether `cross_attention_kwargs` may say `blocks.ZERO_TEXT`.
+        functions: what it may run.
+    """
 
     def __init__(
-        self, step: PerShape, text: TextOnce | None, quantized: Quantized | None = None
+        self,
+        step: PerShape,
+        text: TextOnce | None,
+        quantized: Quantized | None = None,
+        step_without_negative: PerShape | None = None,
     ) -> None:
         self._step = step
+        self._step_without_negative = step_without_negative
         self.text = text
         self.quantized = quantized
+        self.takes_zero_text = step_without_negative is not None
+        self.functions = (step,) if step_without_negative is None else (step, step_without_negative)
 
     def __call__(
         self,
@@ -291,17 +358,25 @@ class UNetForward:
         encoder_hidden_states: torch.Tensor,
         *,
         added_cond_kwargs: Mapping[str, torch.Tensor],
+        cross_attention_kwargs: Mapping[str, object] | None = None,
         return_dict: bool = True,
         **unused: object,
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
-        refused = [name for name, value in unused.items() if value is not None]
+        """As the UNet's. `cross_attention_kwargs` holds nothing but `blocks.ZERO_TEXT`, if that:
+        the first half of the text is zero, which is the caller's word and not looked at."""
+        step = self._step
+        told = set(cross_attention_kwargs or ())
+        if ZERO_TEXT in told and self._step_without_negative is not None:
+            step = self._step_without_negative
+            told.remove(ZERO_TEXT)
+        refused = sorted(told) + [name for name, value in unused.items() if value is not None]
         if refused:
             raise TypeError(f"the compiled UNet does not take {', '.join(refused)}")
         if self.text is not None:
             self.text.prepare_conditioning(encoder_hidden_states, added_cond_kwargs)
-            noise = self._step(sample, timestep)
+            noise = step(sample, timestep)
         else:
-            noise = self._step(
+            noise = step(
                 sample,
                 timestep,
                 encoder_hidden_states,

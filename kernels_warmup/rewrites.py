@@ -5,6 +5,8 @@ module. None changes a result beyond rounding.
 
 - `TextOnce`: the 70 cross-attentions' text keys and values, and the added-condition embedding,
   depend on the prompt alone; diffusers computes them in every step, this computes them once a run.
+- `set_time_once`: each of 17 residual blocks projects the same step's embedding with weights of its
+  own; side by side those are the weights of one product.
 - `set_vae_attention`: the VAE's one attention is a single head of size 512, too wide for any flash
   kernel, and SDPA's fallback computes it in float32.
 - `to_pixels`, `all_finite`: the last steps before the host, done on the device.
@@ -18,6 +20,8 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from kernels_warmup.attention import transformer_blocks
@@ -149,6 +153,69 @@ def _stack(attentions: list[Any]) -> torch.Tensor:
 def _version(tensor: torch.Tensor) -> int:
     """Changes when the tensor is written to; inference tensors keep no count of that."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+class TimeProjections(nn.Module):
+    """The step's embedding as every residual block adds it, by one product.
+
+    Takes the place of the UNet's activation of the embedding, (batch, embedding channels), whose
+    result is passed to every block as it is: (batch, all blocks' channels).
+    """
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        super().__init__()
+        weight, bias = _side_by_side(linears)
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.silu(embedding), self.weight, self.bias)
+
+
+class TimeProjection(nn.Linear):
+    """One block's part of what `TimeProjections` computed."""
+
+    start: int
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input.narrow(1, self.start, self.out_features)
+
+
+def set_time_once(unet: Any) -> None:
+    """Project the step's embedding once a step for all residual blocks.
+
+    Raises:
+        ValueError: they do not all add a projection of its SiLU; nothing has been changed then.
+    """
+    resnets = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+    linears = [resnet.time_emb_proj for resnet in resnets]
+    if (
+        unet.time_embed_act is not None
+        or any(type(linear) is not nn.Linear or linear.bias is None for linear in linears)
+        or any(resnet.time_embedding_norm != "default" for resnet in resnets)
+        or any(resnet.skip_time_act for resnet in resnets)
+        or any(type(resnet.nonlinearity) is not nn.SiLU for resnet in resnets)
+    ):
+        raise ValueError("not SDXL's time embedding: its blocks do not all add a projection of it")
+    unet.time_embed_act = TimeProjections(linears)
+    start = 0
+    for resnet, linear in zip(resnets, linears, strict=True):
+        linear.__class__ = TimeProjection
+        linear.start = start
+        start += linear.out_features
+        resnet.skip_time_act = True
+
+
+def _side_by_side(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (all outputs, inputs) and biases (all outputs); the modules keep views of them."""
+    weight = torch.cat([linear.weight.data for linear in linears])
+    bias = torch.cat([linear.bias.data for linear in linears])
+    sizes = [linear.out_features for linear in linears]
+    for linear, its_weight, its_bias in zip(
+        linears, weight.split(sizes), bias.split(sizes), strict=True
+    ):
+        linear.weight.data, linear.bias.data = its_weight, its_bias
+    return weight, bias
 
 
 class WideHeadAttention:
