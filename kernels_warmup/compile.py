@@ -22,6 +22,7 @@ from torch._dynamo.exc import RecompileError
 from kernels_warmup.attention import Backend, resolve, set_attention
 from kernels_warmup.quantize import Quantization, Quantized, quantize_unet
 from kernels_warmup.rewrites import TextOnce, channels_last, set_vae_attention
+from kernels_warmup.triton import why_unusable as kernels_unusable
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,13 @@ class Recipe:
     fuse_qkv: bool = True
     text_once: bool = True
     vae_attention: bool = True
+    # Kernels of our own in Triton. They need Hopper and a 16-bit type; elsewhere nothing changes.
+    layer_norm: bool = False
+    """The transformer blocks' sums, each with the norm after it."""
+    cross_attention: bool = False
+    """Attention to the text's 77 keys."""
+    geglu: bool = False
+    """The feed-forwards' first product, with its gating."""
 
 
 TUNED: dict[str, bool | int | str] = {
@@ -82,6 +90,9 @@ RECIPES: dict[Mode, Recipe] = {
             # The shortcuts' 1x1 convolutions become products, which are tuned as above.
             "conv_1x1_as_mm": True,
         },
+        layer_norm=True,
+        cross_attention=True,
+        geglu=True,
     ),
 }
 
@@ -185,6 +196,7 @@ def compile_unet(
     # running by itself.
     quantized = quantize_unet(unet, quantize)
     text = TextOnce(unet) if recipe.text_once else None
+    _set_kernels(unet, recipe, attention)
     step = _step_function(unet, text)
     if recipe.scope == "blocks":
         _compile_blocks(unet, recipe, unet.device)
@@ -209,6 +221,24 @@ def compile_decoder(vae: Any, recipe: Recipe, pool: Any = None) -> PerShape:
     per_shape = PerShape(decode, recipe, vae.device, pool)
     vae.decoder.forward = DecoderForward(per_shape)
     return per_shape
+
+
+def _set_kernels(unet: Any, recipe: Recipe, attention: Backend) -> None:
+    """The recipe's own kernels, where they can run; only there is Triton imported."""
+    if not (recipe.layer_norm or recipe.cross_attention or recipe.geglu):
+        return
+    reason = kernels_unusable(unet.device, unet.dtype)
+    if reason is not None:
+        logger.info("the blocks keep their own operators: %s", reason)
+        return
+    from kernels_warmup.triton import install
+
+    if recipe.layer_norm:
+        install.set_layer_norm(unet, across_blocks=recipe.scope != "blocks")
+    if recipe.cross_attention:
+        install.set_cross_attention(unet, attention)
+    if recipe.geglu:
+        install.set_geglu(unet)
 
 
 def inductor_options(recipe: Recipe, device: torch.device) -> dict[str, bool | int | str]:
