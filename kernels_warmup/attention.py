@@ -150,7 +150,7 @@ class StepAttention:
     ) -> torch.Tensor:
         if attention_mask is not None:
             raise ValueError("SDXL attends to every token; an attention mask is not supported")
-        batch, tokens, _ = hidden_states.shape
+        batch = hidden_states.shape[0]
         text_key: torch.Tensor | None = getattr(attn, "text_key", None)
         if text_key is not None:
             query = attn.to_q(hidden_states)
@@ -161,13 +161,19 @@ class StepAttention:
             context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             query = attn.to_q(hidden_states)
             key, value = attn.to_k(context), attn.to_v(context)
+        return cast(torch.Tensor, attn.to_out[0](self.mix(attn.heads, query, key, value)))
 
-        def heads(flat: torch.Tensor) -> torch.Tensor:
-            return flat.view(batch, -1, attn.heads, flat.shape[-1] // attn.heads).transpose(1, 2)
+    def mix(
+        self, heads: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """All in the projections' layout, (batch, tokens or keys, heads x head size)."""
+        batch, tokens, width = query.shape
 
-        mixed = attend(self.backend, heads(query), heads(key), heads(value))
-        mixed = mixed.transpose(1, 2).reshape(batch, tokens, -1)
-        return cast(torch.Tensor, attn.to_out[0](mixed))
+        def by_head(flat: torch.Tensor) -> torch.Tensor:
+            return flat.view(batch, -1, heads, width // heads).transpose(1, 2)
+
+        mixed = attend(self.backend, by_head(query), by_head(key), by_head(value))
+        return mixed.transpose(1, 2).reshape(batch, tokens, width)
 
 
 def set_attention(unet: torch.nn.Module, backend: Backend, *, fuse_qkv: bool = True) -> None:

@@ -64,8 +64,8 @@ class Block(BasicTransformerBlock):
         return torch.cat([bias.to(text.dtype).expand_as(unconditional), text])
 
 
-def set_blocks(unet: Any) -> None:
-    """Give every transformer block of the UNet this forward.
+def set_blocks(unet: Any, kind: type[Block] = Block) -> None:
+    """Give every transformer block of the UNet this kind's forward.
 
     Raises:
         ValueError: a block is not SDXL's; nothing has been changed then.
@@ -74,7 +74,7 @@ def set_blocks(unet: Any) -> None:
     for block in blocks:
         _require_plain(block)
     for block in blocks:
-        block.__class__ = Block
+        block.__class__ = kind
 
 
 def _require_plain(block: Any) -> None:

@@ -24,6 +24,7 @@ from kernels_warmup.blocks import ZERO_TEXT, set_blocks
 from kernels_warmup.norms import set_decoder_norms, set_unet_norms
 from kernels_warmup.quantize import Quantization, Quantized, quantize_unet
 from kernels_warmup.rewrites import TextOnce, channels_last, set_time_once, set_vae_attention
+from kernels_warmup.triton import why_unusable as kernels_unusable
 from kernels_warmup.upsample import Upsampling, set_upsampling
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,13 @@ class Recipe:
     text; it needs `text_once`, and compiles beside the full one."""
     time_once: bool = False
     """The step's embedding projected for all residual blocks at once."""
+    # Kernels of our own in Triton. They need Hopper and a 16-bit type; elsewhere nothing changes.
+    layer_norm: bool = False
+    """The transformer blocks' sums, each with the norm after it."""
+    cross_attention: bool = False
+    """Attention to the text's 77 keys."""
+    geglu: bool = False
+    """The feed-forwards' first product, with its gating."""
 
 
 TUNED: dict[str, bool | int | str] = {
@@ -99,6 +107,9 @@ RECIPES: dict[Mode, Recipe] = {
         upsample="phases",
         zero_text=True,
         time_once=True,
+        layer_norm=True,
+        cross_attention=True,
+        geglu=True,
     ),
 }
 
@@ -215,6 +226,7 @@ def compile_unet(
     if recipe.zero_text:
         set_blocks(unet)
     text = TextOnce(unet) if recipe.text_once else None
+    _set_kernels(unet, recipe, attention)
     functions = [_step_function(unet, text)]
     if recipe.zero_text:
         functions.append(_step_without_negative(unet))
@@ -244,6 +256,24 @@ def compile_decoder(vae: Any, recipe: Recipe, pool: Any = None) -> PerShape:
     per_shape = PerShape(decode, recipe, vae.device, pool)
     vae.decoder.forward = DecoderForward(per_shape)
     return per_shape
+
+
+def _set_kernels(unet: Any, recipe: Recipe, attention: Backend) -> None:
+    """The recipe's own kernels, where they can run; only there is Triton imported."""
+    if not (recipe.layer_norm or recipe.cross_attention or recipe.geglu):
+        return
+    reason = kernels_unusable(unet.device, unet.dtype)
+    if reason is not None:
+        logger.info("the blocks keep their own operators: %s", reason)
+        return
+    from kernels_warmup.triton import install
+
+    if recipe.layer_norm:
+        install.set_layer_norm(unet, across_blocks=recipe.scope != "blocks")
+    if recipe.cross_attention:
+        install.set_cross_attention(unet, attention)
+    if recipe.geglu:
+        install.set_geglu(unet)
 
 
 def inductor_options(recipe: Recipe, device: torch.device) -> dict[str, bool | int | str]:

@@ -1,0 +1,38 @@
+"""What the kernels compute, in plain PyTorch: what they are held against, and nothing else."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+
+def add_layer_norm(
+    hidden: torch.Tensor,
+    change: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden + change and the LayerNorm of it; hidden and change: (..., width)."""
+    total = hidden + change
+    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
+def few_keys_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
+) -> torch.Tensor:
+    """(batch, tokens, width) from a query of that shape, keys and values (batch, keys, width)."""
+
+    def by_head(flat: torch.Tensor) -> torch.Tensor:
+        return flat.view(*flat.shape[:2], heads, -1).transpose(1, 2)
+
+    scores = by_head(query) @ by_head(key).transpose(-1, -2)
+    weights = (scores.float() * (query.shape[-1] // heads) ** -0.5).softmax(-1)
+    mixed: torch.Tensor = weights.to(value.dtype) @ by_head(value)
+    return mixed.transpose(1, 2).reshape(query.shape)
+
+
+def geglu(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """(..., width) from hidden (..., inner), weight (2 x width, inner), bias (2 x width)."""
+    value, gate = F.linear(hidden, weight, bias).chunk(2, dim=-1)
+    return value * F.gelu(gate)

@@ -1,0 +1,187 @@
+"""Triton's kernels run by its interpreter on CPU tensors, each held against its reference.
+
+Run as a program, with TRITON_INTERPRET=1 set before anything imports Triton: prints what was found
+by case as JSON, an error or how often something happened. `test_triton_interpreted` judges it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from kernels_warmup.attention import set_attention
+from kernels_warmup.blocks import ZERO_TEXT
+from kernels_warmup.rewrites import TextOnce
+from kernels_warmup.triton import cross_attention, geglu, install, layer_norm, reference
+from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_unet
+
+# The interpreter's products do not know bfloat16.
+TYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def draw(*size: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def norms(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    for width in (32, 640, 1280):
+        hidden, change = draw(4, 5, width).to(dtype), draw(4, 5, width, seed=2).to(dtype)
+        weight, bias = draw(width, seed=3).to(dtype), draw(width, seed=4).to(dtype)
+        missing = draw(width, seed=5).to(dtype)
+        wide = [tensor.float() for tensor in (hidden, change, weight, bias)]
+        expected = reference.add_layer_norm(*wide, 1e-5)
+        total, norm = layer_norm.add_layer_norm(hidden, change, None, weight, bias, 1e-5, 4)
+        yield f"sum {width}", relative_error(total, expected[0])
+        yield f"norm of the sum {width}", relative_error(norm, expected[1])
+        alone = layer_norm.layer_norm(hidden, weight, bias, 1e-5)
+        of = torch.nn.functional.layer_norm(wide[0], (width,), wide[2], wide[3], 1e-5)
+        yield f"norm {width}", relative_error(alone, of)
+        # The first three of four change by the same, and the last alone is normed.
+        filled = torch.cat([missing.expand(3, 5, width), change[3:]])
+        expected = reference.add_layer_norm(wide[0], filled.float(), *wide[2:], 1e-5)
+        total, norm = layer_norm.add_layer_norm(hidden, change[3:], missing, weight, bias, 1e-5, 1)
+        yield f"sum of a part {width}", relative_error(total, expected[0])
+        yield f"norm of a part {width}", relative_error(norm, expected[1][3:])
+    if dtype == torch.float32:
+        # Far from zero, squares minus the squared mean would leave nothing.
+        far = draw(1, 8, 1280) + 1000
+        one, nothing = torch.ones(1280), torch.zeros(1280)
+        of = torch.nn.functional.layer_norm(far.double(), (1280,))
+        yield "norm far from zero", relative_error(layer_norm.layer_norm(far, one, nothing, 0), of)
+
+
+def attentions(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    # 77 as of a prompt, two powers of two with and without a mask, one, and fewer than one takes.
+    for keys in (77, 80, 128, 64, 7):
+        for tokens in (150, 40):
+            query = draw(2, tokens, 128).to(dtype)
+            # As `TextOnce` keeps them: keys and values in turn, views of one buffer.
+            stacked = draw(2, 2, keys, 128, seed=2).to(dtype)
+            key, value = stacked.unbind()
+            result = cross_attention.few_keys_attention(query, key, value, 2)
+            expected = reference.few_keys_attention(query.float(), key.float(), value.float(), 2)
+            yield f"{tokens} to {keys} keys", relative_error(result, expected)
+    # A query that is a part of a wider projection, and scores that overflow an unshifted softmax.
+    query = draw(2, 40, 3 * 128).to(dtype)[..., 128:256] * 40
+    key, value = draw(2, 77, 128, seed=2).to(dtype), draw(2, 77, 128, seed=3).to(dtype)
+    result = cross_attention.few_keys_attention(query, key, value, 2)
+    expected = reference.few_keys_attention(query.float(), key.float(), value.float(), 2)
+    yield "a strided query of large scores", relative_error(result, expected)
+
+
+def geglus(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    # Several tiles each way and more than one a program, rows past the end, widths of every tile.
+    for rows, inner, columns in ((300, 128, 512), (40, 72, 320), (10, 32, 48)):
+        hidden = draw(2, rows // 2, inner).to(dtype)
+        weight = (draw(2 * columns, inner, seed=2) / inner**0.5).to(dtype)
+        bias = draw(2 * columns, seed=3).to(dtype)
+        result = geglu.geglu(hidden, weight, bias)
+        expected = reference.geglu(hidden.float(), weight.float(), bias.float())
+        yield f"{rows} x {inner} x {columns}", relative_error(result, expected)
+
+
+def gelu() -> Iterator[tuple[str, float]]:
+    """One times gelu, from -12 to 12; the largest difference."""
+    grid = torch.linspace(-12, 12, 16 * 8192).view(-1, 16)
+    weight = torch.cat([torch.zeros(16, 16), torch.eye(16)])
+    bias = torch.cat([torch.ones(16), torch.zeros(16)])
+    difference = geglu.geglu(grid, weight, bias) - torch.nn.functional.gelu(grid.double())
+    yield "gelu", float(difference.abs().max())
+    yield "gelu far below", float(geglu.geglu(torch.full((1, 16), -1e4), weight, bias).abs().max())
+
+
+def operators() -> Iterator[tuple[str, float]]:
+    """What the compiler is told of each operator is what the operator does."""
+    x, channels = draw(2, 4, 32), draw(32)
+    some = torch.ops.stepspan
+    for operator, arguments in (
+        (some.add_layer_norm, (x, x + 1, None, channels, channels, 1e-5, 2)),
+        (some.add_layer_norm, (x, x[1:], channels, channels, channels, 1e-5, 1)),
+        (some.layer_norm, (x, channels, channels, 1e-5)),
+        (some.few_keys_attention, (x, x + 1, x + 2, 2)),
+        (some.geglu, (x, draw(96, 32), draw(96))),
+    ):
+        checks = ("test_schema", "test_faketensor")
+        found = torch.library.opcheck(operator.default, arguments, test_utils=checks)
+        case = f"{operator} of {len(arguments[1])}" if len(arguments) == 7 else str(operator)
+        yield case, sum(told != "SUCCESS" for told in found.values())
+
+
+def whole() -> Iterator[tuple[str, float]]:
+    """A tiny UNet in float32 against the unmodified one, and how often which kernel ran."""
+    plain = tiny_unet()
+    inputs = step_inputs(2, size=8)
+    expected = plain(**inputs)[0]
+
+    unet = copy.deepcopy(plain)
+    set_attention(unet, "auto")
+    install.set_layer_norm(unet, across_blocks=False)
+    yield "by block", relative_error(unet(**inputs)[0], expected)
+
+    unet = copy.deepcopy(plain)
+    text = prepared(unet)
+    text.prepare_conditioning(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
+    after_text = inputs | {"encoder_hidden_states": None, "added_cond_kwargs": {}}
+    with Counted() as counted:
+        yield "all", relative_error(unet(**after_text)[0], expected)
+    yield from counted.calls.items()
+    yield from traced(unet)
+
+    inputs["encoder_hidden_states"][:1] = 0
+    expected = plain(**inputs)[0]
+    text.prepare_conditioning(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
+    after_text["cross_attention_kwargs"] = {ZERO_TEXT: True}
+    yield "all, half without text", relative_error(unet(**after_text)[0], expected)
+
+
+def traced(unet: Any) -> Iterator[tuple[str, float]]:
+    """One of its transformers in one graph."""
+    transformer = unet.mid_block.attentions[0]
+    hidden = draw(2, 128, 4, 4)
+    compiled = torch.compile(transformer, fullgraph=True, dynamic=False, backend="aot_eager")
+    yield "traced", relative_error(compiled(hidden)[0], transformer(hidden)[0])
+
+
+def prepared(unet: Any) -> TextOnce:
+    """As `compile_unet` prepares it on Hopper, but for the compiler."""
+    set_attention(unet, "auto")
+    text = TextOnce(unet)
+    install.set_layer_norm(unet)
+    install.set_cross_attention(unet, "auto")
+    install.set_geglu(unet)
+    return text
+
+
+class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    """Calls of our own operators while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "stepspan":
+            self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    assert os.environ.get("TRITON_INTERPRET") == "1", "Triton would look for a GPU"
+    found: dict[str, dict[str, float]] = {}
+    with torch.no_grad():
+        for name, dtype in TYPES.items():
+            for part in (norms, attentions, geglus):
+                found[f"{part.__name__} {name}"] = dict(part(dtype))
+        for check in (gelu, operators, whole):
+            found[check.__name__] = dict(check())
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

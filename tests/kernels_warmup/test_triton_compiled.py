@@ -1,0 +1,237 @@
+"""Triton's kernels compiled for Hopper, without a GPU: what the assembler says of them.
+
+A spilled register or a product outside the tensor cores' own instructions shows here; how fast they
+are does not.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels_warmup.triton_here import require_triton
+
+require_triton()
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels_warmup.triton import cross_attention, geglu, layer_norm  # noqa: E402
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_BYTES = 227 * 1024
+"""What one program may have of a multiprocessor's shared memory."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    ptx: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+    def count(self, instruction: str) -> int:
+        return len(re.findall(instruction, self.ptx))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compiled(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], warps: int, stages: int = 3
+) -> Compiled:
+    """types: of the arguments that are no constants; pointers are to 16 bytes' multiples, and so
+    are whole numbers of the type `i32*16`."""
+    names = kernel.arg_names
+    assert set(names) == types.keys() | constants.keys()
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, type_ in types.items()
+        if type_.startswith("*") or type_.endswith("*16")
+    }
+    signature = {name: types.get(name, "constexpr").removesuffix("*16") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values, aligned)
+    made = triton.compile(source, target=HOPPER, options={"num_warps": warps, "num_stages": stages})
+    told = assembled(made.asm["ptx"])
+    registers = re.search(r"Used (\d+) registers", told)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told)
+    assert registers is not None, told
+    assert spills is not None, told
+    result = Compiled(
+        made.asm["ptx"],
+        int(registers[1]),
+        int(spills[1]) + int(spills[2]),
+        int(made.metadata.shared),
+    )
+    print(f"{result.registers} registers, {result.shared_bytes} bytes shared")
+    return result
+
+
+def assembled(ptx: str) -> str:
+    """What the assembler that comes with Triton says of its own work."""
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    done = subprocess.run(
+        [ptxas, "-v", "--gpu-name", "sm_90a", "-o", "/dev/null", "-"],
+        input=ptx,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stderr
+
+
+def compiled_norm(width: int, how: layer_norm.Launch, *, add: bool) -> Compiled:
+    head, tail = layer_norm.split(width)
+    pointers = ("hidden", "change", "missing", "weight", "bias", "total", "normed")
+    numbers = ("rows", "first_changed", "first_normed")
+    types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(numbers, "i32") | {"eps": "fp32"}
+    constants = {"ADD": add, "HEAD": head, "TAIL": tail, "ROWS": how.rows}
+    return compiled(layer_norm._add_layer_norm_kernel, types, constants, how.warps)
+
+
+def compiled_attention(keys: int, how: cross_attention.Launch) -> Compiled:
+    head, tail = cross_attention.split(keys)
+    strides = [f"{of}_{by}" for of in ("query", "key", "value") for by in ("batch", "token")]
+    types = dict.fromkeys(("query", "key", "value", "out"), "*bf16")
+    types |= dict.fromkeys(strides, "i32*16")
+    types |= {"tokens": "i32*16", "keys": "i32", "scale": "fp32"}
+    constants = {"SIZE": 64, "HEAD": head, "TAIL": tail, "QUERIES": how.queries}
+    return compiled(cross_attention._few_keys_kernel, types, constants, how.warps)
+
+
+def compiled_geglu(how: geglu.Launch) -> Compiled:
+    types = {
+        "hidden": f"tensordesc<bf16[{how.rows},{how.inner}]>",
+        "weight": f"tensordesc<bf16[2,{how.columns},{how.inner}]>",
+        "out": f"tensordesc<bf16[{how.rows},{how.columns}]>",
+        "bias": "*bf16",
+        "rows": "i32",
+        "columns": "i32*16",
+        "inner": "i32*16",
+    }
+    constants = {
+        "PROGRAMS": 132 * how.programs,
+        "ROWS": how.rows,
+        "COLUMNS": how.columns,
+        "INNER": how.inner,
+        "TOGETHER": geglu.TILES_TOGETHER,
+        "FLATTEN": how.flatten,
+    }
+    return compiled(geglu._geglu_kernel, types, constants, how.warps, how.stages)
+
+
+def check_norm(made: Compiled, how: layer_norm.Launch) -> None:
+    assert made.spilled_bytes == 0
+    if how.warps == 1:
+        # A row's sums stay in its warp.
+        assert made.shared_bytes == 0
+        assert made.count(r"bar\.sync") == 0
+        assert made.count(r"shfl\.sync\.bfly") > 0
+
+
+@pytest.mark.parametrize("add", [True, False], ids=["sum and norm", "norm alone"])
+@pytest.mark.parametrize("width", [640, 1280])
+def test_a_row_stays_in_one_warps_registers(width: int, add: bool) -> None:
+    how = layer_norm.launch_for(width)
+    made = compiled_norm(width, how, add=add)
+    check_norm(made, how)
+    # Every access of every thread is one of 16 bytes; but of 640 channels' last 128, each warp
+    # needs one row of the weight and of the bias, and that is 8 bytes a thread.
+    narrow = 2 if width == 640 else 0
+    assert made.count(r"ld\.global") - narrow == made.count(r"ld\.global\.v4\.b32") > 0
+    assert made.count(r"st\.global") == made.count(r"st\.global\.v4\.b32") > 0
+    # So many rows of one warp that a multiprocessor's 65,536 registers hold 16 of them and more.
+    assert made.registers <= 128
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", layer_norm.CANDIDATES, ids=str)
+@pytest.mark.parametrize("width", [640, 1280])
+def test_no_candidate_of_the_norm_spills(width: int, how: layer_norm.Launch) -> None:
+    check_norm(compiled_norm(width, how, add=True), how)
+
+
+def check_attention(made: Compiled) -> None:
+    assert made.spilled_bytes == 0
+    assert made.shared_bytes < SHARED_BYTES // 3
+    # 77 keys are 64 and 16: products of both widths, and no other kind.
+    assert made.count(r"wgmma\.mma_async\S*m64n64k16") > 0
+    assert made.count(r"wgmma\.mma_async\S*m64n16k16") > 0
+    assert made.count(r"mma\.sync") == 0
+
+
+def test_attention_to_77_keys_runs_on_the_tensor_cores_from_registers() -> None:
+    made = compiled_attention(77, cross_attention.launch_for(1024))
+    check_attention(made)
+    # Queries and results are read and written 16 bytes at a time.
+    assert made.count(r"st\.global") == made.count(r"st\.global\.v4\.b32") > 0
+    # Three programs of 8 warps fit a multiprocessor, so the 320 of 1,024 tokens run at once.
+    assert made.registers * 256 * 3 <= 65536
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", cross_attention.CANDIDATES, ids=str)
+def test_no_candidate_of_the_attention_spills(how: cross_attention.Launch) -> None:
+    check_attention(compiled_attention(77, how))
+
+
+def check_geglu(made: Compiled, how: geglu.Launch) -> None:
+    assert made.spilled_bytes == 0
+    assert made.shared_bytes * how.programs <= SHARED_BYTES
+    # Value and gate are columns of one product ...
+    assert made.count(rf"wgmma\.mma_async\S*m64n{2 * how.columns}k16") > 0
+    assert made.count(r"mma\.sync") == 0
+    # ... which one thread holds both of: parting them goes through no shared memory.
+    assert made.count(r"ld\.shared\.(v|b)") == 0
+    # Operands come, and results go, by the tensor memory accelerator.
+    assert made.count(r"cp\.async\.bulk\.tensor\.3d\.shared") > 0
+    assert made.count(r"cp\.async\.bulk\.tensor\.2d\.shared") > 0
+    assert made.count(r"cp\.async\.bulk\.tensor\.2d\.global") > 0
+
+
+def test_geglu_is_one_product_on_the_tensor_cores() -> None:
+    how = geglu.launch_for(2048, 5120, 1280)
+    assert how == geglu.launch_for(8192, 2560, 640)
+    check_geglu(compiled_geglu(how), how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", geglu.CANDIDATES, ids=str)
+def test_no_candidate_of_geglu_spills(how: geglu.Launch) -> None:
+    check_geglu(compiled_geglu(how), how)
+
+
+@pytest.mark.slow
+def test_a_spill_would_be_seen() -> None:
+    """A tile of twice the accumulators does not fit four warps' registers."""
+    assert compiled_geglu(replace(geglu.Launch(), warps=4)).spilled_bytes > 0
+
+
+def test_every_launch_is_a_candidate_of_the_bench() -> None:
+    assert {layer_norm.launch_for(width) for width in (640, 1280)} <= set(layer_norm.CANDIDATES)
+    assert {cross_attention.launch_for(n) for n in (1024, 4096)} <= set(cross_attention.CANDIDATES)
+    assert geglu.launch_for(2048, 5120, 1280) in geglu.CANDIDATES
+    assert geglu.launch_for(8192, 2560, 640) in geglu.CANDIDATES
+
+
+def test_sizes_that_no_kernel_takes_are_named() -> None:
+    with pytest.raises(ValueError, match="a row of 896"):
+        layer_norm.split(896)
+    with pytest.raises(ValueError, match="multiples of 8 and 16"):
+        geglu.launch_for(10, 40, 64)
+    assert cross_attention.split(77) == (64, 16)
+    assert cross_attention.split(16) == (16, 0)
+    assert cross_attention.split(128) == (128, 0)
+    assert cross_attention.why_unusable(77, 64) is None
+    assert "129 keys" in str(cross_attention.why_unusable(129, 64))
+    assert "a head of 48" in str(cross_attention.why_unusable(77, 48))

@@ -1,0 +1,87 @@
+"""Triton's kernels by its interpreter, without a GPU: what they compute.
+
+Whether they compile for Hopper is `test_triton_compiled`'s matter, and what they compute there is
+that of tests/gpu.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.kernels_warmup.triton_here import require_triton
+from tests.processes import ROOT, clean_environment
+
+require_triton()
+
+pytestmark = pytest.mark.timeout(240)
+
+ROUNDING = {"float32": 1e-6, "float16": 3e-4}
+"""Relative, of one operator; float16's own is 2.8e-4 of a result that was exact before."""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, float]]:
+    """By check and case; a process of its own, for Triton reads the switch when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels_warmup.interpreted"],
+        env=clean_environment({"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    result: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("kernel", "cases"), [("norms", 15), ("attentions", 11), ("geglus", 3)])
+def test_a_kernel_computes_what_its_reference_does(
+    kernel: str, cases: int, dtype: str, found: dict[str, dict[str, float]]
+) -> None:
+    errors = {
+        case: error
+        for case, error in found[f"{kernel} {dtype}"].items()
+        if case != "norm far from zero"
+    }
+    assert len(errors) == cases
+    assert max(errors.values()) < ROUNDING[dtype], errors
+
+
+def test_the_norm_of_what_lies_far_from_zero_keeps_its_digits(
+    found: dict[str, dict[str, float]],
+) -> None:
+    # A thousand deviations away float32 itself has four digits left.
+    assert found["norms float32"]["norm far from zero"] < 1e-4
+
+
+def test_gelu_is_the_exact_one_to_float32(found: dict[str, dict[str, float]]) -> None:
+    assert found["gelu"]["gelu"] < 3e-6
+    assert found["gelu"]["gelu far below"] == 0
+
+
+def test_the_compiler_is_told_what_the_operators_do(found: dict[str, dict[str, float]]) -> None:
+    failures = found["operators"]
+    assert len(failures) == 5
+    assert not any(failures.values()), failures
+
+
+def test_a_whole_unet_by_the_kernels_gives_the_unmodified_result(
+    found: dict[str, dict[str, float]],
+) -> None:
+    whole = dict(found["whole"])
+    calls = {name: whole.pop(name) for name in list(whole) if name.startswith("stepspan")}
+    # 11 blocks in 7 transformers, each of which begins with a norm without a sum.
+    assert calls == {
+        "stepspan.layer_norm.default": 7,
+        "stepspan.add_layer_norm.default": 3 * 11 - 7,
+        "stepspan.few_keys_attention.default": 11,
+        "stepspan.geglu.default": 11,
+    }
+    assert whole.keys() == {"by block", "all", "traced", "all, half without text"}
+    assert max(whole.values()) < 1e-5, whole
