@@ -168,7 +168,9 @@ def lower_part(scenario: Scenario, part: str, work: Work) -> Lowered:
             else:
                 module = fake_module(lambda: UNet2DConditionModel(**_clean(work.unet)), dtype)
                 attention = "cudnn" if scenario.attention == "auto" else scenario.attention
-                function = compile_unet(module, recipe, attention).function  # type: ignore[arg-type]
+                forward = compile_unet(module, recipe, attention)  # type: ignore[arg-type]
+                # The usual request has no negative prompt: the last function where there are two.
+                function = forward.functions[-1].function
                 batch = 2 * work.images
                 inputs = (
                     torch.empty(batch, *latents, device="cuda", dtype=dtype),
