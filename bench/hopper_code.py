@@ -213,45 +213,49 @@ def _launches(nodes: list[Any]) -> Iterator[Launch]:
             }
         )
         kind = "generated: reduction" if node.is_reduction() else "generated: pointwise"
-        short = sum(_short_bytes(part) for part in node.get_nodes())
+        short = _short_bytes(node.get_nodes())
         yield Launch(kind, " ".join(origins), read_and_written, short)
 
 
-def _short_bytes(node: Any) -> int:
+def _short_bytes(parts: list[Any]) -> int:
     """How many bytes a generated reduction reads in runs shorter than a sector.
 
-    Its programs walk the reduced dimensions, a few outputs at a time; what lies side by side in
-    memory but belongs to another output is fetched again by another program.
+    A program walks the reduced dimensions for a few neighbouring outputs. What lies side by side in
+    neither direction is fetched a sector at a time for the few bytes that are wanted, and again by
+    another program.
     """
     from torch._inductor.virtualized import V
 
-    if not node.is_reduction():
-        return 0
-    body = node._body
-    iterated = math.prod(int(size) for sizes in body.sizes for size in sizes)
-    short = 0
-    for name in {read.name for read in node.read_writes.reads}:
-        width = V.graph.get_dtype(name).itemsize
-        reduced = [
-            index
-            for index in body.get_all_read_expr(name)
-            if index.free_symbols & set(body.reduce_vars)
-        ]
-        if any(_run(index, body) * width < SECTOR_BYTES for index in reduced):
-            short += min(iterated, int(V.graph.get_numel(name))) * width
-    return short
+    short: dict[str, int] = {}
+    for part in parts:
+        if not part.is_reduction():
+            continue
+        body = part._body
+        for name in {read.name for read in part.read_writes.reads}:
+            width = V.graph.get_dtype(name).itemsize
+            size = int(V.graph.get_numel(name)) * width
+            for index in body.get_all_read_expr(name):
+                variables = index.free_symbols
+                runs = [
+                    _run(index, body, walked, sizes)
+                    for walked, sizes in zip(body.vars, body.sizes, strict=True)
+                    if variables & set(walked)
+                ]
+                if size > SECTOR_BYTES and max(runs, default=size) * width < SECTOR_BYTES:
+                    short[name] = size
+    return sum(short.values())
 
 
-def _run(index: Any, body: Any) -> int:
-    """How many elements lie side by side as a program walks the reduced dimensions, at least."""
-    sizes = [int(size) for size in body.sizes[1]]
-    longest = min(math.prod(sizes), SECTOR_BYTES)
+def _run(index: Any, body: Any, walked: Any, sizes: Any) -> int:
+    """How many elements lie side by side when these dimensions are walked, the last one fastest."""
+    extents = [int(size) for size in sizes]
+    longest = min(math.prod(extents), SECTOR_BYTES)
     place = dict.fromkeys((*body.iter_vars, *body.reduce_vars), 0)
     first = int(index.subs(place))
     for step in range(1, longest):
         rest = step
-        for variable, size in zip(reversed(body.reduce_vars), reversed(sizes), strict=True):
-            rest, place[variable] = divmod(rest, size)
+        for variable, extent in zip(reversed(walked), reversed(extents), strict=True):
+            rest, place[variable] = divmod(rest, extent)
         if int(index.subs(place)) != first + step:
             return step
     return longest
