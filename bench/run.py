@@ -230,6 +230,7 @@ class Row:
             requests=tuple(self.requests),
             warmups=ready.warmups,
             images=scenario.images,
+            steps=scenario.steps,
             settings=scenario.settings,
             calibration=scenario.calibration,
             lossy=scenario.lossy,
