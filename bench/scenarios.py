@@ -8,7 +8,7 @@ makes it differ: from the one before it in the stack of lossless changes, else f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bench.errors import BenchError
@@ -118,6 +118,14 @@ def _beside(
     )
 
 
+def _inductor(
+    name: str, what: str, options: Mapping[str, str | bool | int], prepare_seconds: float = 100
+) -> Scenario:
+    """`compiled` with options of inductor's own, which the compiler is given on CUDA only."""
+    scenario = _beside(name, what, cuda_only=True, options=options)
+    return replace(scenario, prepare_seconds=(prepare_seconds, 0))
+
+
 def _batch(
     images: int, *, quantize: str = "none", recipe: Fields | None = None, steps: int | None = None
 ) -> Scenario:
@@ -177,11 +185,18 @@ SCENARIOS: tuple[Scenario, ...] = (
         compile="default",
         prepare_seconds=(240, 150),
     ),
-    _beside(
+    _inductor(
         "pdl",
         "each kernel's start overlapped with the end of the one before it",
-        cuda_only=True,
-        options={"triton.enable_pdl": True},
+        {"triton.enable_pdl": True},
+    ),
+    _inductor(
+        "multi-kernel",
+        "reductions of up to 16,384 read once or in a loop, by timing",
+        {"triton.multi_kernel": 1},
+    ),
+    _inductor(
+        "tuned-kernels", "generated kernels' launches tuned", {"max_autotune_pointwise": True}, 200
     ),
     _beside("all-lossless", "every lossless way that is not measured yet", **_UNMEASURED),
     Scenario(
@@ -198,9 +213,20 @@ SCENARIOS: tuple[Scenario, ...] = (
         cuda_only=True,
         prepare_seconds=(150, 0),
     ),
+    _inductor(
+        "tuned-products",
+        "every product tuned",
+        {
+            "max_autotune_gemm": True,
+            "max_autotune_gemm_backends": "ATEN,TRITON",
+            "triton.enable_persistent_tma_matmul": True,
+            "max_autotune_conv_backends": "ATEN",
+        },
+        400,
+    ),
     Scenario(
         "max",
-        "all-lossless's, every product tuned",
+        "all-lossless's, every product and kernel tuned",
         compile="max",
         cuda_only=True,
         prepare_seconds=(400, 0),

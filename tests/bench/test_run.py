@@ -29,7 +29,7 @@ from bench.result_file import BenchResult, Ceilings, Code, Flops, RequestSample
 from bench.scenarios import SCENARIOS, Scenario, chosen
 from bench.side import Ready
 from bench.worktree import worktree
-from kernels_warmup.compile import RECIPES
+from kernels_warmup.compile import RECIPES, TUNED
 from kernels_warmup.shapes import CompiledShape
 from tests.bench import made_up
 
@@ -508,6 +508,8 @@ def test_every_option_for_inductor_is_one() -> None:
     recipes = [*RECIPES.values()]
     for scenario in SCENARIOS:
         recipes += [drive.recipe_of(f) for f in (scenario.recipe, scenario.decoder) if f]
+    (tuned,) = chosen(["tuned-products"])
+    assert drive.recipe_of(tuned.recipe).options == TUNED
     named = {option for recipe in recipes for option in recipe.options}
     assert named
     assert named <= set(config.get_config_copy())
