@@ -218,6 +218,24 @@ def test_what_does_not_fit_in_memory_is_timed_in_groups_beside_the_baseline(tmp_
     assert result.sessions[0].rounds == max(rounds["documented"]) + 1
 
 
+def test_where_only_one_fits_each_is_timed_alone(tmp_path: Path) -> None:
+    side = FakeSide(memory=20, held=10)
+    _, found = bench(side, tmp_path / "out.json", "documented", "served", "bf16")
+    assert side.most_at_once == 1
+    assert found is not None
+    assert [len(s.requests) for s in found.scenarios] == [2, 2, 2]
+
+
+def test_what_is_beside_is_in_the_rounds_of_each_call(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    bench(FakeSide(), out, "documented", "compiled")
+    names = ("documented", "compiled", "pdl")
+    _, found = bench(FakeSide(), out, *names, resume=True, beside=["documented", "compiled"])
+    assert found is not None
+    rounds = {n: [r.round for r in s.requests] for n, s in found.of_side("head").items()}
+    assert rounds == {"documented": [0, 1, 2, 3], "compiled": [0, 1, 2, 3], "pdl": [2, 3]}
+
+
 def test_a_scenario_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
     side = FakeSide()
     side.unready["bf16"] = CannotRun("RuntimeError: no such kernel")
