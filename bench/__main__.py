@@ -20,6 +20,7 @@ COMMANDS = {
     "coldstart": "process start to first image, cold and from cache, by phase",
     "micro": "what our own pieces cost by themselves",
     "kernels": "where the time of a step goes, by kernel",
+    "numerics": "whether each lossless scenario is as near to float32 as eager bfloat16",
     "operators": "every product, convolution and attention of a step by itself",
     "peers": "throughput beside the documented example, served as written",
     "bare": "what the bench reports against the same work timed bare",
