@@ -15,6 +15,7 @@ import sys
 from bench.errors import BenchError
 
 COMMANDS = {
+    "session": "everything the targets need on this machine, in resumable pieces",
     "run": "time scenarios in interleaved rounds, of this commit or beside another",
     "overhead": "what telemetry costs a request: wall time and CPU",
     "coldstart": "process start to first image, cold and from cache, by phase",
