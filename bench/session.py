@@ -182,6 +182,10 @@ class Sitting:
             self._say(f"{piece.name}: not started, it takes up to {piece.seconds:.0f} s")
         if not left:
             self._say("everything is there")
+        if self._work.on_cuda:
+            from bench.targets import render
+
+            print(render(self._stem.parent))
         return TIME_IS_UP if late else 1 if failed else 0
 
     def tell(self) -> None:
