@@ -16,6 +16,7 @@ from bench.errors import BenchError
 
 COMMANDS = {
     "session": "everything the targets need on this machine, in resumable pieces",
+    "precompile": "compile several scenarios at once, so that timing them does not wait",
     "run": "time scenarios in interleaved rounds, of this commit or beside another",
     "overhead": "what telemetry costs a request: wall time and CPU",
     "coldstart": "process start to first image, cold and from cache, by phase",

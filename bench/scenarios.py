@@ -143,7 +143,7 @@ def _batch(
         images=images,
         steps=steps,
         lossy=lossy,
-        prepare_seconds=(240, (20 if recipe is None else 150) + 8 * images),
+        prepare_seconds=(160, (20 if recipe is None else 150) + 8 * images),
     )
 
 

@@ -17,6 +17,7 @@ import argparse
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -213,7 +214,7 @@ class Sitting:
     def _do(self, piece: Piece) -> None:
         limit = min(self._options.piece_seconds, self._left())
         command = [*piece.command, "--out", str(piece.out)]
-        if piece.scenarios:
+        if piece.scenarios or piece.name == "precompile":
             command += ["--seconds-limit", f"{max(1.0, limit - SPARE_SECONDS):.0f}"]
         self._say(f"{piece.name}: python -m bench {' '.join(command)}")
         self._attempts.begin(piece.name)
@@ -268,6 +269,8 @@ class Sitting:
         known = self._profiled()
         if known is not None:
             yield from self._kernels(known)
+        if on_cuda:
+            yield from self._precompile((*ways, *LOSSLESS, *BATCHES, *FP8))
         yield from self._scenarios("ways", ways)
         yield from self._scenarios("lossless", LOSSLESS)
         for name, of_eight in (("batches", BATCHES), ("fp8", FP8), ("offline", OFFLINE)):
@@ -287,6 +290,15 @@ class Sitting:
         yield self._piece("numerics", *names, *uncompiled, seconds=(460, 120))
         yield from self._scenarios("rest", rest, beside=("documented",))
         yield from self._scenarios("tuned", TUNED)
+
+    def _precompile(self, names: Sequence[str]) -> Iterator[Piece]:
+        """Of what is not measured yet. Its file stays on the machine, as the compiler's cache does:
+        another machine that goes on with the results has to compile again."""
+        out = Path(tempfile.gettempdir()) / self._file("precompile").name
+        asked = [name for name in names if name in self._asked]
+        if unmeasured := self._unmeasured(asked, 1):
+            command = ("precompile", *self._workload(), "--scenario", *unmeasured)
+            yield Piece("precompile", command, out, 420)
 
     def _scenarios(
         self,
