@@ -285,9 +285,12 @@ class Sitting:
         if fastest is not None and fastest != known:
             yield from self._kernels(fastest)
         yield self._piece("operators", seconds=(150, 120))
-        uncompiled = () if on_cuda else ("--uncompiled",)
-        names = ("--scenario", *self._options.scenario) if self._options.scenario else ()
-        yield self._piece("numerics", *names, *uncompiled, seconds=(460, 120))
+        # On a GPU what a sitting decides on, which the compiler's cache has by then.
+        names = ("compiled", *ways, *LOSSLESS) if on_cuda else self._asked
+        asked = [name for name in names if name in self._asked]
+        if asked:
+            uncompiled = () if on_cuda else ("--uncompiled",)
+            yield self._piece("numerics", "--scenario", *asked, *uncompiled, seconds=(460, 120))
         yield from self._scenarios("rest", rest, beside=("documented",))
         yield from self._scenarios("tuned", TUNED)
 
