@@ -36,19 +36,21 @@ bench: $(INSTALLED)  ## scenarios of the demo model that fit 5 minutes, into ben
 	$(RUN) -m bench run --device cpu --model demo --requests 20 --seconds-limit 290 \
 	  --results bench/results || test $$? -eq 75
 
-# From a bare checkout with that machine's own python and packages, and without a network. In pieces
-# of under 8 minutes that go on with the day's file in bench/results/: PIECES=1 does one. A piece that
-# is cut off (SIGTERM: 143) costs what it was getting ready, and the next tries that once more.
-PIECES ?= 20
-BENCH_GPU := run --device cuda --model random:sdxl-base --shape 1024x1024 --steps 30 --requests 10 \
-  --seconds-limit 430 --results bench/results \
-  $(if $(COMMIT),--commit $(COMMIT)) $(if $(SCENARIOS),--scenario $(SCENARIOS))
-bench-gpu:  ## every scenario at 1024x1024 on one GPU, in resumable pieces, into bench/results/
-	@for piece in $$(seq $(PIECES)); do \
-	  echo "piece $$piece"; \
-	  timeout -k 10 470 $(PYTHON) -m bench $(BENCH_GPU); status=$$?; \
-	  case $$status in 75|143|124|137) ;; *) exit $$status ;; esac; \
-	done; echo "not everything is measured yet: make bench-gpu goes on"
+# From a bare checkout with that machine's own python and packages, and without a network. Goes on
+# with the day's files; MINUTES=9 starts nothing that would end later. On a machine without a GPU:
+# make bench-gpu DEVICE=cpu MODEL=demo SHAPE=128x128 STEPS=2 REQUESTS=2 RESULTS=/tmp PYTHON=.venv/bin/python
+DEVICE ?= cuda
+MODEL ?= random:sdxl-base
+SHAPE ?= 1024x1024
+STEPS ?= 30
+REQUESTS ?= 10
+RESULTS ?= bench/results
+bench-gpu:  ## everything the targets need, measured on one GPU in resumable pieces
+	$(PYTHON) -m bench session --device $(DEVICE) --model $(MODEL) --shape $(SHAPE) \
+	  --steps $(STEPS) --requests $(REQUESTS) --results $(RESULTS) \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY)) \
+	  $(if $(SCENARIOS),--scenario $(SCENARIOS)) $(if $(COMMIT),--commit $(COMMIT)) \
+	  $(if $(PIECE_SECONDS),--piece-seconds $(PIECE_SECONDS))
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=...") if sys.version_info < (3, 11) else None'

@@ -15,12 +15,15 @@ import sys
 from bench.errors import BenchError
 
 COMMANDS = {
+    "session": "everything the targets need on this machine, in resumable pieces",
+    "precompile": "compile several scenarios at once, so that timing them does not wait",
     "run": "time scenarios in interleaved rounds, of this commit or beside another",
     "overhead": "what telemetry costs a request: wall time and CPU",
     "coldstart": "process start to first image, cold and from cache, by phase",
     "micro": "what our own pieces cost by themselves",
     "kernels": "where the time of a step goes, by kernel",
     "launches": "what a step launches on a Hopper GPU, counted without one",
+    "numerics": "whether each lossless scenario is as near to float32 as eager bfloat16",
     "operators": "every product, convolution and attention of a step by itself",
     "peers": "throughput beside the documented example, served as written",
     "bare": "what the bench reports against the same work timed bare",

@@ -188,7 +188,7 @@ class Served:
         requests = [
             TextToImageRequest(
                 prompt=PROMPT,
-                num_inference_steps=self._work.steps,
+                num_inference_steps=self._scenario.steps or self._work.steps,
                 guidance_scale=GUIDANCE,
                 seed=seed * images + image,
             )

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +85,18 @@ def describe_code(side: Side, root: Path = ROOT, commit: str | None = None) -> C
             name: found for name in DECIDING_PACKAGES if (found := _version(name)) is not None
         },
     )
+
+
+def where(device: str) -> dict[str, Any]:
+    """The machine, the code and the moment, for the result of a command without a format."""
+    code = describe_code("head")
+    return {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": asdict(describe_machine(device)),
+        "commit": code.commit,
+        "dirty": code.dirty,
+        "versions": code.versions,
+    }
 
 
 def conditions(device: str) -> Conditions:

@@ -3,7 +3,9 @@
     python -m bench kernels --scenario default --model random:sdxl-base
 
 Profiles a few UNet forwards, or decodes, of a scenario that is warm: time and calls by kernel and
-by kind of kernel, and what of the device's timeline no kernel covers.
+by kind of kernel, and what of the device's timeline no kernel covers. Beside a kind's milliseconds
+stand its FLOPs and bytes where they are known (`bench.amounts`), the rates it reached, and how long
+it would take at the rates of a large product and a copy that were measured just before.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import re
 import statistics
 import time
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +28,9 @@ from bench.scenarios import chosen
 
 if TYPE_CHECKING:
     import torch
+
+    from bench.amounts import Amount
+    from bench.result_file import Ceilings
 
 FORWARDS = 5
 PARTS = ("step", "decode")
@@ -51,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="as SDXL_MODEL (default: demo without a CUDA device)")
     parser.add_argument("--device", default="auto", help="as SDXL_DEVICE (default: auto)")
     parser.add_argument("--shape", metavar="WxH", help="image size (default: the model's first)")
+    parser.add_argument(
+        "--launches",
+        type=Path,
+        metavar="FILE",
+        help="what the compiler generated for it, by kind: its FLOPs and bytes",
+    )
     parser.add_argument("--out", type=Path, help="also write it here, as JSON")
 
 
@@ -58,12 +71,16 @@ def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
     import torch
 
+    from bench.amounts import count, read_launches
     from bench.device_lock import only_bench_on
-    from bench.drive import CannotRun, choose_work, drive
+    from bench.drive import CannotRun, choose_work, drive, dtype_name
+    from bench.environment import measure_ceilings, where
 
     (scenario,) = chosen([options.scenario])
     work = choose_work(options.model, options.device, options.shape, 2)
+    generated = {} if options.launches is None else read_launches(options.launches)
     with only_bench_on(work.device), asyncio.Runner() as runner:
+        ceilings = measure_ceilings(work.device)
         try:
             driven = drive(scenario, work, runner)
         except CannotRun as reason:
@@ -73,21 +90,71 @@ def run(options: argparse.Namespace) -> int:
             found = driven.with_pipeline(
                 lambda pipeline: profile(pipeline, work.shape, device, options.part)
             )
+            amounts = driven.with_pipeline(
+                lambda pipeline: count(
+                    pipeline,
+                    work.shape,
+                    options.part,
+                    text_once=getattr(pipeline.unet.forward, "text", None) is not None,
+                )
+            )
         finally:
             driven.close()
     print(
         f"{scenario.name}, {options.part}: {found['timeline_ms']} ms on the timeline, "
         f"{found['gaps_ms']} ms of it gaps, {found['kernels']} kernels"
     )
-    for kind, ms in found["by_kind_ms"].items():
-        print(f"  {kind:24} {ms:9.3f} ms")
+    dtype = dtype_name(scenario, work) if scenario.quantize == "none" else scenario.quantize
+    found["by_kind"] = by_kind(found["by_kind_ms"], amounts | generated, dtype, ceilings)
+    for kind, row in found["by_kind"].items():
+        print(f"  {kind:24} {row['ms']:9.3f} ms{tell_rate(row)}")
     for row in found["top"][:15]:
         named = f"{row['kind']:22} {row['kernel'][:70]}"
         print(f"  {row['ms']:9.3f} ms {row['calls']:7.1f} calls  {named}")
     if options.out:
-        told = {"scenario": scenario.name, "part": options.part, "model": work.model}
+        told = where(work.device) | {"scenario": scenario.name, "part": options.part}
+        told |= {"model": work.model, "shape": str(work.shape), "dtype": dtype}
+        told |= {"ceilings": asdict(ceilings)}
         options.out.write_text(json.dumps(told | found, indent=1) + "\n")
     return 0
+
+
+def by_kind(
+    milliseconds: Mapping[str, float],
+    amounts: Mapping[str, Amount],
+    dtype: str,
+    ceilings: Ceilings,
+) -> dict[str, dict[str, float | None]]:
+    """Each kind's time joined with how much work it was."""
+    from bench.amounts import Amount, Rate, rounded
+
+    rows = {}
+    for kind, ms in milliseconds.items():
+        amount = amounts.get(kind, Amount())
+        rate = Rate.of(amount, ms, dtype, ceilings) if ms else Rate(None, None, None)
+        rows[kind] = {
+            "ms": ms,
+            "gflop": rounded(None if amount.flops is None else amount.flops / 1e9),
+            "megabytes": rounded(None if amount.bytes is None else amount.bytes / 1e6),
+            "tflops": rounded(rate.tflops),
+            "gb_per_second": rounded(rate.gb_per_second),
+            "bound_ms": rounded(rate.bound_ms),
+        }
+    return rows
+
+
+def tell_rate(row: Mapping[str, float | None]) -> str:
+    """A kind's rates for people; empty where nothing is known of its work."""
+    told = []
+    if row["tflops"] is not None:
+        told.append(f"{row['tflops']:.4g} TFLOP/s")
+    if row["gb_per_second"] is not None:
+        told.append(f"{row['gb_per_second']:.4g} GB/s")
+    if row["bound_ms"] and row["ms"]:
+        told.append(
+            f"{row['ms'] / row['bound_ms']:.2f} times its bound of {row['bound_ms']:.3g} ms"
+        )
+    return "".join(f", {part}" for part in told)
 
 
 def profile(pipeline: Any, shape: Any, device: torch.device, part: str) -> dict[str, Any]:

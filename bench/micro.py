@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from metrics.clock import Clock
+    from metrics.clock import Clock, Mark
     from metrics.timeline import RequestTiming
     from serve.runtime import Runtime
 
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
+    from bench.environment import where
     from bench.errors import BenchError
     from serve.errors import ModelError
     from serve.model import choose_device
@@ -64,8 +65,11 @@ def run(options: argparse.Namespace) -> int:
         spread = f"({cost.low_us:.2f} to {cost.high_us:.2f})"
         print(f"{cost.name:8} {cost.median_us:10.2f} us {spread:24} {cost.what}")
     if options.out:
-        told = {"python": platform.python_version(), "device": device}
-        told |= {"costs": [asdict(cost) for cost in costs]}  # type: ignore[dict-item]
+        told = where(device) | {"python": platform.python_version(), "device": device}
+        told |= {
+            "costs": [asdict(cost) for cost in costs],
+            "clock_calls_a_step": calls_a_step(),
+        }
         options.out.write_text(json.dumps(told, indent=1) + "\n")
     return 0
 
@@ -96,6 +100,7 @@ def measure(device: str, series: int) -> list[Cost]:
 
         return [
             _mark(clock, series),
+            _step(clock, series),
             _poll(clock, series),
             _resolve(clock, series),
             _cost("record", f"one request of {STEPS} steps into the metrics", record, series, 5),
@@ -117,6 +122,56 @@ def _mark(clock: Clock, series: int) -> Cost:
         return (time.perf_counter_ns() - start) / STEPS
 
     return _summary("mark", f"one mark of the {clock.name} clock", [once() for _ in range(series)])
+
+
+def _pace(clock: Clock, steps: int) -> float:
+    """A run's denoising loop without its model: what a step's callback does for the timing. Returns
+    nanoseconds a step."""
+    from metrics.clock import WallAnchor
+    from metrics.timeline import RunTimeline
+    from serve.admission import Cancellation
+    from serve.gpu_thread import StepPacer
+
+    timeline = RunTimeline(clock, WallAnchor.now(), run_id="", shape="", guidance=True)
+    pacer = StepPacer(timeline, Cancellation(), lambda index, duration_ns: None, lambda: None)
+    timeline.loop_begins()
+    start = time.perf_counter_ns()
+    for _ in range(steps):
+        pacer.step_enqueued()
+    pacer.drain()
+    return (time.perf_counter_ns() - start) / steps
+
+
+def _step(clock: Clock, series: int) -> Cost:
+    calls = ", ".join(f"{count:g} {name}" for name, count in calls_a_step().items())
+    what = f"all that the model's thread does for one step's timing: {calls}"
+    return _summary("step", what, [_pace(clock, STEPS) for _ in range(series)])
+
+
+def calls_a_step() -> dict[str, float]:
+    """How often a step's callback asks the clock, by method, counted over a run without a model."""
+    from collections import Counter
+
+    from metrics.clock import HostClock
+
+    counted: Counter[str] = Counter()
+
+    class Counting(HostClock):
+        def mark(self) -> Mark:
+            counted["mark"] += 1
+            return super().mark()
+
+        def poll(self, mark: Mark) -> int | None:
+            counted["poll"] += 1
+            return super().poll(mark)
+
+        def wait(self, mark: Mark) -> None:
+            counted["wait"] += 1
+            super().wait(mark)
+
+    _pace(Counting(), STEPS)
+    counted["mark"] -= 1  # where the loop begins
+    return {name: count / STEPS for name, count in sorted(counted.items())}
 
 
 def _poll(clock: Clock, series: int) -> Cost:

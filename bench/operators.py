@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 
@@ -26,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
 
     from bench.device_lock import only_bench_on
     from bench.drive import choose_work
+    from bench.environment import measure_ceilings, where
     from bench.operator_times import time_operators
     from kernels_warmup.one_forward import StepInputs
     from serve.model import load_model
@@ -33,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
     work = choose_work(options.model, options.device, options.shape, 2)
     device = torch.device(work.device)
     with only_bench_on(work.device), torch.no_grad():
+        ceilings = measure_ceilings(work.device)
         unet = load_model(work.model, None, work.device, "bfloat16").pipeline.unet
         inputs = StepInputs.draw(unet, work.shape, 1, device, torch.bfloat16)
         rows = time_operators(unet, inputs, device)
@@ -44,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
         sizes = "x".join(map(str, row["sizes"]))
         print(f"{row['kind']:10} {sizes:32} {row['how']:14} {told}")
     if options.out:
-        told = {"model": work.model, "shape": str(work.shape), "operators": rows}
+        told = where(work.device) | {"model": work.model, "shape": str(work.shape)}
+        told |= {"ceilings": asdict(ceilings), "operators": rows}
         options.out.write_text(json.dumps(told, indent=1) + "\n")
     return 0

@@ -100,6 +100,8 @@ class MeasuredScenario:
     """Taken before the first round; never part of a figure."""
     images: Annotated[int, Field(ge=1)] = 1
     """Images a request, drawn in one batch."""
+    steps: Annotated[int, Field(ge=2)] | None = None
+    """Where they are not the workload's."""
     settings: dict[str, str] = Field(default_factory=dict)
     """What makes it this scenario: `compile`, `attention`, `quantize`, ..."""
     calibration: bool = False
@@ -285,10 +287,11 @@ class BenchResult:
                         f"a request of {scenario.name} is of round {request.round}, which no "
                         f"session had"
                     )
-                if 1 + len(request.steps_ms) != self.workload.steps:
+                steps = scenario.steps or self.workload.steps
+                if 1 + len(request.steps_ms) != steps:
                     raise ValueError(
                         f"a request of {scenario.name} has {1 + len(request.steps_ms)} steps "
-                        f"instead of {self.workload.steps}"
+                        f"instead of {steps}"
                     )
 
     @property

@@ -65,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scenario", nargs="+", metavar="NAME", help=f"which (default: all): {names}"
     )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        metavar="NAME",
+        help=f"also time these in every round, of a file gone on with too (default: "
+        f"{BASELINE.name} where it is asked for)",
+    )
     parser.add_argument("--model", help="as SDXL_MODEL (default: demo without a CUDA device)")
     parser.add_argument("--device", default="auto", help="as SDXL_DEVICE (default: auto)")
     parser.add_argument("--shape", metavar="WxH", help="image size (default: the model's first)")
@@ -95,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
-    scenarios = chosen(options.scenario)
+    scenarios = chosen(options.scenario and [*options.scenario, *(options.beside or ())])
     _refuse_nonsense(options)
     from bench.device_lock import only_bench_on
     from bench.drive import choose_work
@@ -230,6 +237,7 @@ class Row:
             requests=tuple(self.requests),
             warmups=ready.warmups,
             images=scenario.images,
+            steps=scenario.steps,
             settings=scenario.settings,
             calibration=scenario.calibration,
             lossy=scenario.lossy,
@@ -252,6 +260,7 @@ class Bench:
         self._limit: float | None = options.seconds_limit
         self._price: float | None = options.price_per_hour
         self._resume: bool = options.resume
+        self._beside = chosen(options.beside or [BASELINE.name])
         self._began = time.monotonic()
         self._rows: dict[tuple[Side, str], Row] = {}
         self._not_run: dict[tuple[Side | None, str], NotRun] = {}
@@ -340,11 +349,9 @@ class Bench:
         """Get ready as many as fit, time them in rounds, give them back; returns what is left."""
         group: list[Scenario] = []
         largest = 0
-        if BASELINE in self._asked and BASELINE not in left:
-            # Beside every group, so that groups and sessions can be told apart by the machine's
-            # state.
-            largest = self._get_ready(BASELINE) or 0
-            group += [BASELINE] if BASELINE.name in self._in_memory else []
+        # Beside every group, so that groups and sessions can be told apart by the machine's state;
+        # after the group's first, so that there is one where only one fits.
+        beside = [s for s in self._beside if s in self._asked and s not in left]
         for scenario in left:
             if group and not self._fits(largest):
                 break
@@ -356,10 +363,17 @@ class Bench:
                 self._cannot(scenario, None, "it was cut off while getting ready, twice")
                 continue
             held = self._get_ready(scenario)
-            if held is not None:
-                largest = max(largest, held)
-                group.append(scenario)
-                self._has_started_one = True
+            if held is None:
+                continue
+            largest = max(largest, held)
+            group.append(scenario)
+            self._has_started_one = True
+            while beside and self._fits(largest):
+                known = beside.pop(0)
+                held = self._get_ready(known)
+                if held is not None:
+                    largest = max(largest, held)
+                    group.append(known)
         rest = [s for s in left if s not in group and not self._tried(s)]
         if group:
             self._time(group)

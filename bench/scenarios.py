@@ -8,13 +8,16 @@ makes it differ: from the one before it in the stack of lossless changes, else f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from bench.errors import BenchError
 
 Way = Literal["documented", "diffusers", "served"]
 """Who runs a request: fal's documented example, a plain diffusers call, our runtime."""
+
+Fields = Mapping[str, str | bool | Mapping[str, str | bool | int]]
+"""Of `compile.Recipe`; the one that holds more than a word is inductor's `options`."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,16 @@ class Scenario:
     """As SDXL_DTYPE; `half` is float16 on CUDA and float32 on a CPU."""
     compile: str = "off"
     """As SDXL_COMPILE, for the mode's own recipe."""
-    recipe: Mapping[str, str | bool] | None = None
+    recipe: Fields | None = None
     """Fields of `compile.Recipe` that differ from doing nothing; None: the mode's recipe."""
-    decoder: Mapping[str, str | bool] | None = None
+    decoder: Fields | None = None
     """The same for the VAE's decoder, where it differs from the UNet's."""
     attention: str = "auto"
     quantize: str = "none"
     images: int = 1
     """Images a request, in one run."""
+    steps: int | None = None
+    """Denoising steps a request, where they are no choice; None: as the run asks for."""
     cuda_only: bool = False
     """Means nothing on a CPU."""
     lossy: bool = False
@@ -60,20 +65,34 @@ class Scenario:
             "quantize": self.quantize,
             "images": str(self.images),
         }
-        fields = {name: str(value).lower() for name, value in (self.recipe or {}).items()}
-        told |= {f"recipe.{name}": value for name, value in fields.items()}
-        fields = {name: str(value).lower() for name, value in (self.decoder or {}).items()}
-        return told | {f"decoder.{name}": value for name, value in fields.items()}
+        if self.steps is not None:
+            told["steps"] = str(self.steps)
+        return told | _told("recipe", self.recipe) | _told("decoder", self.decoder)
+
+
+def _told(name: str, fields: Mapping[str, Any] | None) -> dict[str, str]:
+    """Recipe fields by their full name, options one by one."""
+    told: dict[str, str] = {}
+    for field, value in (fields or {}).items():
+        if isinstance(value, Mapping):
+            told |= _told(f"{name}.{field}", value)
+        else:
+            told[f"{name}.{field}"] = str(value).lower()
+    return told
 
 
 # The stack of lossless changes, as fields of a recipe that starts as doing nothing. On CUDA the
 # graph comes first: launched from Python, a step is bound by the host and hides what others buy.
-_GRAPH: dict[str, str | bool] = {"replay": "captured"}
+_GRAPH: dict[str, str | bool | Mapping[str, str | bool | int]] = {"replay": "captured"}
 _LAST = _GRAPH | {"channels_last": True}
 _FUSED = _LAST | {"fuse_qkv": True}
 _TEXT = _FUSED | {"text_once": True}
 _VAE = _TEXT | {"vae_attention": True}
 _WHOLE = _VAE | {"scope": "whole"}
+
+# Ways that no GPU has measured yet, each by itself on what `compiled` does, and all at once.
+_UNMEASURED: dict[str, bool] = {}
+_ALL = _WHOLE | _UNMEASURED
 
 
 def _attention(name: str) -> Scenario:
@@ -86,15 +105,50 @@ def _attention(name: str) -> Scenario:
     )
 
 
-def _batch(images: int) -> Scenario:
+def _beside(
+    name: str, what: str, *, cuda_only: bool = False, **fields: str | bool | Mapping[str, Any]
+) -> Scenario:
+    """`compiled` with these fields of its recipe changed; its UNet and decoder compile anew."""
     return Scenario(
-        f"batch-{images}",
-        f"what ships, {images} images a run",
-        compile="auto",
-        images=images,
-        prepare_seconds=(240, 20 + 8 * images),
+        name,
+        f"compiled's, {what}",
+        recipe=_WHOLE | fields,
+        cuda_only=cuda_only,
+        prepare_seconds=(100, 150),
     )
 
+
+def _inductor(
+    name: str, what: str, options: Mapping[str, str | bool | int], prepare_seconds: float = 100
+) -> Scenario:
+    """`compiled` with options of inductor's own, which the compiler is given on CUDA only."""
+    scenario = _beside(name, what, cuda_only=True, options=options)
+    return replace(scenario, prepare_seconds=(prepare_seconds, 0))
+
+
+def _batch(
+    images: int, *, quantize: str = "none", recipe: Fields | None = None, steps: int | None = None
+) -> Scenario:
+    """Several images a run, as it ships or by a recipe; `steps` where it is the offline case."""
+    kind = f"batch-{images}" if steps is None else "offline"
+    lossy = quantize != "none"
+    what = f"{images} images a run" + ("" if steps is None else f" of {steps} steps")
+    whose = "what ships" if recipe is None else "all-lossless's"
+    return Scenario(
+        "-".join([*(["all"] if recipe else []), *([quantize] if lossy else []), kind]),
+        f"lossy: {quantize} linears, otherwise {whose}, {what}" if lossy else f"{whose}, {what}",
+        compile="auto" if recipe is None else "off",
+        recipe=recipe,
+        quantize=quantize,
+        images=images,
+        steps=steps,
+        lossy=lossy,
+        prepare_seconds=(160, (20 if recipe is None else 150) + 8 * images),
+    )
+
+
+OFFLINE_STEPS = 20
+"""As MLPerf's offline case asks, which counts images a second and no latency."""
 
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
@@ -131,6 +185,20 @@ SCENARIOS: tuple[Scenario, ...] = (
         compile="default",
         prepare_seconds=(240, 150),
     ),
+    _inductor(
+        "pdl",
+        "each kernel's start overlapped with the end of the one before it",
+        {"triton.enable_pdl": True},
+    ),
+    _inductor(
+        "multi-kernel",
+        "reductions of up to 16,384 read once or in a loop, by timing",
+        {"triton.multi_kernel": 1},
+    ),
+    _inductor(
+        "tuned-kernels", "generated kernels' launches tuned", {"max_autotune_pointwise": True}, 200
+    ),
+    _beside("all-lossless", "every lossless way that is not measured yet", **_UNMEASURED),
     Scenario(
         "launched",
         "compiled whole, launched kernel by kernel",
@@ -145,9 +213,20 @@ SCENARIOS: tuple[Scenario, ...] = (
         cuda_only=True,
         prepare_seconds=(150, 0),
     ),
+    _inductor(
+        "tuned-products",
+        "every product tuned",
+        {
+            "max_autotune_gemm": True,
+            "max_autotune_gemm_backends": "ATEN,TRITON",
+            "triton.enable_persistent_tma_matmul": True,
+            "max_autotune_conv_backends": "ATEN",
+        },
+        400,
+    ),
     Scenario(
         "max",
-        "+ every product and kernel tuned",
+        "all-lossless's, every product and kernel tuned",
         compile="max",
         cuda_only=True,
         prepare_seconds=(400, 0),
@@ -168,7 +247,22 @@ SCENARIOS: tuple[Scenario, ...] = (
         lossy=True,
         prepare_seconds=(300, 40),
     ),
+    Scenario(
+        "all-fp8",
+        "lossy: fp8 linears, otherwise all-lossless's",
+        recipe=_ALL,
+        quantize="fp8",
+        lossy=True,
+        prepare_seconds=(120, 150),
+    ),
     *(_batch(images) for images in (2, 4, 8)),
+    _batch(8, quantize="fp8"),
+    _batch(8, recipe=_ALL),
+    _batch(8, quantize="fp8", recipe=_ALL),
+    _batch(8, steps=OFFLINE_STEPS),
+    _batch(8, steps=OFFLINE_STEPS, quantize="fp8"),
+    _batch(8, steps=OFFLINE_STEPS, recipe=_ALL),
+    _batch(8, steps=OFFLINE_STEPS, quantize="fp8", recipe=_ALL),
     Scenario("default", "what ships", compile="auto", prepare_seconds=(120, 20)),
 )
 """In the order of the stack: the baseline first, what ships last."""

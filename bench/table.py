@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.result_file import BenchResult
 from bench.show import lines
+from bench.targets import render as render_targets
 
 ROOT = Path(__file__).resolve().parents[1]
 STACK = ROOT / "bench" / "results" / "h200-2026-11-22-unet-stack.json"
@@ -103,9 +104,14 @@ def render_stack(results: dict[str, Any]) -> str:
 
 def render_runs() -> str:
     """Every `python -m bench run` that is kept, one table a machine, as Markdown."""
-    return "\n\n".join(
-        render_run(BenchResult.read(path)) for path in sorted(RESULTS.glob("*-bench.json"))
-    )
+    read = (BenchResult.read(path) for path in sorted(RESULTS.glob("*-bench.json")))
+    return "\n\n".join(render_run(result) for result in read if is_shown(result))
+
+
+def is_shown(result: BenchResult) -> bool:
+    """A full-size model on a CPU, at whatever size that has time for, says that the bench works and
+    nothing that a reader should compare."""
+    return result.environment.device == "cuda" or not result.workload.model.startswith("random:")
 
 
 def render_run(result: BenchResult) -> str:
@@ -144,6 +150,7 @@ def render_run(result: BenchResult) -> str:
 def tables() -> dict[str, str]:
     """Each table by the name of its place in the README."""
     return {
+        "target table": render_targets(RESULTS),
         "bench tables": render_runs(),
         "gpu table": render_stack(json.loads(STACK.read_text())),
         "cpu table": render_figures(json.loads(FIGURES.read_text())),
@@ -163,8 +170,9 @@ def main() -> None:
     options = parser.parse_args()
     text = README.read_text()
     for name, table in tables().items():
-        before, _, after = in_place(text, name)
-        text = f"{before}<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->{after}"
+        if f"<!-- {name}: begin -->" in text:
+            before, _, after = in_place(text, name)
+            text = f"{before}<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->{after}"
         if not options.write:
             print(table, end="\n\n")
     if options.write:

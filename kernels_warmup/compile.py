@@ -82,7 +82,10 @@ class Recipe:
 TUNED: dict[str, bool | int | str] = {
     # Time the candidates for every matrix product instead of taking cuBLAS's first choice: most
     # of a step's products have 1,280 columns, where the usual tiles leave a third of the GPU idle.
+    # Candidates are compiled in the compiler's pool of processes; what each took is kept in its
+    # cache folder, shape by shape, so a tuning that was cut off goes on where it was.
     "max_autotune_gemm": True,
+    "max_autotune_gemm_backends": "ATEN,TRITON",
     # The templates built on Hopper's bulk copies; off by default in PyTorch.
     "triton.enable_persistent_tma_matmul": True,
     # Convolutions by the library alone: Triton's templates never won on an H100, and timing them
@@ -98,8 +101,10 @@ RECIPES: dict[Mode, Recipe] = {
         scope="whole",
         options={
             **TUNED,
-            # Search the launch settings of every generated kernel; minutes, for about 1%.
-            "coordinate_descent_tuning": True,
+            # Time a handful of launch settings for every generated kernel, compiled in the pool.
+            # Not the descent along each setting: it compiles its 10 to 20 candidates a kernel one
+            # by one in this process, which takes longer than everything else together.
+            "max_autotune_pointwise": True,
             # The shortcuts' 1x1 convolutions become products, which are tuned as above.
             "conv_1x1_as_mm": True,
         },

@@ -32,6 +32,7 @@ def test_the_small_pieces_are_each_timed(
     costs = {cost["name"]: cost for cost in json.loads(out.read_text())["costs"]}
     assert list(costs) == [
         "mark",
+        "step",
         "poll",
         "resolve",
         "record",
@@ -43,6 +44,8 @@ def test_the_small_pieces_are_each_timed(
     for cost in costs.values():
         assert 0 < cost["low_us"] <= cost["median_us"] <= cost["high_us"]
     # A mark on the model's thread is far cheaper than what is told off it.
+    assert json.loads(out.read_text())["clock_calls_a_step"] == {"mark": 1, "poll": 3, "wait": 1}
+    assert costs["mark"]["median_us"] < costs["step"]["median_us"] < costs["record"]["median_us"]
     assert costs["mark"]["median_us"] < costs["record"]["median_us"] < costs["scrape1"]["median_us"]
     assert "one mark of the host clock" in capsys.readouterr().out
 

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.__main__ import main
-from bench.kernels import covered, kind_of
+from bench.amounts import Amount, count, read_launches
+from bench.errors import BenchError
+from bench.kernels import by_kind, covered, kind_of, tell_rate
 from bench.operator_times import time_operators
+from bench.result_file import Ceilings
+from kernels_warmup.flops import count_decode, count_step
 from kernels_warmup.one_forward import StepInputs
 from kernels_warmup.shapes import CompiledShape
-from tests.kernels_warmup.tiny import tiny_unet
+from tests.kernels_warmup.tiny import tiny_unet, tiny_vae
 
 SMALL = ["--model", "demo", "--device", "cpu", "--shape", "64x64"]
 
@@ -47,6 +52,10 @@ def test_a_profile_tells_where_the_time_went(
     assert main(["kernels", "--scenario", "served", "--part", part, *SMALL, "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     assert found["by_kind_ms"]["conv"] > 0
+    conv = found["by_kind"]["conv"]
+    assert conv["tflops"] == pytest.approx(conv["gflop"] / conv["ms"], rel=0.01)
+    assert conv["bound_ms"] > 0
+    assert found["by_kind"]["attention"]["gb_per_second"] > 0
     # Operators' own times fill the forward without exceeding it.
     own = sum(found["by_kind_ms"].values())
     assert 0.3 * found["timeline_ms"] < own < 1.5 * found["timeline_ms"]
@@ -67,3 +76,36 @@ def test_every_operator_of_a_step_is_timed_by_itself() -> None:
     # What cannot run here says so instead of ending the others.
     assert all("failed" in row for row in rows if row["how"] == "cudnn")
     assert not any(module._forward_hooks for module in unet.modules())
+
+
+def test_what_a_step_computes_is_what_the_flop_counter_says() -> None:
+    pipeline = SimpleNamespace(unet=tiny_unet(), vae=tiny_vae())
+    shape = CompiledShape(64, 64)
+    step, decode = count(pipeline, shape, "step"), count(pipeline, shape, "decode")
+    assert set(step) == set(decode) == {"gemm", "conv", "attention"}
+    assert sum(a.flops or 0 for a in step.values()) == count_step(pipeline.unet.config, shape)
+    assert sum(a.flops or 0 for a in decode.values()) == count_decode(pipeline.vae.config, shape)
+    without_text = count(pipeline, shape, "step", text_once=True)
+    assert without_text["conv"] == step["conv"]
+    assert (without_text["gemm"].flops or 0) < (step["gemm"].flops or 0)
+    assert (without_text["gemm"].bytes or 0) < (step["gemm"].bytes or 0)
+
+
+def test_a_kind_stands_beside_what_it_could_reach(tmp_path: Path) -> None:
+    ceilings = Ceilings({"bfloat16": 700.0}, 4000.0)
+    launches = tmp_path / "launches.json"
+    told = {"launches": 300, "bytes": 4e9}
+    launches.write_text(json.dumps({"by_kind": {"generated: pointwise": told}}))
+    amounts = {"gemm": Amount(7e12, 1e9)} | read_launches(launches)
+    milliseconds = {"gemm": 20.0, "generated: pointwise": 2.0, "other": 1.0}
+    rows = by_kind(milliseconds, amounts, "bfloat16", ceilings)
+    assert rows["gemm"]["tflops"] == 350
+    assert rows["gemm"]["bound_ms"] == 10
+    assert "2.00 times its bound of 10 ms" in tell_rate(rows["gemm"])
+    assert rows["generated: pointwise"]["gb_per_second"] == 2000
+    assert rows["generated: pointwise"]["bound_ms"] == 1
+    assert rows["generated: pointwise"]["tflops"] is None
+    assert tell_rate(rows["other"]) == ""
+    launches.write_text("[]")
+    with pytest.raises(BenchError, match="does not tell launches"):
+        read_launches(launches)

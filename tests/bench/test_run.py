@@ -29,7 +29,9 @@ from bench.result_file import BenchResult, Ceilings, Code, Flops, RequestSample
 from bench.scenarios import SCENARIOS, Scenario, chosen
 from bench.side import Ready
 from bench.worktree import worktree
+from kernels_warmup.compile import RECIPES, TUNED
 from kernels_warmup.shapes import CompiledShape
+from tests.bench import made_up
 
 SMALL = ["--model", "demo", "--device", "cpu", "--steps", "2"]
 CEILINGS = Ceilings({"float32": 0.1}, 1.0)
@@ -214,6 +216,24 @@ def test_what_does_not_fit_in_memory_is_timed_in_groups_beside_the_baseline(tmp_
     assert rounds["diffusers"] == [0, 1]
     assert set(rounds["default"]) <= set(rounds["documented"])
     assert result.sessions[0].rounds == max(rounds["documented"]) + 1
+
+
+def test_where_only_one_fits_each_is_timed_alone(tmp_path: Path) -> None:
+    side = FakeSide(memory=20, held=10)
+    _, found = bench(side, tmp_path / "out.json", "documented", "served", "bf16")
+    assert side.most_at_once == 1
+    assert found is not None
+    assert [len(s.requests) for s in found.scenarios] == [2, 2, 2]
+
+
+def test_what_is_beside_is_in_the_rounds_of_each_call(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    bench(FakeSide(), out, "documented", "compiled")
+    names = ("documented", "compiled", "pdl")
+    _, found = bench(FakeSide(), out, *names, resume=True, beside=["documented", "compiled"])
+    assert found is not None
+    rounds = {n: [r.round for r in s.requests] for n, s in found.of_side("head").items()}
+    assert rounds == {"documented": [0, 1, 2, 3], "compiled": [0, 1, 2, 3], "pdl": [2, 3]}
 
 
 def test_a_scenario_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
@@ -471,6 +491,46 @@ def test_scenarios_have_names_of_their_own_and_recipes_that_exist() -> None:
         for fields in (scenario.recipe, scenario.decoder):
             if fields is not None:
                 drive.recipe_of(fields)
+
+
+def test_a_scenario_may_have_steps_of_its_own(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    (asked,) = chosen(["offline"])
+    work = drive.choose_work("demo", "cpu", "64x64", 2)
+    with asyncio.Runner() as runner:
+        batch = drive.drive(replace(asked, images=2, steps=3), work, runner)
+        sample = batch.request(0, 0)
+        batch.close()
+    assert len(sample.steps_ms) == 2
+    served, offline = (made_up.scenario(name, [2.0]) for name in ("served", "offline"))
+    written = made_up.result(served, replace(offline, steps=made_up.STEPS))
+    written.write(out)
+    assert BenchResult.read(out).of_side("head")["offline"].steps == made_up.STEPS
+    with pytest.raises(ValueError, match="steps instead of 3"):
+        made_up.result(replace(offline, steps=3))
+
+
+def test_what_max_does_is_all_lossless_and_tuning() -> None:
+    (all_lossless,) = chosen(["all-lossless"])
+    assert replace(RECIPES["max"], options={}) == drive.recipe_of(all_lossless.recipe)
+
+
+def test_compiled_by_its_fields_is_compiled_by_its_mode() -> None:
+    (pdl,) = chosen(["pdl"])
+    assert replace(drive.recipe_of(pdl.recipe), options={}) == RECIPES["default"]
+
+
+def test_every_option_for_inductor_is_one() -> None:
+    from torch._inductor import config
+
+    recipes = [*RECIPES.values()]
+    for scenario in SCENARIOS:
+        recipes += [drive.recipe_of(f) for f in (scenario.recipe, scenario.decoder) if f]
+    (tuned,) = chosen(["tuned-products"])
+    assert drive.recipe_of(tuned.recipe).options == TUNED
+    named = {option for recipe in recipes for option in recipe.options}
+    assert named
+    assert named <= set(config.get_config_copy())
 
 
 def test_help_loads_no_model_library() -> None:

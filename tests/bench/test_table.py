@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from bench.result_file import NotRun
-from bench.table import README, in_place, ratio_interval, render_run, tables
-from tests.bench.made_up import result, scenario
+from bench.table import README, in_place, is_shown, ratio_interval, render_run, tables
+from tests.bench.made_up import GPU, result, scenario
 
 
 @pytest.mark.parametrize("name", ["gpu table", "cpu table", "bench tables"])
@@ -53,3 +53,11 @@ def test_a_run_is_one_table_in_the_order_of_its_stack() -> None:
         measured, workload=replace(measured.workload, model="random:sdxl-base")
     )
     assert "not accuracy-qualified" in render_run(random_weights)
+
+
+def test_a_full_size_model_on_a_cpu_is_not_in_the_readme() -> None:
+    measured = result(scenario("documented", [20.0] * 3))
+    assert is_shown(measured)
+    work = replace(measured.workload, model="random:sdxl-base")
+    assert not is_shown(replace(measured, workload=work))
+    assert is_shown(replace(measured, workload=work, environment=GPU))

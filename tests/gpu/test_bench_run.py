@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,4 +59,37 @@ def test_kernels_of_a_captured_step_are_seen(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
     command = ["kernels", "--scenario", "graph", "--device", "cuda", "--model", "demo"]
     assert main([*command, "--out", str(out)]) == 0
-    assert '"gemm"' in out.read_text()
+    found = json.loads(out.read_text())
+    gemm = found["by_kind"]["gemm"]
+    assert gemm["tflops"] > 0
+    assert gemm["bound_ms"] > 0
+    assert found["ceilings"]["matmul_tflops"]["bfloat16"] > gemm["tflops"]
+
+
+def test_what_a_step_asks_the_clock_is_told_with_its_cost(tmp_path: Path) -> None:
+    out = tmp_path / "micro.json"
+    assert main(["micro", "--device", "cuda", "--series", "20", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    costs = {cost["name"]: cost["median_us"] for cost in found["costs"]}
+    assert found["environment"]["gpu"]
+    # An event takes microseconds; a hundred of them would be a wait for the device.
+    assert 0 < costs["mark"] < 100
+    assert 0 < costs["poll"] < 100
+
+
+def test_a_captured_scenario_is_as_near_to_float32_as_eager(tmp_path: Path) -> None:
+    out = tmp_path / "numerics.json"
+    command = ["numerics", "--device", "cuda", "--model", "demo", "--no-worse", "1.2"]
+    names = ["--scenario", "graph", "vae-attention"]
+    assert main([*command, *names, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [one["name"] for one in found["scenarios"]] == ["graph", "vae-attention"]
+    assert all(one["again"] for one in found["scenarios"]), found
+
+
+def test_a_scenario_that_was_compiled_beside_others_is_found(tmp_path: Path) -> None:
+    out = tmp_path / "precompile.json"
+    command = ["precompile", "--device", "cuda", "--model", "demo", "--scenario"]
+    assert main([*command, "vae-compiled", "regional", "--out", str(out)]) == 0
+    told = json.loads(out.read_text())["scenarios"]
+    assert all(one.startswith("compiled in") for one in told.values()), told

@@ -1,0 +1,88 @@
+"""Several scenarios at once, none of which outlives the call."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+from bench.precompile import all_of
+from bench.scenarios import Scenario, chosen
+
+NAMES = ["served", "bf16", "compiled", "default"]
+
+
+class Starts:
+    """Processes that sleep, and how many of them were alive together."""
+
+    def __init__(self, seconds: float, failing: str = "") -> None:
+        self.seconds, self.failing = seconds, failing
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.most_at_once = 0
+
+    def __call__(self, scenario: Scenario) -> subprocess.Popen[bytes]:
+        status = int(scenario.name == self.failing)
+        command = f"sleep {self.seconds}; exit {status}"
+        self.processes.append(subprocess.Popen(["sh", "-c", command]))
+        alive = sum(process.poll() is None for process in self.processes)
+        self.most_at_once = max(self.most_at_once, alive)
+        return self.processes[-1]
+
+
+def test_so_many_at_once_and_each_is_told_of() -> None:
+    start = Starts(0.1, failing="bf16")
+    told = all_of(chosen(NAMES), start, at_once=2)
+    assert start.most_at_once == 2
+    assert set(told) == set(NAMES)
+    assert told["bf16"].startswith("failed with status 1")
+    assert told["compiled"].startswith("compiled in")
+
+
+def test_what_takes_too_long_is_ended() -> None:
+    start = Starts(60)
+    began = time.monotonic()
+    told = all_of(chosen(NAMES), start, at_once=3, seconds_limit=0.1)
+    assert time.monotonic() - began < 20
+    assert set(told.values()) == {"there was no time left for it"}
+    assert set(told) == set(NAMES)
+    assert all(process.poll() is not None for process in start.processes)
+
+
+def test_an_interruption_ends_them_too() -> None:
+    start = Starts(60)
+
+    def interrupted(scenario: Scenario) -> subprocess.Popen[bytes]:
+        if start.processes:
+            raise KeyboardInterrupt
+        return start(scenario)
+
+    with pytest.raises(KeyboardInterrupt):
+        all_of(chosen(NAMES), interrupted, at_once=2)
+    assert all(process.poll() is not None for process in start.processes)
+
+
+def test_what_cannot_run_here_is_not_started(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = ["precompile", "--model", "demo", "--device", "cpu", "--shape", "64x64"]
+    assert main([*command, "--scenario", "pdl", "--out", str(out)]) == 0
+    assert "CUDA" in json.loads(out.read_text())["scenarios"]["pdl"]
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_found_by_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    command = ["-m", "bench.precompile", "vae-compiled", "demo", "cpu", "64x64"]
+    seconds = []
+    for _ in range(2):
+        began = time.monotonic()
+        assert subprocess.run([sys.executable, *command], check=False).returncode == 0
+        seconds.append(time.monotonic() - began)
+    assert list((tmp_path / "cache").rglob("fxgraph")), "nothing was kept"
+    assert seconds[1] < seconds[0] - 5
