@@ -132,6 +132,13 @@ SCENARIOS: tuple[Scenario, ...] = (
         prepare_seconds=(240, 150),
     ),
     Scenario(
+        "text-encoders",
+        "compiled's, the text encoders captured",
+        recipe=_WHOLE | {"text_encoders": True},
+        cuda_only=True,
+        prepare_seconds=(120, 0),
+    ),
+    Scenario(
         "launched",
         "compiled whole, launched kernel by kernel",
         recipe=_WHOLE | {"replay": "none"},
