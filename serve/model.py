@@ -244,8 +244,8 @@ class SdxlModel:
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[bool, ...]]:
         pipeline = self.pipeline
         # Both before either encoder runs, so that the device waits for no tokenizer.
-        tokens, cut = _tokenise(pipeline.tokenizer, texts)
-        tokens_2, cut_2 = _tokenise(pipeline.tokenizer_2, texts)
+        tokens, cut = tokenise(pipeline.tokenizer, texts)
+        tokens_2, cut_2 = tokenise(pipeline.tokenizer_2, texts)
         tokens, tokens_2 = _to_device(tokens, self.device), _to_device(tokens_2, self.device)
         output = pipeline.text_encoder(tokens, output_hidden_states=True)
         output_2 = pipeline.text_encoder_2(tokens_2, output_hidden_states=True)
@@ -430,18 +430,19 @@ def _trained_shapes(pipeline: StableDiffusionXLPipeline) -> tuple[CompiledShape,
     return (CompiledShape(side, side),)
 
 
-def _tokenise(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, list[bool]]:
-    """The texts as (texts, limit) token ids, and whether each had to be cut for it."""
-    limit = tokenizer.model_max_length
-    tokens = tokenizer(
-        texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-    )
-    cut = [False] * len(texts)
-    if bool(tokens.attention_mask.all(1).any()):
-        # A text that fills its row may have been longer. `verbose` off: the library's warning on
-        # long input is answered by `truncated`.
-        cut = [len(ids) > limit for ids in tokenizer(texts, verbose=False).input_ids]
-    return tokens.input_ids, cut
+def tokenise(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, list[bool]]:
+    """The texts as (texts, limit) token ids on the host, and whether each had to be cut for it.
+
+    As CLIP's tokenizer does it when asked to cut and to fill, which would hide what was cut and
+    cost a second call.
+    """
+    limit, fill = tokenizer.model_max_length, tokenizer.pad_token_id
+    # `verbose` off: the library's warning on long input is answered by what is returned.
+    whole: list[list[int]] = tokenizer(texts, verbose=False).input_ids
+    # The last token ends a text, and so it does one that was cut.
+    rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in whole]
+    filled = [ids + [fill] * (limit - len(ids)) for ids in rows]
+    return torch.tensor(filled), [len(ids) > limit for ids in whole]
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
