@@ -299,10 +299,12 @@ class PlainCall:
     def _watch(self) -> None:
         """Mark where the scheduler's loop begins and each of its steps ends."""
         scheduler = self.pipeline.scheduler
-        begin, step = scheduler.set_begin_index, scheduler.step
+        # The pipeline asks whether there is such a method, and some schedulers have none.
+        begin, step = getattr(scheduler, "set_begin_index", None), scheduler.step
 
         def set_begin_index(*arguments: Any, **options: Any) -> None:
-            begin(*arguments, **options)
+            if begin is not None:
+                begin(*arguments, **options)
             if self._timeline is not None:
                 self._timeline.loop_begins()
 

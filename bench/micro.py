@@ -1,9 +1,10 @@
-"""What our own pieces cost by themselves: mark, poll, resolve, record, emit, scrape.
+"""What our own pieces cost by themselves: telling, and what stands around a request's steps.
 
     python -m bench micro
 
 Each figure is the median over series of calls, with its 95% interval, in microseconds a call. What
-is timed is built as the service builds it; nothing is loaded and nothing leaves the process.
+is timed is built as the service builds it; nothing leaves the process. What a request costs beside
+its steps is timed on the demo model and a CPU, whatever the device (`beside.py`).
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def run(options: argparse.Namespace) -> int:
         device = str(choose_device(options.device))
     except (ModelError, RuntimeError) as error:
         raise BenchError(str(error)) from None
-    costs = measure(device, options.series)
+    from bench import beside
+
+    costs = [*measure(device, options.series), *beside.measure(options.series)]
     for cost in costs:
         spread = f"({cost.low_us:.2f} to {cost.high_us:.2f})"
         print(f"{cost.name:8} {cost.median_us:10.2f} us {spread:24} {cost.what}")
@@ -94,7 +97,7 @@ def measure(device: str, series: int) -> list[Cost]:
             registry, accept = one.metrics.registry, "application/openmetrics-text; version=1.0.0"
             kilobytes = len(render(registry, accept)[0]) / 1000
             what = f"/metrics, every label set of {count} warm sizes filled: {kilobytes:.0f} kB"
-            return _cost(
+            return cost(
                 f"scrape{count}", what, lambda: render(registry, accept), max(1, series // 10), 1
             )
 
@@ -103,7 +106,7 @@ def measure(device: str, series: int) -> list[Cost]:
             _step(clock, series),
             _poll(clock, series),
             _resolve(clock, series),
-            _cost("record", f"one request of {STEPS} steps into the metrics", record, series, 5),
+            cost("record", f"one request of {STEPS} steps into the metrics", record, series, 5),
             _emit(runtime, request, series),
             _export(request, series),
             *map(scrape, SHAPES_KEPT_WARM, runtimes),
@@ -121,7 +124,7 @@ def _mark(clock: Clock, series: int) -> Cost:
             clock.mark()
         return (time.perf_counter_ns() - start) / STEPS
 
-    return _summary("mark", f"one mark of the {clock.name} clock", [once() for _ in range(series)])
+    return summary("mark", f"one mark of the {clock.name} clock", [once() for _ in range(series)])
 
 
 def _pace(clock: Clock, steps: int) -> float:
@@ -145,7 +148,7 @@ def _pace(clock: Clock, steps: int) -> float:
 def _step(clock: Clock, series: int) -> Cost:
     calls = ", ".join(f"{count:g} {name}" for name, count in calls_a_step().items())
     what = f"all that the model's thread does for one step's timing: {calls}"
-    return _summary("step", what, [_pace(clock, STEPS) for _ in range(series)])
+    return summary("step", what, [_pace(clock, STEPS) for _ in range(series)])
 
 
 def calls_a_step() -> dict[str, float]:
@@ -178,7 +181,7 @@ def _poll(clock: Clock, series: int) -> Cost:
     clock.begin()
     mark = clock.mark()
     clock.wait(mark)
-    return _cost(
+    return cost(
         "poll", "whether a mark has happened, and when", lambda: clock.poll(mark), series, 50
     )
 
@@ -193,7 +196,7 @@ def _resolve(clock: Clock, series: int) -> Cost:
         return time.perf_counter_ns() - start
 
     what = f"the {STEPS + 7} marks of a run of {STEPS} steps"
-    return _summary("resolve", what, [once() for _ in range(series)])
+    return summary("resolve", what, [once() for _ in range(series)])
 
 
 def _emit(runtime: Runtime, request: RequestTiming, series: int) -> Cost:
@@ -214,7 +217,7 @@ def _emit(runtime: Runtime, request: RequestTiming, series: int) -> Cost:
         return taken
 
     what = f"one request of {STEPS} steps as {spans} spans, queued"
-    return _summary("emit", what, [once() for _ in range(series)])
+    return summary("emit", what, [once() for _ in range(series)])
 
 
 def _export(request: RequestTiming, series: int) -> Cost:
@@ -249,10 +252,11 @@ def _export(request: RequestTiming, series: int) -> Cost:
         costs = [once() for _ in range(max(1, series // 4))]
         exporter.shutdown()  # type: ignore[no-untyped-call]
     what = f"its {spans} spans sent with others, {len(batch)} at a time: CPU"
-    return _summary("export", what, costs)
+    return summary("export", what, costs)
 
 
-def _cost(name: str, what: str, call: Callable[[], object], series: int, calls: int) -> Cost:
+def cost(name: str, what: str, call: Callable[[], object], series: int, calls: int) -> Cost:
+    """Of one of `calls` calls at a time, `series` times."""
     call()
     taken = []
     for _ in range(series):
@@ -260,10 +264,11 @@ def _cost(name: str, what: str, call: Callable[[], object], series: int, calls: 
         for _ in range(calls):
             call()
         taken.append((time.perf_counter_ns() - start) / calls)
-    return _summary(name, what, taken)
+    return summary(name, what, taken)
 
 
-def _summary(name: str, what: str, nanoseconds: Sequence[float]) -> Cost:
+def summary(name: str, what: str, nanoseconds: Sequence[float]) -> Cost:
+    """Of what each call has taken."""
     from bench.intervals import interval
 
     found = interval([value / 1000 for value in nanoseconds])

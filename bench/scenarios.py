@@ -200,6 +200,13 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     _beside("all-lossless", "every lossless way that is not measured yet", **_UNMEASURED),
     Scenario(
+        "text-encoders",
+        "compiled's, the text encoders captured",
+        recipe=_WHOLE | {"text_encoders": True},
+        cuda_only=True,
+        prepare_seconds=(120, 0),
+    ),
+    Scenario(
         "launched",
         "compiled whole, launched kernel by kernel",
         recipe=_WHOLE | {"replay": "none"},

@@ -1,16 +1,16 @@
 """From a loaded SDXL pipeline to one that runs compiled: the only place inductor is configured.
 
-`compile_model` changes the pipeline's UNet and VAE decoder in place, so that diffusers' own
-pipeline goes on calling its own classes. Nothing compiles here: each input shape compiles when it
-is first called, which is warm-up's task, and so is forbidding it afterwards.
+`compile_model` changes the pipeline's UNet, VAE decoder and text encoders in place, so that
+diffusers' own pipeline goes on calling its own classes. Nothing compiles here: each input shape
+compiles when it is first called, which is warm-up's task, and so is forbidding it afterwards.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 import torch._dynamo
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 Mode = Literal["off", "regional", "default", "max"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-TensorFunction = Callable[..., torch.Tensor]
+TensorFunction = Callable[..., Any]
+"""From tensors to one tensor, or to a tuple of them."""
 
 GRAPHS_PER_FUNCTION = 64
 """How many shapes one function may be compiled for: nine sizes, with guidance and without, a few
@@ -40,10 +41,12 @@ batch sizes. Dynamo's own limit of 8 would silently run the ninth eagerly."""
 
 
 class Models(Protocol):
-    """The parts of a diffusers SDXL pipeline that are compiled."""
+    """The parts of a diffusers SDXL pipeline that are compiled or captured."""
 
     unet: Any
     vae: Any
+    text_encoder: Any
+    text_encoder_2: Any
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class Recipe:
     """Attention to the text's 77 keys."""
     geglu: bool = False
     """The feed-forwards' first product, with its gating."""
+    text_encoders: bool = False
+    """On CUDA, the text encoders as captured graphs, whatever `replay` says of the rest. Their 44
+    layers of small kernels keep the host busier than the GPU; compiling them would buy little more.
+    """
 
 
 TUNED: dict[str, bool | int | str] = {
@@ -99,6 +106,7 @@ RECIPES: dict[Mode, Recipe] = {
     "default": Recipe(scope="whole"),
     "max": Recipe(
         scope="whole",
+        text_encoders=True,
         options={
             **TUNED,
             # Time a handful of launch settings for every generated kernel, compiled in the pool.
@@ -154,7 +162,7 @@ class CompiledModel:
 
     @property
     def shapes_met(self) -> int:
-        """How many distinct inputs the UNet and the decoder have run with."""
+        """How many distinct inputs the functions have run with, all of them together."""
         return sum(len(function.met) for function in self.functions)
 
 
@@ -199,7 +207,8 @@ def compile_model(
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     unet = compile_unet(pipeline.unet, recipe, backend, quantize, pool)
     decode = compile_decoder(pipeline.vae, recipe, pool)
-    functions = (*unet.functions, decode)
+    encoders = capture_text_encoders(pipeline, recipe, pool) if recipe.text_encoders else ()
+    functions = (*unet.functions, decode, *encoders)
     return CompiledModel(mode, recipe, backend, unet.quantized, unet.text, functions)
 
 
@@ -281,6 +290,20 @@ def _set_kernels(unet: Any, recipe: Recipe, attention: Backend) -> None:
         install.set_geglu(unet)
 
 
+def capture_text_encoders(
+    pipeline: Models, recipe: Recipe, pool: Any = None
+) -> tuple[PerShape, PerShape]:
+    """Put a captured `forward` in front of both text encoders; nothing of them is compiled."""
+
+    def capture(encoder: Any) -> PerShape:
+        captured = replace(recipe, replay="captured")
+        per_shape = PerShape(_encode_function(encoder), captured, encoder.device, pool)
+        encoder.forward = TextEncoderForward(per_shape)
+        return per_shape
+
+    return capture(pipeline.text_encoder), capture(pipeline.text_encoder_2)
+
+
 def inductor_options(recipe: Recipe, device: torch.device) -> dict[str, bool | int | str]:
     """The options `torch.compile` gets; on a CPU the templates above do not exist."""
     if device.type != "cuda":
@@ -291,12 +314,9 @@ def inductor_options(recipe: Recipe, device: torch.device) -> dict[str, bool | i
 
 def _compiled(function: TensorFunction, recipe: Recipe, device: torch.device) -> TensorFunction:
     options = inductor_options(recipe, device)
-    return cast(
-        TensorFunction,
-        # fullgraph: a graph break would cost a step its overlap without a word.
-        # static shapes: the kernels of a warm shape know every size.
-        torch.compile(function, fullgraph=True, dynamic=False, options=cast(Any, options)),
-    )
+    # fullgraph: a graph break would cost a step its overlap without a word.
+    # static shapes: the kernels of a warm shape know every size.
+    return torch.compile(function, fullgraph=True, dynamic=False, options=cast(Any, options))
 
 
 def _compile_blocks(module: torch.nn.Module, recipe: Recipe, device: torch.device) -> None:
@@ -364,6 +384,17 @@ def _decode_function(vae: Any) -> TensorFunction:
     return decode
 
 
+def _encode_function(encoder: Any) -> TensorFunction:
+    """What SDXL reads of an encoder: its first output, and the states before its last layer."""
+    forward = encoder.forward
+
+    def encode(input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = forward(input_ids, output_hidden_states=True)
+        return output[0], output.hidden_states[-2]
+
+    return encode
+
+
 class UNetForward:
     """Stands in for the UNet's `forward`; the one place that sees each step from outside.
 
@@ -409,7 +440,7 @@ class UNetForward:
             raise TypeError(f"the compiled UNet does not take {', '.join(refused)}")
         if self.text is not None:
             self.text.prepare_conditioning(encoder_hidden_states, added_cond_kwargs)
-            noise = step(sample, timestep)
+            noise: torch.Tensor = step(sample, timestep)
         else:
             noise = step(
                 sample,
@@ -432,13 +463,36 @@ class DecoderForward:
     ) -> torch.Tensor:
         if latent_embeds is not None:
             raise TypeError("the compiled VAE decoder does not take latent_embeds")
-        return self._decode(sample)
+        return cast(torch.Tensor, self._decode(sample))
+
+
+class EncodedText(NamedTuple):
+    """As much of a text encoder's output as SDXL reads, found where SDXL looks for it."""
+
+    first: torch.Tensor
+    """The pooled and projected text (texts, width) where the encoder has a projection, else its
+    last states (texts, tokens, width)."""
+    hidden_states: tuple[torch.Tensor, None]
+    """The states before the last layer (texts, tokens, width); the last layer's are not kept."""
+
+
+class TextEncoderForward:
+    """Stands in for a text encoder's `forward`."""
+
+    def __init__(self, encode: PerShape) -> None:
+        self._encode = encode
+
+    def __call__(self, input_ids: torch.Tensor, *, output_hidden_states: bool) -> EncodedText:
+        if not output_hidden_states:
+            raise TypeError("the captured text encoder is asked for its hidden states")
+        first, before_last = self._encode(input_ids)
+        return EncodedText(first, (before_last, None))
 
 
 class PerShape:
     """Runs a function, and on CUDA replays it as one graph for each shape of its inputs.
 
-    The result is always a tensor of its own: a later replay never overwrites it. Once `frozen`,
+    What it returns is always the caller's own: a later replay never overwrites it. Once `frozen`,
     what would need a compilation runs eagerly; the function must give the same when called again.
     """
 
@@ -457,7 +511,7 @@ class PerShape:
         self.frozen = False
         self.fallbacks = Fallbacks()
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *inputs: torch.Tensor) -> Any:
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         captured = self._captured.get(key)
         if captured is not None:
@@ -479,18 +533,18 @@ class PerShape:
             self.fallbacks.recompiles += 1
             return self._eagerly(inputs)
 
-    def _run(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _run(self, inputs: tuple[torch.Tensor, ...]) -> Any:
         if self._replay != "trees":
             return self.function(*inputs)
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        return self.function(*inputs).clone()
+        return _cloned(self.function(*inputs))
 
-    def _eagerly(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _eagerly(self, inputs: tuple[torch.Tensor, ...]) -> Any:
         # The stance holds for the process, and this thread alone runs what is compiled.
         with torch.compiler.set_stance("force_eager"):
             return self.function(*inputs)
 
-    def _first(self, key: tuple[object, ...], inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _first(self, key: tuple[object, ...], inputs: tuple[torch.Tensor, ...]) -> Any:
         # The limit is set around the call and not once: such settings belong to a thread.
         with torch._dynamo.config.patch(recompile_limit=GRAPHS_PER_FUNCTION):
             result = self._run(inputs)
@@ -531,8 +585,14 @@ class Captured:
             with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 self._output = function(*self._inputs)
 
-    def replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def replay(self, inputs: tuple[torch.Tensor, ...]) -> Any:
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given)
         self._graph.replay()
-        return self._output.clone()
+        return _cloned(self._output)
+
+
+def _cloned(result: Any) -> Any:
+    if isinstance(result, tuple):
+        return tuple(tensor.clone() for tensor in result)
+    return result.clone()

@@ -40,18 +40,31 @@ class TextCondition:
     """(batch, time embedding channels): the pooled text and the image size, embedded."""
 
 
+@dataclass(frozen=True, eq=False)
+class Ahead:
+    """One preparation ahead of its run, for as long as no other text fills the buffers."""
+
+    shape: torch.Size
+    """Of the text: (batch, tokens, text width)."""
+
+
 class TextOnce:
     """Computes what depends on the prompt alone at the start of a run.
 
     `prepare_conditioning` fills the buffers for a batch; the UNet's attentions and its
     added-condition embedding read them. The tensors of the last preparation are remembered, so
     that calling it before every step with the same tensors costs a few comparisons.
+
+    `prepare_ahead` fills them before the steps begin. The pipeline then passes copies, which no
+    comparison knows again: `begin_run` says whose text they are.
     """
 
     def __init__(self, unet: Any) -> None:
         if unet.config.addition_embed_type != "text_time" or unet.encoder_hid_proj is not None:
             raise ValueError("not SDXL's conditioning: the text is processed in the UNet itself")
         self._unet = unet
+        # Kept, for the UNet finds it by walking all of its modules: milliseconds of the first step.
+        self._dtype = unet.dtype
         self._attentions: dict[int, list[Any]] = {}
         for block in transformer_blocks(unet):
             self._attentions.setdefault(block.attn2.inner_dim, []).append(block.attn2)
@@ -59,6 +72,8 @@ class TextOnce:
         self._conditions: dict[tuple[int, int], TextCondition] = {}
         self._attached: TextCondition | None = None
         self._prepared: tuple[object, ...] = ()
+        self._ahead: Ahead | None = None
+        self._expected: Ahead | None = None
         self._embed_added = unet.get_aug_embed
         unet.register_buffer("added_condition", None, persistent=False)
         unet.get_aug_embed = MethodType(_read_added_condition, unet)
@@ -85,7 +100,29 @@ class TextOnce:
             for a, b in zip(state, self._prepared, strict=True)
         ):
             return
-        self._prepared = ()
+        expected, self._expected = self._expected, None
+        if expected is None or expected.shape != encoder_hidden_states.shape:
+            self._fill(encoder_hidden_states, added_cond_kwargs)
+        self._prepared = state
+
+    def prepare_ahead(
+        self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
+    ) -> Ahead:
+        """Fill the buffers for a run to come, whose conditioning will be equal to this one; returns
+        what `begin_run` knows it by."""
+        self._fill(encoder_hidden_states, added_cond_kwargs)
+        self._ahead = Ahead(encoder_hidden_states.shape)
+        return self._ahead
+
+    def begin_run(self, ahead: Ahead | None) -> None:
+        """The next conditioning is equal to what `ahead` was prepared from, whichever tensors hold
+        it; None: nothing is known of it."""
+        self._expected = ahead if ahead is self._ahead else None
+
+    def _fill(
+        self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._prepared, self._ahead = (), None
         batch, tokens, _ = encoder_hidden_states.shape
         condition = self._conditions.get((batch, tokens))
         if condition is None:
@@ -93,7 +130,7 @@ class TextOnce:
         if condition is not self._attached:
             self._attach(condition, batch, tokens)
         with torch.no_grad():
-            text = encoder_hidden_states.flatten(0, 1).to(self._unet.dtype)
+            text = encoder_hidden_states.flatten(0, 1).to(self._dtype)
             for width, projected in condition.projected.items():
                 weights = self._weights[width]
                 everywhere = text.expand(len(weights), -1, -1)
@@ -104,7 +141,6 @@ class TextOnce:
                 added_cond_kwargs=added_cond_kwargs,
             )
             condition.added.copy_(added)
-        self._prepared = state
 
     def _allocate(self, batch: int, tokens: int) -> TextCondition:
         # Outside inference mode: tensors made inside it may never be refilled outside it.

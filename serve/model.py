@@ -20,7 +20,8 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from kernels_warmup.rewrites import all_finite, to_pixels
+from kernels_warmup.prepared_loop import prepare_loop
+from kernels_warmup.rewrites import Ahead, TextOnce, all_finite, to_pixels
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError
@@ -53,7 +54,7 @@ class Conditioning:
 
     Shapes: embeddings (images, 77, width of both encoders), pooled (images, width of the second).
     The negative ones are None without guidance. `truncated` says of each prompt whether an encoder
-    cut it.
+    cut it, `ahead` whose buffers the steps already find filled, and for which size.
     """
 
     prompt: torch.Tensor
@@ -61,6 +62,7 @@ class Conditioning:
     negative: torch.Tensor | None
     negative_pooled: torch.Tensor | None
     truncated: tuple[bool, ...]
+    ahead: tuple[Ahead, CompiledShape] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,8 @@ class SdxlModel:
         self.dtype: torch.dtype = pipeline.unet.dtype
         self.trained_shapes = trained_shapes
         self.pipeline = pipeline
+        self.text: TextOnce | None = None
+        self._loop = prepare_loop(pipeline)
         self._loop_begins: Callable[[], None] = _nothing
         self._preview_map: torch.Tensor | None = None
         pipeline.set_progress_bar_config(disable=True)
@@ -96,9 +100,17 @@ class SdxlModel:
 
     @torch.no_grad()
     def encode_prompts(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str], guided: bool
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str],
+        guided: bool,
+        shape: CompiledShape | None = None,
     ) -> Conditioning:
-        """Both text encoders' view of a run's prompts, and of negative ones where they count."""
+        """Both text encoders' view of a run's prompts, and of negative ones where they count.
+
+        With the size that the run will have, what its steps read of them is worked out as well,
+        where that is done once a run.
+        """
         images = len(prompts)
         zeros_for_empty = self.pipeline.config.force_zeros_for_empty_prompt
         counts = [bool(text.strip()) or not zeros_for_empty for text in negative_prompts]
@@ -115,7 +127,15 @@ class SdxlModel:
                     negative_pooled[image].zero_()
         elif guided:
             negative, negative_pooled = torch.zeros_like(prompt), torch.zeros_like(pooled_prompt)
-        return Conditioning(prompt, pooled_prompt, negative, negative_pooled, truncated[:images])
+        ahead = None
+        if self.text is not None and shape is not None:
+            text, added = self._as_steps_get_it(
+                prompt, pooled_prompt, negative, negative_pooled, shape
+            )
+            ahead = self.text.prepare_ahead(text, added), shape
+        return Conditioning(
+            prompt, pooled_prompt, negative, negative_pooled, truncated[:images], ahead
+        )
 
     def denoise(
         self,
@@ -141,7 +161,7 @@ class SdxlModel:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         size = (1, self.pipeline.unet.config.in_channels, *shape.latent)
         noise = torch.cat([torch.randn(size, generator=each) for each in generators])
-        latents = noise.to(self.device, self.dtype, non_blocking=True)
+        latents = _to_device(noise.to(self.dtype), self.device)
         if self.device.type != "cpu":
             # What a stochastic scheduler draws in every step is drawn where it is used: a copy from
             # the host would be a wait inside the loop.
@@ -155,8 +175,9 @@ class SdxlModel:
             return {}
 
         self._loop_begins = on_loop_begins
+        self._begin_run(conditioning, shape)
         try:
-            output = self.pipeline(
+            output = self._loop(
                 prompt_embeds=conditioning.prompt,
                 pooled_prompt_embeds=conditioning.pooled,
                 negative_prompt_embeds=conditioning.negative,
@@ -174,6 +195,7 @@ class SdxlModel:
             )
         finally:
             self._loop_begins = _nothing
+            self._begin_run(None, shape)
         result: torch.Tensor = output[0]
         return result
 
@@ -220,31 +242,41 @@ class SdxlModel:
     def _encode_texts(
         self, texts: list[str]
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[bool, ...]]:
-        hidden: list[torch.Tensor] = []
-        pooled = torch.empty(0)
-        truncated = (False,) * len(texts)
         pipeline = self.pipeline
-        for tokenizer, encoder in (
-            (pipeline.tokenizer, pipeline.text_encoder),
-            (pipeline.tokenizer_2, pipeline.text_encoder_2),
-        ):
-            limit = tokenizer.model_max_length
-            # `verbose` off: the library's warning on long input is answered by `truncated`.
-            whole = tokenizer(texts, verbose=False).input_ids
-            truncated = tuple(
-                cut or len(ids) > limit for cut, ids in zip(truncated, whole, strict=True)
-            )
-            tokens = tokenizer(
-                texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-            )
-            output = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
-            hidden.append(output.hidden_states[-2])
-            pooled = output[0]
-        return torch.cat(hidden, dim=-1).to(self.dtype), pooled.to(self.dtype), truncated
+        # Both before either encoder runs, so that the device waits for no tokenizer.
+        tokens, cut = tokenise(pipeline.tokenizer, texts)
+        tokens_2, cut_2 = tokenise(pipeline.tokenizer_2, texts)
+        tokens, tokens_2 = _to_device(tokens, self.device), _to_device(tokens_2, self.device)
+        output = pipeline.text_encoder(tokens, output_hidden_states=True)
+        output_2 = pipeline.text_encoder_2(tokens_2, output_hidden_states=True)
+        hidden = torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], dim=-1)
+        truncated = tuple(some or other for some, other in zip(cut, cut_2, strict=True))
+        return hidden.to(self.dtype), output_2[0].to(self.dtype), truncated
+
+    def _as_steps_get_it(
+        self,
+        prompt: torch.Tensor,
+        pooled: torch.Tensor,
+        negative: torch.Tensor | None,
+        negative_pooled: torch.Tensor | None,
+        shape: CompiledShape,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The text and the added condition as the pipeline will pass them to each step."""
+        if negative is not None and negative_pooled is not None:
+            prompt, pooled = torch.cat([negative, prompt]), torch.cat([negative_pooled, pooled])
+        time_ids = self._loop.time_ids(shape.height, shape.width, prompt.dtype)
+        return prompt, {"text_embeds": pooled, "time_ids": time_ids.repeat(len(prompt), 1)}
+
+    def _begin_run(self, conditioning: Conditioning | None, shape: CompiledShape) -> None:
+        """Tell what is kept of a run's text whether the steps to come are that run's."""
+        if self.text is None:
+            return
+        ahead = None if conditioning is None else conditioning.ahead
+        self.text.begin_run(ahead[0] if ahead is not None and ahead[1] == shape else None)
 
     def _watch_scheduler(self) -> None:
         """Learn when the loop starts, from the one call the pipeline makes just before it."""
-        scheduler = self.pipeline.scheduler
+        scheduler = self._loop.scheduler
         # The pipeline asks whether there is such a method, and some schedulers have none.
         original = getattr(scheduler, "set_begin_index", None)
 
@@ -396,6 +428,29 @@ def _trained_shapes(pipeline: StableDiffusionXLPipeline) -> tuple[CompiledShape,
     if side == SDXL_SHAPES[0].width:
         return SDXL_SHAPES
     return (CompiledShape(side, side),)
+
+
+def tokenise(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, list[bool]]:
+    """The texts as (texts, limit) token ids on the host, and whether each had to be cut for it.
+
+    As CLIP's tokenizer does it when asked to cut and to fill, which would hide what was cut and
+    cost a second call.
+    """
+    limit, fill = tokenizer.model_max_length, tokenizer.pad_token_id
+    # `verbose` off: the library's warning on long input is answered by what is returned.
+    whole: list[list[int]] = tokenizer(texts, verbose=False).input_ids
+    # The last token ends a text, and so it does one that was cut.
+    rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in whole]
+    filled = [ids + [fill] * (limit - len(ids)) for ids in rows]
+    return torch.tensor(filled), [len(ids) > limit for ids in whole]
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device; to a GPU from pinned memory, since from any other the copy would wait
+    for the work enqueued so far."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

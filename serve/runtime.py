@@ -202,8 +202,10 @@ class Runtime:
 
     def _run_once(self, shape: CompiledShape, guided: bool) -> None:
         """Warm-up's run: the production path, accounted to nobody."""
+        # With guidance two texts are encoded and without one, as many as one without a negative
+        # prompt needs: both are warm, and no run is spent on it.
         plan = Plan(
-            TextToImageRequest(prompt="warm-up"),
+            TextToImageRequest(prompt="warm-up", negative_prompt="cold" if guided else ""),
             shape,
             num_inference_steps=WARMUP_STEPS,
             guidance_scale=max(self.settings.guidance_scale, 2.0) if guided else 1.0,
@@ -485,7 +487,10 @@ class Runtime:
             pacer = StepPacer(timeline, cancellations, on_step_ended, self._gpu.sign_of_life)
             with timeline.stage("text_encode"):
                 conditioning = model.encode_prompts(
-                    [r.prompt for r in wanted], [r.negative_prompt for r in wanted], plan.guided
+                    [r.prompt for r in wanted],
+                    [r.negative_prompt for r in wanted],
+                    plan.guided,
+                    plan.shape,
                 )
             self._watch.look()  # the GPU has the text to encode
             with timeline.stage("denoise"):

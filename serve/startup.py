@@ -211,6 +211,7 @@ class Startup:
         started_ns = self._now_ns()
         restored = self._restore(model)
         self.compiled = self._prepare(model)
+        model.text = None if self.compiled is None else self.compiled.text
         self._say_how(restored)
         self._end_phase("prepare", started_ns, dict(readiness.compile))
         return settings.shapes or _default_shapes(model)

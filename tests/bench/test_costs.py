@@ -40,6 +40,17 @@ def test_the_small_pieces_are_each_timed(
         "export",
         "scrape1",
         "scrape9",
+        "tokens",
+        "enter",
+        "step",
+        "turn",
+        "jpeg",
+        "jpegnoise",
+        "png",
+        "webp",
+        "uri",
+        "body",
+        "answer",
     ]
     for cost in costs.values():
         assert 0 < cost["low_us"] <= cost["median_us"] <= cost["high_us"]
@@ -47,6 +58,10 @@ def test_the_small_pieces_are_each_timed(
     assert json.loads(out.read_text())["clock_calls_a_step"] == {"mark": 1, "poll": 3, "wait": 1}
     assert costs["mark"]["median_us"] < costs["step"]["median_us"] < costs["record"]["median_us"]
     assert costs["mark"]["median_us"] < costs["record"]["median_us"] < costs["scrape1"]["median_us"]
+    # The picture is put into the answer as it is: looking through it takes as long as encoding it.
+    assert costs["body"]["median_us"] < costs["uri"]["median_us"] < costs["answer"]["median_us"]
+    # The model's thread does nothing but its bookkeeping between two requests.
+    assert costs["turn"]["median_us"] < 2000
     assert "one mark of the host clock" in capsys.readouterr().out
 
 

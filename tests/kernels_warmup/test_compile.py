@@ -1,7 +1,10 @@
 import copy
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from kernels_warmup.attention import transformer_blocks
 from kernels_warmup.compile import (
@@ -11,6 +14,7 @@ from kernels_warmup.compile import (
     Fallbacks,
     PerShape,
     Recipe,
+    capture_text_encoders,
     compile_model,
     inductor_options,
 )
@@ -159,6 +163,130 @@ def test_every_option_is_one_inductor_knows_and_a_cpu_gets_none() -> None:
         assert set(inductor_options(recipe, torch.device("cuda"))) <= known
     trees = inductor_options(Recipe(replay="trees"), torch.device("cuda"))
     assert trees == {"triton.cudagraphs": True}
+
+
+class Recorded:
+    """Stands in for a captured graph: as the real one, it gives what it was captured with."""
+
+    made: ClassVar[list[tuple[int, ...]]] = []
+    replays = 0
+
+    def __init__(self, function: Any, inputs: tuple[torch.Tensor, ...], pool: Any) -> None:
+        self.made.append(tuple(inputs[0].shape))
+        self._function = function
+
+    def replay(self, inputs: tuple[torch.Tensor, ...]) -> Any:
+        type(self).replays += 1
+        return self._function(*inputs)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> type[Recorded]:
+    """Graphs that can be captured on a CPU, by what believes to be on CUDA."""
+    monkeypatch.setattr(Recorded, "made", [])
+    monkeypatch.setattr(Recorded, "replays", 0)
+    monkeypatch.setattr("kernels_warmup.compile.Captured", Recorded)
+    return Recorded
+
+
+def test_a_graph_of_several_outputs_is_captured_once_a_shape(recorded: type[Recorded]) -> None:
+    calls = []
+
+    def both(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(tuple(ids.shape))
+        return ids + 1, ids * 2
+
+    per_shape = PerShape(both, Recipe(scope="none", replay="captured"), torch.device("cuda"))
+    for batch in (1, 2, 1, 2):
+        first, second = per_shape(torch.full((batch, 7), 3))
+        assert (first == 4).all()
+        assert (second == 6).all()
+    assert recorded.made == [(1, 7), (2, 7)]
+    assert recorded.replays == 2
+    per_shape.frozen = True
+    first, _ = per_shape(torch.full((4, 7), 3))
+    assert (first == 4).all()
+    assert per_shape.fallbacks == Fallbacks(cold=1)
+    assert recorded.made == [(1, 7), (2, 7)]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_a_replay_gives_is_the_callers_own(several: bool) -> None:
+    held, output = torch.zeros(2), torch.zeros(2)
+    captured = object.__new__(Captured)
+    captured._inputs = (held,)
+    captured._output = (output, output) if several else output
+    captured._graph = SimpleNamespace(replay=lambda: output.copy_(held))
+    kept = [captured.replay((torch.full((2,), value),)) for value in (1.0, 2.0)]
+    for value, given in zip((1.0, 2.0), kept, strict=True):
+        for one in given if several else (given,):
+            assert torch.equal(one, torch.full((2,), value))
+
+
+def text_encoders() -> Any:
+    """SDXL's two: one with a projection and one without, the first of an older configuration."""
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 7,
+    }
+    first = CLIPTextModel(CLIPTextConfig(**common, num_hidden_layers=3, eos_token_id=2))
+    second = CLIPTextModelWithProjection(
+        CLIPTextConfig(**common, num_hidden_layers=4, projection_dim=24, eos_token_id=59)
+    )
+    return SimpleNamespace(text_encoder=first.eval(), text_encoder_2=second.eval())
+
+
+def test_captured_text_encoders_give_what_sdxl_reads_of_them(recorded: type[Recorded]) -> None:
+    models = text_encoders()
+    plain = copy.deepcopy(models)
+    for encoder in (models.text_encoder, models.text_encoder_2):
+        type(encoder).device = property(lambda _: torch.device("cuda"))
+    try:
+        functions = capture_text_encoders(models, Recipe(scope="none", replay="none"))
+    finally:
+        for encoder in (models.text_encoder, models.text_encoder_2):
+            del type(encoder).device
+    ids = torch.randint(0, 59, (2, 7), generator=torch.Generator().manual_seed(1))
+    ids[:, -1] = 59
+    for batch in (1, 2, 2):
+        for name in ("text_encoder", "text_encoder_2"):
+            ours = getattr(models, name)(ids[:batch], output_hidden_states=True)
+            theirs = getattr(plain, name)(ids[:batch], output_hidden_states=True)
+            assert torch.equal(ours[0], theirs[0])
+            assert torch.equal(ours.hidden_states[-2], theirs.hidden_states[-2])
+    assert recorded.made == [(1, 7), (1, 7), (2, 7), (2, 7)]
+    assert recorded.replays == 2
+    for function in functions:
+        function.frozen = True
+    models.text_encoder(ids[:1].repeat(5, 1), output_hidden_states=True)
+    assert [function.fallbacks.cold for function in functions] == [1, 0]
+    with pytest.raises(TypeError, match="hidden states"):
+        models.text_encoder(ids, output_hidden_states=False)
+
+
+def test_text_encoders_are_captured_by_max_alone_and_on_no_cpu() -> None:
+    assert [mode for mode in MODES if RECIPES[mode].text_encoders] == ["max"]
+    models = text_encoders()
+    first, second = capture_text_encoders(models, RECIPES["max"])
+    ids = torch.full((1, 7), 59)
+    models.text_encoder(ids, output_hidden_states=True)
+    models.text_encoder(ids, output_hidden_states=True)
+    assert first._captured == {}
+    assert (len(first.met), len(second.met)) == (1, 0)
+
+
+def test_encoding_text_reads_no_value_and_branches_on_none() -> None:
+    """What a graph may not hold fails here as it would in a capture: on the meta device no value
+    can be read."""
+    for encoder in vars(text_encoders()).values():
+        with torch.device("meta"):
+            twin = type(encoder)(encoder.config).eval()
+            output = twin(torch.zeros(2, 7, dtype=torch.long), output_hidden_states=True)
+        assert output.hidden_states[-2].shape == (2, 7, 32)
 
 
 def test_capture_is_what_cuda_does_by_default() -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serve.asgi import response_body
 from serve.images import CONTENT_TYPES, data_uri, encode_image
-from serve.schema import ImageFormat
+from serve.schema import GeneratedImage, ImageFormat, TextToImageResponse, Timings
 
 
 @pytest.fixture
@@ -38,3 +39,25 @@ def test_data_uri() -> None:
     head, body = uri.split(",")
     assert head == "data:image/webp;base64"
     assert base64.b64decode(body) == b"abc"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        data_uri(bytes(range(256)), "jpeg"),
+        data_uri(b"", "jpeg"),
+        "https://storage.example/a.jpg?name=%22",
+        'data:text/plain,"url":""',
+        "data:image/png;base64,AAAA",  # not what the response says it is
+    ],
+)
+def test_the_answer_is_the_json_that_an_encoder_makes_of_it(url: str) -> None:
+    response = TextToImageResponse(
+        image=GeneratedImage(url=url, width=1, height=1, content_type="image/jpeg"),
+        seed=1,
+        timings=Timings(clock='"url":""', steps_ms=[30.25]),
+        trace_id="ü",
+        prompt_truncated=False,
+    )
+    assert response_body(response) == response.model_dump_json().encode()
+    assert response.image.url == url

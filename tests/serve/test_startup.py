@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
-from kernels_warmup.compile import CompiledModel, compile_model
+from kernels_warmup.compile import CompiledModel, Fallbacks, Recipe, compile_model
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import compiler_counts
 from serve.call import Call
@@ -404,4 +404,30 @@ def test_a_way_to_be_fast_can_be_handed_in() -> None:
     asyncio.run(runtime.start())
     assert [one.attention for one in prepared] == ["math"]
     assert runtime.readiness.as_json()["compile"]["attention"] == "math"
+    runtime.close(1)
+
+
+def test_a_request_finds_its_texts_warm_with_and_without_a_negative_prompt() -> None:
+    """What is captured of the text encoders is captured for a number of texts."""
+    recipe = Recipe(scope="none", replay="none", text_encoders=True)
+    runtime = build_runtime(
+        settings(shapes=(CompiledShape(128, 128),)),
+        CollectorRegistry(),
+        prepare=lambda model: compile_model(model.pipeline, recipe=recipe),
+    )
+    asyncio.run(runtime.start())
+    compiled = runtime._startup.compiled
+    assert compiled is not None
+    *_, first, second = compiled.functions
+    texts = {(((count, 77), torch.int64),) for count in (1, 2)}
+    assert first.met == second.met == texts
+    assert runtime._model is not None
+    assert runtime._model.text is compiled.text
+    for negative in ("", "blue"):
+        for scale in (5.0, 1.0):
+            call = new_call(runtime)
+            generate(runtime, call, negative_prompt=negative, guidance_scale=scale)
+            assert call.run is not None
+            assert not call.run.eager_fallback
+    assert compiled.fallbacks == Fallbacks()
     runtime.close(1)
