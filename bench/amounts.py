@@ -2,7 +2,7 @@
 
 Counted over a forward on the meta device: what the products, convolutions and attentions of the
 unmodified model compute, and the bytes they read and write once. What the compiler generates is not
-known here: its launches, FLOPs and bytes come from a file (`--launches`) of the same form.
+known here: its FLOPs and bytes come from what `bench launches` counted, and take precedence.
 """
 
 from __future__ import annotations
@@ -138,19 +138,23 @@ class _Attention(TorchFunctionMode):
         return result
 
 
-def read_launches(path: Path) -> dict[str, Amount]:
-    """Of what is generated, by kind: `{"by_kind": {KIND: {"flops": ..., "bytes": ...}}}`.
+def read_launches(path: Path, scenario: str, part: str, shape: str) -> dict[str, Amount]:
+    """What `bench launches` counted of this scenario's part at this size, by kind of kernel.
 
     Raises:
-        BenchError: there is no such file, or it is another.
+        BenchError: there is no such file, or it is another, or of something else.
     """
+    wanted = {"scenario": scenario, "part": part, "shape": shape}
     try:
-        by_kind = json.loads(path.read_text())["by_kind"]
-        return {
-            kind: Amount(told.get("flops"), told.get("bytes")) for kind, told in by_kind.items()
-        }
+        for counted in json.loads(path.read_text())["counted"]:
+            if {name: counted[name] for name in wanted} == wanted:
+                return {
+                    kind: Amount(told["flops"], told["bytes"])
+                    for kind, told in counted["by_kind"].items()
+                }
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BenchError(f"{path} does not tell launches by kind: {error}") from None
+    raise BenchError(f"{path} counts no {part} of {scenario} at {shape}")
 
 
 def rounded(value: float | None) -> float | None:

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launches",
         type=Path,
         metavar="FILE",
-        help="what the compiler generated for it, by kind: its FLOPs and bytes",
+        help="what `launches --out` counted of it: its FLOPs and bytes by kind",
     )
     parser.add_argument("--out", type=Path, help="also write it here, as JSON")
 
@@ -78,7 +78,9 @@ def run(options: argparse.Namespace) -> int:
 
     (scenario,) = chosen([options.scenario])
     work = choose_work(options.model, options.device, options.shape, 2)
-    generated = {} if options.launches is None else read_launches(options.launches)
+    generated = {}
+    if options.launches is not None:
+        generated = read_launches(options.launches, scenario.name, options.part, str(work.shape))
     with only_bench_on(work.device), asyncio.Runner() as runner:
         ceilings = measure_ceilings(work.device)
         try:

@@ -94,9 +94,12 @@ def test_what_a_step_computes_is_what_the_flop_counter_says() -> None:
 def test_a_kind_stands_beside_what_it_could_reach(tmp_path: Path) -> None:
     ceilings = Ceilings({"bfloat16": 700.0}, 4000.0)
     launches = tmp_path / "launches.json"
-    told = {"launches": 300, "bytes": 4e9}
-    launches.write_text(json.dumps({"by_kind": {"generated: pointwise": told}}))
-    amounts = {"gemm": Amount(7e12, 1e9)} | read_launches(launches)
+    told = {"launches": 300, "bytes": 4e9, "flops": 0}
+    counted = {"scenario": "compiled", "part": "step", "shape": "1024x1024"}
+    counted |= {"by_kind": {"generated: pointwise": told}}
+    launches.write_text(json.dumps({"counted": [counted]}))
+    amounts = {"gemm": Amount(7e12, 1e9)}
+    amounts |= read_launches(launches, "compiled", "step", "1024x1024")
     milliseconds = {"gemm": 20.0, "generated: pointwise": 2.0, "other": 1.0}
     rows = by_kind(milliseconds, amounts, "bfloat16", ceilings)
     assert rows["gemm"]["tflops"] == 350
@@ -106,6 +109,8 @@ def test_a_kind_stands_beside_what_it_could_reach(tmp_path: Path) -> None:
     assert rows["generated: pointwise"]["bound_ms"] == 1
     assert rows["generated: pointwise"]["tflops"] is None
     assert tell_rate(rows["other"]) == ""
+    with pytest.raises(BenchError, match="counts no decode of compiled at 1024x1024"):
+        read_launches(launches, "compiled", "decode", "1024x1024")
     launches.write_text("[]")
     with pytest.raises(BenchError, match="does not tell launches"):
-        read_launches(launches)
+        read_launches(launches, "compiled", "step", "1024x1024")
