@@ -75,6 +75,9 @@ _TEXT = _FUSED | {"text_once": True}
 _VAE = _TEXT | {"vae_attention": True}
 _WHOLE = _VAE | {"scope": "whole"}
 
+KERNELS = ("layer_norm", "cross_attention", "geglu")
+"""Fields of a recipe that do nothing where `kernels_warmup.triton` cannot run."""
+
 
 def _attention(name: str) -> Scenario:
     return Scenario(
@@ -93,6 +96,16 @@ def _batch(images: int) -> Scenario:
         compile="auto",
         images=images,
         prepare_seconds=(240, 20 + 8 * images),
+    )
+
+
+def _kernel(field: str, what: str) -> Scenario:
+    return Scenario(
+        field.replace("_", "-"),
+        f"compiled's, {what} by a kernel of our own",
+        recipe=_WHOLE | {field: True},
+        cuda_only=True,
+        prepare_seconds=(240, 0),
     )
 
 
@@ -145,6 +158,9 @@ SCENARIOS: tuple[Scenario, ...] = (
         cuda_only=True,
         prepare_seconds=(150, 0),
     ),
+    _kernel("layer_norm", "the blocks' sums and norms"),
+    _kernel("cross_attention", "attention to the text"),
+    _kernel("geglu", "the feed-forwards' gated products"),
     Scenario(
         "max",
         "+ every product and kernel tuned",
