@@ -20,6 +20,7 @@ COMMANDS = {
     "coldstart": "process start to first image, cold and from cache, by phase",
     "micro": "what our own pieces cost by themselves",
     "kernels": "where the time of a step goes, by kernel",
+    "launches": "what a step launches on a Hopper GPU, counted without one",
     "operators": "every product, convolution and attention of a step by itself",
     "peers": "throughput beside the documented example, served as written",
     "bare": "what the bench reports against the same work timed bare",

@@ -1,0 +1,116 @@
+"""Counting launches without a GPU, on small configurations: nothing is compiled or run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bench.__main__ import main
+from bench.hopper_code import Launch, Lowered
+from bench.launches import Work, lower_part, summarise
+from bench.scenarios import Scenario
+from kernels_warmup.attention import transformer_blocks
+from kernels_warmup.flops import count_step
+from kernels_warmup.shapes import CompiledShape
+from tests.kernels_warmup.tiny import tiny_unet, tiny_vae
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own insides
+
+SHAPE = CompiledShape(128, 128)
+SMALL = ["--model", "demo", "--shape", "64x64", "--top", "3"]
+
+
+def count(scenario: Scenario, part: str = "step") -> Lowered:
+    unet, vae = (dict(module.config) for module in (tiny_unet(), tiny_vae()))
+    return lower_part(scenario, part, Work(unet, vae, SHAPE, images=1))
+
+
+def calls(lowered: Lowered, kind: str) -> int:
+    return sum(launch.kind == kind for launch in lowered.launches)
+
+
+def whole(**fields: bool) -> Scenario:
+    return Scenario("made-up", "of this test", recipe={"scope": "whole", **fields})
+
+
+@pytest.fixture(scope="module")
+def plain() -> Lowered:
+    return count(whole())
+
+
+def test_every_attention_and_convolution_is_one_launch(plain: Lowered) -> None:
+    unet = tiny_unet()
+    convolutions = [module for module in unet.modules() if isinstance(module, nn.Conv2d)]
+    assert calls(plain, "attention") == 2 * len(transformer_blocks(unet))
+    assert calls(plain, "conv") == len(convolutions)
+
+
+def test_flops_are_those_of_the_unmodified_model(plain: Lowered) -> None:
+    assert sum(plain.flops.values()) == count_step(dict(tiny_unet().config), SHAPE)
+
+
+def test_what_a_rewrite_saves_is_seen(plain: Lowered) -> None:
+    both = count(whole(fuse_qkv=True, text_once=True))
+    blocks = calls(plain, "attention") // 2
+    # Query, key and value of self-attention in one; the text's keys and values, and the added
+    # condition's two products, before the loop.
+    assert calls(plain, "gemm") - calls(both, "gemm") == 2 * blocks + 2 * blocks + 2
+    assert both.flops["gemm"] < plain.flops["gemm"]
+    assert both.flops["conv"] == plain.flops["conv"]
+
+
+def test_group_norm_in_channels_last_is_read_in_short_runs() -> None:
+    """What made the H200's decode slow (bench/results/notes.md)."""
+    lowered = count(whole(channels_last=True), "decode")
+    reductions = [x for x in lowered.launches if x.kind == "generated: reduction"]
+    short = sum(launch.short_bytes for launch in reductions)
+    assert 0.5 * sum(launch.bytes for launch in reductions) < short
+
+
+def test_a_summary_adds_up_and_is_bound_by_bytes_or_products() -> None:
+    lowered = Lowered(
+        (
+            Launch("gemm", "a", 10_000_000),
+            Launch("gemm", "b", 10_000_000),
+            Launch("own", "c", 4_000),
+        ),
+        {"gemm": 30_000_000_000},
+    )
+    summary = summarise(lowered, tflops=100, gbps=1000)
+    assert summary["gemm"]["launches"] == 2
+    assert summary["gemm"]["floor_ms"] == pytest.approx(0.3)
+    assert summary["own"]["floor_ms"] == pytest.approx(4e-6, abs=1e-4)
+    assert summary["all"]["launches"] == 3
+    assert summarise(lowered, tflops=1e9, gbps=1000)["gemm"]["floor_ms"] == pytest.approx(0.02)
+
+
+def test_the_command_counts_scenarios_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    assert (
+        main(["launches", "--scenario", "compiled", "--part", "decode", *SMALL, "--out", str(out)])
+        == 0
+    )
+    (told,) = json.loads(out.read_text())["counted"]
+    assert told["scenario"] == "compiled"
+    assert told["by_kind"]["all"]["launches"] > told["by_kind"]["conv"]["launches"] > 20
+    printed = capsys.readouterr().out
+    assert "generated: reduction" in printed
+
+
+def test_what_is_not_compiled_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launches", "--scenario", "documented", *SMALL]) == 2
+    assert "documented is not compiled whole" in capsys.readouterr().err
+
+
+def test_torch_knows_again_that_there_is_no_gpu(plain: Lowered) -> None:
+    assert plain.launches
+    assert torch.cuda.is_available() == (torch.cuda.device_count() > 0)
+    if not torch.backends.cuda.is_built():
+        with pytest.raises((AssertionError, RuntimeError)):
+            torch.empty(1, device="cuda")
