@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from bench.errors import BenchError
 from bench.result_file import Flops, RequestSample
-from bench.scenarios import Scenario
+from bench.scenarios import KERNELS, Scenario
 from kernels_warmup.shapes import CompiledShape
 from metrics.clock import WallAnchor, make_clock
 from metrics.timeline import RunTimeline, RunTiming
@@ -90,6 +90,18 @@ def refuse_what_cannot_run(scenario: Scenario, work: Work) -> None:
         reason = why_unquantizable(
             scenario.quantize,  # type: ignore[arg-type]
             torch.device(work.device),
+        )
+        if reason is not None:
+            raise CannotRun(reason)
+    if any((scenario.recipe or {}).get(field) for field in KERNELS):
+        import torch
+
+        try:
+            from kernels_warmup.triton import why_unusable as why_no_kernels
+        except ImportError:
+            raise CannotRun("that commit has no kernels of its own") from None
+        reason = why_no_kernels(
+            torch.device(work.device), getattr(torch, dtype_name(scenario, work))
         )
         if reason is not None:
             raise CannotRun(reason)

@@ -268,12 +268,12 @@ def _bmm_flops(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
 def _kind_of_operator(name: str) -> str:
     if "attention" in name:
         return "attention"
+    if "stepspan" in name:
+        return "own"
     if "convolution" in name:
         return "conv"
     if any(word in name for word in ("mm", "linear", "scaled_dot")):
         return "gemm"
-    if "triton" in name.lower():
-        return "own"
     return "other"
 
 

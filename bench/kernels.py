@@ -38,9 +38,9 @@ PARTS = ("step", "decode")
 KINDS: tuple[tuple[str, str], ...] = (
     ("generated: reduction", r"^triton_(red|per)"),
     ("generated: pointwise", r"^triton_poi"),
-    ("attention", r"flash|fmha|sdpa|attention"),
+    ("attention", r"flash|fmha|sdpa|attention|few_keys"),
     ("conv", r"conv|fprop|implicit|nchwToNhwc|nhwcToNchw|im2col"),
-    ("gemm", r"gemm|nvjet|cutlass|^triton_(tem|mm)|splitK|cublas|s16816|h16816|bmm|addmm"),
+    ("gemm", r"gemm|nvjet|cutlass|^triton_(tem|mm)|splitK|cublas|s16816|h16816|bmm|addmm|geglu"),
     ("norm", r"norm|RowwiseMoments|softmax"),
     ("copy", r"[Mm]em(cpy|set)|copy|Cat"),
     ("elementwise", r"elementwise|vectorized|upsample|reduce"),

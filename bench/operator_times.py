@@ -7,6 +7,8 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,22 +16,26 @@ from torch import nn
 
 from kernels_warmup.attention import Backend, attend
 from kernels_warmup.one_forward import StepInputs, forward_once
+from kernels_warmup.triton import why_unusable as kernels_unusable
 
 
 def time_operators(unet: Any, inputs: StepInputs, device: torch.device) -> list[dict[str, Any]]:
-    """Every distinct product, convolution and attention of a step, each timed by itself.
+    """Every distinct product, convolution, attention and norm of a step, each timed by itself.
 
     Weights rotate through more memory than the cache holds, as they do in the model.
     """
     rows: list[dict[str, Any]] = []
     for (kind, *sizes), count in _operators(unet, inputs).items():
-        for how, flops, call in _candidates(str(kind), sizes, device):
+        for how, work, call in _candidates(str(kind), sizes, device):
             row: dict[str, Any] = {"kind": kind, "sizes": sizes, "how": how, "count": count}
             try:
                 microseconds = _time_call(call, device)
                 row["us"] = round(microseconds, 2)
                 row["step_ms"] = round(microseconds * count / 1000, 4)
-                row["tflops"] = round(flops / microseconds / 1e6, 1)
+                if kind == "norm":
+                    row["gb_s"] = round(work / microseconds / 1e3, 1)
+                else:
+                    row["tflops"] = round(work / microseconds / 1e6, 1)
             except Exception as failure:  # noqa: BLE001 - a candidate may not exist here
                 row["failed"] = f"{type(failure).__name__}: {str(failure)[:200]}"
             rows.append(row)
@@ -38,6 +44,7 @@ def time_operators(unet: Any, inputs: StepInputs, device: torch.device) -> list[
 
 def _operators(unet: Any, inputs: StepInputs) -> Counter[tuple[Any, ...]]:
     """What one forward runs, counted by hooks; text keys and values are left out (once a run)."""
+    from diffusers.models.activations import GEGLU
     from diffusers.models.attention_processor import Attention
 
     counted: Counter[tuple[Any, ...]] = Counter()
@@ -60,11 +67,23 @@ def _operators(unet: Any, inputs: StepInputs) -> Counter[tuple[Any, ...]]:
         if context is None:
             counted["linear", batch * tokens, width, 3 * width] += 1
 
+    def gated(module: GEGLU, args: Any, _: Any) -> None:
+        inner, both = module.proj.in_features, module.proj.out_features
+        counted["geglu", args[0].numel() // inner, inner, both // 2] += 1
+
+    def norm(_: nn.LayerNorm, args: Any, __: Any) -> None:
+        width = args[0].shape[-1]
+        counted["norm", args[0].numel() // width, width] += 1
+
     for name, module in unet.named_modules():
         if isinstance(module, nn.Linear) and not name.endswith(("to_k", "to_v")):
             hooks.append(module.register_forward_hook(linear))
         elif isinstance(module, nn.Conv2d):
             hooks.append(module.register_forward_hook(convolution))
+        elif isinstance(module, nn.LayerNorm):
+            hooks.append(module.register_forward_hook(norm))
+        elif isinstance(module, GEGLU):
+            hooks.append(module.register_forward_hook(gated))
         elif isinstance(module, Attention):
             hooks.append(module.register_forward_hook(attention, with_kwargs=True))
     try:
@@ -78,7 +97,10 @@ def _operators(unet: Any, inputs: StepInputs) -> Counter[tuple[Any, ...]]:
 def _candidates(
     kind: str, sizes: list[Any], device: torch.device
 ) -> Iterator[tuple[str, float, Callable[[int], Any]]]:
-    """(how, FLOPs, call): ways to do one operator; call(i) uses the i-th of the rotated weights."""
+    """(how, work, call): ways to do one operator; call(i) uses the i-th of the rotated weights.
+
+    Work is FLOPs, but of a norm it is the bytes that one pass reads and writes.
+    """
     bf16 = torch.bfloat16
 
     def fresh(*size: int) -> torch.Tensor:
@@ -139,6 +161,10 @@ def _candidates(
             flops,
             lambda i: nn.functional.conv2d(source, filters[i % turns], bias, stride, padding),
         )
+    elif kind == "norm":
+        yield from _norms(sizes, device)
+    elif kind == "geglu":
+        yield from _geglus(sizes, device)
     else:
         batch, heads, tokens, length, size = sizes
         flops = 4.0 * batch * heads * tokens * length * size
@@ -150,6 +176,105 @@ def _candidates(
         backends: tuple[Backend, ...] = ("auto", "flash", "cudnn")
         for backend in backends:
             yield backend, flops, _attention(backend, query, key, value)
+        yield from _few_keys(sizes, flops, device)
+
+
+def _norms(
+    sizes: list[Any], device: torch.device
+) -> Iterator[tuple[str, float, Callable[[int], Any]]]:
+    """A sum and the LayerNorm of it; both are read by what follows."""
+    from kernels_warmup.triton.reference import add_layer_norm
+
+    rows, width = sizes
+    read_and_written = 4.0 * rows * width * 2
+    turns = _turns(2 * rows * width * 2)
+    pairs = [torch.randn(2, rows, width, device=device, dtype=torch.bfloat16) for _ in range(turns)]
+    scale, shift = torch.randn(2, width, device=device, dtype=torch.bfloat16)
+    plain: list[tuple[str, Any]] = [("eager", add_layer_norm)]
+    if device.type == "cuda":
+        plain.append(("compiled", torch.compile(add_layer_norm, dynamic=False)))
+    for how, function in plain:
+        yield how, read_and_written, _norm_of(function, pairs, scale, shift)
+    if kernels_unusable(device, torch.bfloat16) is None:
+        from kernels_warmup.triton.layer_norm import CANDIDATES, launch
+
+        for own in CANDIDATES:
+
+            def by_kernel(
+                hidden: Any, change: Any, scale: Any, shift: Any, eps: float, own: Any = own
+            ) -> Any:
+                return launch(hidden, change, None, scale, shift, eps, rows, own)
+
+            yield _told(own), read_and_written, _norm_of(by_kernel, pairs, scale, shift)
+
+
+def _norm_of(
+    function: Any, pairs: list[torch.Tensor], scale: torch.Tensor, shift: torch.Tensor
+) -> Callable[[int], Any]:
+    return lambda i: function(*pairs[i % len(pairs)], scale, shift, 1e-5)
+
+
+def _geglus(
+    sizes: list[Any], device: torch.device
+) -> Iterator[tuple[str, float, Callable[[int], Any]]]:
+    """A product and its gating; the product alone is a row of the linears."""
+    from kernels_warmup.triton.reference import geglu
+
+    rows, inner, columns = sizes
+    flops = 2.0 * rows * inner * 2 * columns
+    turns = _turns(2 * columns * inner * 2)
+
+    def fresh(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=device, dtype=torch.bfloat16)
+
+    hidden, bias = fresh(rows, inner), fresh(2 * columns)
+    # The scale of a model's weights, so that gates are neither all open nor all shut.
+    weights = [fresh(2 * columns, inner) / inner**0.5 for _ in range(turns)]
+    plain: list[tuple[str, Any]] = [("eager", geglu)]
+    if device.type == "cuda":
+        plain.append(("compiled", torch.compile(geglu, dynamic=False)))
+    for how, function in plain:
+        yield how, flops, _geglu_of(function, hidden, weights, bias)
+    if kernels_unusable(device, torch.bfloat16) is None:
+        from kernels_warmup.triton.geglu import CANDIDATES, launch
+
+        for own in CANDIDATES:
+            yield _told(own), flops, _geglu_of(partial(launch, how=own), hidden, weights, bias)
+
+
+def _geglu_of(
+    function: Any, hidden: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor
+) -> Callable[[int], Any]:
+    return lambda i: function(hidden, weights[i % len(weights)], bias)
+
+
+def _few_keys(
+    sizes: list[Any], flops: float, device: torch.device
+) -> Iterator[tuple[str, float, Callable[[int], Any]]]:
+    """Our own kernel for attention to the text, in the layout of the projections around it."""
+    batch, heads, tokens, length, size = sizes
+    if kernels_unusable(device, torch.bfloat16) is not None:
+        return
+    from kernels_warmup.triton.cross_attention import CANDIDATES, launch, why_unusable
+
+    if why_unusable(length, size) is not None:
+        return
+
+    def projected(count: int) -> torch.Tensor:
+        return torch.randn(batch, count, heads * size, device=device, dtype=torch.bfloat16)
+
+    query, key, value = projected(tokens), projected(length), projected(length)
+
+    def by_kernel(own: Any) -> Callable[[int], Any]:
+        return lambda _: launch(query, key, value, heads, own)
+
+    for own in CANDIDATES:
+        yield _told(own), flops, by_kernel(own)
+
+
+def _told(launch: Any) -> str:
+    """A launch's settings in a word each: `triton 128 128 64 8 4 True 1`."""
+    return " ".join(("triton", *map(str, astuple(launch))))
 
 
 def to_fp8_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Every distinct product, convolution and attention of a step, each timed by itself.
+"""Every distinct product, convolution, attention and norm of a step, each timed by itself.
 
     python -m bench operators --model random:sdxl-base --shape 1024x1024
 
@@ -42,10 +42,10 @@ def run(options: argparse.Namespace) -> int:
     for row in sorted(rows, key=lambda row: -row.get("step_ms", 0)):
         told = row.get("failed") or (
             f"{row['us']:9.1f} us x {row['count']:3d} = {row['step_ms']:7.3f} ms a step, "
-            f"{row['tflops']:6.1f} TFLOP/s"
+            + (f"{row['gb_s']:6.0f} GB/s" if "gb_s" in row else f"{row['tflops']:6.1f} TFLOP/s")
         )
         sizes = "x".join(map(str, row["sizes"]))
-        print(f"{row['kind']:10} {sizes:32} {row['how']:14} {told}")
+        print(f"{row['kind']:10} {sizes:32} {row['how']:32} {told}")
     if options.out:
         told = where(work.device) | {"model": work.model, "shape": str(work.shape)}
         told |= {"ceilings": asdict(ceilings), "operators": rows}

@@ -90,8 +90,18 @@ _TEXT = _FUSED | {"text_once": True}
 _VAE = _TEXT | {"vae_attention": True}
 _WHOLE = _VAE | {"scope": "whole"}
 
+KERNELS = ("layer_norm", "cross_attention", "geglu")
+"""Fields of a recipe that do nothing where `kernels_warmup.triton` cannot run."""
+
 # Ways that no GPU has measured yet, each by itself on what `compiled` does, and all at once.
-_UNMEASURED: dict[str, bool] = {}
+_UNMEASURED: dict[str, str | bool] = {
+    "group_norm": True,
+    "upsample": "phases",
+    "zero_text": True,
+    "time_once": True,
+    "text_encoders": True,
+    **dict.fromkeys(KERNELS, True),
+}
 _ALL = _WHOLE | _UNMEASURED
 
 
@@ -150,6 +160,11 @@ def _batch(
 OFFLINE_STEPS = 20
 """As MLPerf's offline case asks, which counts images a second and no latency."""
 
+def _kernel(field: str, what: str) -> Scenario:
+    what += " by a kernel of our own"
+    return _beside(field.replace("_", "-"), what, cuda_only=True, **{field: True})
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "documented",
@@ -198,6 +213,15 @@ SCENARIOS: tuple[Scenario, ...] = (
     _inductor(
         "tuned-kernels", "generated kernels' launches tuned", {"max_autotune_pointwise": True}, 200
     ),
+    _beside("group-norm", "group norms along the channels", group_norm=True),
+    _beside("upsample-phases", "upsampling before its image, by phases", upsample="phases"),
+    _beside("upsample-transposed", "the same, by a transposed product", upsample="transposed"),
+    _beside("zero-text", "no text attended to where it is zero", zero_text=True),
+    _beside("time-once", "the step's embedding projected once a step", time_once=True),
+    _beside("text-encoders", "captured text encoders", cuda_only=True, text_encoders=True),
+    _kernel("layer_norm", "the blocks' sums and norms"),
+    _kernel("cross_attention", "attention to the text"),
+    _kernel("geglu", "the feed-forwards' gated products"),
     _beside("all-lossless", "every lossless way that is not measured yet", **_UNMEASURED),
     Scenario(
         "text-encoders",

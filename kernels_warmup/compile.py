@@ -240,7 +240,7 @@ def compile_unet(
     if recipe.zero_text:
         set_blocks(unet)
     text = TextOnce(unet) if recipe.text_once else None
-    _set_kernels(unet, recipe, attention)
+    _set_kernels(unet, recipe, attention, quantized)
     functions = [_step_function(unet, text)]
     if recipe.zero_text:
         functions.append(_step_without_negative(unet))
@@ -272,7 +272,9 @@ def compile_decoder(vae: Any, recipe: Recipe, pool: Any = None) -> PerShape:
     return per_shape
 
 
-def _set_kernels(unet: Any, recipe: Recipe, attention: Backend) -> None:
+def _set_kernels(
+    unet: Any, recipe: Recipe, attention: Backend, quantized: Quantized | None
+) -> None:
     """The recipe's own kernels, where they can run; only there is Triton imported."""
     if not (recipe.layer_norm or recipe.cross_attention or recipe.geglu):
         return
@@ -286,7 +288,8 @@ def _set_kernels(unet: Any, recipe: Recipe, attention: Backend) -> None:
         install.set_layer_norm(unet, across_blocks=recipe.scope != "blocks")
     if recipe.cross_attention:
         install.set_cross_attention(unet, attention)
-    if recipe.geglu:
+    # A quantised product is torchao's.
+    if recipe.geglu and quantized is None:
         install.set_geglu(unet)
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
 
 MOST_KEYS = 128
 """Scores of more keys no longer fit into the registers beside what else is there."""
@@ -44,7 +46,8 @@ def split(keys: int) -> tuple[int, int]:
     return head, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-@triton.jit
+# Not compiled anew for other numbers of them: addresses follow from the strides.
+@triton.jit(do_not_specialize=["tokens", "keys"])
 def _few_keys_kernel(
     query,
     key,
@@ -161,6 +164,11 @@ def few_keys_attention(
     if reason is not None:
         raise ValueError(reason)
     return launch(query, key, value, heads, launch_for(query.shape[1]))
+
+
+@register_flop_formula(torch.ops.stepspan.few_keys_attention)
+def _flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
+    return 4 * query.numel() * key[1]
 
 
 @few_keys_attention.register_fake

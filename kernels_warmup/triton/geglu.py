@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 TILES_TOGETHER = 16
@@ -77,7 +79,8 @@ def _normal_distribution(x):
     return x * p + 0.5
 
 
-@triton.jit
+# Not compiled anew for other numbers of rows: addresses follow from the descriptors.
+@triton.jit(do_not_specialize=["rows"])
 def _geglu_kernel(
     hidden,
     weight,
@@ -150,7 +153,7 @@ def launch(
         rows,
         columns,
         inner,
-        PROGRAMS=min(programs, tiles),
+        PROGRAMS=programs,
         ROWS=how.rows,
         COLUMNS=how.columns,
         INNER=how.inner,
@@ -176,6 +179,11 @@ def geglu(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tor
     and bias (2 x columns)."""
     columns, inner = weight.shape[0] // 2, weight.shape[1]
     return launch(hidden, weight, bias, launch_for(hidden.numel() // inner, columns, inner))
+
+
+@register_flop_formula(torch.ops.stepspan.geglu)
+def _flops(hidden: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * hidden.numel() * weight[0]
 
 
 @geglu.register_fake

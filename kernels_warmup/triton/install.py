@@ -45,7 +45,7 @@ def set_cross_attention(unet: Any, backend: Backend) -> None:
 
 
 def set_geglu(unet: Any) -> None:
-    """Feed-forwards' first product and its gating in one kernel; quantised ones stay as they are.
+    """Feed-forwards' first product and its gating in one kernel, for weights in the model's type.
 
     Raises:
         ValueError: a feed-forward is not SDXL's; nothing has been changed then.
@@ -54,9 +54,7 @@ def set_geglu(unet: Any) -> None:
     if any(not isinstance(gating, GEGLU) or gating.proj.bias is None for gating in gatings):
         raise ValueError("not SDXL's feed-forward: it does not begin with a GEGLU with a bias")
     for gating in gatings:
-        # torchao puts a tensor of a class of its own in the weight's place.
-        if type(gating.proj.weight.data) is torch.Tensor:
-            gating.__class__ = FusedGEGLU
+        gating.__class__ = FusedGEGLU
 
 
 class NormedBlock(Block):

@@ -45,7 +45,8 @@ def split(width: int) -> tuple[int, int]:
     return head, tail
 
 
-@triton.jit
+# Not compiled anew for other numbers of rows: addresses follow from the width alone.
+@triton.jit(do_not_specialize=["rows", "first_changed", "first_normed"])
 def _add_layer_norm_kernel(
     hidden,
     change,

@@ -33,6 +33,9 @@ SMALL = ["--model", "demo", "--device", "cpu", "--shape", "64x64"]
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "conv"),
         ("Memcpy DtoD (Device -> Device)", "copy"),
         ("void at::native::vectorized_elementwise_kernel<4>", "elementwise"),
+        ("_few_keys_kernel", "attention"),
+        ("_geglu_kernel", "gemm"),
+        ("_add_layer_norm_kernel", "norm"),
         ("mystery", "other"),
     ],
 )
@@ -69,10 +72,17 @@ def test_every_operator_of_a_step_is_timed_by_itself() -> None:
     with torch.no_grad():
         rows = time_operators(unet, inputs, device)
     kinds = {row["kind"] for row in rows}
-    assert kinds == {"linear", "conv", "attention"}
+    assert kinds == {"linear", "conv", "attention", "norm", "geglu"}
     done = [row for row in rows if "failed" not in row]
     assert all(row["us"] > 0 and row["count"] > 0 for row in done)
-    assert {row["how"] for row in done} >= {"bf16", "channels last", "auto"}
+    assert {row["how"] for row in done} >= {"bf16", "channels last", "auto", "eager"}
+    counts = {row["kind"]: 0 for row in done}
+    for row in done:
+        if row["how"] == "eager":
+            counts[row["kind"]] += row["count"]
+    # Of 11 blocks: three norms and one gated product each.
+    assert (counts["norm"], counts["geglu"]) == (33, 11)
+    assert all(row["gb_s"] > 0 for row in done if row["kind"] == "norm")
     # What cannot run here says so instead of ending the others.
     assert all("failed" in row for row in rows if row["how"] == "cudnn")
     assert not any(module._forward_hooks for module in unet.modules())

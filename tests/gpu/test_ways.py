@@ -82,8 +82,11 @@ def compiled(mode: str, **options: Any) -> tuple[Any, Any]:
     return pipeline, compile_model(pipeline, mode, **options)  # type: ignore[arg-type]
 
 
-def check_lossless(mode: str, reference: Reference, **options: Any) -> None:
-    """No further from float32 than eager, the same when replayed, and nothing overwritten."""
+def check_lossless(mode: str, reference: Reference, **options: Any) -> set[str]:
+    """No further from float32 than eager, the same when replayed, and nothing overwritten.
+
+    Returns the names of the kernels that the replay ran.
+    """
     pipeline, made = compiled(mode, **options)
     start = time.perf_counter()
     first, error = forward(pipeline, reference)
@@ -93,16 +96,47 @@ def check_lossless(mode: str, reference: Reference, **options: Any) -> None:
     assert error <= NO_WORSE * reference.eager_error
     kept = first.clone()
     made.freeze()
-    again, _ = forward(pipeline, reference)
-    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        again, _ = forward(pipeline, reference)
+        torch.cuda.synchronize()
     assert torch.equal(first, kept)
     assert torch.equal(again, kept)
     assert made.fallbacks.cold == made.fallbacks.recompiles == 0
+    return {event.name for event in seen.events() or [] if event.device_type.name == "CUDA"}
 
 
 @pytest.mark.parametrize("mode", ["regional", "default"])
 def test_a_mode_is_no_further_from_float32_than_eager(mode: str, reference: Reference) -> None:
     check_lossless(mode, reference)
+
+
+@pytest.mark.parametrize("scope", ["whole", "blocks"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("layer_norm",),
+        ("cross_attention",),
+        ("geglu",),
+        ("layer_norm", "cross_attention", "geglu"),
+    ],
+    ids=" ".join,
+)
+def test_our_own_kernels_are_no_further_from_float32_than_eager(
+    fields: tuple[str, ...], scope: Any, reference: Reference
+) -> None:
+    from kernels_warmup.compile import Recipe
+    from kernels_warmup.triton import why_unusable
+
+    reason = why_unusable(torch.device("cuda"), torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+    if scope == "blocks" and len(fields) == 1:
+        pytest.skip("block by block, all together is enough")
+    recipe = Recipe(scope=scope, **dict.fromkeys(fields, True))  # type: ignore[arg-type]
+    names = {"layer_norm": "layer_norm", "cross_attention": "few_keys", "geglu": "geglu"}
+    seen = check_lossless("default", reference, recipe=recipe)
+    for field in fields:
+        assert any(f"_{names[field]}_kernel" in kernel for kernel in seen), sorted(seen)
 
 
 @pytest.mark.parametrize("attention", ["cudnn", "flash", "xformers"])

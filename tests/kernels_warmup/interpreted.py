@@ -12,9 +12,12 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench import operator_times
 from kernels_warmup.attention import set_attention
 from kernels_warmup.blocks import ZERO_TEXT
 from kernels_warmup.rewrites import TextOnce
@@ -113,6 +116,41 @@ def operators() -> Iterator[tuple[str, float]]:
         yield case, sum(told != "SUCCESS" for told in found.values())
 
 
+def flops() -> Iterator[tuple[str, float]]:
+    """How many a counter counts, over how many of the reference."""
+    x = draw(2, 16, 32)
+    for own, plain, arguments in (
+        (geglu.geglu, reference.geglu, (x, draw(96, 32), draw(96))),
+        (
+            cross_attention.few_keys_attention,
+            reference.few_keys_attention,
+            (x, x[:, :7], x[:, 7:14], 2),
+        ),
+    ):
+        counts = []
+        for function in (own, plain):
+            with FlopCounterMode(display=False) as counter:
+                function(*arguments)
+            counts.append(counter.get_total_flops())
+        yield plain.__name__, counts[0] / counts[1]
+
+
+def rows() -> Iterator[tuple[str, float]]:
+    """The bench's rows of these kernels, each called once; whether they are fast a GPU says."""
+    sizes = {"norm": [8, 32], "geglu": [16, 32, 64], "attention": [1, 2, 16, 7, 16]}
+    with mock.patch.object(operator_times, "kernels_unusable", return_value=None):
+        for kind, size in sizes.items():
+            ours = {
+                how: call
+                for how, _, call in operator_times._candidates(kind, size, torch.device("cpu"))
+                if how.startswith("triton")
+            }
+            # bfloat16 is what the bench takes: only that they run is asked.
+            for call in ours.values():
+                call(0)
+            yield kind, len(ours)
+
+
 def whole() -> Iterator[tuple[str, float]]:
     """A tiny UNet in float32 against the unmodified one, and how often which kernel ran."""
     plain = tiny_unet()
@@ -178,7 +216,7 @@ def main() -> None:
         for name, dtype in TYPES.items():
             for part in (norms, attentions, geglus):
                 found[f"{part.__name__} {name}"] = dict(part(dtype))
-        for check in (gelu, operators, whole):
+        for check in (gelu, operators, flops, rows, whole):
             found[check.__name__] = dict(check())
     print(json.dumps(found))
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from kernels_warmup.attention import transformer_blocks
+from kernels_warmup import triton
+from kernels_warmup.attention import StepAttention, transformer_blocks
 from kernels_warmup.compile import (
     MODES,
     RECIPES,
@@ -58,6 +59,45 @@ def test_wrong_names_are_refused_before_anything_changes() -> None:
     with pytest.raises(ValueError, match="needs a CUDA device"):
         compile_model(models, "default", attention="cudnn")
     assert "forward" not in vars(models.unet)
+
+
+def test_kernels_for_another_machine_leave_the_blocks_as_they_are() -> None:
+    models = tiny_models()
+    plain = copy.deepcopy(models)
+    recipe = Recipe("none", "none", layer_norm=True, cross_attention=True, geglu=True)
+    compile_model(models, "default", recipe=recipe)
+    theirs, ours = transformer_blocks(plain.unet), transformer_blocks(models.unet)
+    for before, after in zip(theirs, ours, strict=True):
+        assert type(after) is type(before)
+        assert type(after.ff.net[0]) is type(before.ff.net[0])
+        assert type(after.attn2.processor) is StepAttention
+    inputs = step_inputs(2)
+    assert relative_error(models.unet(**inputs)[0], plain.unet(**inputs)[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "reason"),
+    [
+        ("cpu", torch.bfloat16, (9, 0), "need a CUDA device; this is cpu"),
+        ("cuda", torch.float32, (9, 0), "the model is torch.float32"),
+        ("cuda", torch.bfloat16, (8, 0), "built for Hopper"),
+        ("cuda", torch.bfloat16, (9, 0), None),
+    ],
+)
+def test_kernels_say_why_they_cannot_run(
+    device: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(triton, "find_spec", lambda _: object())
+    told = triton.why_unusable(torch.device(device), dtype)
+    assert (told is None) if reason is None else (reason in str(told))
+    monkeypatch.setattr(triton, "find_spec", lambda _: None)
+    if reason is None:
+        assert "triton is not installed" in str(triton.why_unusable(torch.device(device), dtype))
 
 
 def test_the_decoder_and_the_unet_keep_their_signatures() -> None:

@@ -104,7 +104,7 @@ def compiled_attention(keys: int, how: cross_attention.Launch) -> Compiled:
     strides = [f"{of}_{by}" for of in ("query", "key", "value") for by in ("batch", "token")]
     types = dict.fromkeys(("query", "key", "value", "out"), "*bf16")
     types |= dict.fromkeys(strides, "i32*16")
-    types |= {"tokens": "i32*16", "keys": "i32", "scale": "fp32"}
+    types |= {"tokens": "i32", "keys": "i32", "scale": "fp32"}
     constants = {"SIZE": 64, "HEAD": head, "TAIL": tail, "QUERIES": how.queries}
     return compiled(cross_attention._few_keys_kernel, types, constants, how.warps)
 

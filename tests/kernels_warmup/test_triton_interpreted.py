@@ -71,6 +71,14 @@ def test_the_compiler_is_told_what_the_operators_do(found: dict[str, dict[str, f
     assert not any(failures.values()), failures
 
 
+def test_their_flops_are_counted(found: dict[str, dict[str, float]]) -> None:
+    assert found["flops"] == {"geglu": 1, "few_keys_attention": 1}
+
+
+def test_the_bench_has_a_row_for_every_candidate(found: dict[str, dict[str, float]]) -> None:
+    assert found["rows"] == {"norm": 5, "geglu": 6, "attention": 4}
+
+
 def test_a_whole_unet_by_the_kernels_gives_the_unmodified_result(
     found: dict[str, dict[str, float]],
 ) -> None:

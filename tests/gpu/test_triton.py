@@ -1,0 +1,226 @@
+"""Triton's kernels on the GPU they are built for, at SDXL base's sizes.
+
+Each against its reference in float32: no further from it than the reference itself in bfloat16.
+Then the same inside `torch.compile` and inside a captured CUDA graph. The whole UNet is test_ways'
+matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels_warmup.tiny import relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+NO_WORSE = 1.02
+"""Two bf16 computations of the same thing differ in where they round."""
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@pytest.fixture(autouse=True)
+def _here() -> Iterator[None]:
+    from kernels_warmup.triton import why_unusable
+
+    reason = why_unusable(torch.device("cuda"), torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with torch.no_grad():
+        yield
+    torch.compiler.reset()
+
+
+def draw(*size: int, seed: int = 1, scale: float = 1.0) -> torch.Tensor:
+    made = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(*size, generator=made, device="cuda") * scale).to(torch.bfloat16)
+
+
+def norm_inputs(tokens: int, width: int) -> Tensors:
+    hidden, change = draw(2, tokens, width) + 2, draw(2, tokens, width, seed=2)
+    return hidden, change, draw(width, seed=3), draw(width, seed=4)
+
+
+def attention_inputs(tokens: int, width: int, keys: int = 77) -> Tensors:
+    stacked = draw(4, 2, keys, width, seed=2)
+    return draw(2, tokens, width), stacked[0], stacked[1]
+
+
+def geglu_inputs(rows: int, width: int) -> Tensors:
+    weight = draw(8 * width, width, seed=2, scale=width**-0.5)
+    return draw(2, rows // 2, width), weight, draw(8 * width, seed=3, scale=0.1)
+
+
+def check(own: Callable[..., Any], reference: Callable[..., Any], inputs: Tensors) -> None:
+    """No result of ours is further from float32 than the reference's in the inputs' own type."""
+    exact = listed(reference(*(tensor.float() for tensor in inputs)))
+    plain = listed(reference(*inputs))
+    results = listed(own(*inputs))
+    assert len(results) == len(exact)
+    for result, eager, expected in zip(results, plain, exact, strict=True):
+        assert result.dtype == torch.bfloat16
+        assert result.shape == expected.shape
+        assert relative_error(result, expected) <= NO_WORSE * relative_error(eager, expected)
+
+
+def listed(results: Any) -> list[torch.Tensor]:
+    return [results] if isinstance(results, torch.Tensor) else list(results)
+
+
+# The sizes of 1024x1024, and of 1216x832, whose rows fill no tile of 128.
+LEVELS = [(1024, 1280), (4096, 640), (26 * 38, 1280), (52 * 76, 640)]
+
+
+@pytest.mark.parametrize(("tokens", "width"), LEVELS)
+def test_a_sum_and_its_norm(tokens: int, width: int) -> None:
+    from kernels_warmup.triton import layer_norm, reference
+
+    def own(hidden: torch.Tensor, change: torch.Tensor, *of: torch.Tensor) -> Any:
+        return layer_norm.add_layer_norm(hidden, change, None, *of, 1e-5, 2)
+
+    def plain(*inputs: torch.Tensor) -> Any:
+        return reference.add_layer_norm(*inputs, 1e-5)
+
+    check(own, plain, norm_inputs(tokens, width))
+
+
+@pytest.mark.parametrize(("tokens", "width"), LEVELS)
+def test_a_norm_alone(tokens: int, width: int) -> None:
+    from kernels_warmup.triton import layer_norm
+
+    def plain(hidden: torch.Tensor, *of: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(hidden, (width,), *of, 1e-5)
+
+    hidden, _, *of = norm_inputs(tokens, width)
+    check(lambda *inputs: layer_norm.layer_norm(*inputs, 1e-5), plain, (hidden, *of))
+
+
+@pytest.mark.parametrize(("tokens", "width"), LEVELS)
+def test_a_sum_of_which_half_changes_by_the_same(tokens: int, width: int) -> None:
+    from kernels_warmup.triton import layer_norm, reference
+
+    def own(hidden: torch.Tensor, change: torch.Tensor, *of: torch.Tensor) -> Any:
+        return layer_norm.add_layer_norm(hidden, change[1:], of[1], *of, 1e-5, 1)
+
+    def plain(hidden: torch.Tensor, change: torch.Tensor, *of: torch.Tensor) -> Any:
+        filled = torch.cat([of[1].expand_as(change[:1]), change[1:]])
+        total, norm = reference.add_layer_norm(hidden, filled, *of, 1e-5)
+        return total, norm[1:]
+
+    check(own, plain, norm_inputs(tokens, width))
+
+
+@pytest.mark.parametrize("candidate", range(5))
+@pytest.mark.parametrize("width", [640, 1280])
+def test_every_launch_of_the_norm(width: int, candidate: int) -> None:
+    from kernels_warmup.triton import layer_norm, reference
+
+    how = layer_norm.CANDIDATES[candidate]
+
+    def own(hidden: torch.Tensor, change: torch.Tensor, *of: torch.Tensor) -> Any:
+        rows = (hidden.flatten(0, 1), change.flatten(0, 1))
+        results = layer_norm.launch(*rows, None, *of, 1e-5, len(rows[0]), how)
+        return [result.view(hidden.shape) for result in results if result is not None]
+
+    check(own, lambda *i: reference.add_layer_norm(*i, 1e-5), norm_inputs(999, width))
+
+
+@pytest.mark.parametrize("keys", [77, 64, 128, 7])
+@pytest.mark.parametrize(("tokens", "width"), LEVELS)
+def test_attention_to_few_keys(tokens: int, width: int, keys: int) -> None:
+    from kernels_warmup.triton import cross_attention, reference
+
+    heads = width // 64
+    check(
+        lambda *inputs: cross_attention.few_keys_attention(*inputs, heads),
+        lambda *inputs: reference.few_keys_attention(*inputs, heads),
+        attention_inputs(tokens, width, keys),
+    )
+
+
+@pytest.mark.parametrize("candidate", range(4))
+def test_every_launch_of_the_attention(candidate: int) -> None:
+    from kernels_warmup.triton import cross_attention, reference
+
+    how = cross_attention.CANDIDATES[candidate]
+    check(
+        lambda *inputs: cross_attention.launch(*inputs, 20, how),
+        lambda *inputs: reference.few_keys_attention(*inputs, 20),
+        attention_inputs(26 * 38, 1280),
+    )
+
+
+@pytest.mark.parametrize(("tokens", "width"), LEVELS)
+def test_geglu(tokens: int, width: int) -> None:
+    from kernels_warmup.triton import geglu, reference
+
+    check(geglu.geglu, reference.geglu, geglu_inputs(2 * tokens, width))
+
+
+@pytest.mark.parametrize("candidate", range(6))
+@pytest.mark.parametrize("width", [640, 1280])
+def test_every_launch_of_geglu(width: int, candidate: int) -> None:
+    from kernels_warmup.triton import geglu, reference
+
+    how = geglu.CANDIDATES[candidate]
+    inputs = geglu_inputs(2 * 26 * 38, width)
+    check(lambda *i: geglu.launch(*i, how), reference.geglu, inputs)
+
+
+def every_kernel(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, text: torch.Tensor
+) -> torch.Tensor:
+    """What the compiler may reorder or fuse stands between them; hidden: (2, 1024, 1280)."""
+    from kernels_warmup.triton import cross_attention, geglu, layer_norm
+
+    scale, shift = bias[:1280], bias[1280:2560]
+    norm = layer_norm.layer_norm(hidden * 0.5, scale, shift, 1e-5)
+    change = cross_attention.few_keys_attention(norm + 1, text, text * 0.5, 20)
+    total, norm = layer_norm.add_layer_norm(hidden, change, None, scale, shift, 1e-5, 2)
+    return geglu.geglu(norm, weight, bias)[..., :1280] * 0.5 + total
+
+
+def as_one(hidden: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    """The same by the references."""
+    from kernels_warmup.triton import reference
+
+    weight, bias, text = rest
+    scale, shift = bias[:1280], bias[1280:2560]
+    norm = torch.nn.functional.layer_norm(hidden * 0.5, (1280,), scale, shift, 1e-5)
+    change = reference.few_keys_attention(norm + 1, text, text * 0.5, 20)
+    total, norm = reference.add_layer_norm(hidden, change, scale, shift, 1e-5)
+    return reference.geglu(norm, weight, bias)[..., :1280] * 0.5 + total
+
+
+def inputs_of_all(seed: int = 1) -> Tensors:
+    _, weight, bias = geglu_inputs(2, 1280)
+    return draw(2, 1024, 1280, seed=seed), weight, bias, draw(2, 77, 1280, seed=seed + 1)
+
+
+def test_inside_a_compiled_function() -> None:
+    compiled = torch.compile(every_kernel, fullgraph=True, dynamic=False)
+    check(compiled, as_one, inputs_of_all())
+
+
+@pytest.mark.parametrize("compile_first", [False, True], ids=["eager", "compiled"])
+def test_inside_a_captured_graph(compile_first: bool) -> None:
+    """It keeps descriptors by value, and so reads other inputs where they are put."""
+    from kernels_warmup.compile import Captured
+
+    function = torch.compile(every_kernel, fullgraph=True) if compile_first else every_kernel
+    captured = Captured(function, inputs_of_all(), torch.cuda.graph_pool_handle())
+    for seed in (1, 5):
+        inputs = inputs_of_all(seed)
+        check(lambda *given: captured.replay(given), as_one, inputs)
+        assert torch.equal(captured.replay(inputs), captured.replay(inputs))
+    assert not torch.equal(captured.replay(inputs_of_all(1)), captured.replay(inputs_of_all(5)))
