@@ -86,6 +86,13 @@ def _attention(name: str) -> Scenario:
     )
 
 
+def _beside(name: str, what: str, **fields: str | bool) -> Scenario:
+    """`compiled` with these fields of its recipe changed; its UNet and decoder compile anew."""
+    return Scenario(
+        name, f"compiled's, {what}", recipe=_WHOLE | fields, prepare_seconds=(100, 150)
+    )
+
+
 def _batch(images: int) -> Scenario:
     return Scenario(
         f"batch-{images}",
@@ -131,6 +138,11 @@ SCENARIOS: tuple[Scenario, ...] = (
         compile="default",
         prepare_seconds=(240, 150),
     ),
+    _beside("group-norm", "group norms along the channels", group_norm=True),
+    _beside("upsample-phases", "upsampling before its image, by phases", upsample="phases"),
+    _beside("upsample-transposed", "the same, by a transposed product", upsample="transposed"),
+    _beside("zero-text", "no text attended to where it is zero", zero_text=True),
+    _beside("time-once", "the step's embedding projected once a step", time_once=True),
     Scenario(
         "launched",
         "compiled whole, launched kernel by kernel",

@@ -20,6 +20,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from kernels_warmup.blocks import ZERO_TEXT
 from kernels_warmup.rewrites import all_finite, to_pixels
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
@@ -53,7 +54,8 @@ class Conditioning:
 
     Shapes: embeddings (images, 77, width of both encoders), pooled (images, width of the second).
     The negative ones are None without guidance. `truncated` says of each prompt whether an encoder
-    cut it.
+    cut it, `zero_negative` that there is guidance and all negative ones are zeros: nobody asked for
+    anything else, and the model takes zeros for an empty prompt.
     """
 
     prompt: torch.Tensor
@@ -61,6 +63,7 @@ class Conditioning:
     negative: torch.Tensor | None
     negative_pooled: torch.Tensor | None
     truncated: tuple[bool, ...]
+    zero_negative: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,10 @@ class SdxlModel:
                     negative_pooled[image].zero_()
         elif guided:
             negative, negative_pooled = torch.zeros_like(prompt), torch.zeros_like(pooled_prompt)
-        return Conditioning(prompt, pooled_prompt, negative, negative_pooled, truncated[:images])
+        zero_negative = guided and not encode_negative
+        return Conditioning(
+            prompt, pooled_prompt, negative, negative_pooled, truncated[:images], zero_negative
+        )
 
     def denoise(
         self,
@@ -171,6 +177,7 @@ class SdxlModel:
                 return_dict=False,
                 callback_on_step_end=on_step_end,
                 callback_on_step_end_tensor_inputs=["latents"] if watch_latents else [],
+                cross_attention_kwargs=self._about_the_text(conditioning),
             )
         finally:
             self._loop_begins = _nothing
@@ -241,6 +248,11 @@ class SdxlModel:
             hidden.append(output.hidden_states[-2])
             pooled = output[0]
         return torch.cat(hidden, dim=-1).to(self.dtype), pooled.to(self.dtype), truncated
+
+    def _about_the_text(self, conditioning: Conditioning) -> dict[str, Any] | None:
+        """What the UNet is told of a text that is zero, where it can make use of it."""
+        takes_it = getattr(self.pipeline.unet.forward, "takes_zero_text", False)
+        return {ZERO_TEXT: True} if takes_it and conditioning.zero_negative else None
 
     def _watch_scheduler(self) -> None:
         """Learn when the loop starts, from the one call the pipeline makes just before it."""
