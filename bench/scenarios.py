@@ -160,6 +160,7 @@ def _batch(
 OFFLINE_STEPS = 20
 """As MLPerf's offline case asks, which counts images a second and no latency."""
 
+
 def _kernel(field: str, what: str) -> Scenario:
     what += " by a kernel of our own"
     return _beside(field.replace("_", "-"), what, cuda_only=True, **{field: True})
@@ -223,13 +224,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     _kernel("cross_attention", "attention to the text"),
     _kernel("geglu", "the feed-forwards' gated products"),
     _beside("all-lossless", "every lossless way that is not measured yet", **_UNMEASURED),
-    Scenario(
-        "text-encoders",
-        "compiled's, the text encoders captured",
-        recipe=_WHOLE | {"text_encoders": True},
-        cuda_only=True,
-        prepare_seconds=(120, 0),
-    ),
     Scenario(
         "launched",
         "compiled whole, launched kernel by kernel",

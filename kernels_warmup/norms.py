@@ -82,14 +82,14 @@ class GroupNormSilu(nn.GroupNorm):
 class Resnet(ResnetBlock2D):  # type: ignore[misc]
     """SDXL's residual block with both norms as above: norm, SiLU, convolution, twice."""
 
-    joined = False
-    """Whether its input is two tensors joined. Unless stored in channels_last, a joined tensor may
-    be laid out otherwise, and every pass over it then jumps from pixel to pixel."""
-
     def forward(
         self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        features = stored(input_tensor) if self.joined else input_tensor
+        features = input_tensor
+        if self.conv_shortcut is not None:
+            # Read three times, so kept in memory by the compiler; but unless told in which order,
+            # in channels-first order, and each of the three then jumps from pixel to pixel.
+            features = stored(features)
         hidden = self.conv1(group_norm(features, self.norm1, silu=True))
         if self.time_emb_proj is not None and temb is not None:
             activated = temb if self.skip_time_act else F.silu(temb)
@@ -107,9 +107,6 @@ def set_unet_norms(unet: Any) -> None:
         ValueError: one of them, or what follows it, is not SDXL's; nothing has been changed then.
     """
     _replace(unet, unet.conv_norm_out is not None and type(unet.conv_act) is nn.SiLU)
-    for block in unet.up_blocks:
-        for resnet in block.resnets:
-            resnet.joined = True
     unet.conv_act = nn.Identity()
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from kernels_warmup.blocks import ZERO_TEXT
 from kernels_warmup.shapes import CompiledShape
 
 
@@ -44,6 +45,16 @@ class StepInputs:
             },
         )
 
+    def without_negative(self) -> StepInputs:
+        """The same with zeros as the unconditional half's text, as without a negative prompt."""
+
+        def zeroed(tensor: torch.Tensor) -> torch.Tensor:
+            unconditional, conditional = tensor.chunk(2)
+            return torch.cat([torch.zeros_like(unconditional), conditional])
+
+        added = self.added | {"text_embeds": zeroed(self.added["text_embeds"])}
+        return StepInputs(self.latents, zeroed(self.text), added)
+
     def cast(self, dtype: torch.dtype) -> StepInputs:
         return StepInputs(
             self.latents.to(dtype),
@@ -52,8 +63,12 @@ class StepInputs:
         )
 
 
-def forward_once(forward: Callable[..., Any], inputs: StepInputs) -> torch.Tensor:
-    """One guided UNet forward in the middle of the schedule."""
+def forward_once(
+    forward: Callable[..., Any], inputs: StepInputs, *, zero_text: bool = False
+) -> torch.Tensor:
+    """One guided UNet forward in the middle of the schedule; `zero_text` tells a UNet that was
+    made to take it that the inputs are `without_negative`."""
+    told = {"cross_attention_kwargs": {ZERO_TEXT: True}} if zero_text else {}
     sample = torch.cat([inputs.latents] * 2)
     timestep = torch.tensor(601.0, device=sample.device)
     result = forward(
@@ -62,6 +77,7 @@ def forward_once(forward: Callable[..., Any], inputs: StepInputs) -> torch.Tenso
         encoder_hidden_states=inputs.text,
         added_cond_kwargs=inputs.added,
         return_dict=False,
+        **told,
     )
     return cast(torch.Tensor, result[0])
 

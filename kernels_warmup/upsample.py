@@ -82,11 +82,13 @@ class Upsample(Upsample2D):  # type: ignore[misc]
         if output_size is not None and tuple(output_size) != (2 * height, 2 * width):
             # The way up from a side that was odd on the way down.
             return cast(torch.Tensor, super().forward(hidden_states, output_size))
-        bias = self.conv.bias
         if self.upsampling == "transposed":
-            return F.conv_transpose2d(hidden_states, self.summed, bias, stride=2, padding=1)
-        bias = None if bias is None else bias.repeat(4)
-        return interleave(F.conv2d(hidden_states, self.summed, bias, padding=1))
+            return F.conv_transpose2d(
+                hidden_states, self.summed, self.conv.bias, stride=2, padding=1
+            )
+        # The bias after the copying that puts the pixels in place, which is one pass with it.
+        pixels = interleave(F.conv2d(hidden_states, self.summed, padding=1))
+        return pixels if self.conv.bias is None else pixels + self.conv.bias[:, None, None]
 
 
 def set_upsampling(module: Any, upsampling: Upsampling) -> None:

@@ -21,11 +21,28 @@ logger = logging.getLogger(__name__)
 # Read off torch's own counters where its compiler has been loaded; loading it takes seconds.
 _COMPILER_COUNTERS = "torch._dynamo.utils"
 
-BOTH = (True, False)
-"""With guidance and without: two graphs, since guidance doubles the UNet's batch."""
 
-RunOnce = Callable[[CompiledShape, bool], None]
-"""Runs the production path once at a shape, with guidance on or off."""
+@dataclass(frozen=True, slots=True)
+class RunKind:
+    """What else of a request than its size decides which graphs its run needs.
+
+    Attributes:
+        guided: with guidance, which doubles the UNet's batch.
+        negative: with a negative prompt that says something; a text more to encode, and where it
+            says nothing the UNet may have less to compute.
+    """
+
+    guided: bool
+    negative: bool = False
+
+
+UNGUIDED = RunKind(guided=False)
+GUIDED = RunKind(guided=True, negative=True)
+GUIDED_BY_NOTHING = RunKind(guided=True)
+"""With guidance away from an empty prompt: the usual request."""
+
+RunOnce = Callable[[CompiledShape, RunKind], None]
+"""Runs the production path once at a shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +110,18 @@ class Warmup:
     """One start-up's warm-up, a shape at a time; used by one thread at a time.
 
     Args:
-        guidances: whether each shape is run with guidance, without, or both.
+        kinds: the runs that each shape is warmed with.
         on_progress: told the phase that begins.
     """
 
     def __init__(
         self,
         run_once: RunOnce,
-        guidances: Sequence[bool] = BOTH,
+        kinds: Sequence[RunKind] = (GUIDED, UNGUIDED),
         on_progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._run_once = run_once
-        self._guidances = guidances
+        self._kinds = kinds
         self._on_progress = on_progress
         self._anchor = WallAnchor.now()
         self._before = compiler_counts()
@@ -173,8 +190,8 @@ class Warmup:
         )
 
     def _run_all(self, shape: CompiledShape) -> None:
-        for guided in self._guidances:
-            self._run_once(shape, guided)
+        for kind in self._kinds:
+            self._run_once(shape, kind)
 
     def _end_phase(
         self, name: str, start: int, attributes: Mapping[str, str | int | float | bool]

@@ -20,6 +20,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from kernels_warmup.blocks import ZERO_TEXT
 from kernels_warmup.prepared_loop import prepare_loop
 from kernels_warmup.rewrites import Ahead, TextOnce, all_finite, to_pixels
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
@@ -54,7 +55,9 @@ class Conditioning:
 
     Shapes: embeddings (images, 77, width of both encoders), pooled (images, width of the second).
     The negative ones are None without guidance. `truncated` says of each prompt whether an encoder
-    cut it, `ahead` whose buffers the steps already find filled, and for which size.
+    cut it, `zero_negative` that there is guidance and all negative ones are zeros: nobody asked for
+    anything else, and the model takes zeros for an empty prompt. `ahead` says whose buffers the
+    steps already find filled, and for which size.
     """
 
     prompt: torch.Tensor
@@ -62,6 +65,7 @@ class Conditioning:
     negative: torch.Tensor | None
     negative_pooled: torch.Tensor | None
     truncated: tuple[bool, ...]
+    zero_negative: bool = False
     ahead: tuple[Ahead, CompiledShape] | None = None
 
 
@@ -127,6 +131,7 @@ class SdxlModel:
                     negative_pooled[image].zero_()
         elif guided:
             negative, negative_pooled = torch.zeros_like(prompt), torch.zeros_like(pooled_prompt)
+        zero_negative = guided and not encode_negative
         ahead = None
         if self.text is not None and shape is not None:
             text, added = self._as_steps_get_it(
@@ -134,7 +139,13 @@ class SdxlModel:
             )
             ahead = self.text.prepare_ahead(text, added), shape
         return Conditioning(
-            prompt, pooled_prompt, negative, negative_pooled, truncated[:images], ahead
+            prompt,
+            pooled_prompt,
+            negative,
+            negative_pooled,
+            truncated[:images],
+            zero_negative,
+            ahead,
         )
 
     def denoise(
@@ -192,6 +203,7 @@ class SdxlModel:
                 return_dict=False,
                 callback_on_step_end=on_step_end,
                 callback_on_step_end_tensor_inputs=["latents"] if watch_latents else [],
+                cross_attention_kwargs=self._about_the_text(conditioning),
             )
         finally:
             self._loop_begins = _nothing
@@ -273,6 +285,11 @@ class SdxlModel:
             return
         ahead = None if conditioning is None else conditioning.ahead
         self.text.begin_run(ahead[0] if ahead is not None and ahead[1] == shape else None)
+
+    def _about_the_text(self, conditioning: Conditioning) -> dict[str, Any] | None:
+        """What the UNet is told of a text that is zero, where it can make use of it."""
+        takes_it = getattr(self.pipeline.unet.forward, "takes_zero_text", False)
+        return {ZERO_TEXT: True} if takes_it and conditioning.zero_negative else None
 
     def _watch_scheduler(self) -> None:
         """Learn when the loop starts, from the one call the pipeline makes just before it."""

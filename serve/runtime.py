@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
+from kernels_warmup.warmup import RunKind
 from metrics.catalogue import GenerationMetrics
 from metrics.clock import Clock, make_clock
 from metrics.gpu import Gpu, GpuMetrics, GpuWatch
@@ -200,15 +201,15 @@ class Runtime:
         else:
             starting.add_done_callback(_log_late_failure)
 
-    def _run_once(self, shape: CompiledShape, guided: bool) -> None:
+    def _run_once(self, shape: CompiledShape, kind: RunKind) -> None:
         """Warm-up's run: the production path, accounted to nobody."""
         # With guidance two texts are encoded and without one, as many as one without a negative
         # prompt needs: both are warm, and no run is spent on it.
         plan = Plan(
-            TextToImageRequest(prompt="warm-up", negative_prompt="cold" if guided else ""),
+            TextToImageRequest(prompt="warm-up", negative_prompt="cold" if kind.negative else ""),
             shape,
             num_inference_steps=WARMUP_STEPS,
-            guidance_scale=max(self.settings.guidance_scale, 2.0) if guided else 1.0,
+            guidance_scale=max(self.settings.guidance_scale, 2.0) if kind.guided else 1.0,
             seed=0,
             run_id=uuid.uuid4().hex,
         )
@@ -343,7 +344,7 @@ class Runtime:
         scale = request.guidance_scale
         if scale is None:
             return self.settings.guidance_scale
-        if scale > 1 and True not in self._startup.guidances:
+        if scale > 1 and not self._startup.guided:
             message = "must be at most 1: this model runs without guidance"
             raise InvalidRequest([FieldProblem(("body", "guidance_scale"), message, "guidance")])
         return scale

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kernels_warmup.cache import CacheResult, CompileCache, cache_key
 from kernels_warmup.shapes import CompiledShape
-from kernels_warmup.warmup import BOTH, RunOnce, Warmup, WarmupReport
+from kernels_warmup.warmup import (
+    GUIDED,
+    GUIDED_BY_NOTHING,
+    UNGUIDED,
+    RunKind,
+    RunOnce,
+    Warmup,
+    WarmupReport,
+)
 from metrics.catalogue import GenerationMetrics, RunFlops
 from metrics.clock import Clock, WallAnchor
 from metrics.recorder import Recorder
@@ -124,10 +132,19 @@ class Startup:
         self.compiled: CompiledModel | None = None
 
     @property
-    def guidances(self) -> tuple[bool, ...]:
-        """Whether guidance is warm on, off or both: a checkpoint made for none needs no graph
-        of it."""
-        return BOTH if self._settings.guidance_scale > 1 else (False,)
+    def guided(self) -> bool:
+        """Whether guidance is served: a checkpoint made for none needs no graph of it."""
+        return self._settings.guidance_scale > 1
+
+    @property
+    def kinds(self) -> tuple[RunKind, ...]:
+        """The runs each shape is warmed with; without a negative prompt only where those have a
+        graph of their own."""
+        if not self.guided:
+            return (UNGUIDED,)
+        if self.compiled is not None and self.compiled.recipe.zero_text:
+            return (GUIDED, GUIDED_BY_NOTHING, UNGUIDED)
+        return (GUIDED, UNGUIDED)
 
     async def run(self, on_progress: Callable[[str], None]) -> None:
         """All of it. Goes on after `on_ready` where the process may be ready early. Cancelled, it
@@ -138,9 +155,9 @@ class Startup:
         """
         self._anchor, self._told = WallAnchor.now(), False
         self._on_progress = on_progress
-        warmup = Warmup(self._run_once, self.guidances, self._progress)
         try:
             shapes = await self._piece(self._load)
+            warmup = Warmup(self._run_once, self.kinds, self._progress)
             for shape in shapes:
                 await self._piece(lambda shape=shape: self._warm(warmup, shape))  # type: ignore[misc]
                 if self._settings.ready_early and warmup.warm_shapes:

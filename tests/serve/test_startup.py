@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry
 
 from kernels_warmup.compile import CompiledModel, Fallbacks, Recipe, compile_model
 from kernels_warmup.shapes import CompiledShape
-from kernels_warmup.warmup import compiler_counts
+from kernels_warmup.warmup import UNGUIDED, RunKind, compiler_counts
 from serve.call import Call
 from serve.demo_model import checkpoint_path
 from serve.errors import InvalidRequest, ModelError
@@ -226,10 +226,10 @@ def test_a_size_that_fails_is_left_out_and_the_others_serve(
     runtime = build()
     real = runtime._startup._run_once
 
-    def run_once(shape: CompiledShape, guided: bool) -> None:
+    def run_once(shape: CompiledShape, kind: RunKind) -> None:
         if shape.width == 128:
             raise NotImplementedError("no kernel")
-        real(shape, guided)
+        real(shape, kind)
 
     runtime._startup._run_once = run_once
     asyncio.run(runtime.start())
@@ -246,7 +246,7 @@ def test_a_size_that_fails_is_left_out_and_the_others_serve(
 def test_where_no_size_can_be_warmed_the_start_fails() -> None:
     runtime = build()
 
-    def run_once(shape: CompiledShape, guided: bool) -> None:
+    def run_once(shape: CompiledShape, kind: RunKind) -> None:
         raise NotImplementedError("no kernel")
 
     runtime._startup._run_once = run_once
@@ -265,10 +265,10 @@ def test_ready_early_serves_between_the_sizes() -> None:
     async def story() -> None:
         loop = asyncio.get_running_loop()
 
-        def run_once(shape: CompiledShape, guided: bool) -> None:
-            if shape.width == 160 and guided:
+        def run_once(shape: CompiledShape, kind: RunKind) -> None:
+            if shape.width == 160 and kind.guided:
                 asyncio.run_coroutine_threadsafe(second_may_begin.wait(), loop).result(60)
-            real(shape, guided)
+            real(shape, kind)
 
         runtime._startup._run_once = run_once
         await runtime.start()
@@ -361,19 +361,19 @@ Start = Callable[..., Runtime]
 )
 def test_a_checkpoint_for_few_steps_without_guidance(scheduler: str, tmp_path: Path) -> None:
     model = few_step_checkpoint(tmp_path / "few", scheduler, timestep_spacing="trailing")
-    warmed: list[bool] = []
+    warmed: list[RunKind] = []
     runtime = build(
         model=str(model), steps=4, guidance_scale=0.0, shapes=(CompiledShape(128, 128),)
     )
     real = runtime._startup._run_once
 
-    def run_once(shape: CompiledShape, guided: bool) -> None:
-        warmed.append(guided)
-        real(shape, guided)
+    def run_once(shape: CompiledShape, kind: RunKind) -> None:
+        warmed.append(kind)
+        real(shape, kind)
 
     runtime._startup._run_once = run_once
     asyncio.run(runtime.start())
-    assert set(warmed) == {False}
+    assert set(warmed) == {UNGUIDED}
     assert type(runtime._model.pipeline.scheduler).__name__ == scheduler  # type: ignore[union-attr]
     call = new_call(runtime)
     by_default = generate(runtime, call, num_inference_steps=None, format="png")
