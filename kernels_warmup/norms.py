@@ -89,7 +89,7 @@ class Resnet(ResnetBlock2D):  # type: ignore[misc]
         if self.conv_shortcut is not None:
             # Read three times, so kept in memory by the compiler; but unless told in which order,
             # in channels-first order, and each of the three then jumps from pixel to pixel.
-            features = stored(features)
+            features = stored(features.contiguous(memory_format=torch.channels_last))
         hidden = self.conv1(group_norm(features, self.norm1, silu=True))
         if self.time_emb_proj is not None and temb is not None:
             activated = temb if self.skip_time_act else F.silu(temb)
