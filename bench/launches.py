@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
-from bench.scenarios import Scenario, chosen
+from bench.scenarios import KERNELS, Scenario, chosen
 from bench.terminal import table
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ def lower_part(scenario: Scenario, part: str, work: Work) -> Lowered:
 
     from bench.hopper_code import fake_module, lower, pretended_gpu
     from kernels_warmup.compile import compile_decoder, compile_unet
+    from kernels_warmup.triton import why_unusable as kernels_unusable
 
     # The rewrites are the recipe's; compiling and capturing are what is stood in for.
     recipe = replace(_fields(scenario, part), scope="none", replay="none", options={})
@@ -168,6 +169,10 @@ def lower_part(scenario: Scenario, part: str, work: Work) -> Lowered:
             else:
                 module = fake_module(lambda: UNet2DConditionModel(**_clean(work.unet)), dtype)
                 attention = "cudnn" if scenario.attention == "auto" else scenario.attention
+                missing = kernels_unusable(torch.device("cuda"), dtype)
+                if missing is not None and any(getattr(recipe, name) for name in KERNELS):
+                    # The blocks would keep their operators, and so would the count.
+                    raise BenchError(f"{scenario.name} cannot be counted here: {missing}")
                 forward = compile_unet(module, recipe, attention)  # type: ignore[arg-type]
                 # The usual request has no negative prompt: the last function where there are two.
                 function = forward.functions[-1].function

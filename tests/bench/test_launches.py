@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bench.__main__ import main
+from bench.errors import BenchError
 from bench.hopper_code import Launch, Lowered
 from bench.launches import Work, lower_part, summarise
 from bench.scenarios import Scenario
@@ -106,6 +107,12 @@ def test_the_command_counts_scenarios_side_by_side(
 def test_what_is_not_compiled_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launches", "--scenario", "documented", *SMALL]) == 2
     assert "documented is not compiled whole" in capsys.readouterr().err
+
+
+def test_kernels_of_our_own_are_not_counted_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels_warmup.triton.find_spec", lambda _: None)
+    with pytest.raises(BenchError, match="triton is not installed"):
+        count(whole(text_once=True, layer_norm=True))
 
 
 def test_torch_knows_again_that_there_is_no_gpu(plain: Lowered) -> None:
