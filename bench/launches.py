@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["compiled"],
         metavar="NAME",
-        help="as of `run`, of those compiled whole; others are compared with the first",
+        help="as of `run`, of those compiled whole (default: compiled)",
     )
     parser.add_argument("--part", default="step", choices=PARTS, help="(default: step)")
     parser.add_argument(

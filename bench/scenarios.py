@@ -115,9 +115,7 @@ def _attention(name: str) -> Scenario:
     )
 
 
-def _beside(
-    name: str, what: str, *, cuda_only: bool = False, **fields: str | bool | Mapping[str, Any]
-) -> Scenario:
+def _beside(name: str, what: str, *, cuda_only: bool = False, **fields: Any) -> Scenario:
     """`compiled` with these fields of its recipe changed; its UNet and decoder compile anew."""
     return Scenario(
         name,
