@@ -137,38 +137,6 @@ def test_only_max_does_what_no_gpu_has_measured() -> None:
     assert recipe.upsample == "phases"
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_every_rewrite_is_traced_without_a_break_and_guarded_like_the_rest() -> None:
-    """Traced by dynamo and AOTAutograd as on a GPU; no code is generated, which takes minutes."""
-    models = tiny_models()
-    plain = copy.deepcopy(models)
-    real = torch.compile
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch,
-            "compile",
-            lambda function, **_: real(
-                function, backend="aot_eager", fullgraph=True, dynamic=False
-            ),
-        )
-        compiled = compile_model(models, recipe=REWRITTEN)
-    inputs = step_inputs(2)
-    inputs["encoder_hidden_states"][:1] = 0
-    told = inputs | {"cross_attention_kwargs": {ZERO_TEXT: True}}
-    expected = plain.unet(**inputs)[0]
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    for _ in range(2):
-        assert relative_error(models.unet(**inputs)[0], expected) < 1e-5
-        assert relative_error(models.unet(**told)[0], expected) < 1e-5
-        decoded = models.vae.decode(latents).sample
-        before = compiler_counts()
-        compiled.freeze()
-    assert compiler_counts() == before
-    assert compiled.fallbacks == Fallbacks()
-    assert relative_error(decoded, plain.vae.decode(latents).sample) < 1e-5
-    torch.compiler.reset()
-
-
 def test_under_the_guard_a_shape_never_warmed_runs_eagerly_and_is_counted() -> None:
     function = PerShape(lambda a: a + 1, RECIPES["default"], CPU)
     function(torch.zeros(2))

@@ -22,6 +22,10 @@ from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_unet, ti
 ROUNDING = 1e-5
 
 
+# torch's compiler warns of its own insides.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
@@ -106,7 +110,16 @@ def test_one_pixel_and_one_channel_a_group() -> None:
     norm = nn.GroupNorm(6, 6)
     for size in ((2, 6, 1, 1), (1, 6, 3, 5)):
         given = features(*size)
-        assert torch.allclose(group_norm(given, norm), norm(given), atol=1e-6)
+        assert torch.allclose(group_norm(given, norm), norm(given), atol=1e-5)
+
+
+def test_it_is_traced_without_a_break() -> None:
+    norm, given = a_norm(), features(2, 24, 6, 10)
+    traced = torch.compile(
+        lambda x: group_norm(stored(x), norm, silu=True), backend="aot_eager", fullgraph=True
+    )
+    assert relative_error(traced(given), nn.functional.silu(norm(given))) < ROUNDING
+    torch.compiler.reset()
 
 
 def test_stored_is_the_tensor_itself() -> None:

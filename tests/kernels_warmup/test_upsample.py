@@ -15,6 +15,10 @@ ROUNDING = 1e-5
 WAYS: Any = ("phases", "transposed")
 
 
+# torch's compiler warns of its own insides.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
@@ -51,6 +55,17 @@ def test_every_pixel_is_the_unmodified_one_the_edges_too(
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
         if memory == "channels last" and size[2] > 1:
             assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_traced_without_a_break(way: Any) -> None:
+    holder, plain = an_upsampling()
+    channels_last(holder)
+    set_upsampling(holder, way)
+    given = features(2, 6, 5, 7)
+    traced = torch.compile(holder[0], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(traced(given), plain(given), rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("way", WAYS)
