@@ -94,7 +94,7 @@ KERNELS = ("layer_norm", "cross_attention", "geglu")
 """Fields of a recipe that do nothing where `kernels_warmup.triton` cannot run."""
 
 # Ways that no GPU has measured yet, each by itself on what `compiled` does, and all at once.
-_UNMEASURED: dict[str, str | bool] = {
+_UNMEASURED: dict[str, Any] = {
     "group_norm": True,
     "upsample": "phases",
     "zero_text": True,

@@ -198,6 +198,9 @@ class TimeProjections(nn.Module):
     result is passed to every block as it is: (batch, all blocks' channels).
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor
+
     def __init__(self, linears: list[nn.Linear]) -> None:
         super().__init__()
         weight, bias = _side_by_side(linears)
@@ -248,7 +251,7 @@ def _side_by_side(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor]
     bias = torch.cat([linear.bias.data for linear in linears])
     sizes = [linear.out_features for linear in linears]
     for linear, its_weight, its_bias in zip(
-        linears, weight.split(sizes), bias.split(sizes), strict=True
+        linears, torch.split(weight, sizes), torch.split(bias, sizes), strict=True
     ):
         linear.weight.data, linear.bias.data = its_weight, its_bias
     return weight, bias

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -8,6 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from kernels_warmup import triton
 from kernels_warmup.attention import StepAttention, transformer_blocks
+from kernels_warmup.blocks import ZERO_TEXT
 from kernels_warmup.compile import (
     MODES,
     RECIPES,
@@ -113,6 +115,70 @@ def test_the_decoder_and_the_unet_keep_their_signatures() -> None:
     assert relative_error(models.vae.decode(latents, return_dict=False)[0], expected) < 1e-5
     with pytest.raises(TypeError, match="latent_embeds"):
         models.vae.decoder(torch.zeros(1, 4, 8, 8), torch.zeros(1))
+
+
+REWRITTEN = Recipe(
+    scope="whole",
+    replay="none",
+    group_norm=True,
+    upsample="phases",
+    zero_text=True,
+    time_once=True,
+)
+
+
+def test_a_run_without_negative_has_a_function_of_its_own() -> None:
+    models = tiny_models()
+    plain = copy.deepcopy(models.unet)
+    compiled = compile_model(models, recipe=replace(REWRITTEN, scope="none"))
+    full, short, _ = compiled.functions
+    inputs = step_inputs(2)
+    inputs["encoder_hidden_states"][:1] = 0
+    told = inputs | {"cross_attention_kwargs": {ZERO_TEXT: True}}
+    expected = plain(**inputs)[0]
+    assert relative_error(models.unet(**told)[0], expected) < 1e-5
+    assert (len(full.met), len(short.met)) == (0, 1)
+    assert relative_error(models.unet(**inputs)[0], expected) < 1e-5
+    assert (len(full.met), len(short.met)) == (1, 1)
+    # Turn about, over the same buffers of keys and values.
+    other = step_inputs(2, seed=5)
+    assert relative_error(models.unet(**other)[0], plain(**other)[0]) < 1e-5
+    assert relative_error(models.unet(**told)[0], expected) < 1e-5
+    compiled.freeze()
+    models.unet(**told)
+    models.unet(**inputs)
+    assert compiled.fallbacks == Fallbacks()
+    compiled.thaw()
+    assert not short.frozen
+
+
+def test_what_is_said_of_the_text_is_taken_where_it_is_made_use_of_alone() -> None:
+    models = tiny_models()
+    compile_model(models, recipe=replace(REWRITTEN, scope="none", zero_text=False))
+    assert not models.unet.forward.takes_zero_text
+    told = step_inputs(2) | {"cross_attention_kwargs": {ZERO_TEXT: True}}
+    with pytest.raises(TypeError, match="does not take zero_text"):
+        models.unet(**told)
+    models = tiny_models()
+    compile_model(models, recipe=replace(REWRITTEN, scope="none"))
+    assert models.unet.forward.takes_zero_text
+    told["cross_attention_kwargs"] = {ZERO_TEXT: True, "scale": 0.5}
+    with pytest.raises(TypeError, match="does not take scale"):
+        models.unet(**told)
+    with pytest.raises(ValueError, match="zero_text needs text_once"):
+        compile_model(tiny_models(), recipe=replace(REWRITTEN, text_once=False))
+
+
+def test_only_max_does_what_no_gpu_has_measured() -> None:
+    for mode in ("off", "regional", "default"):
+        recipe = RECIPES[mode]  # type: ignore[index]
+        assert True not in (recipe.group_norm, recipe.zero_text, recipe.time_once)
+        assert recipe.upsample == "nearest"
+    recipe = RECIPES["max"]
+    assert recipe.group_norm
+    assert recipe.zero_text
+    assert recipe.time_once
+    assert recipe.upsample == "phases"
 
 
 def test_under_the_guard_a_shape_never_warmed_runs_eagerly_and_is_counted() -> None:
@@ -338,7 +404,7 @@ def test_capture_is_what_cuda_does_by_default() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mode", ["regional", "default"])
+@pytest.mark.parametrize("mode", ["regional", "default", "max"])
 def test_compiled_gives_the_unmodified_result(mode: str) -> None:
     torch.compiler.reset()
     models = tiny_models()
@@ -351,6 +417,13 @@ def test_compiled_gives_the_unmodified_result(mode: str) -> None:
     expected = plain.vae.decode(latents).sample
     assert relative_error(models.vae.decode(latents).sample, expected) < 1e-4
     assert compiled.shapes_met == 3
+    if models.unet.forward.takes_zero_text:
+        inputs = step_inputs(2)
+        inputs["encoder_hidden_states"][:1] = 0
+        expected = plain.unet(**inputs)[0]
+        told = inputs | {"cross_attention_kwargs": {ZERO_TEXT: True}}
+        assert relative_error(models.unet(**told)[0], expected) < 1e-4
+        assert compiled.shapes_met == 4
     compiled.freeze()
     with torch.compiler.set_stance("fail_on_recompile"):
         for batch in (2, 1):

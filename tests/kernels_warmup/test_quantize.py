@@ -68,8 +68,17 @@ def test_the_large_products_are_replaced_and_the_skipped_are_not() -> None:
 def test_it_works_beside_every_rewrite() -> None:
     models = tiny_models()
     plain = copy.deepcopy(models.unet)
-    compiled = compile_model(models, quantize="int8", recipe=Recipe(scope="none", replay="none"))
+    recipe = Recipe(
+        scope="none",
+        replay="none",
+        group_norm=True,
+        upsample="phases",
+        zero_text=True,
+        time_once=True,
+    )
+    compiled = compile_model(models, quantize="int8", recipe=recipe)
     assert compiled.quantized is not None
+    assert compiled.quantized.layers == len(quantized_names(models.unet))
     for batch in (2, 1):
         inputs = step_inputs(batch)
         assert relative_error(models.unet(**inputs)[0], plain(**inputs)[0]) < 0.05

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 
 from kernels_warmup.shapes import SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
@@ -144,8 +145,27 @@ def test_an_empty_negative_prompt_is_zeros_as_sdxl_asks(demo: SdxlModel) -> None
     conditioning = demo.encode_prompts(["a red circle"], [" "], guided=True)
     assert conditioning.negative is not None
     assert not conditioning.negative.any()
+    assert conditioning.zero_negative
     unguided = demo.encode_prompts(["a red circle"], ["blue"], guided=False)
     assert unguided.negative is None
+    assert not unguided.zero_negative
+
+
+def test_negatives_are_zero_together_or_not(
+    demo: SdxlModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def zero(*negatives: str) -> bool:
+        prompts = ["a red circle"] * len(negatives)
+        conditioning = demo.encode_prompts(prompts, negatives, guided=True)
+        assert conditioning.negative is not None
+        assert conditioning.zero_negative is not bool(conditioning.negative.any())
+        return conditioning.zero_negative
+
+    assert zero("", " ")
+    assert not zero("", "blue")
+    other = FrozenDict({**demo.pipeline.config, "force_zeros_for_empty_prompt": False})
+    monkeypatch.setattr(demo.pipeline, "_internal_dict", other)
+    assert not zero("", " ")
 
 
 def test_encoding_agrees_with_diffusers(demo: SdxlModel) -> None:

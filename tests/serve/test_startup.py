@@ -14,6 +14,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ import torch
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
-from kernels_warmup.compile import CompiledModel, Fallbacks, Recipe, compile_model
+from kernels_warmup.compile import (
+    RECIPES,
+    CompiledModel,
+    Fallbacks,
+    PerShape,
+    Recipe,
+    compile_model,
+)
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import UNGUIDED, RunKind, compiler_counts
 from serve.call import Call
@@ -87,6 +95,25 @@ def compiled(traced: None) -> Iterator[Runtime]:
     runtime.close(5)
 
 
+def unmeasured(model: Any) -> CompiledModel:
+    """The demo compiled as by default, with every rewrite that needs no GPU."""
+    recipe = replace(
+        RECIPES["default"], group_norm=True, upsample="phases", zero_text=True, time_once=True
+    )
+    return compile_model(model.pipeline, "default", recipe=recipe)
+
+
+@pytest.fixture(scope="module")
+def rewritten(traced: None) -> Iterator[Runtime]:
+    """The demo at one size with every rewrite, warm."""
+    runtime = build_runtime(
+        settings(shapes=(CompiledShape(128, 128),)), CollectorRegistry(), prepare=unmeasured
+    )
+    asyncio.run(runtime.start())
+    yield runtime
+    runtime.close(5)
+
+
 FIELDS: dict[str, tuple[Any, ...]] = {
     "num_inference_steps": (1, 2, 3, 7),
     "guidance_scale": (0, 1.0, 1.5, 7.25, None),
@@ -131,6 +158,55 @@ def test_nothing_compiles_in_fifty_mixed_requests(compiled: Runtime) -> None:
     assert compiler_counts() == before
     assert counted(compiled, "sdxl_recompiles_total") == 0
     assert counted(compiled, "sdxl_cold_shape_runs_total") == 0
+
+
+def test_nothing_compiles_where_runs_without_negative_have_a_graph(rewritten: Runtime) -> None:
+    compiled = rewritten._startup.compiled
+    assert compiled is not None
+    full, short, decode = compiled.functions
+    # With guidance and without by the full one, with guidance away from nothing by the other.
+    assert [len(function.met) for function in (full, short, decode)] == [2, 1, 1]
+    assert rewritten.readiness.as_json()["compile"]["graphs"] == 4
+    before = compiler_counts()
+    served: list[PerShape] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = PerShape.__call__
+        patch.setattr(
+            PerShape, "__call__", lambda self, *given: (served.append(self), real(self, *given))[1]
+        )
+        for fields in mixed_requests(50):
+            call = new_call(rewritten)
+            generate(rewritten, call, **fields | {"width": 128, "height": 128})
+            assert call.run is not None
+            assert not call.run.eager_fallback
+    assert compiler_counts() == before
+    assert counted(rewritten, "sdxl_recompiles_total") == 0
+    assert served.count(decode) == 50
+    assert served.count(short) > 20
+    assert served.count(full) > 20
+
+
+def test_a_graph_of_its_own_draws_the_same_picture(rewritten: Runtime, compiled: Runtime) -> None:
+    for negative_prompt in ("", " ", "blue"):
+        ours, theirs = (
+            pixels(generate(runtime, negative_prompt=negative_prompt, format="png"))
+            for runtime in (rewritten, compiled)
+        )
+        assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 2
+
+
+@pytest.mark.parametrize(("negatives", "short"), [(("", " "), True), (("", "blue"), False)])
+def test_images_of_one_run_share_what_their_negatives_allow(
+    rewritten: Runtime, negatives: tuple[str, ...], short: bool
+) -> None:
+    """Served eagerly, for no run of two was warmed; what counts is which function it was."""
+    assert rewritten._startup.compiled is not None
+    full, without_negative, _ = rewritten._startup.compiled.functions
+    before = (full.fallbacks.cold, without_negative.fallbacks.cold)
+    wanted = [request(negative_prompt=n, num_inference_steps=2, seed=3) for n in negatives]
+    asyncio.run(rewritten.generate_together(wanted, [new_call(rewritten) for _ in wanted]))
+    after = (full.fallbacks.cold, without_negative.fallbacks.cold)
+    assert (after[0] - before[0], after[1] - before[1]) == ((0, 2) if short else (2, 0))
 
 
 @pytest.mark.slow

@@ -1,0 +1,103 @@
+"""The rewrites on SDXL base's own widths: each alone and all together, held against float32.
+
+The tiny models say that a rewrite computes the same; what it does to bfloat16's error shows at the
+real number of layers and channels. Uncompiled, at 256x256: 16 GB of memory and some minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from kernels_warmup.compile import RECIPES, compile_decoder, compile_unet
+from kernels_warmup.one_forward import StepInputs, forward_once, relative_error
+from kernels_warmup.shapes import CompiledShape
+from tests.gpu.weights import Weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+SIZE = CompiledShape(256, 256)
+CPU = torch.device("cpu")
+NO_WORSE = 1.02
+"""Two bf16 computations of the same thing differ in where they round."""
+
+PLAIN = replace(RECIPES["default"], scope="none", replay="none")
+ALL = {"group_norm": True, "upsample": "phases", "zero_text": True, "time_once": True}
+WAYS: dict[str, dict[str, Any]] = {
+    "group_norm": {"group_norm": True},
+    "phases": {"upsample": "phases"},
+    "transposed": {"upsample": "transposed"},
+    "time_once": {"time_once": True},
+    "zero_text": {"zero_text": True},
+    "all": ALL,
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Float32's answers, and how far from them eager bfloat16 is."""
+
+    inputs: StepInputs
+    step: torch.Tensor
+    step_without_negative: torch.Tensor
+    latents: torch.Tensor
+    image: torch.Tensor
+    eager: dict[str, float]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    return Weights(CPU)
+
+
+@pytest.fixture(scope="module")
+def reference(weights: Weights) -> Reference:
+    with torch.no_grad():
+        unet, vae = weights.unet(), weights.vae()
+        inputs = StepInputs.draw(unet, SIZE, 1, CPU, torch.bfloat16)
+        short = inputs.without_negative()
+        draw = torch.Generator().manual_seed(3)
+        latents = (torch.randn(1, 4, *SIZE.latent, generator=draw) * 7).bfloat16()
+        eager = (
+            forward_once(unet, inputs),
+            forward_once(unet, short),
+            vae.decode(latents).sample,
+        )
+        wide = weights.unet(torch.float32)
+        exact = [forward_once(wide, one.cast(torch.float32)) for one in (inputs, short)]
+        del wide
+        exact.append(weights.vae(torch.float32).decode(latents.float()).sample)
+        errors = map(relative_error, eager, exact)
+        named = dict(zip(("step", "step without negative", "image"), errors, strict=True))
+        print(f"\neager bfloat16 against float32: {named}")
+        return Reference(inputs, exact[0], exact[1], latents, exact[2], named)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_further_from_float32_than_eager(
+    way: str, weights: Weights, reference: Reference
+) -> None:
+    recipe = replace(PLAIN, **WAYS[way])
+    unet = weights.unet()
+    compile_unet(unet, recipe, "auto")
+    errors = {"step": relative_error(forward_once(unet, reference.inputs), reference.step)}
+    if recipe.zero_text:
+        short = forward_once(unet, reference.inputs.without_negative(), zero_text=True)
+        errors["step without negative"] = relative_error(short, reference.step_without_negative)
+    if recipe.group_norm or recipe.upsample != "nearest":
+        vae = weights.vae()
+        compile_decoder(vae, recipe)
+        image = vae.decode(reference.latents).sample
+        errors["image"] = relative_error(image, reference.image)
+    print(f"\n{way}: {errors}")
+    assert all(error <= NO_WORSE * reference.eager[name] for name, error in errors.items())
