@@ -88,9 +88,7 @@ def _attention(name: str) -> Scenario:
 
 def _beside(name: str, what: str, **fields: str | bool) -> Scenario:
     """`compiled` with these fields of its recipe changed; its UNet and decoder compile anew."""
-    return Scenario(
-        name, f"compiled's, {what}", recipe=_WHOLE | fields, prepare_seconds=(100, 150)
-    )
+    return Scenario(name, f"compiled's, {what}", recipe=_WHOLE | fields, prepare_seconds=(100, 150))
 
 
 def _batch(images: int) -> Scenario:

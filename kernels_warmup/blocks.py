@@ -22,10 +22,10 @@ from torch import nn
 from kernels_warmup.attention import transformer_blocks
 
 ZERO_TEXT = "zero_text"
-"""The entry of `cross_attention_kwargs` that says: the first half of the batch has zeros as text."""
+"""The entry of `cross_attention_kwargs` by which the first half of the batch has zeros as text."""
 
 
-class Block(BasicTransformerBlock):
+class Block(BasicTransformerBlock):  # type: ignore[misc]
     """h + self-attention, h + cross-attention, h + feed-forward, each after a norm of its own.
 
     hidden_states: (batch, tokens, channels), the unconditional half first.
@@ -55,7 +55,8 @@ class Block(BasicTransformerBlock):
                 attention_mask=encoder_attention_mask,
             )
         hidden_states = hidden_states + text
-        return hidden_states + self.ff(self.norm3(hidden_states))
+        result: torch.Tensor = hidden_states + self.ff(self.norm3(hidden_states))
+        return result
 
     def _from_the_conditional_half(self, hidden_states: torch.Tensor) -> torch.Tensor:
         unconditional, conditional = hidden_states.chunk(2)

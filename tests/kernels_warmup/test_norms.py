@@ -70,9 +70,7 @@ def test_channels_last_stays_channels_last() -> None:
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    ("mean", "deviation"), [(0, 1), (1e3, 1), (3e4, 1), (1.0, 1e-4)], ids=str
-)
+@pytest.mark.parametrize(("mean", "deviation"), [(0, 1), (1e3, 1), (3e4, 1), (1.0, 1e-4)], ids=str)
 def test_a_large_mean_costs_no_more_than_nn_group_norm(mean: float, deviation: float) -> None:
     """Where the mean of the squares less the mean's square has nothing left, or is negative."""
     norm = a_norm()
@@ -187,6 +185,4 @@ def test_whatever_is_not_sdxls_is_refused_and_left_as_it_was() -> None:
     )
     refuses(lambda unet: setattr(first_resnet(unet), "upsample", nn.Identity()), "resampling")
     refuses(lambda unet: setattr(first_resnet(unet).dropout, "p", 0.1), "dropout")
-    refuses(
-        lambda vae: setattr(vae.decoder, "conv_act", nn.GELU()), "conv_norm_out", part=tiny_vae
-    )
+    refuses(lambda vae: setattr(vae.decoder, "conv_act", nn.GELU()), "conv_norm_out", part=tiny_vae)

@@ -9,8 +9,8 @@ from kernels_warmup.attention import set_attention, transformer_blocks
 from kernels_warmup.compile import Recipe, compile_model
 from kernels_warmup.rewrites import (
     TextOnce,
-    all_finite,
     TimeProjection,
+    all_finite,
     channels_last,
     set_time_once,
     set_vae_attention,

@@ -38,9 +38,7 @@ def features(*size: int) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("memory", ["contiguous", "channels last"])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_pixel_is_the_unmodified_one_the_edges_too(
-    way: Any, memory: str, bias: bool
-) -> None:
+def test_every_pixel_is_the_unmodified_one_the_edges_too(way: Any, memory: str, bias: bool) -> None:
     holder, plain = an_upsampling(bias)
     if memory == "channels last":
         channels_last(holder)

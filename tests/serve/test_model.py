@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from diffusers.configuration_utils import FrozenDict
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 
 from kernels_warmup.shapes import SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path

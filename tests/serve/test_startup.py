@@ -179,9 +179,7 @@ def test_nothing_compiles_where_runs_without_negative_have_a_graph(rewritten: Ru
     assert served.count(full) > 20
 
 
-def test_a_graph_of_its_own_draws_the_same_picture(
-    rewritten: Runtime, compiled: Runtime
-) -> None:
+def test_a_graph_of_its_own_draws_the_same_picture(rewritten: Runtime, compiled: Runtime) -> None:
     for negative_prompt in ("", " ", "blue"):
         ours, theirs = (
             pixels(generate(runtime, negative_prompt=negative_prompt, format="png"))
