@@ -22,8 +22,7 @@ from torch import nn
 from kernels_warmup.attention import transformer_blocks
 
 ZERO_TEXT = "zero_text"
-"""The entry of `cross_attention_kwargs` that says: the first half of the batch has zeros as
-text."""
+"""The entry of `cross_attention_kwargs` by which the first half of the batch has zeros as text."""
 
 
 class Block(BasicTransformerBlock):  # type: ignore[misc]

@@ -42,12 +42,14 @@ def _mean_and_scale(pixels: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Ten
     """What is taken off each channel and what it is multiplied by, both (batch, 1, channels)."""
     batch, _, channels = pixels.shape
     variances, means = torch.var_mean(pixels.float(), dim=1, correction=0)
-    means = means.view(batch, norm.num_groups, -1)
-    variances = variances.view(batch, norm.num_groups, -1)
+    means = means.reshape(batch, norm.num_groups, -1)
+    variances = variances.reshape(batch, norm.num_groups, -1)
     mean = means.mean(2, keepdim=True)
     variance = (variances + (means - mean).square()).mean(2, keepdim=True)
-    scale = torch.rsqrt(variance + norm.eps) * norm.weight.float().view(norm.num_groups, -1)
+    weight = norm.weight.float().reshape(norm.num_groups, -1)
+    scale = torch.rsqrt(variance + norm.eps) * weight
     mean = mean.expand(means.shape).clone(memory_format=torch.contiguous_format)
+    # Stored in groups, as they come out of the reductions: so the same kernel can store them.
     return (
         stored(mean).reshape(batch, 1, channels),
         stored(scale).reshape(batch, 1, channels),

@@ -250,9 +250,8 @@ def _side_by_side(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor]
     weight = torch.cat([linear.weight.data for linear in linears])
     bias = torch.cat([linear.bias.data for linear in linears])
     sizes = [linear.out_features for linear in linears]
-    for linear, its_weight, its_bias in zip(
-        linears, torch.split(weight, sizes), torch.split(bias, sizes), strict=True
-    ):
+    parts = zip(linears, torch.split(weight, sizes), torch.split(bias, sizes), strict=True)
+    for linear, its_weight, its_bias in parts:
         linear.weight.data, linear.bias.data = its_weight, its_bias
     return weight, bias
 

@@ -132,4 +132,6 @@ def _require_plain(upsample: Any) -> None:
         or conv.groups != 1
         or conv.padding_mode != "zeros"
     ):
-        raise ValueError("not SDXL's upsampling: not a nearest one and a plain 3x3 convolution")
+        raise ValueError(
+            "not SDXL's upsampling: it is no nearest one before a plain 3x3 convolution"
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -137,6 +137,58 @@ def test_our_own_kernels_are_no_further_from_float32_than_eager(
     seen = check_lossless("default", reference, recipe=recipe)
     for field in fields:
         assert any(f"_{names[field]}_kernel" in kernel for kernel in seen), sorted(seen)
+
+
+REWRITES: dict[str, dict[str, Any]] = {
+    "group_norm": {"group_norm": True},
+    "phases": {"upsample": "phases"},
+    "transposed": {"upsample": "transposed"},
+    "time_once": {"time_once": True},
+    "zero_text": {"zero_text": True},
+    "all": {"group_norm": True, "upsample": "phases", "time_once": True, "zero_text": True},
+}
+
+
+@pytest.mark.parametrize("rewrite", REWRITES)
+def test_a_rewrite_is_no_further_from_float32_than_eager(
+    rewrite: str, reference: Reference
+) -> None:
+    from kernels_warmup.compile import RECIPES
+
+    check_lossless("default", reference, recipe=replace(RECIPES["default"], **REWRITES[rewrite]))
+
+
+def test_a_run_without_negative_is_no_further_from_float32_than_eager() -> None:
+    """By a function of its own, over the text buffers that the full one reads too."""
+    from kernels_warmup.compile import RECIPES
+    from kernels_warmup.one_forward import StepInputs, forward_once, relative_error
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    unet = load().unet
+    full = StepInputs.draw(unet, SDXL_SHAPES[0], 1, torch.device("cuda"), torch.bfloat16)
+    inputs = full.without_negative()
+    eager = forward_once(unet, inputs)
+    exact = forward_once(unet.float(), inputs.cast(torch.float32))
+    eager_error = relative_error(eager, exact)
+    del unet
+    gc.collect()
+    torch.cuda.empty_cache()
+
+    pipeline, made = compiled("default", recipe=replace(RECIPES["default"], zero_text=True))
+    short = forward_once(pipeline.unet, inputs, zero_text=True)
+    kept = short.clone()
+    error = relative_error(short, exact)
+    whole = relative_error(forward_once(pipeline.unet, inputs), exact)
+    print(f"\nwithout negative {error}, by the full function {whole}, eager {eager_error}")
+    assert error <= NO_WORSE * eager_error
+    assert whole <= NO_WORSE * eager_error
+    made.freeze()
+    # Turn about, and with another prompt in between: each graph reads what the buffers hold then.
+    forward_once(pipeline.unet, full)
+    assert torch.equal(forward_once(pipeline.unet, inputs, zero_text=True), kept)
+    assert torch.equal(short, kept)
+    assert made.fallbacks.cold == made.fallbacks.recompiles == 0
 
 
 @pytest.mark.parametrize("attention", ["cudnn", "flash", "xformers"])
