@@ -111,7 +111,7 @@ def _loop(model: SdxlModel, series: int) -> list[Cost]:
         del unet.forward
     return [
         summary("enter", f"from denoise() to the first UNet call, {SIDE}x{SIDE}", enter),
-        summary("step", "a step outside the UNet", step),
+        summary("outside", "a step outside the UNet", step),
     ]
 
 

@@ -42,7 +42,7 @@ def test_the_small_pieces_are_each_timed(
         "scrape9",
         "tokens",
         "enter",
-        "step",
+        "outside",
         "turn",
         "jpeg",
         "jpegnoise",
