@@ -3,9 +3,9 @@
 Of an upsampled image's rows each is there twice, so of a 3x3 kernel's three rows two always meet
 the same one: an even row of the result is `w0 x[i-1] + (w1 + w2) x[i]`, an odd one
 `(w0 + w1) x[i] + w2 x[i+1]`, and columns alike. With the sums formed beforehand a
-pixel that becomes four takes 16 products a channel instead of 36. The zeros around the upsampled image
-are the zeros around the small one. In bfloat16 the sums are rounded once more than the weights
-were, which adds 4 to 7% to the decoder's error. Two ways to have it computed:
+pixel that becomes four takes 16 products a channel instead of 36. The zeros around the upsampled
+image are the zeros around the small one. In bfloat16 the sums are rounded once more than the
+weights were, which adds 4 to 7% to the decoder's error. Two ways to have it computed:
 
 - `phases`: a 2x2 convolution with four times the channels, one set for each corner of the 2x2
   pixels that a pixel becomes, each set read at an offset of its own and put in its place;
