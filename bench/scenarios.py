@@ -204,23 +204,24 @@ SCENARIOS: tuple[Scenario, ...] = (
         "each kernel's start overlapped with the end of the one before it",
         {"triton.enable_pdl": True},
     ),
+    # By what is expected of them, bench/results/notes.md.
+    _beside("group-norm", "group norms along the channels", group_norm=True),
+    _kernel("layer_norm", "the blocks' sums and norms"),
+    _beside("zero-text", "no text attended to where it is zero", zero_text=True),
     _inductor(
         "multi-kernel",
         "reductions of up to 16,384 read once or in a loop, by timing",
         {"triton.multi_kernel": 1},
     ),
+    _kernel("geglu", "the feed-forwards' gated products"),
+    _kernel("cross_attention", "attention to the text"),
+    _beside("upsample-phases", "upsampling before its image, by phases", upsample="phases"),
+    _beside("text-encoders", "captured text encoders", cuda_only=True, text_encoders=True),
+    _beside("upsample-transposed", "the same, by a transposed product", upsample="transposed"),
+    _beside("time-once", "the step's embedding projected once a step", time_once=True),
     _inductor(
         "tuned-kernels", "generated kernels' launches tuned", {"max_autotune_pointwise": True}, 200
     ),
-    _beside("group-norm", "group norms along the channels", group_norm=True),
-    _beside("upsample-phases", "upsampling before its image, by phases", upsample="phases"),
-    _beside("upsample-transposed", "the same, by a transposed product", upsample="transposed"),
-    _beside("zero-text", "no text attended to where it is zero", zero_text=True),
-    _beside("time-once", "the step's embedding projected once a step", time_once=True),
-    _beside("text-encoders", "captured text encoders", cuda_only=True, text_encoders=True),
-    _kernel("layer_norm", "the blocks' sums and norms"),
-    _kernel("cross_attention", "attention to the text"),
-    _kernel("geglu", "the feed-forwards' gated products"),
     _beside("all-lossless", "every lossless way that is not measured yet", **_UNMEASURED),
     Scenario(
         "launched",
