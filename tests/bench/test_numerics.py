@@ -17,6 +17,7 @@ from bench.scenarios import SCENARIOS, chosen
 SMALL = ["numerics", "--model", "demo", "--device", "cpu", "--shape", "64x64"]
 
 
+@pytest.mark.slow
 def test_each_lossless_way_stands_beside_eager(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
