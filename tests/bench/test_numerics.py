@@ -54,6 +54,7 @@ def test_what_is_further_away_fails(
     assert "FURTHER AWAY" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_to_check_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--scenario", "graph"]) == 2
     assert "graph: it needs a CUDA device" in capsys.readouterr().err
