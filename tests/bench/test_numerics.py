@@ -38,6 +38,7 @@ def test_each_lossless_way_stands_beside_eager(
     assert "as near" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_further_away_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
