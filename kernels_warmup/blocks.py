@@ -42,7 +42,7 @@ class Block(BasicTransformerBlock):  # type: ignore[misc]
         class_labels: torch.Tensor | None = None,
         added_cond_kwargs: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        zero_text = cross_attention_kwargs is not None and ZERO_TEXT in cross_attention_kwargs
+        zero_text = ZERO_TEXT in (cross_attention_kwargs or ())
         hidden_states = hidden_states + self.attn1(
             self.norm1(hidden_states), attention_mask=attention_mask
         )

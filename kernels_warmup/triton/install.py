@@ -73,7 +73,7 @@ class NormedBlock(Block):
     ) -> torch.Tensor:
         _refuse_masks(attention_mask, encoder_attention_mask)
         norm = normed(hidden_states, self.norm1)
-        zero_text = cross_attention_kwargs is not None and ZERO_TEXT in cross_attention_kwargs
+        zero_text = ZERO_TEXT in (cross_attention_kwargs or ())
         hidden, change = self.parts(hidden_states, norm, encoder_hidden_states, zero_text)
         return hidden + change
 
@@ -113,7 +113,7 @@ class NormedTransformer(Transformer2DModel):  # type: ignore[misc]
         _refuse_masks(attention_mask, encoder_attention_mask)
         batch, _, height, width = hidden_states.shape
         text = encoder_hidden_states
-        zero_text = cross_attention_kwargs is not None and ZERO_TEXT in cross_attention_kwargs
+        zero_text = ZERO_TEXT in (cross_attention_kwargs or ())
         hidden, inner = self._operate_on_continuous_inputs(hidden_states)
         first, *others = self.transformer_blocks
         norm = normed(hidden, first.norm1)
