@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from importlib.metadata import version
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from urllib3.exceptions import NameResolutionError
 
 from metrics.otlp import otlp_exporter
 from metrics.tracing import MAX_EXPORT_BATCH_SIZE, SCOPE_NAME
+from serve import __version__
 from serve.backends import BACKENDS, Backend, Region, backend_of, key_owner
 from serve.errors import ConfigurationError
 from serve.settings import ServeSettings
@@ -549,7 +549,7 @@ def _small_trace(settings: ServeSettings) -> tuple[tuple[ReadableSpan, ...], str
         sampler=ALWAYS_ON, resource=build_resource(settings), shutdown_on_exit=False
     )
     provider.add_span_processor(SimpleSpanProcessor(kept))
-    tracer = provider.get_tracer(SCOPE_NAME, version("stepspan"))
+    tracer = provider.get_tracer(SCOPE_NAME, __version__)
     with tracer.start_as_current_span("doctor") as root, tracer.start_as_current_span("checkup"):
         trace_id = trace.format_trace_id(root.get_span_context().trace_id)
     return kept.get_finished_spans(), trace_id

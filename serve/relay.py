@@ -17,7 +17,6 @@ import re
 import unicodedata
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,6 +38,7 @@ from metrics.catalogue import GenerationMetrics
 from metrics.sampling import TraceIdentity
 from metrics.spans import emit_call, emit_relay
 from metrics.timeline import Failure, RequestTiming
+from serve import __version__
 from serve.asgi import begin
 from serve.call import Call
 from serve.errors import (
@@ -216,7 +216,7 @@ class Relay:
             endpoints=("/",),
             outcomes=OUTCOMES,
             error_types=(*ERROR_TYPES, *(error.error_type for error in GATEWAY_ERRORS)),
-            build={"version": version("stepspan")},
+            build={"version": __version__},
         )
         self.tracing = build_tracing(settings, self.metrics)
         self.readiness = Readiness(state=State.READY, phase="ready")

@@ -33,6 +33,7 @@ from metrics.push import MetricsPush
 from metrics.recorder import Recorder
 from metrics.timeline import GenerationFacts, RunTimeline
 from metrics.tracing import Tracing
+from serve import __version__
 from serve.admission import Admission, Cancellations
 from serve.call import Call
 from serve.errors import (
@@ -672,7 +673,7 @@ def build_runtime(
         rejections=REJECTIONS,
         bucket_families=bucket_families(settings),
         build={
-            "version": version("stepspan"),
+            "version": __version__,
             "python": platform.python_version(),
             "torch": version("torch"),
             "diffusers": version("diffusers"),

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import uuid
-from importlib.metadata import version
 
 from opentelemetry.sdk.resources import Resource
 
@@ -18,6 +17,7 @@ from metrics.peaks import peak_flops
 from metrics.push import MetricsPush
 from metrics.sampling import KeepRules, Sampling
 from metrics.tracing import Tracing, otlp_destination, sdk_metrics
+from serve import __version__
 from serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def build_tracing(
         resource=resource or build_resource(settings),
         on_ended=metrics.spans_ended,
         on_settled=metrics.spans_settled,
-        version=version("stepspan"),
+        version=__version__,
     )
 
 
@@ -74,7 +74,7 @@ def build_resource(settings: ServeSettings, gpu: Gpu | None = None) -> Resource:
     set here only where `OTEL_SERVICE_NAME` or nothing at all names one.
     """
     attributes = {
-        "service.version": version("stepspan"),
+        "service.version": __version__,
         "service.instance.id": str(uuid.uuid4()),
     }
     named_elsewhere = "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -9,6 +11,7 @@ from metrics import buckets
 from metrics.catalogue import GenerationMetrics, render
 from metrics.gpu import Gpu
 from metrics.tracing import Tracing
+from serve import __version__
 from serve.runtime import build_runtime
 from serve.settings import ServeSettings, load_settings
 from serve.telemetry import (
@@ -194,3 +197,24 @@ def test_two_services_of_one_process_both_tell_all_of_their_own() -> None:
         runtime.close(0.1)
     assert told[0].keys() == told[1].keys()
     assert [one["sdxl_record_failures_total"] for one in told] == [0, 1]
+
+
+def test_a_checkout_that_is_not_installed_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.distribution
+
+    def nothing_of_ours(name: str) -> importlib.metadata.Distribution:
+        if name == "stepspan":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", nothing_of_ours)
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("stepspan")
+    registry = CollectorRegistry()
+    build_runtime(ServeSettings(), registry).close(1)
+    assert registry.get_sample_value("sdxl_requests_in_flight") == 0
+    assert f'version="{__version__}"' in render(registry, OPENMETRICS)[0].decode()
+
+
+def test_the_installed_version_is_the_one_in_the_code() -> None:
+    assert importlib.metadata.version("stepspan") == __version__
