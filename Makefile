@@ -36,8 +36,10 @@ bench: $(INSTALLED)  ## scenarios of the demo model that fit 5 minutes, into ben
 	$(RUN) -m bench run --device cpu --model demo --requests 20 --seconds-limit 290 \
 	  --results bench/results || test $$? -eq 75
 
-# From a bare checkout with that machine's own python and packages, and without a network. Goes on
-# with the day's files; MINUTES=9 starts nothing that would end later. On a machine without a GPU:
+# Runs from a bare checkout with that machine's own python and packages, and without a network.
+# Continues the day's files; MINUTES=9 starts nothing that would end later. ARCHIVE=FILE.tar.gz keeps
+# results and logs in that one file instead of RESULTS, and continues from it where it exists. On a
+# machine without a GPU:
 # make bench-gpu DEVICE=cpu MODEL=demo SHAPE=128x128 STEPS=2 REQUESTS=2 RESULTS=/tmp PYTHON=.venv/bin/python
 DEVICE ?= cuda
 MODEL ?= random:sdxl-base
@@ -47,7 +49,8 @@ REQUESTS ?= 10
 RESULTS ?= bench/results
 bench-gpu:  ## everything the targets need, measured on one GPU in resumable pieces
 	$(PYTHON) -m bench session --device $(DEVICE) --model $(MODEL) --shape $(SHAPE) \
-	  --steps $(STEPS) --requests $(REQUESTS) --results $(RESULTS) \
+	  --steps $(STEPS) --requests $(REQUESTS) \
+	  $(if $(ARCHIVE),--archive $(ARCHIVE),--results $(RESULTS)) \
 	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY)) \
 	  $(if $(SCENARIOS),--scenario $(SCENARIOS)) $(if $(COMMIT),--commit $(COMMIT)) \
 	  $(if $(PIECE_SECONDS),--piece-seconds $(PIECE_SECONDS))

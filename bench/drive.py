@@ -13,8 +13,9 @@ import gc
 import io
 import math
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -25,6 +26,7 @@ from bench.errors import BenchError
 from bench.result_file import Flops, RequestSample
 from bench.scenarios import KERNELS, Scenario
 from kernels_warmup.shapes import CompiledShape
+from kernels_warmup.warmup import RunKind
 from metrics.clock import WallAnchor, make_clock
 from metrics.timeline import RunTimeline, RunTiming
 from serve.call import Call
@@ -62,7 +64,11 @@ class Work:
 
 
 class CannotRun(Exception):
-    """A scenario that means nothing or does not work here; the message says why, in a sentence."""
+    """A scenario that needs what this machine lacks; the message says what, in a sentence."""
+
+
+class ScenarioFailed(CannotRun):
+    """A scenario that was tried here and failed."""
 
 
 class Driven(Protocol):
@@ -123,7 +129,8 @@ def drive(scenario: Scenario, work: Work, runner: asyncio.Runner) -> Driven:
     """Load, compile and warm a scenario.
 
     Raises:
-        CannotRun: it means nothing here, or failed to get ready.
+        CannotRun: it needs what is not here.
+        ScenarioFailed: it failed to get ready.
     """
     refuse_what_cannot_run(scenario, work)
     try:
@@ -133,7 +140,7 @@ def drive(scenario: Scenario, work: Work, runner: asyncio.Runner) -> Driven:
     except Exception as error:
         # A compiler, a driver, memory: one scenario never ends the others.
         release_memory()
-        raise CannotRun(told(error)) from error
+        raise ScenarioFailed(told(error)) from error
 
 
 def dtype_name(scenario: Scenario, work: Work) -> str:
@@ -167,33 +174,29 @@ class Served:
                 "ENABLE_TRACING": False,
             }
         )
-        self._compiled: CompiledModel | None = None
-        as_set = scenario.recipe is None and scenario.quantize == "none" and scenario.images == 1
+        self._settings_before: dict[str, object] = {}
         self.runtime = build_runtime(
             settings,
             CollectorRegistry(),
-            prepare=None if as_set else self._prepare,
+            prepare=self._prepare,
+            # No other kind of run is timed, and each has graphs of its own to compile.
+            kinds=(RunKind(guided=True, images=scenario.images),),
         )
         try:
             runner.run(self.runtime.start())
-            if scenario.images > 1:
-                self._warm_batch()
+            after = self.runtime.on_model(lambda _: compiler_settings()).result()
+            refuse_changed_settings(self._settings_before, after)
         except BaseException:
             self.close()
             raise
 
     def _prepare(self, model: SdxlModel) -> CompiledModel | None:
-        self._compiled = prepare(self._scenario, model)
-        return self._compiled
-
-    def _warm_batch(self) -> None:
-        """The service warms runs of one request; a batch compiles graphs of its own."""
-        assert self._compiled is not None
-        self._compiled.thaw()
-        try:
-            self.request(0, 0)
-        finally:
-            self._compiled.freeze()
+        # Compared here and after the start: the settings of newer torch versions belong to one turn
+        # of the model's thread, those of older ones to the process.
+        self._settings_before = compiler_settings()
+        compiled = prepare(self._scenario, model)
+        refuse_changed_settings(self._settings_before, compiler_settings())
+        return compiled
 
     def request(self, seed: int, round_number: int) -> RequestSample:
         images = self._scenario.images
@@ -428,12 +431,14 @@ class References:
 
     def error(self, driven: Driven, dtype: str) -> float | None:
         """Relative error of one of its forwards; None where it is no number."""
-        from kernels_warmup.one_forward import forward_once, relative_error
+        from kernels_warmup.one_forward import forward_once, relative_error, takes_zero_text
 
         inputs, reference = self.of(dtype)
 
         def once(pipeline: Any) -> torch.Tensor:
-            return forward_once(pipeline.unet, inputs.cast(pipeline.unet.dtype)).clone()
+            unet = pipeline.unet
+            zero_text = takes_zero_text(unet)
+            return forward_once(unet, inputs.cast(unet.dtype), zero_text=zero_text).clone()
 
         error = relative_error(driven.with_pipeline(once), reference)
         return error if math.isfinite(error) else None
@@ -454,8 +459,10 @@ class References:
         work = self._work
         unet = load_model(work.model, None, work.device, dtype).pipeline.unet.float()
         device = torch.device(work.device)
-        # Drawn in the narrowest type, so that every scenario gets the very same numbers.
-        inputs = StepInputs.draw(unet, work.shape, 1, device, torch.bfloat16)
+        # Drawn in the narrowest type, so that every scenario gets the very same numbers; without a
+        # negative prompt, as the timed requests are.
+        drawn = StepInputs.draw(unet, work.shape, 1, device, torch.bfloat16)
+        inputs = drawn.without_negative()
         tf32 = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False
         try:
@@ -500,15 +507,36 @@ def choose_work(model: str | None, device: str, shape: str | None, steps: int) -
     return Work(model, found, size, steps)
 
 
-class LibrarySettings:
-    """torch's process-wide switches as one scenario left them.
+def compiler_settings() -> dict[str, object]:
+    """Every setting of dynamo and inductor by name, as this thread sees them."""
+    import torch._dynamo.config
+    import torch._inductor.config
 
-    Preparing a compiled model turns some on, and the baselines must meet the library's defaults.
+    found: dict[str, object] = {}
+    for module in (torch._dynamo.config, torch._inductor.config):
+        copied = module.get_config_copy()
+        found |= {f"{module.__name__}.{name}": value for name, value in copied.items()}
+    return found
+
+
+def refuse_changed_settings(before: Mapping[str, object], after: Mapping[str, object]) -> None:
+    """Raises RuntimeError where a setting changed: it would change how the next scenario compiles,
+    and no two of them could be compared."""
+    changed = sorted(name for name in after if before.get(name) != after[name])
+    if changed:
+        raise RuntimeError(f"it changed the compiler's settings: {', '.join(changed)}")
+
+
+class LibrarySettings:
+    """torch's process-wide settings as one scenario left them.
+
+    Preparing a compiled model changes some, and the baselines must meet the library's defaults.
     """
 
     def __init__(self) -> None:
         import torch
 
+        self._compiler = compiler_settings()
         self._benchmark = torch.backends.cudnn.benchmark
         self._tf32 = torch.backends.cudnn.allow_tf32
         self._matmul_tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -516,6 +544,10 @@ class LibrarySettings:
     def apply(self) -> None:
         import torch
 
+        for name, value in compiler_settings().items():
+            if value != self._compiler[name]:
+                module, _, setting = name.partition(".config.")
+                setattr(sys.modules[f"{module}.config"], setting, self._compiler[name])
         torch.backends.cudnn.benchmark = self._benchmark
         torch.backends.cudnn.allow_tf32 = self._tf32
         torch.backends.cuda.matmul.allow_tf32 = self._matmul_tf32
@@ -569,8 +601,9 @@ def check_entry_points() -> None:
 
     from serve.runtime import Runtime
 
-    if "prepare" not in inspect.signature(build_runtime).parameters:
-        raise BenchError("serve.runtime.build_runtime takes no `prepare`")
+    for name in ("prepare", "kinds"):
+        if name not in inspect.signature(build_runtime).parameters:
+            raise BenchError(f"serve.runtime.build_runtime takes no `{name}`")
     for name in ("generate", "on_model"):
         if not hasattr(Runtime, name):
             raise BenchError(f"serve.runtime.Runtime has no `{name}`")

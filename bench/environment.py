@@ -6,13 +6,14 @@ inside functions.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -84,7 +85,17 @@ def describe_code(side: Side, root: Path = ROOT, commit: str | None = None) -> C
         versions={
             name: found for name in DECIDING_PACKAGES if (found := _version(name)) is not None
         },
+        source=source_digest(root, MEASURED),
     )
+
+
+def source_digest(root: Path, packages: Sequence[str]) -> str:
+    """A short digest of these packages' Python files, names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(file for name in packages for file in (root / name).rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def where(device: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,9 @@ def kind_of(kernel: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenario", default="default", metavar="NAME", help="as of `run`")
-    parser.add_argument("--part", default="step", choices=PARTS, help="(default: step)")
+    parser.add_argument(
+        "--part", nargs="+", default=["step"], choices=PARTS, help="(default: step)"
+    )
     parser.add_argument("--model", help="as SDXL_MODEL (default: demo without a CUDA device)")
     parser.add_argument("--device", default="auto", help="as SDXL_DEVICE (default: auto)")
     parser.add_argument("--shape", metavar="WxH", help="image size (default: the model's first)")
@@ -78,46 +81,47 @@ def run(options: argparse.Namespace) -> int:
 
     (scenario,) = chosen([options.scenario])
     work = choose_work(options.model, options.device, options.shape, 2)
-    generated = {}
+    device = torch.device(work.device)
+    dtype = dtype_name(scenario, work) if scenario.quantize == "none" else scenario.quantize
+    parts = list(dict.fromkeys(options.part))
+    generated: dict[str, dict[str, Amount]] = {part: {} for part in parts}
     if options.launches is not None:
-        generated = read_launches(options.launches, scenario.name, options.part, str(work.shape))
+        for part in parts:
+            generated[part] = read_launches(options.launches, scenario.name, part, str(work.shape))
+    profiles: dict[str, dict[str, Any]] = {}
     with only_bench_on(work.device), asyncio.Runner() as runner:
         ceilings = measure_ceilings(work.device)
         try:
             driven = drive(scenario, work, runner)
         except CannotRun as reason:
             raise BenchError(f"{scenario.name} cannot run here: {reason}") from None
+
+        def profile_and_count(pipeline: Any, part: str) -> dict[str, Any]:
+            found = profile(pipeline, work.shape, device, part)
+            text_once = getattr(pipeline.unet.forward, "text", None) is not None
+            amounts = count(pipeline, work.shape, part, text_once=text_once) | generated[part]
+            return found | {"by_kind": by_kind(found["by_kind_ms"], amounts, dtype, ceilings)}
+
         try:
-            device = torch.device(work.device)
-            found = driven.with_pipeline(
-                lambda pipeline: profile(pipeline, work.shape, device, options.part)
-            )
-            amounts = driven.with_pipeline(
-                lambda pipeline: count(
-                    pipeline,
-                    work.shape,
-                    options.part,
-                    text_once=getattr(pipeline.unet.forward, "text", None) is not None,
-                )
-            )
+            for part in parts:
+                profiles[part] = driven.with_pipeline(partial(profile_and_count, part=part))
         finally:
             driven.close()
-    print(
-        f"{scenario.name}, {options.part}: {found['timeline_ms']} ms on the timeline, "
-        f"{found['gaps_ms']} ms of it gaps, {found['kernels']} kernels"
-    )
-    dtype = dtype_name(scenario, work) if scenario.quantize == "none" else scenario.quantize
-    found["by_kind"] = by_kind(found["by_kind_ms"], amounts | generated, dtype, ceilings)
-    for kind, row in found["by_kind"].items():
-        print(f"  {kind:24} {row['ms']:9.3f} ms{tell_rate(row)}")
-    for row in found["top"][:15]:
-        named = f"{row['kind']:22} {row['kernel'][:70]}"
-        print(f"  {row['ms']:9.3f} ms {row['calls']:7.1f} calls  {named}")
+    for part, found in profiles.items():
+        print(
+            f"{scenario.name}, {part}: {found['timeline_ms']} ms on the timeline, "
+            f"{found['gaps_ms']} ms of it gaps, {found['kernels']} kernels"
+        )
+        for kind, row in found["by_kind"].items():
+            print(f"  {kind:24} {row['ms']:9.3f} ms{tell_rate(row)}")
+        for row in found["top"][:15]:
+            named = f"{row['kind']:22} {row['kernel'][:70]}"
+            print(f"  {row['ms']:9.3f} ms {row['calls']:7.1f} calls  {named}")
     if options.out:
-        told = where(work.device) | {"scenario": scenario.name, "part": options.part}
-        told |= {"model": work.model, "shape": str(work.shape), "dtype": dtype}
-        told |= {"ceilings": asdict(ceilings)}
-        options.out.write_text(json.dumps(told | found, indent=1) + "\n")
+        written = where(work.device) | {"scenario": scenario.name, "dtype": dtype}
+        written |= {"model": work.model, "shape": str(work.shape)}
+        written |= {"ceilings": asdict(ceilings), "parts": profiles}
+        options.out.write_text(json.dumps(written, indent=1) + "\n")
     return 0
 
 
@@ -165,15 +169,16 @@ def profile(pipeline: Any, shape: Any, device: torch.device, part: str) -> dict[
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from kernels_warmup.one_forward import StepInputs, forward_once
+    from kernels_warmup.one_forward import StepInputs, forward_once, takes_zero_text
 
     inputs = StepInputs.draw(pipeline.unet, shape, 1, device, torch.bfloat16)
-    inputs = inputs.cast(pipeline.unet.dtype)
+    inputs = inputs.without_negative().cast(pipeline.unet.dtype)
+    zero_text = takes_zero_text(pipeline.unet)
     latents = inputs.latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
 
     def once() -> None:
         if part == "step":
-            forward_once(pipeline.unet, inputs)
+            forward_once(pipeline.unet, inputs, zero_text=zero_text)
         else:
             pipeline.vae.decode(latents, return_dict=False)
 

@@ -74,13 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
     from bench.device_lock import only_bench_on
-    from bench.drive import CannotRun, choose_work
+    from bench.drive import CannotRun, ScenarioFailed, choose_work
     from bench.environment import where
     from serve.errors import ModelError
 
     work = choose_work(options.model, options.device, options.shape, 2)
     scenarios = to_check(chosen(options.scenario), options.uncompiled)
     not_run: dict[str, str] = {}
+    failed = False
     checked: list[Checked] = []
     with only_bench_on(work.device):
         try:
@@ -94,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
                 checked.append(check(scenario, work, inputs, exact))
             except CannotRun as reason:
                 not_run[scenario.name] = str(reason)
+                failed |= isinstance(reason, ScenarioFailed)
                 print(f"{scenario.name:24} not run: {reason}")
                 continue
             near = {part: options.no_worse * error for part, error in eager.items()}
@@ -108,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
     if not checked:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in not_run.items())
         raise BenchError(f"nothing could be checked ({reasons or 'no lossless way was named'})")
-    return 0 if all(one.passed for one in checked) else 1
+    return 1 if failed or not all(one.passed for one in checked) else 0
 
 
 def to_check(scenarios: Sequence[Scenario], uncompiled: bool) -> list[Scenario]:
@@ -207,8 +209,8 @@ def check(
     import torch
 
     from bench.drive import (
-        CannotRun,
         LibrarySettings,
+        ScenarioFailed,
         prepare,
         refuse_what_cannot_run,
         release_memory,
@@ -230,7 +232,7 @@ def check(
             second = answers(model.pipeline, inputs)
     except Exception as failure:
         # A compiler, a driver, memory: one scenario never ends the others.
-        raise CannotRun(told(failure)) from failure
+        raise ScenarioFailed(told(failure)) from failure
     finally:
         del model
         defaults.apply()

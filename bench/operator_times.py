@@ -33,7 +33,7 @@ def time_operators(unet: Any, inputs: StepInputs, device: torch.device) -> list[
                 row["us"] = round(microseconds, 2)
                 row["step_ms"] = round(microseconds * count / 1000, 4)
                 if kind == "norm":
-                    row["gb_s"] = round(work / microseconds / 1e3, 1)
+                    row["gb_s"] = float(f"{work / microseconds / 1e3:.4g}")
                 else:
                     row["tflops"] = round(work / microseconds / 1e6, 1)
             except Exception as failure:  # noqa: BLE001 - a candidate may not exist here

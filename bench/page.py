@@ -399,7 +399,7 @@ def _table(
 def _not_run(result: BenchResult) -> str:
     if not result.not_run:
         return ""
-    rows = [(missing.name, missing.reason) for missing in result.not_run]
+    rows = [(missing.name, missing.why) for missing in result.not_run]
     return f"<section><h2>Not run</h2>{_table(('scenario', 'why'), rows)}</section>"
 
 

@@ -2,9 +2,12 @@
 
     python -m bench precompile --scenario pdl all-lossless batch-8 --model random:sdxl-base
 
-Tracing and lowering a model keep one core busy for a minute; a machine with many cores has done ten
-scenarios in little more than the time of one. Nothing is timed, and choices that the compiler makes
-by timing are not kept: whoever runs the scenario next makes them again, on a machine at rest.
+Tracing and lowering a model keep one core busy for a minute; a machine with many cores compiles
+several scenarios in little more than the time of one, as many as its GPU's memory holds. Nothing is
+timed, and choices that the compiler makes by timing are not kept: the run that follows makes them
+again, on a machine at rest.
+
+Exit status: 0 done; 1 a scenario failed; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from bench.scenarios import Scenario, chosen
 
 CORES_EACH = 2
 BYTES_EACH = 14 << 30
-"""Of a GPU's memory: the full-size model in bfloat16, and what its convolutions try out."""
+"""GPU memory of one process: the full-size model in bfloat16, the activations of one image, and
+workspaces for the convolutions that are tried."""
+BYTES_PER_FURTHER_IMAGE = 3 << 29
+"""A decode of eight images holds 8.6 GB of activations, and the UNet's come before it."""
 POLL_SECONDS = 0.2
 
 
@@ -33,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="as SDXL_MODEL (default: demo without a CUDA device)")
     parser.add_argument("--device", default="auto", help="as SDXL_DEVICE (default: auto)")
     parser.add_argument("--shape", metavar="WxH", help="image size (default: the model's first)")
-    parser.add_argument("--at-once", type=int, metavar="N", help="(default: what fits)")
+    parser.add_argument(
+        "--at-once", type=int, metavar="N", help="at most so many (default: what memory allows)"
+    )
     parser.add_argument("--seconds-limit", type=float, metavar="S", help="end what takes longer")
     parser.add_argument("--out", type=Path, help="write here how long each took, as JSON")
 
@@ -57,10 +65,10 @@ def run(options: argparse.Namespace) -> int:
     cores = describe_machine(work.device).cores
     at_once = options.at_once
     if at_once is None:
-        room = device_memory(work.device)[1] // BYTES_EACH if work.on_cuda else 1
-        at_once = max(1, min(len(scenarios), cores // CORES_EACH, room))
+        at_once = max(1, min(len(scenarios), cores // CORES_EACH)) if work.on_cuda else 1
     if at_once < 1:
         raise BenchError("--at-once: 1 and more are allowed")
+    room = device_memory(work.device)[1] if work.on_cuda else None
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(2, cores // at_once))}
 
     def start(scenario: Scenario) -> subprocess.Popen[bytes]:
@@ -72,13 +80,13 @@ def run(options: argparse.Namespace) -> int:
         )
 
     with only_bench_on(work.device):
-        told |= all_of(scenarios, start, at_once, options.seconds_limit)
+        told |= all_of(scenarios, start, at_once, options.seconds_limit, room)
     for name, one in told.items():
         print(f"{name:24} {one}")
     if options.out:
         written = where(work.device) | {"at_once": at_once, "scenarios": told}
         options.out.write_text(json.dumps(written, indent=1) + "\n")
-    return 0
+    return int(any(one.startswith("failed") for one in told.values()))
 
 
 def all_of(
@@ -86,15 +94,29 @@ def all_of(
     start: Callable[[Scenario], subprocess.Popen[bytes]],
     at_once: int,
     seconds_limit: float | None = None,
+    room: int | None = None,
 ) -> dict[str, str]:
-    """Each in a process of its own; what became of it, by name. None of them outlives the call."""
+    """Each in a process of its own; what became of it, by name. None of them outlives the call.
+
+    Args:
+        at_once: at most so many processes.
+        room: bytes of GPU memory that they may need together; None: no limit. A scenario that needs
+            more than all of it is tried alone.
+    """
     began = time.monotonic()
     left, told = list(scenarios), {}
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    needed: dict[str, int] = {}
     try:
         while left or running:
             while left and len(running) < at_once:
-                scenario = left.pop(0)
+                free = None if room is None else room - sum(needed[name] for name in running)
+                fits = [s for s in left if free is None or bytes_needed(s) <= free]
+                if running and not fits:
+                    break
+                scenario = (fits or left)[0]
+                left.remove(scenario)
+                needed[scenario.name] = bytes_needed(scenario)
                 running[scenario.name] = start(scenario), time.monotonic()
             for name, (process, since) in list(running.items()):
                 status = process.poll()
@@ -117,6 +139,11 @@ def all_of(
             process.kill()
             process.wait()
     return told
+
+
+def bytes_needed(scenario: Scenario) -> int:
+    """GPU memory to prepare it at 1024x1024, at most."""
+    return BYTES_EACH + (scenario.images - 1) * BYTES_PER_FURTHER_IMAGE
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -159,6 +159,13 @@ class NotRun:
     reason: Name
     side: Side | None = None
     """None: neither side."""
+    failed: bool = False
+    """It was tried and failed. False: this machine lacks what it needs, or there was no time."""
+
+    @property
+    def why(self) -> str:
+        """The reason, and whether it is a failure, for people."""
+        return f"FAILED: {self.reason}" if self.failed else self.reason
 
 
 # Where -------------------------------------------------------------------------------------------
@@ -190,8 +197,23 @@ class Ceilings:
 
 
 @dataclass(frozen=True, config=_CLOSED)
+class Code:
+    """What ran on one side."""
+
+    side: Side
+    commit: str | None
+    """None: not in a git checkout."""
+    dirty: bool
+    """Files differed from the commit."""
+    versions: dict[str, str]
+    """Of `torch`, `diffusers` and whatever else decides the speed."""
+    source: str | None = None
+    """A digest of the measured packages' files, which also names code outside a git checkout."""
+
+
+@dataclass(frozen=True, config=_CLOSED)
 class Session:
-    """One sitting of the bench; a resumed run has several."""
+    """One call of the bench; a resumed run has several."""
 
     first_round: Annotated[int, Field(ge=0)]
     rounds: Annotated[int, Field(ge=1)]
@@ -199,6 +221,8 @@ class Session:
     end: Conditions | None = None
     """None: interrupted."""
     ceilings: Ceilings | None = None
+    code: tuple[Code, ...] = ()
+    """What ran, where that is not the file's `code`: the code was changed before a later call."""
 
 
 @dataclass(frozen=True, config=_CLOSED)
@@ -215,19 +239,6 @@ class Environment:
     gpu: str | None = None
     driver: str | None = None
     cuda: str | None = None
-
-
-@dataclass(frozen=True, config=_CLOSED)
-class Code:
-    """What ran on one side."""
-
-    side: Side
-    commit: str | None
-    """None: not in a git checkout."""
-    dirty: bool
-    """Files differed from the commit."""
-    versions: dict[str, str]
-    """Of `torch`, `diffusers` and whatever else decides the speed."""
 
 
 @dataclass(frozen=True, config=_CLOSED)

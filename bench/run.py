@@ -9,8 +9,9 @@ alike. With --base the same scenarios of another commit are timed in the same ro
 a process of its own, and `python -m bench compare` says whether the difference is real. What was
 measured is kept when the run is interrupted; --resume goes on with a file.
 
-Exit status: 0 done; 2 wrong usage or nothing measured; 75 time was up and --resume goes on; 130 or
-143 interrupted.
+Exit status: 0 done; 1 a scenario failed; 2 wrong usage or nothing measured; 75 time was up and
+--resume goes on; 130 or 143 interrupted. A scenario that needs what the machine lacks is no
+failure. A scenario that failed is tried again with --resume: once, and whenever the code changed.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ TIME_IS_UP = 75
 """Exit status: the rest is for another call with --resume."""
 
 ATTEMPTS = 2
-"""How often a scenario may be cut off while it gets ready, before the others go on without it."""
+"""How often a scenario may fail, or be cut off while it gets ready, with the same code."""
 NO_TIME = "there was no time left for it"
 
 MEMORY_SPARE = 1.3
@@ -184,13 +185,20 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 class Attempts:
-    """Which scenarios were being got ready when a process ended, in a file beside the result."""
+    """How often each scenario was tried without success, in a file beside the result.
 
-    def __init__(self, out: Path | None) -> None:
+    A process that is killed says nothing, so an attempt is written down before it begins. Attempts
+    count for the code they were made with: changed code starts from none.
+    """
+
+    def __init__(self, out: Path | None, code: str) -> None:
         self._path = None if out is None else out.with_name(f".{out.name}.attempts")
+        self._code = code
         self._counts: dict[str, int] = {}
         if self._path is not None and self._path.exists():
-            self._counts = json.loads(self._path.read_text())
+            kept = json.loads(self._path.read_text())
+            if kept["code"] == code:
+                self._counts = kept["counts"]
 
     def spent(self, name: str) -> bool:
         """Whether it has had its chances."""
@@ -201,15 +209,22 @@ class Attempts:
         self._keep()
 
     def end(self, name: str) -> None:
-        """It is ready, or cannot be."""
+        """It succeeded, or needs what is not here."""
         self._counts.pop(name, None)
         self._keep()
 
     def _keep(self) -> None:
         if self._path is not None and self._counts:
-            self._path.write_text(json.dumps(self._counts))
+            self._path.write_text(json.dumps({"code": self._code, "counts": self._counts}))
         elif self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def code_digest() -> str:
+    """Of everything that may decide whether a scenario fails."""
+    from bench.environment import MEASURED, ROOT, source_digest
+
+    return source_digest(ROOT, (*MEASURED, "bench"))
 
 
 @dataclass
@@ -272,7 +287,7 @@ class Bench:
         self._ceilings: Ceilings | None = None
         self._in_memory: list[str] = []
         self._has_started_one = False
-        self._attempts = Attempts(out if options.resume else None)
+        self._attempts = Attempts(out if options.resume else None, code_digest())
 
     def measure(self, scenarios: Sequence[Scenario]) -> int:
         """Returns the exit status. Raises BenchError."""
@@ -284,8 +299,8 @@ class Bench:
         self._asked = list(scenarios)
         left = [s for s in scenarios if not self._settled(s)]
         if self._earlier is not None and not left:
-            self._say(f"{self._out} has every scenario that was asked for")
-            return 0
+            self._say(f"{self._out} has every scenario that was asked for, or why it cannot")
+            return self._failed_status()
         self._start = conditions(self._work.device)
         status = 0
         try:
@@ -294,8 +309,7 @@ class Bench:
                 left = self._group(left)
             self._end = conditions(self._work.device)
             self._write()
-            if self._postponed and self._resume:
-                status = TIME_IS_UP
+            status = TIME_IS_UP if self._postponed and self._resume else self._failed_status()
         except Interrupted as interrupted:
             status = 128 + interrupted.number
             self._say("interrupted: what was measured is kept")
@@ -312,16 +326,23 @@ class Bench:
             raise BenchError(f"no scenario could be measured ({reasons})")
         return status
 
+    def _failed_status(self) -> int:
+        """The exit status where time was not the reason to end."""
+        asked = {scenario.name for scenario in self._asked}
+        return int(any(n.failed and n.name in asked for n in self._not_run.values()))
+
     # A file from before
 
     def _go_on_with_file(self) -> None:
         if not self._resume or not self._out.exists():
             return
         earlier = BenchResult.read(self._out)
+        # The code may have changed: a scenario that failed is repaired and tried again. Each
+        # session names the code it ran, and scenarios are compared within rounds of one session.
         for what, then, now in (
             ("workload", earlier.workload, self._workload()),
             ("machine", earlier.environment, self._environment),
-            ("code", earlier.code, self._codes),
+            ("code", _comparable(earlier.code), _comparable(self._codes)),
         ):
             if then != now:
                 raise BenchError(
@@ -340,8 +361,10 @@ class Bench:
         have = {(s.side, s.name): len(s.requests) for s in self._earlier.scenarios}
         if all(have.get((s.side, scenario.name), 0) >= self._requests for s in self._sides):
             return True
-        reasons = [n.reason for key, n in self._not_run.items() if key[1] == scenario.name]
-        return any(reason != NO_TIME for reason in reasons)
+        missing = [n for key, n in self._not_run.items() if key[1] == scenario.name]
+        if any(n.failed for n in missing):
+            return self._attempts.spent(scenario.name)
+        return any(n.reason != NO_TIME for n in missing)
 
     # Groups and rounds
 
@@ -360,7 +383,8 @@ class Bench:
                 self._cannot(scenario, None, NO_TIME)
                 continue
             if self._attempts.spent(scenario.name):
-                self._cannot(scenario, None, "it was cut off while getting ready, twice")
+                reason = "it was cut off while getting ready, twice"
+                self._cannot(scenario, None, reason, failed=True)
                 continue
             held = self._get_ready(scenario)
             if held is None:
@@ -410,9 +434,8 @@ class Bench:
 
     def _get_ready(self, scenario: Scenario) -> int | None:
         """Bytes it holds once it is ready on every side; None where it cannot run."""
-        from bench.drive import CannotRun
+        from bench.drive import CannotRun, ScenarioFailed
 
-        # Written before it is tried: a process that is killed can tell nobody.
         self._attempts.begin(scenario.name)
         held = 0
         for side in self._sides:
@@ -420,9 +443,12 @@ class Bench:
             try:
                 ready = side.prepare(scenario)
             except CannotRun as reason:
-                self._attempts.end(scenario.name)
-                self._cannot(scenario, side.side if len(self._sides) > 1 else None, str(reason))
-                self._say(f"  not run: {reason}")
+                failed = isinstance(reason, ScenarioFailed)
+                if not failed:
+                    self._attempts.end(scenario.name)
+                which = side.side if len(self._sides) > 1 else None
+                self._cannot(scenario, which, str(reason), failed=failed)
+                self._say(f"  {'FAILED' if failed else 'not run'}: {reason}")
                 for earlier in self._sides[: self._sides.index(side)]:
                     earlier.release([scenario.name])
                     del self._rows[earlier.side, scenario.name]
@@ -458,8 +484,10 @@ class Bench:
                     try:
                         row.requests += side.measure(scenario.name, number, list(seeds))
                     except CannotRun as reason:
-                        self._say(f"{scenario.name}{self._of(side)} failed midway: {reason}")
-                        self._cannot(scenario, side.side, f"it failed midway: {reason}")
+                        self._say(f"{scenario.name}{self._of(side)} FAILED midway: {reason}")
+                        reason_midway = f"it failed midway: {reason}"
+                        self._cannot(scenario, side.side, reason_midway, failed=True)
+                        self._attempts.begin(scenario.name)
                         group.remove(scenario)
                         break
             self._next_round += 1
@@ -473,8 +501,10 @@ class Bench:
 
     # Telling
 
-    def _cannot(self, scenario: Scenario, side: Side | None, reason: str) -> None:
-        self._not_run[side, scenario.name] = NotRun(scenario.name, reason, side)
+    def _cannot(
+        self, scenario: Scenario, side: Side | None, reason: str, *, failed: bool = False
+    ) -> None:
+        self._not_run[side, scenario.name] = NotRun(scenario.name, reason, side, failed)
 
     def _of(self, side: Asked) -> str:
         return f" ({side.side})" if len(self._sides) > 1 else ""
@@ -503,21 +533,25 @@ class Bench:
         if not scenarios:
             return
         sessions = () if self._earlier is None else self._earlier.sessions
+        code = self._codes if self._earlier is None else self._earlier.code
         # A round that was interrupted has samples, and counts.
         begun = [1 + r.round for row in self._rows.values() for r in row.requests]
         rounds = max(begun, default=self._first_round) - self._first_round
         if rounds:
-            session = Session(self._first_round, rounds, self._start, self._end, self._ceilings)
+            other = () if self._codes == code else self._codes
+            session = Session(
+                self._first_round, rounds, self._start, self._end, self._ceilings, other
+            )
             sessions = (*sessions, session)
         kept = {(s.side, s.name) for s in scenarios}
         result = BenchResult(
             command=_command(),
             workload=self._workload(),
             environment=self._environment,
-            code=self._codes,
+            code=code,
             sessions=sessions,
             scenarios=tuple(scenarios),
-            not_run=tuple(n for key, n in self._not_run.items() if key not in kept),
+            not_run=tuple(n for key, n in self._not_run.items() if n.failed or key not in kept),
             partial=partial,
             price_per_hour=self._price,
         )
@@ -543,8 +577,13 @@ class Bench:
                 f"{s.request_ms:11.2f} {error:>8}  {s.what}"
             )
         for n in self._not_run.values():
-            print(f"{n.name:20} not run: {n.reason}")
+            print(f"{n.name:20} {'' if n.failed else 'not run: '}{n.why}")
         print(f"written to {self._out}")
+
+
+def _comparable(codes: tuple[Code, ...]) -> tuple[Code, ...]:
+    """What must stay the same through a file: the sides, and the versions of the libraries."""
+    return tuple(replace(code, commit=None, dirty=False, source=None) for code in codes)
 
 
 def _difference(then: Any, now: Any) -> str:

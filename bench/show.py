@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.compare import busy, change, machine
 from bench.errors import BenchError
-from bench.result_file import BenchResult, MeasuredScenario, Session
+from bench.result_file import BenchResult, Code, MeasuredScenario, Session
 from bench.terminal import coloured, percent, table
 from bench.verdict import Judgement, by_round, judge
 
@@ -188,10 +188,9 @@ def facts(result: BenchResult) -> Iterator[tuple[str, str]]:
     }
     yield "system", ", ".join(f"{name} {value}".strip() for name, value in system.items() if value)
     for code in result.code:
-        changed = " with changes" if code.dirty else ""
         versions = ", ".join(f"{name} {version}" for name, version in code.versions.items())
         name = "code" if len(result.code) == 1 else code.side
-        yield name, f"{(code.commit or 'no commit')[:12]}{changed}; {versions}"
+        yield name, f"{_revision(code)}; {versions}"
     if result.ceilings is not None:
         rates = ", ".join(
             f"{dtype} {digits(rate)} TFLOP/s"
@@ -201,7 +200,14 @@ def facts(result: BenchResult) -> Iterator[tuple[str, str]]:
     for session in result.sessions:
         name = "state" if len(result.sessions) == 1 else f"state, from round {session.first_round}"
         yield name, _state(session) or "not recorded"
+        for code in session.code:
+            yield f"code, from round {session.first_round}", _revision(code)
     yield "command", result.command
+
+
+def _revision(code: Code) -> str:
+    source = "" if code.source is None else f", source {code.source[:8]}"
+    return f"{(code.commit or 'no commit')[:12]}{' with changes' if code.dirty else ''}{source}"
 
 
 def _state(session: Session) -> str:
@@ -244,6 +250,6 @@ def as_text(result: BenchResult) -> str:
     told += ["", table(*columns(shown))]
     if result.not_run:
         told += ["", "not run:"]
-        told += [f"  {missing.name}: {missing.reason}" for missing in result.not_run]
+        told += [f"  {missing.name}: {missing.why}" for missing in result.not_run]
     told += [coloured(f"note: {remark}", "yellow") for remark in remarks(result)]
     return "\n".join(told)

@@ -55,10 +55,10 @@ class Asked(Protocol):
         """What runs here."""
 
     def prepare(self, scenario: Scenario) -> Ready:
-        """Get it ready and keep it. Raises CannotRun."""
+        """Get it ready and keep it. Raises CannotRun, or ScenarioFailed where it was tried."""
 
     def measure(self, name: str, round_number: int, seeds: list[int]) -> list[RequestSample]:
-        """One timed request for each seed. Raises CannotRun."""
+        """One timed request for each seed. Raises ScenarioFailed."""
 
     def release(self, names: list[str]) -> None:
         """Give these scenarios' memory back."""
@@ -88,7 +88,7 @@ class LocalSide:
     def code(self) -> Code:
         from bench.environment import describe_code
 
-        return describe_code(self.side, Path.cwd(), self._commit)
+        return describe_code(self.side, commit=self._commit)
 
     def prepare(self, scenario: Scenario) -> Ready:
         from bench import drive
@@ -110,7 +110,7 @@ class LocalSide:
                 self._flops[scenario.images] = drive.count_flops(driven, work, scenario.images)
         except Exception as failure:
             driven.close()
-            raise drive.CannotRun(drive.told(failure)) from failure
+            raise drive.ScenarioFailed(drive.told(failure)) from failure
         drive.release_memory()
         self._driven[scenario.name] = driven, drive.LibrarySettings()
         return Ready(
@@ -125,7 +125,7 @@ class LocalSide:
 
     def _check(self, scenario: Scenario, dtype: str) -> None:
         """Whether it can run here, and its reference, while no weights of its own are in memory."""
-        from bench.drive import CannotRun, refuse_what_cannot_run, told
+        from bench.drive import ScenarioFailed, refuse_what_cannot_run, told
         from serve.errors import ModelError
 
         refuse_what_cannot_run(scenario, self._work)
@@ -135,7 +135,7 @@ class LocalSide:
             # No scenario can do without a model.
             raise BenchError(str(error)) from None
         except Exception as error:
-            raise CannotRun(f"its float32 reference failed with {told(error)}") from error
+            raise ScenarioFailed(f"its float32 reference failed with {told(error)}") from error
 
     def _held(self, in_use: int, free: int) -> int:
         """How much more is held than when that was in use and free."""
@@ -147,14 +147,14 @@ class LocalSide:
         return free - free_now if self._work.on_cuda else in_use_now - in_use
 
     def measure(self, name: str, round_number: int, seeds: list[int]) -> list[RequestSample]:
-        from bench.drive import CannotRun, told
+        from bench.drive import ScenarioFailed, told
 
         driven, settings = self._driven[name]
         settings.apply()
         try:
             return [driven.request(seed, round_number) for seed in seeds]
         except Exception as error:
-            raise CannotRun(told(error)) from error
+            raise ScenarioFailed(told(error)) from error
 
     def release(self, names: list[str]) -> None:
         for name in names:
@@ -250,9 +250,9 @@ class RemoteSide:
             raise BenchError(self._last_words(what))
         answer = json.loads(line)
         if "cannot_run" in answer:
-            from bench.drive import CannotRun
+            from bench.drive import CannotRun, ScenarioFailed
 
-            raise CannotRun(answer["cannot_run"])
+            raise (ScenarioFailed if answer["failed"] else CannotRun)(answer["cannot_run"])
         return answer["answer"]
 
     def _last_words(self, what: str) -> str:
@@ -304,7 +304,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _answer(side: LocalSide, what: str, question: dict[str, Any], answer: Any) -> None:
-    from bench.drive import CannotRun
+    from bench.drive import CannotRun, ScenarioFailed
 
     try:
         if what == "prepare":
@@ -317,7 +317,7 @@ def _answer(side: LocalSide, what: str, question: dict[str, Any], answer: Any) -
         else:
             answer(answer=getattr(side, what)(**question))
     except CannotRun as reason:
-        answer(cannot_run=str(reason))
+        answer(cannot_run=str(reason), failed=isinstance(reason, ScenarioFailed))
 
 
 if __name__ == "__main__":

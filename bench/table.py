@@ -142,7 +142,7 @@ def render_run(result: BenchResult) -> str:
             f"| {scenario.images_per_second:.3f} | {error} | {scenario.what} |"
         )
     if result.not_run:
-        reasons = "; ".join(f"{n.name} ({n.reason})" for n in result.not_run)
+        reasons = "; ".join(f"{n.name} ({n.why})" for n in result.not_run)
         told += ["", f"Not run here: {reasons}."]
     return "\n".join(told)
 

@@ -30,10 +30,12 @@ class RunKind:
         guided: with guidance, which doubles the UNet's batch.
         negative: with a negative prompt that says something; a text more to encode, and where it
             says nothing the UNet may have less to compute.
+        images: images in the run, which multiply every batch.
     """
 
     guided: bool
     negative: bool = False
+    images: int = 1
 
 
 UNGUIDED = RunKind(guided=False)

@@ -141,6 +141,7 @@ class Runtime:
         upload: Upload,
         make_run_clock: Callable[[str], Clock] = make_clock,
         prepare: Prepare | None = None,
+        kinds: Sequence[RunKind] | None = None,
         gpu: Gpu | None = None,
         gpu_metrics: GpuMetrics | None = None,
         push: MetricsPush | None = None,
@@ -170,6 +171,7 @@ class Runtime:
             make_run_clock,
             prepare,
             self._run_once,
+            kinds,
             on_ready=self.ready.set,
         )
 
@@ -214,7 +216,10 @@ class Runtime:
             seed=0,
             run_id=uuid.uuid4().hex,
         )
-        self._run(plan, Call("/", "POST", self.tracing.identify()), None)
+        calls = [Call("/", "POST", self.tracing.identify()) for _ in range(kind.images)]
+        for outcome in self._run_together([Asked(plan, call) for call in calls]):
+            if isinstance(outcome, RequestError):
+                raise outcome
         self._gpu.sign_of_life()
 
     @property
@@ -656,6 +661,7 @@ def build_runtime(
     registry: CollectorRegistry = REGISTRY,
     upload: Upload = data_uri,
     prepare: Prepare | None = None,
+    kinds: Sequence[RunKind] | None = None,
 ) -> Runtime:
     """Everything but the model, wired together.
 
@@ -664,6 +670,7 @@ def build_runtime(
         upload: puts images somewhere; the default answers them inline.
         prepare: makes the loaded model fast in another way than the settings say, as the bench
             does to compare ways.
+        kinds: the kinds of run to warm, where not all that can be served will be asked for.
     """
     metrics = GenerationMetrics(
         registry,
@@ -690,6 +697,7 @@ def build_runtime(
         recorder,
         upload,
         prepare=prepare,
+        kinds=kinds,
         gpu=gpu,
         gpu_metrics=build_gpu_metrics(settings, metrics, gpu),
         push=build_push(settings, metrics, resource),

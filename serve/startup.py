@@ -93,6 +93,7 @@ class Startup:
     Args:
         prepare: makes the loaded model fast; None: as the settings say.
         run_once: runs the production path once at a shape, on the model's thread.
+        kinds: the kinds of run that each shape is warmed with; None: every kind that is served.
         on_ready: called on the event loop when the first request may come.
     """
 
@@ -106,6 +107,7 @@ class Startup:
         make_clock: Callable[[str], Clock],
         prepare: Prepare | None,
         run_once: RunOnce,
+        kinds: Sequence[RunKind] | None,
         on_ready: Callable[[], None],
     ) -> None:
         self._settings = settings
@@ -116,6 +118,7 @@ class Startup:
         self._make_clock = make_clock
         self._prepare = prepare or self._prepare_as_set
         self._run_once = run_once
+        self._kinds = kinds
         self._on_ready = on_ready
         self._on_progress: Callable[[str], None] = lambda _: None
         self._anchor = WallAnchor.now()
@@ -140,6 +143,8 @@ class Startup:
     def kinds(self) -> tuple[RunKind, ...]:
         """The runs each shape is warmed with; without a negative prompt only where those have a
         graph of their own."""
+        if self._kinds is not None:
+            return tuple(self._kinds)
         if not self.guided:
             return (UNGUIDED,)
         if self.compiled is not None and self.compiled.recipe.zero_text:

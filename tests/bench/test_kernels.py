@@ -47,21 +47,23 @@ def test_overlapping_kernels_are_counted_once() -> None:
     assert covered([(4, 6), (0, 2), (1, 3)]) == 5
 
 
-@pytest.mark.parametrize("part", ["step", "decode"])
 def test_a_profile_tells_where_the_time_went(
-    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
-    assert main(["kernels", "--scenario", "served", "--part", part, *SMALL, "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
-    assert found["by_kind_ms"]["conv"] > 0
-    conv = found["by_kind"]["conv"]
-    assert conv["tflops"] == pytest.approx(conv["gflop"] / conv["ms"], rel=0.01)
-    assert conv["bound_ms"] > 0
-    assert found["by_kind"]["attention"]["gb_per_second"] > 0
-    # Operators' own times fill the forward without exceeding it.
-    own = sum(found["by_kind_ms"].values())
-    assert 0.3 * found["timeline_ms"] < own < 1.5 * found["timeline_ms"]
+    parts = ["--part", "step", "decode"]
+    assert main(["kernels", "--scenario", "served", *parts, *SMALL, "--out", str(out)]) == 0
+    profiles = json.loads(out.read_text())["parts"]
+    assert list(profiles) == ["step", "decode"]
+    for found in profiles.values():
+        assert found["by_kind_ms"]["conv"] > 0
+        conv = found["by_kind"]["conv"]
+        assert conv["tflops"] == pytest.approx(conv["gflop"] / conv["ms"], rel=0.01)
+        assert conv["bound_ms"] > 0
+        assert found["by_kind"]["attention"]["gb_per_second"] > 0
+        # Operators' own times fill the forward without exceeding it.
+        own = sum(found["by_kind_ms"].values())
+        assert 0.3 * found["timeline_ms"] < own < 1.5 * found["timeline_ms"]
     assert "conv" in capsys.readouterr().out
 
 

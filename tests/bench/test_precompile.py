@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.precompile import all_of
+from bench.precompile import all_of, bytes_needed
 from bench.result_file import BenchResult
 from bench.scenarios import Scenario, chosen
 
@@ -42,6 +42,22 @@ def test_so_many_at_once_and_each_is_told_of() -> None:
     assert set(told) == set(NAMES)
     assert told["bf16"].startswith("failed with status 1")
     assert told["compiled"].startswith("compiled in")
+
+
+def test_processes_share_the_gpus_memory_by_the_images_they_draw() -> None:
+    one, eight = (bytes_needed(scenario) for scenario in chosen(["compiled", "batch-8"]))
+    assert eight - one >= 8.6e9 * 7 / 8  # the activations of a decode of eight
+    start = Starts(0.2)
+    told = all_of(
+        chosen(["compiled", "batch-8", "default"]), start, at_once=3, room=one + eight - 1
+    )
+    assert start.most_at_once == 2  # the two of one image
+    assert all(one.startswith("compiled in") for one in told.values())
+    # One that needs more than there is gets its chance alone.
+    start = Starts(0.1)
+    all_of(chosen(["batch-8", "compiled"]), start, at_once=2, room=one)
+    assert start.most_at_once == 1
+    assert len(start.processes) == 2
 
 
 def test_what_takes_too_long_is_ended() -> None:
