@@ -416,7 +416,7 @@ def sample_of(
         total_ms=total_ns / 1e6,
         first_step_ms=steps[0],
         steps_ms=tuple(steps[1:]),
-        leads_ms=tuple(step.lead_ns / 1e6 for step in run.steps) if on_device else (),
+        gpu_queue_ms=tuple(step.gpu_queue_ns / 1e6 for step in run.steps) if on_device else (),
         stages_ms={name: max(0.0, value) for name, value in stages_ms.items()},
         cpu_ms=cpu_ns / 1e6,
     )

@@ -60,7 +60,7 @@ class Figures:
     request_median_ms: float
     stage_median_ms: dict[str, float]
     step_median_ms: float
-    lead_median_ms: float
+    gpu_queue_median_ms: float
     unattributed_median_ms: float
     unattributed_p95_ms: float
     unattributed_max_ms: float
@@ -112,8 +112,8 @@ def measure(requests: int, steps: int) -> Figures:
             statistics.median(step.duration_ns / 1e6 for step in run.steps[1:] or run.steps)
             for run in runs
         ),
-        lead_median_ms=statistics.median(
-            statistics.median(step.lead_ns / 1e6 for step in run.steps) for run in runs
+        gpu_queue_median_ms=statistics.median(
+            statistics.median(step.gpu_queue_ns / 1e6 for step in run.steps) for run in runs
         ),
         unattributed_median_ms=statistics.median(unattributed),
         unattributed_p95_ms=unattributed[int(len(unattributed) * 0.95)],

@@ -19,7 +19,7 @@ import statistics
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bench.errors import ResultFileError
@@ -56,18 +56,21 @@ class RequestSample:
     """Step 0, which also fills the launch queue and the text buffers."""
     steps_ms: Annotated[tuple[Duration, ...], Field(min_length=1)]
     """Steps 1 and up, the steady state."""
-    leads_ms: tuple[NotNegative, ...] = ()
-    """How long each step, step 0 included, lay in the device's queue; empty where the host's clock
-    is the device's."""
+    gpu_queue_ms: tuple[NotNegative, ...] = Field(
+        default=(), validation_alias=AliasChoices("gpu_queue_ms", "leads_ms")
+    )
+    """How long each step, step 0 included, waited in the GPU's queue; empty where the clock is the
+    host's. Files up to 2026-11-25 call it `leads_ms`."""
     stages_ms: dict[str, NotNegative] = Field(default_factory=dict)
     """By stage: `queue`, `text_encode`, `denoise`, `vae_decode`, `image_encode`, ..."""
     cpu_ms: NotNegative | None = None
     """CPU time the process took for it, all threads."""
 
     def __post_init__(self) -> None:
-        if self.leads_ms and len(self.leads_ms) != 1 + len(self.steps_ms):
+        if self.gpu_queue_ms and len(self.gpu_queue_ms) != 1 + len(self.steps_ms):
             raise ValueError(
-                f"leads_ms has {len(self.leads_ms)} values for {1 + len(self.steps_ms)} steps"
+                f"gpu_queue_ms has {len(self.gpu_queue_ms)} values "
+                f"for {1 + len(self.steps_ms)} steps"
             )
 
     @property

@@ -78,7 +78,7 @@ STEP = checked(
 # How long a step lay in the GPU's queue. Under a millisecond the GPU has waited for the host or is
 # about to; two steps ahead, where the host is held, is twice a step: 30 to 140 ms. Doubling tells
 # the three apart.
-LEAD = checked(geometric(0.0005, 0.512, 2))
+GPU_QUEUE = checked(geometric(0.0005, 0.512, 2))
 
 # Bytes of an encoded image: 3 kB for a demo JPEG, 100 to 500 kB for one at 1024x1024, 1.5 MB for
 # its PNG, 8 MB for the largest allowed. What matters is which of these it is: powers of two.

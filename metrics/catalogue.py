@@ -83,7 +83,7 @@ class BucketFamilies:
     queue: Sequence[float] = field(default=buckets.QUEUE)
     stage: Sequence[float] = field(default=buckets.STAGE)
     step: Sequence[float] = field(default=buckets.STEP)
-    lead: Sequence[float] = field(default=buckets.LEAD)
+    gpu_queue: Sequence[float] = field(default=buckets.GPU_QUEUE)
     image_bytes: Sequence[float] = field(default=buckets.IMAGE_BYTES)
 
 
@@ -455,12 +455,12 @@ class _RunMetrics:
             buckets=families.step,
         )
         self._step_durations: dict[tuple[str, bool, int], Histogram] = {}
-        self._lead = Histogram(
-            "sdxl_denoise_step_lead_seconds",
+        self._gpu_queue = Histogram(
+            "sdxl_denoise_step_gpu_queue_seconds",
             "Time a step lay in the GPU's queue before it started; near 0 the GPU had waited for "
             "the host. Without a GPU nothing is observed.",
             registry=registry,
-            buckets=families.lead,
+            buckets=families.gpu_queue,
         )
         self.recompiles = Counter(
             "sdxl_recompiles",
@@ -510,7 +510,7 @@ class _RunMetrics:
             _observe(steps, step.duration_ns / 1e9, exemplar, self._fault)
         if run.clock != "host":
             for step in run.steps:
-                _observe(self._lead, step.lead_ns / 1e9, exemplar, self._fault)
+                _observe(self._gpu_queue, step.gpu_queue_ns / 1e9, exemplar, self._fault)
         self._count_flops(run)
 
     def _count_flops(self, run: RunTiming) -> None:

@@ -26,9 +26,9 @@ OUTSIDE_SHARE = 0.5
 # Below a tenth of a second nobody notices, whatever the share: a small model's run is shorter.
 OUTSIDE_FLOOR_NS = 100_000_000
 
-# The host leads by one to two steps where the GPU is kept busy. A tenth of a step is far below the
-# jitter of that, and well above zero, what an idle GPU shows.
-STARVED_LEAD_SHARE = 0.1
+# The host is ahead by one to two steps where the GPU is kept busy. A tenth of a step is far below
+# the jitter of that, and well above zero, what an idle GPU shows.
+STARVED_QUEUE_SHARE = 0.1
 # Most boundaries between steps without work in the queue: the host is the bottleneck throughout.
 STARVED_STEPS_SHARE = 0.5
 # One step that took twice the median, at whose end nothing was queued: the host was held up in it.
@@ -86,9 +86,9 @@ def _host_starved(run: RunTiming) -> bool:
     if run.clock == "host" or len(steps) <= FILLING_STEPS:
         return False
     median_ns = statistics.median(step.duration_ns for step in steps)
-    # Within the error of the clock a lead is as good as none.
-    near_zero_ns = max(STARVED_LEAD_SHARE * median_ns, run.error_bound_ns)
-    starved = [step.lead_ns <= near_zero_ns for step in steps[FILLING_STEPS:]]
+    # A queue time within the error of the clock may be none at all.
+    near_zero_ns = max(STARVED_QUEUE_SHARE * median_ns, run.error_bound_ns)
+    starved = [step.gpu_queue_ns <= near_zero_ns for step in steps[FILLING_STEPS:]]
     if sum(starved) >= math.ceil(STARVED_STEPS_SHARE * len(starved)):
         return True
     return _stalled_once(steps, median_ns, near_zero_ns)
@@ -97,6 +97,6 @@ def _host_starved(run: RunTiming) -> bool:
 def _stalled_once(steps: Sequence[StepTiming], median_ns: float, near_zero_ns: float) -> bool:
     # A host held up in the middle of a step enqueues its end, the start of the next, too late.
     return any(
-        step.duration_ns >= STALL_RATIO * median_ns and after.lead_ns <= near_zero_ns
+        step.duration_ns >= STALL_RATIO * median_ns and after.gpu_queue_ns <= near_zero_ns
         for step, after in zip(steps[FILLING_STEPS:], steps[FILLING_STEPS + 1 :], strict=False)
     )

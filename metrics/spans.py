@@ -238,7 +238,7 @@ def _emit_steps(tree: _Tree, context: Context, run: RunTiming, start_ns: int, en
                 "inference.step.index": step.index,
                 # The measured duration, whatever clamping did to the drawn one.
                 "inference.step.gpu_ms": step.duration_ns / 1e6,
-                "inference.step.lead_ms": step.lead_ns / 1e6,
+                "inference.step.gpu_queue_ms": step.gpu_queue_ns / 1e6,
             },
         )
         span.end(step_end)

@@ -43,14 +43,15 @@ class StageTiming:
 class StepTiming:
     """One denoising step on the run's clock, Unix nanoseconds.
 
-    `lead_ns` is how long the step's start lay in the device's queue: clearly positive, the step
-    waited for the GPU; near zero, the GPU waited for the host. Always 0 on the host's clock.
+    `gpu_queue_ns` is how long the step waited in the GPU's queue: the GPU's start of the step minus
+    the host's time of enqueueing it. Clearly positive, the step waited for the GPU; near zero, the
+    GPU waited for the host. Always 0 on the host's clock.
     """
 
     index: int
     start_ns: int
     end_ns: int
-    lead_ns: int
+    gpu_queue_ns: int
 
     @property
     def duration_ns(self) -> int:
@@ -233,7 +234,9 @@ class RunTimeline:
                     index=index,
                     start_ns=happened[start.index],
                     end_ns=happened[end.index],
-                    lead_ns=max(0, happened[start.index] - self._anchor.to_unix(start.enqueued_ns)),
+                    gpu_queue_ns=max(
+                        0, happened[start.index] - self._anchor.to_unix(start.enqueued_ns)
+                    ),
                 )
                 for index, (start, end) in enumerate(
                     zip(self._step_bounds, self._step_bounds[1:], strict=False)

@@ -184,7 +184,7 @@ class ServeSettings(BaseSettings):
     buckets_step: Annotated[tuple[float, ...] | None, NoDecode] = Field(
         default=None, description=_BUCKETS_IN_SECONDS
     )
-    buckets_lead: Annotated[tuple[float, ...] | None, NoDecode] = Field(
+    buckets_gpu_queue: Annotated[tuple[float, ...] | None, NoDecode] = Field(
         default=None, description=_BUCKETS_IN_SECONDS
     )
     buckets_image_bytes: Annotated[tuple[float, ...] | None, NoDecode] = Field(
@@ -351,7 +351,7 @@ class ServeSettings(BaseSettings):
         "buckets_queue",
         "buckets_stage",
         "buckets_step",
-        "buckets_lead",
+        "buckets_gpu_queue",
         "buckets_image_bytes",
         mode="before",
     )

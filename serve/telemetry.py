@@ -111,7 +111,7 @@ def bucket_families(settings: ServeSettings) -> BucketFamilies:
         "queue": settings.buckets_queue,
         "stage": settings.buckets_stage,
         "step": settings.buckets_step,
-        "lead": settings.buckets_lead,
+        "gpu_queue": settings.buckets_gpu_queue,
         "image_bytes": settings.buckets_image_bytes,
     }
     return BucketFamilies(**{name: bounds for name, bounds in stated.items() if bounds is not None})

@@ -42,7 +42,7 @@ def request(index: int, step_ms: float, *, jitter: Sequence[float] = ()) -> Requ
         total_ms=sum(stages.values()) + 0.5,
         first_step_ms=first,
         steps_ms=tuple(steps),
-        leads_ms=(0.0,) + (2.0,) * (STEPS - 1),
+        gpu_queue_ms=(0.0,) + (2.0,) * (STEPS - 1),
         stages_ms=stages,
         cpu_ms=denoise * 1.1,
     )

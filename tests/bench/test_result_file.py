@@ -107,7 +107,10 @@ def test_an_edit_by_hand_is_noticed() -> None:
         (lambda c: c["scenarios"][0]["requests"][0].update(round=99), "round 99, which no session"),
         (lambda c: c["workload"].update(steps=9), "6 steps instead of 9"),
         (lambda c: c["workload"].update(shape="big"), "workload.shape"),
-        (lambda c: c["scenarios"][0]["requests"][0].update(leads_ms=[1.0]), "1 values for 6 steps"),
+        (
+            lambda c: c["scenarios"][0]["requests"][0].update(gpu_queue_ms=[1.0]),
+            "1 values for 6 steps",
+        ),
         (lambda c: c.update(code=c["code"] * 2), "names the side head twice"),
         (lambda c: c.update(sessions=c["sessions"] * 2), "two sessions share a round"),
     ],
@@ -197,4 +200,4 @@ def test_what_cannot_be_read_or_written_is_said(tmp_path: Path) -> None:
 def test_a_request_says_no_more_than_was_measured() -> None:
     with pytest.raises(ValidationError):
         replace(request(0, 20), steps_ms=(math.nan,))
-    assert isinstance(replace(request(0, 20), leads_ms=()), RequestSample)
+    assert isinstance(replace(request(0, 20), gpu_queue_ms=()), RequestSample)

@@ -33,7 +33,7 @@ if shutil.which("prometheus") is None or shutil.which("promtool") is None:
     )
 
 # What a service on a CPU that has just started cannot tell.
-NOT_LIVE = re.compile(r"sdxl_gpu_|_step_lead_|fal_app_|mean1d_past|offset 1h|compile_cache")
+NOT_LIVE = re.compile(r"sdxl_gpu_|_step_gpu_queue_|fal_app_|mean1d_past|offset 1h|compile_cache")
 
 # Histograms and counters that name a trace.
 WITH_EXEMPLARS = (

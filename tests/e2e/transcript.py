@@ -79,7 +79,7 @@ _TOLD = {
     "text-to-image": ("http.response.status_code", "request.unattributed_ms"),
     "inference": ("run.id", "inference.clock"),
     "denoise": ("inference.step.median_ms", "inference.step.slowest_index"),
-    "denoise_step": ("inference.step.index", "inference.step.lead_ms"),
+    "denoise_step": ("inference.step.index", "inference.step.gpu_queue_ms"),
 }
 
 

@@ -39,7 +39,7 @@ def test_eager_and_captured_scenarios_side_by_side(tmp_path: Path) -> None:
     for scenario in measured.values():
         assert scenario.peak_memory_bytes
         for request in scenario.requests:
-            assert len(request.leads_ms) == 6
+            assert len(request.gpu_queue_ms) == 6
             assert request.stages_ms["denoise"] < request.total_ms
     assert measured["documented"].dtype == "float16"
     bf16, graph = measured["bf16"].error_vs_fp32, measured["graph"].error_vs_fp32

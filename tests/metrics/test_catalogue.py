@@ -83,7 +83,7 @@ def test_openmetrics_carries_the_exemplar(metrics: GenerationMetrics) -> None:
     }
     for name in ("request", "queue", "stage", "denoise_step"):
         assert exemplars[f"sdxl_{name}_duration_seconds_bucket"] == EXEMPLAR
-    for name in ("denoise_step_lead_seconds", "image_bytes"):
+    for name in ("denoise_step_gpu_queue_seconds", "image_bytes"):
         assert exemplars[f"sdxl_{name}_bucket"] == EXEMPLAR
     assert exemplars["sdxl_request_budget_total"] == EXEMPLAR
 
@@ -160,11 +160,11 @@ def test_a_budget_follows_shape_and_steps(metrics: GenerationMetrics) -> None:
     assert value(metrics, "sdxl_request_budget_total", result="over") == 1
 
 
-def test_the_lead_is_observed_on_a_gpus_clock_only(metrics: GenerationMetrics) -> None:
+def test_queue_time_is_observed_on_a_gpus_clock_only(metrics: GenerationMetrics) -> None:
     metrics.observe_request(request_timing(), None)
     run = dataclasses.replace(run_timing(START_NS), clock="host")
     metrics.observe_request(request_timing(run=run), None)
-    assert value(metrics, "sdxl_denoise_step_lead_seconds_count") == 3
+    assert value(metrics, "sdxl_denoise_step_gpu_queue_seconds_count") == 3
 
 
 def test_flops_and_seconds_count_the_same_runs(metrics: GenerationMetrics) -> None:
@@ -293,11 +293,14 @@ def test_a_clock_that_is_wrong_is_counted_and_spoils_no_sum(
     run = dataclasses.replace(
         good.run,
         stages=tuple(wrong(stage) for stage in good.run.stages),
-        steps=tuple(dataclasses.replace(wrong(step), lead_ns=wrong_ns) for step in good.run.steps),
+        steps=tuple(
+            dataclasses.replace(wrong(step), gpu_queue_ns=wrong_ns) for step in good.run.steps
+        ),
     )
     stages = tuple(wrong(stage) for stage in good.stages)
     metrics.observe_request(dataclasses.replace(wrong(good), stages=stages, run=run), EXEMPLAR)
-    # The request, its five stages, the run's three, its steps and leads, and perhaps its time.
+    # The request, its five stages, the run's three, its steps and their queue times, and perhaps
+    # its time.
     assert value(metrics, "sdxl_telemetry_faults_total", fault=fault) == pytest.approx(16, abs=1)
     metrics.observe_request(good, EXEMPLAR)
     for name in ("sdxl_request_duration_seconds", "sdxl_stage_duration_seconds"):

@@ -114,8 +114,8 @@ def test_resolving_places_marks_behind_the_host_and_synchronises_once() -> None:
     assert device.synchronisations == before + 1
     gaps = np.diff(resolved.happened_ns)
     assert gaps == pytest.approx([40_000_000] * 4, abs=200)
-    leads = [ns - m.enqueued_ns for ns, m in zip(resolved.happened_ns, marks, strict=True)]
-    assert leads == pytest.approx([30e6 + 38e6 * i for i in range(5)], abs=200)
+    waited = [ns - m.enqueued_ns for ns, m in zip(resolved.happened_ns, marks, strict=True)]
+    assert waited == pytest.approx([30e6 + 38e6 * i for i in range(5)], abs=200)
     assert resolved.error_bound_ns < 1_000
     assert abs(resolved.drift_ns) < 1_000
 

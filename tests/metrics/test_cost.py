@@ -77,6 +77,6 @@ def test_a_request_is_recorded_in_no_time(populated: GenerationMetrics) -> None:
     run = dataclasses.replace(run_timing(START_NS, (30.0,) * 30), shape=str(DEMO_SHAPES[0]))
     request = request_timing(run=run)
     exemplar = {"trace_id": "a" * 32, "span_id": "b" * 16}
-    # 200 us on a quiet core, with 30 steps, their leads and nine other observations.
+    # 200 us on a quiet core, with 30 steps, their queue times and nine other observations.
     seconds = least_cpu_seconds(lambda: populated.observe_request(request, exemplar), 200)
     assert seconds < 0.000_400

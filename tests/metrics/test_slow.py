@@ -55,7 +55,7 @@ def request_of(run: RunTiming | None, **stage_ms: float) -> RequestTiming:
 
 def test_a_fed_gpu_is_no_reason() -> None:
     run = run_on()
-    assert min(step.lead_ns for step in run.steps[2:]) > STEP_MS * MS
+    assert min(step.gpu_queue_ns for step in run.steps[2:]) > STEP_MS * MS
     assert request_of(run).slow_reason is None
     assert request_timing().slow_reason is None
 
@@ -85,7 +85,7 @@ def test_short_runs_and_the_hosts_own_clock_prove_nothing() -> None:
     assert request_of(run_on("host")).slow_reason is None
 
 
-def test_within_the_clocks_error_a_lead_is_none() -> None:
+def test_a_queue_time_within_the_clocks_error_is_none() -> None:
     run = run_on()
     assert request_of(replace(run, error_bound_ns=5 * STEP_MS * MS)).slow_reason == "host_starved"
 

@@ -257,7 +257,7 @@ def requests(draw: st.DrawFn) -> RequestTiming:
         StageTiming(name, *draw(intervals())) for name in names[: draw(st.integers(0, 3))]
     )
     steps = tuple(
-        StepTiming(index, *draw(intervals()), lead_ns=draw(st.integers(0, MS)))
+        StepTiming(index, *draw(intervals()), gpu_queue_ns=draw(st.integers(0, MS)))
         for index in range(draw(st.integers(0, 6)))
     )
     run = RunTiming(

@@ -40,7 +40,7 @@ def test_n_steps_need_n_plus_one_marks() -> None:
     assert (summary.median_ns, summary.slowest_ns, summary.slowest_index) == (200, 300, 2)
 
 
-def test_lead_is_the_time_a_step_lay_in_the_devices_queue() -> None:
+def test_queue_time_is_how_long_a_step_waited_in_the_devices_queue() -> None:
     host = Ticker()
     device = FakeDevice(host)
     timeline = run_timeline(CudaEventClock(device.new_event, host), host)
@@ -52,8 +52,8 @@ def test_lead_is_the_time_a_step_lay_in_the_devices_queue() -> None:
             timeline.step_enqueued()
     run = timeline.finish()
     assert run.clock == "cuda"
-    leads = [step.lead_ns / 1e6 for step in run.steps]
-    assert leads == pytest.approx([0, 38, 76, 114], abs=0.01)
+    waited = [step.gpu_queue_ns / 1e6 for step in run.steps]
+    assert waited == pytest.approx([0, 38, 76, 114], abs=0.01)
     assert [step.duration_ns / 1e6 for step in run.steps] == pytest.approx([40] * 4, abs=0.01)
 
 
@@ -256,7 +256,7 @@ def assert_true(script: Script) -> None:
     assert [step.duration_ns for step in run.steps] == pytest.approx(truth, abs=20)
     for earlier, later in pairwise(run.steps):
         assert earlier.end_ns == later.start_ns
-    assert all(step.lead_ns >= 0 for step in run.steps)
+    assert all(step.gpu_queue_ns >= 0 for step in run.steps)
     spans = emitted(request)
     assert_nested(spans)
     assert sum(span.name == "denoise_step" for span in spans) == len(truth)

@@ -25,7 +25,7 @@ def run_timing(start_ns: int, step_ms: tuple[float, ...] = (10, 12, 11)) -> RunT
     steps = []
     for index, duration in enumerate(step_ms):
         end = at + round(duration * MS)
-        steps.append(StepTiming(index, at, end, lead_ns=index * MS))
+        steps.append(StepTiming(index, at, end, gpu_queue_ns=index * MS))
         at = end
     denoise = StageTiming("denoise", denoise_start, at)
     decode = StageTiming("vae_decode", at, at + 5 * MS)

@@ -84,7 +84,7 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
         ("SDXL_BUCKETS_STEP", "0.1,0.1", "each above the last"),
         ("SDXL_BUCKETS_QUEUE", "0,1", "positive numbers of seconds"),
         ("SDXL_BUCKETS_QUEUE", "1,inf", "positive numbers of seconds"),
-        ("SDXL_BUCKETS_LEAD", "0.1,nan", "positive numbers of seconds"),
+        ("SDXL_BUCKETS_GPU_QUEUE", "0.1,nan", "positive numbers of seconds"),
         ("SDXL_BUCKETS_STAGE", "0.1,,0.2", "a comma-separated list"),
         ("SDXL_BUCKETS_REQUEST", "fast,slow", "a comma-separated list"),
         ("SDXL_BUCKETS_IMAGE_BYTES", ",".join(map(str, range(1, 62))), "1 to 60 positive"),
