@@ -68,4 +68,4 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 clean:  ## remove everything that was set up or built here
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .gpu-rehearsal build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
