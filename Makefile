@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 HOST ?= 127.0.0.1
 PORT ?= 8080
 
-.PHONY: serve test test-slow test-gpu check measure bench bench-gpu clean
+.PHONY: serve test test-slow test-gpu check measure bench bench-gpu gpu-rehearsal gpu-pins clean
 
 serve: $(INSTALLED)  ## serve the model on http://HOST:PORT
 	@$(RUN) -m serve --host $(HOST) --port $(PORT)
@@ -55,6 +55,13 @@ bench-gpu:  ## everything the targets need, measured on one GPU in resumable pie
 	  $(if $(SCENARIOS),--scenario $(SCENARIOS)) $(if $(COMMIT),--commit $(COMMIT)) \
 	  $(if $(PIECE_SECONDS),--piece-seconds $(PIECE_SECONDS))
 
+PYTHON312 ?= python3.12
+gpu-rehearsal:  ## the measurement session on a GPU machine's packages, on the CPU: 5 GB, an hour
+	$(PYTHON) -m bench.gpu_rehearsal --python $(PYTHON312)
+
+gpu-pins: $(INSTALLED)  ## which wheel provides the CUDA libraries that the fal image needs
+	$(RUN) -m bench.gpu_pins
+
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=...") if sys.version_info < (3, 11) else None'
 	@echo "setting up $(VENV): about a gigabyte of packages, once"
@@ -64,4 +71,4 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 clean:  ## remove everything that was set up or built here
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .gpu-rehearsal build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -9,6 +9,7 @@ Shapes: query, key and value are (batch, heads, tokens, head size) throughout.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -93,10 +94,9 @@ def why_unusable(
     if dtype not in (torch.bfloat16, torch.float16):
         return f"attention backend {backend!r} needs bfloat16 or float16; the model is {dtype}"
     if backend == "xformers":
-        try:
-            import xformers.ops  # noqa: F401
-        except (ImportError, OSError, RuntimeError) as error:
-            return f"attention backend 'xformers' cannot be imported: {_first_line(error)}"
+        reason = _why_xformers_does_not_load()
+        if reason is not None:
+            return f"attention backend 'xformers' needs xformers, which does not load: {reason}"
     sample = torch.zeros(1, 1, 128, head_size, device=device, dtype=dtype)
     try:
         attend(backend, sample, sample, sample)
@@ -104,6 +104,25 @@ def why_unusable(
     except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
         return f"attention backend {backend!r} does not run here: {_first_line(error)}"
     return None
+
+
+def _why_xformers_does_not_load() -> str | None:
+    """The missing package or shared library, without paths; None where xformers is complete."""
+    try:
+        import xformers.ops
+    except (ImportError, OSError, RuntimeError) as error:
+        return _without_paths(error)
+    # Its import succeeds without its compiled operators too, after a warning: it keeps the error.
+    library = getattr(xformers, "_cpp_lib", None)
+    failure = getattr(library, "_cpp_library_load_exception", None)
+    return None if failure is None else _without_paths(failure)
+
+
+def _without_paths(error: BaseException) -> str:
+    """The first line of the error that caused this one, with files by their names alone."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return re.sub(r"(?<![\w.])/\S*/", "", _first_line(error))
 
 
 def resolve(

@@ -203,7 +203,7 @@ def test_a_backend_is_no_further_from_float32_than_eager(
     check_lossless("regional", reference, attention=attention)
 
 
-def test_xformers_own_kernel_runs() -> None:
+def test_xformers_runs_flash_attention() -> None:
     from kernels_warmup.attention import attend, why_unusable
 
     reason = why_unusable("xformers", torch.device("cuda"), torch.bfloat16)

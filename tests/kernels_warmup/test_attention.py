@@ -1,4 +1,7 @@
 import copy
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +71,55 @@ def test_a_backend_that_cannot_run_here_says_why(backend: str) -> None:
     assert reason == f"attention backend '{backend}' needs a CUDA device; this is cpu"
     with pytest.raises(ValueError, match="needs a CUDA device"):
         resolve(backend, CPU, torch.bfloat16)  # type: ignore[arg-type]
+
+
+MISSING = "libcudart.so.12: cannot open shared object file: No such file or directory"
+UNDEFINED = "/site-packages/xformers/_C.so: undefined symbol: _ZN3c10"
+
+
+@pytest.mark.parametrize(
+    ("cause", "named"), [(MISSING, "libcudart.so.12"), (UNDEFINED, "_C.so: undefined symbol")]
+)
+@pytest.mark.parametrize("at_import", [True, False])
+def test_xformers_that_does_not_load_names_the_library(
+    cause: str, named: str, at_import: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "xformers"
+    package.mkdir()
+    # As the real one does: torch.ops.load_library raises from the linker's error, and is caught.
+    load = f"raise OSError('Could not load this library: /a/_C.so') from OSError({cause!r})"
+    caught = f"try:\n    {load}\nexcept OSError as e:\n    _cpp_library_load_exception = e\n"
+    (package / "_cpp_lib.py").write_text(load if at_import else caught)
+    (package / "__init__.py").write_text("from . import _cpp_lib")
+    (package / "ops.py").write_text("")
+    import_only_from(package.parent, monkeypatch)
+    reason = why_unusable("xformers", torch.device("cuda"), torch.bfloat16)
+    assert reason is not None
+    assert named in reason
+    assert "/" not in reason
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        resolve("xformers", torch.device("cuda"), torch.bfloat16)
+
+
+def test_xformers_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_only_from(tmp_path, monkeypatch)
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    reason = why_unusable("xformers", torch.device("cuda"), torch.bfloat16)
+    assert reason is not None
+    assert "does not load" in reason
+
+
+def import_only_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import `xformers` from this folder, and restore what was imported at the end."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "xformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("xformers", "xformers.ops", "xformers._cpp_lib"):
+        # Recorded as absent, so that the fake is removed again.
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
+    monkeypatch.syspath_prepend(folder)
 
 
 def test_an_unknown_backend_is_told_what_exists() -> None:

@@ -118,7 +118,8 @@ def test_requirements_are_this_project_and_pins_of_what_is_tested_here(options: 
     requirements: list[str] = options.environment["requirements"]
     project, *pins = requirements
     assert project == f"stepspan[gpu,model] @ {SDIST_URL}"
-    gpu_only = {"nvidia-ml-py", "torchao", "xformers"}  # not installed here
+    # Not installed here.
+    gpu_only = {"nvidia-cuda-runtime-cu12", "nvidia-ml-py", "torchao", "xformers"}
     for pin in map(Requirement, pins):
         (specifier,) = pin.specifier
         assert specifier.operator == "=="
