@@ -200,7 +200,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     _uncompiled("fused-qkv", "fused QKV", fuse_qkv=True),
     _uncompiled("time-once", "the step's embedding projected once a step", time_once=True),
     _uncompiled("group-norm", "group norms along the channels", group_norm=True),
-    _uncompiled("upsample-phases", "upsampling by phases", upsample="phases"),
     _uncompiled("upsample-transposed", "upsampling by a product", upsample="transposed"),
     _uncompiled("vae-attention", "the VAE's attention as two products", vae_attention=True),
     *(_attention(name) for name in ("cudnn", "flash", "xformers", "math")),
