@@ -88,6 +88,8 @@ def refuse_what_cannot_run(scenario: Scenario, work: Work) -> None:
     """Raises CannotRun where a scenario means nothing here or needs what is not here."""
     if scenario.cuda_only and not work.on_cuda:
         raise CannotRun("it needs a CUDA device, and there is none here")
+    if scenario.cpu_only and work.on_cuda:
+        raise CannotRun("it is for a CPU, and this is a GPU")
     if scenario.quantize != "none":
         import torch
 
@@ -259,11 +261,10 @@ def prepare(scenario: Scenario, model: SdxlModel) -> CompiledModel | None:
         compile_decoder,
         compile_model,
         compile_unet,
+        mode_for,
     )
 
-    mode: Any = scenario.compile
-    if mode == "auto":
-        mode = "default" if model.device.type == "cuda" else "off"
+    mode = mode_for(scenario.compile, model.device)
     attention: Any = scenario.attention
     quantize: Any = scenario.quantize
     if scenario.decoder is None:

@@ -131,15 +131,17 @@ def _work(model: str, shape: str | None, images: int) -> Work:
 
 def _fields(scenario: Scenario, part: str) -> Any:
     """The recipe of what is lowered; None where the scenario has none."""
+    import torch
+
     from bench.drive import recipe_of
-    from kernels_warmup.compile import RECIPES
+    from kernels_warmup.compile import RECIPES, mode_for
 
     if part == "decode" and scenario.decoder is not None:
         return recipe_of(scenario.decoder)
     if scenario.recipe is not None:
         return recipe_of(scenario.recipe)
     # What ships on a GPU, whatever ships here.
-    return RECIPES["default" if scenario.compile == "auto" else scenario.compile]  # type: ignore[index]
+    return RECIPES[mode_for(scenario.compile, torch.device("cuda"))]
 
 
 def lower_part(scenario: Scenario, part: str, work: Work) -> Lowered:

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     from serve.errors import ModelError
 
     work = choose_work(options.model, options.device, options.shape, 2)
-    scenarios = to_check(chosen(options.scenario), options.uncompiled)
+    scenarios = to_check(chosen(options.scenario), work.device, options.uncompiled)
     not_run: dict[str, str] = {}
     failed = False
     checked: list[Checked] = []
@@ -113,18 +113,20 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed or not all(one.passed for one in checked) else 0
 
 
-def to_check(scenarios: Sequence[Scenario], uncompiled: bool) -> list[Scenario]:
+def to_check(scenarios: Sequence[Scenario], device: str, uncompiled: bool) -> list[Scenario]:
     """Those that change how the model computes and mean to change nothing else; of several that
     compute the same, the first."""
+    import torch
+
     from bench.drive import recipe_of
-    from kernels_warmup.compile import RECIPES
+    from kernels_warmup.compile import RECIPES, mode_for
 
     found: dict[str, Scenario] = {}
     for scenario in scenarios:
         if scenario.way != "served" or scenario.lossy or scenario.images > 1:
             continue
         if uncompiled:
-            mode: Any = "default" if scenario.compile == "auto" else scenario.compile
+            mode = mode_for(scenario.compile, torch.device(device))
             recipe = RECIPES[mode] if scenario.recipe is None else recipe_of(scenario.recipe)
             fields = asdict(recipe) | {"scope": "none", "replay": "none", "options": {}}
             # Without what it is compiled for, it needs no CUDA device either.

@@ -44,6 +44,8 @@ class Scenario:
     """Denoising steps a request, where they are no choice; None: as the run asks for."""
     cuda_only: bool = False
     """Means nothing on a CPU."""
+    cpu_only: bool = False
+    """Says nothing about a GPU."""
     lossy: bool = False
     prepare_seconds: tuple[float, float] = (10, 20)
     """To load, compile and warm the one kind of run that is timed, at most: on one H100-class GPU
@@ -178,6 +180,18 @@ def _kernel(field: str, what: str) -> Scenario:
     return _beside(field.replace("_", "-"), what, cuda_only=True, **{field: True})
 
 
+def _uncompiled(name: str, what: str, **fields: Any) -> Scenario:
+    """`served` on a CPU with these rewrites of the model and nothing compiled."""
+    return Scenario(
+        f"uncompiled-{name}",
+        f"served's, {what}",
+        dtype="half",
+        recipe=fields,
+        cpu_only=True,
+        prepare_seconds=(0, 20),
+    )
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "documented",
@@ -193,6 +207,15 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("fused-qkv", "+ fused QKV", recipe=_FUSED),
     Scenario("text-once", "+ the prompt's keys and values once a run", recipe=_TEXT),
     Scenario("vae-attention", "+ the VAE's attention in the model's type", recipe=_VAE),
+    # What a CPU's `default` was chosen from.
+    _uncompiled("text-once", "the prompt's keys and values once a run", text_once=True),
+    _uncompiled("zero-text", "the same, zero text left out", text_once=True, zero_text=True),
+    _uncompiled("channels-last", "channels_last convolutions", channels_last=True),
+    _uncompiled("fused-qkv", "fused QKV", fuse_qkv=True),
+    _uncompiled("time-once", "the step's embedding projected once a step", time_once=True),
+    _uncompiled("group-norm", "group norms along the channels", group_norm=True),
+    _uncompiled("upsample-transposed", "upsampling by a product", upsample="transposed"),
+    _uncompiled("vae-attention", "the VAE's attention as two products", vae_attention=True),
     *(_attention(name) for name in ("cudnn", "flash", "xformers", "math")),
     Scenario(
         "vae-compiled",

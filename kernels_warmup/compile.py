@@ -29,7 +29,7 @@ from kernels_warmup.upsample import Upsampling, set_upsampling
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["off", "regional", "default", "max"]
+Mode = Literal["off", "rewritten", "regional", "default", "max"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 TensorFunction = Callable[..., Any]
@@ -85,6 +85,11 @@ class Recipe:
     layers of small kernels keep the host busier than the GPU; compiling them would buy little more.
     """
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether it makes graphs, each for one input shape: compiled, captured or both."""
+        return self.scope != "none" or self.replay != "none"
+
 
 TUNED: dict[str, bool | int | str] = {
     # Time the candidates for every matrix product instead of taking cuBLAS's first choice: most
@@ -102,6 +107,8 @@ TUNED: dict[str, bool | int | str] = {
 
 RECIPES: dict[Mode, Recipe] = {
     "off": Recipe("none", "none", {}, False, False, False, False),
+    # For a CPU: the rewrites that are faster there without compiling (bench/results/notes.md).
+    "rewritten": Recipe("none", "none", {}, True, False, True, False, zero_text=True),
     "regional": Recipe(scope="blocks"),
     "default": Recipe(scope="whole"),
     "max": Recipe(
@@ -125,6 +132,14 @@ RECIPES: dict[Mode, Recipe] = {
         geglu=True,
     ),
 }
+
+
+def mode_for(setting: str, device: torch.device) -> Mode:
+    """The mode that `SDXL_COMPILE` means on a device: `auto` is `default` on CUDA, where compiling
+    gains most, and `rewritten` elsewhere."""
+    if setting != "auto":
+        return cast(Mode, setting)
+    return "default" if device.type == "cuda" else "rewritten"
 
 
 @dataclass
@@ -186,7 +201,8 @@ def compile_model(
     """Prepare a loaded pipeline, already on its device and in its type, to run compiled.
 
     Call it once for a pipeline, and run the pipeline afterwards on one thread only. The modes:
-    `off` leaves the modules as they are; `regional` compiles each repeated block once (seconds);
+    `off` leaves the modules as they are; `rewritten` changes what they compute and compiles
+    nothing; `regional` compiles each repeated block once (seconds);
     `default` the whole UNet and decoder, one graph a shape; `max` also tunes what takes minutes.
     On a CPU nothing is captured and inductor keeps its own settings.
     """
@@ -508,6 +524,7 @@ class PerShape:
     ) -> None:
         self.function = function
         self._replay = recipe.replay if device.type == "cuda" else "none"
+        self._has_graphs = recipe.scope != "none" or self._replay != "none"
         self._pool = pool
         self._captured: dict[tuple[object, ...], Captured] = {}
         self.met: set[tuple[object, ...]] = set()
@@ -516,6 +533,10 @@ class PerShape:
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        if not self._has_graphs:
+            # The same code runs every shape: none of them is cold, and the guard guards nothing.
+            self.met.add(key)
+            return self.function(*inputs)
         captured = self._captured.get(key)
         if captured is not None:
             return captured.replay(inputs)

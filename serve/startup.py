@@ -37,7 +37,7 @@ from serve.settings import ServeSettings
 from serve.telemetry import build_budget
 
 if TYPE_CHECKING:
-    from kernels_warmup.compile import CompiledModel
+    from kernels_warmup.compile import CompiledModel, Mode
     from serve.model import SdxlModel
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,8 @@ class Startup:
             return tuple(self._kinds)
         if not self.guided:
             return (UNGUIDED,)
-        if self.compiled is not None and self.compiled.recipe.zero_text:
+        recipe = None if self.compiled is None else self.compiled.recipe
+        if recipe is not None and recipe.zero_text and recipe.has_graphs:
             return (GUIDED, GUIDED_BY_NOTHING, UNGUIDED)
         return (GUIDED, UNGUIDED)
 
@@ -241,7 +242,7 @@ class Startup:
     def _restore(self, model: SdxlModel) -> CacheResult | None:
         """Compiled artifacts of an earlier start, before anything is compiled."""
         settings = self._settings
-        if settings.cache_dir is None or self._mode(model) == "off":
+        if settings.cache_dir is None or not self._compiles(model):
             return None
         self._progress("restore")
         # Not the shapes: inductor finds each graph by what is in it, so that one archive may hold
@@ -262,10 +263,15 @@ class Startup:
         self._metrics.compile_cache(restored.result)
         return restored
 
-    def _mode(self, model: SdxlModel) -> Any:
-        if self._settings.compile != "auto":
-            return self._settings.compile
-        return "default" if model.device.type == "cuda" else "off"
+    def _mode(self, model: SdxlModel) -> Mode:
+        from kernels_warmup.compile import mode_for
+
+        return mode_for(self._settings.compile, model.device)
+
+    def _compiles(self, model: SdxlModel) -> bool:
+        from kernels_warmup.compile import RECIPES
+
+        return RECIPES[self._mode(model)].scope != "none"
 
     def _prepare_as_set(self, model: SdxlModel) -> CompiledModel | None:
         settings, mode = self._settings, self._mode(model)

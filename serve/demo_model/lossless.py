@@ -36,10 +36,11 @@ REWRITES = Recipe(scope="none")
 
 PREPARATIONS: dict[str, Callable[[SdxlModel], object]] = {
     "rewrites": lambda model: compile_model(model.pipeline, recipe=REWRITES),
+    "rewritten": lambda model: compile_model(model.pipeline, mode="rewritten"),
     "regional": lambda model: compile_model(model.pipeline, mode="regional"),
     "default": lambda model: compile_model(model.pipeline, mode="default"),
 }
-"""By name, what is done to a loaded model; the last two are what `SDXL_COMPILE` calls so."""
+"""By name, what is done to a loaded model; all but the first are modes of `compile_model`."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import os
 import random
 import shutil
@@ -521,13 +522,17 @@ def test_a_base_needs_a_checkout(tmp_path: Path) -> None:
 # Scenarios ---------------------------------------------------------------------------------------
 
 
-def test_a_batch_is_warm_and_a_run_that_is_not_is_refused() -> None:
+@pytest.mark.filterwarnings("ignore")
+def test_a_batch_is_warm_and_a_run_that_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced and not generated: that is enough for a shape to be cold.
+    compile_eagerly = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_eagerly(function))
     work = drive.choose_work("demo", "cpu", "64x64", 2)
-    (text_once,) = chosen(["text-once"])
+    (compiled,) = (replace(s, compile="off", recipe={"scope": "whole"}) for s in chosen(["served"]))
     with asyncio.Runner() as runner:
-        batch = drive.Served(replace(text_once, images=2), work, runner)
+        batch = drive.Served(replace(compiled, images=2), work, runner)
         assert batch.request(0, 0).total_ms > 0
-        batch._scenario = replace(text_once, images=3)
+        batch._scenario = replace(compiled, images=3)
         with pytest.raises(RuntimeError, match="fell back to running eagerly"):
             batch.request(0, 0)
         batch.close()

@@ -20,6 +20,7 @@ from kernels_warmup.compile import (
     capture_text_encoders,
     compile_model,
     inductor_options,
+    mode_for,
 )
 from kernels_warmup.warmup import compiler_counts
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_models
@@ -56,7 +57,7 @@ def test_off_still_takes_a_named_attention() -> None:
 
 def test_wrong_names_are_refused_before_anything_changes() -> None:
     models = tiny_models()
-    with pytest.raises(ValueError, match="one of off, regional, default, max is"):
+    with pytest.raises(ValueError, match="one of off, rewritten, regional, default, max is"):
         compile_model(models, "fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs a CUDA device"):
         compile_model(models, "default", attention="cudnn")
@@ -176,6 +177,7 @@ def test_only_max_does_what_no_gpu_has_measured() -> None:
 
     for mode in ("off", "regional", "default"):
         assert rewrites(mode) == (False, "nearest", False, False)
+    assert rewrites("rewritten") == (False, "nearest", True, False)
     assert rewrites("max") == (True, "phases", True, True)
 
 
@@ -238,6 +240,35 @@ def test_the_guard_hides_no_other_error() -> None:
     with pytest.raises(RuntimeError, match="out of order"):
         per_shape(torch.zeros(1))
     assert per_shape.fallbacks == Fallbacks()
+
+
+def test_where_nothing_is_compiled_no_shape_is_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the compiler was asked")
+
+    per_shape = PerShape(lambda a: a + 1, RECIPES["rewritten"], CPU)
+    per_shape.frozen = True
+    monkeypatch.setattr(torch.compiler, "set_stance", never)
+    assert per_shape(torch.zeros(1)) == 1
+    assert per_shape(torch.zeros(2)).shape == (2,)
+    assert per_shape.fallbacks == Fallbacks()
+    # A captured graph has its shape, compiled or not.
+    captured = replace(RECIPES["rewritten"], replay="captured")
+    assert PerShape(torch.relu, captured, torch.device("cuda"))._has_graphs
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "mode"),
+    [
+        ("auto", "cuda", "default"),
+        ("auto", "cpu", "rewritten"),
+        ("off", "cpu", "off"),
+        ("off", "cuda", "off"),
+        ("max", "cpu", "max"),
+    ],
+)
+def test_what_auto_means_on_a_device(setting: str, device: str, mode: str) -> None:
+    assert mode_for(setting, torch.device(device)) == mode
 
 
 def test_more_shapes_than_dynamos_own_limit_stay_compiled() -> None:

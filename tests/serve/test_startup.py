@@ -276,6 +276,51 @@ def test_a_recompile_is_not_taken_but_counted(
     assert not call.run.eager_fallback
 
 
+def test_auto_on_a_cpu_compiles_nothing_and_has_no_fallback(tmp_path: Path) -> None:
+    shape = CompiledShape(128, 128)
+    auto, off = (
+        build(compile=mode, shapes=(shape,), serve_cold_shapes=True, steps=4, cache_dir=tmp_path)
+        for mode in ("auto", "off")
+    )
+    before = compiler_counts()
+    for runtime in (auto, off):
+        asyncio.run(runtime.start())
+    assert auto.readiness.as_json()["compile"] == {
+        "mode": "rewritten",
+        "attention": "auto",
+        "graphs": 0,
+        "graphs_from_cache": 0,
+    }
+    assert off.readiness.as_json()["compile"]["mode"] == "off"
+    assert list(tmp_path.iterdir()) == []
+    requests: list[dict[str, Any]] = [
+        {},
+        {"negative_prompt": "blue"},
+        {"guidance_scale": 1.0},
+        {"width": 136, "height": 72},  # not warm
+    ]
+    for fields in requests:
+        fields |= {"format": "png", "seed": 3}
+        call = new_call(auto)
+        first, again, plain = (
+            generate(auto, call, **fields),
+            generate(auto, **fields),
+            generate(off, **fields),
+        )
+        assert call.run is not None
+        assert not call.run.eager_fallback
+        assert first.image.url == again.image.url
+        assert np.abs(pixels(first).astype(int) - pixels(plain)).max() <= 2
+    together = [new_call(auto) for _ in range(3)]
+    asyncio.run(auto.generate_together([request(seed=seed) for seed in range(3)], together))
+    assert all(call.run is not None and not call.run.eager_fallback for call in together)
+    assert compiler_counts() == before
+    assert counted(auto, "sdxl_cold_shape_runs_total") == 2
+    assert counted(auto, "sdxl_recompiles_total") == 0
+    for runtime in (auto, off):
+        runtime.close(1)
+
+
 def test_a_size_that_is_not_warm_is_served_where_the_operator_says_so(traced: None) -> None:
     runtime = build(
         compile="default", shapes=(CompiledShape(128, 128),), serve_cold_shapes=True, steps=1
@@ -394,8 +439,9 @@ def test_what_cannot_be_used_here_stops_the_start(changes: Any, sentence: str) -
     runtime.close(1)
 
 
-def test_quantised_says_its_error() -> None:
-    runtime = build(quantize="int8", shapes=(CompiledShape(128, 128),))
+@pytest.mark.parametrize("mode", ["off", "auto"])
+def test_quantised_says_its_error(mode: str) -> None:
+    runtime = build(quantize="int8", compile=mode, shapes=(CompiledShape(128, 128),))
     asyncio.run(runtime.start())
     told = runtime.readiness.as_json()["compile"]
     assert told["quantize"] == "int8"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels_warmup.compile import compile_model
+from kernels_warmup.compile import compile_model, mode_for
 from serve.demo_model.evaluate import Question, Sampling, score
 from serve.demo_model.lossless import (
     PREPARATIONS,
@@ -57,6 +57,13 @@ def test_the_rewrites_are_lossless(plain: SdxlModel) -> None:
     prepared = load_model("demo", device_name="cpu")
     compile_model(prepared.pipeline, recipe=REWRITES)
     assert_lossless(plain, prepared, prompts=1)
+
+
+def test_what_a_cpu_does_without_compiling_is_lossless(plain: SdxlModel) -> None:
+    prepared = load_model("demo", device_name="cpu")
+    assert mode_for("auto", prepared.device) == "rewritten"
+    PREPARATIONS["rewritten"](prepared)
+    assert_lossless(plain, prepared, prompts=2)
 
 
 @pytest.mark.slow
