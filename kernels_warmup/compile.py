@@ -108,7 +108,9 @@ TUNED: dict[str, bool | int | str] = {
 RECIPES: dict[Mode, Recipe] = {
     "off": Recipe("none", "none", {}, False, False, False, False),
     # For a CPU: the rewrites that are faster there without compiling (bench/results/notes.md).
-    "rewritten": Recipe("none", "none", {}, True, False, True, False, zero_text=True),
+    "rewritten": Recipe(
+        scope="none", replay="none", vae_attention=False, zero_text=True, time_once=True
+    ),
     "regional": Recipe(scope="blocks"),
     "default": Recipe(scope="whole"),
     "max": Recipe(

@@ -177,7 +177,7 @@ def test_only_max_does_what_no_gpu_has_measured() -> None:
 
     for mode in ("off", "regional", "default"):
         assert rewrites(mode) == (False, "nearest", False, False)
-    assert rewrites("rewritten") == (False, "nearest", True, False)
+    assert rewrites("rewritten") == (False, "nearest", True, True)
     assert rewrites("max") == (True, "phases", True, True)
 
 
