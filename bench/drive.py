@@ -28,7 +28,8 @@ from bench.scenarios import KERNELS, Scenario
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import RunKind
 from metrics.clock import WallAnchor, make_clock
-from metrics.timeline import RunTimeline, RunTiming
+from metrics.records import RunTiming
+from metrics.timeline import RunTimeline
 from serve.call import Call
 from serve.runtime import build_runtime
 from serve.schema import TextToImageRequest

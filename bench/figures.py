@@ -23,8 +23,8 @@ from pathlib import Path
 
 from bench.environment import cpu_name
 from metrics.recorder import Recorder
+from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity
-from metrics.timeline import RequestTiming
 from serve.settings import load_settings
 
 FIRST_REQUESTS = 5

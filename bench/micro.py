@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from metrics.clock import Clock, Mark
-    from metrics.timeline import RequestTiming
+    from metrics.records import RequestTiming
     from serve.runtime import Runtime
 
 STEPS = 30
@@ -200,16 +200,14 @@ def _resolve(clock: Clock, series: int) -> Cost:
 
 
 def _emit(runtime: Runtime, request: RequestTiming, series: int) -> Cost:
-    from metrics.spans import emit_request, request_spans
+    from metrics.spans import request_tree
 
-    tracing, spans = runtime.tracing, request_spans(request)
+    tracing, spans = runtime.tracing, request_tree(request).size
 
     def once() -> float:
         identity = tracing.identify()
         start = time.perf_counter_ns()
-        room = tracing.emit(
-            identity, spans, lambda tracer, context: emit_request(tracer, context, request)
-        )
+        room = tracing.emit(identity, request_tree(request))
         taken = time.perf_counter_ns() - start
         assert room  # a tree that is given up costs nothing, and would be no measurement
         while tracing.outstanding > MOST_OUTSTANDING:
@@ -230,14 +228,15 @@ def _export(request: RequestTiming, series: int) -> Cost:
 
     from bench.processes import running
     from metrics.otlp import AnswerReader
-    from metrics.spans import emit_request, request_spans
+    from metrics.spans import emit, request_tree
     from metrics.tracing import MAX_EXPORT_BATCH_SIZE
 
     kept, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(kept))
+    tree = request_tree(request)
     while len(kept.get_finished_spans()) < MAX_EXPORT_BATCH_SIZE:
-        emit_request(provider.get_tracer("bench"), Context(), request)
-    batch, spans = kept.get_finished_spans()[:MAX_EXPORT_BATCH_SIZE], request_spans(request)
+        emit(provider.get_tracer("bench"), Context(), tree)
+    batch, spans = kept.get_finished_spans()[:MAX_EXPORT_BATCH_SIZE], tree.size
     with running("the OTLP receiver", ["bench.receiver"]) as receiver:
         exporter = OTLPSpanExporter(receiver.address + "/v1/traces", session=AnswerReader("spans"))
 
@@ -280,7 +279,7 @@ def _runtime(shapes: Sequence[str]) -> Runtime:
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
     from prometheus_client import CollectorRegistry
 
-    from metrics.tracing import Destination, Tracing
+    from metrics.tracing import SpanDestination, Tracing
     from serve.runtime import build_runtime
     from serve.settings import ServeSettings
     from serve.telemetry import build_resource, build_sampling
@@ -293,7 +292,7 @@ def _runtime(shapes: Sequence[str]) -> Runtime:
     runtime = build_runtime(settings, CollectorRegistry())
     runtime.tracing = Tracing(
         sampling=build_sampling(settings),
-        destination=Destination(Nowhere()),
+        destination=SpanDestination(Nowhere()),
         resource=build_resource(settings),
         on_ended=runtime.metrics.spans_ended,
         on_settled=runtime.metrics.spans_settled,
@@ -310,13 +309,7 @@ def _shapes(count: int) -> list[str]:
 
 def _request(shape: str, guidance: bool = True, endpoint: str = "/") -> RequestTiming:
     """A finished request as the middleware hands it over, times made up."""
-    from metrics.timeline import (
-        GenerationFacts,
-        RequestTiming,
-        RunTiming,
-        StageTiming,
-        StepTiming,
-    )
+    from metrics.records import GenerationFacts, RequestTiming, RunTiming, StageTiming, StepTiming
 
     ms = 1_000_000
     start = 1_700_000_000 * 1000 * ms

@@ -11,8 +11,8 @@ import os
 import sys
 
 from metrics.recorder import Recorder
+from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity
-from metrics.timeline import RequestTiming
 
 SILENT_PARENT = 0xFF
 """The caller's span id of a request that nobody is told of: neither spans nor metrics."""

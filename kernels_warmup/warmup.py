@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from kernels_warmup.shapes import CompiledShape
 from metrics.clock import WallAnchor
-from metrics.timeline import PhaseTiming
+from metrics.records import PhaseTiming
 
 logger = logging.getLogger(__name__)
 

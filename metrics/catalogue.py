@@ -26,8 +26,8 @@ from prometheus_client.registry import Collector
 
 from metrics import buckets
 from metrics.budget import Budget
-from metrics.slow import SLOW_REASONS
-from metrics.timeline import REQUEST_STAGES, RUN_STAGES, RequestTiming, RunTiming
+from metrics.records import REQUEST_STAGES, RUN_STAGES, RequestTiming, RunTiming
+from metrics.slow_reason import SLOW_REASONS, slow_reason
 
 logger = logging.getLogger(__name__)
 
@@ -402,7 +402,7 @@ class _RequestMetrics:
         _observe(duration, seconds, exemplar, self._fault)
         if (queue := request.stage("queue")) is not None:
             _observe(self._queue_duration, queue.duration_ns / 1e9, exemplar, self._fault)
-        if (reason := request.slow_reason) is not None:
+        if (reason := slow_reason(request)) is not None:
             self._slow[reason].inc(1, exemplar)
         if request.failure is None and request.outcome == "ok" and request.run is not None:
             if request.image_bytes is not None:

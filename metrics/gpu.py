@@ -1,37 +1,25 @@
-"""The GPU as its driver sees it, through NVML: which one it is, how fast its clock runs, what holds
-it back, and all of it as metrics.
+"""The GPU as its driver sees it, through NVML: which one it is, its clock, and what throttles it.
 
-Everything here is a question to the driver, answered in microseconds without touching the work in
-progress. Without a GPU, a driver or the binding (nvidia-ml-py) there is no `Gpu`, and nobody fails.
+Each call asks the driver and takes microseconds; it does not touch the work in progress. Without a
+GPU, a driver or the binding (nvidia-ml-py) there is no `Gpu`, and nothing fails. `gpu_metrics.py`
+exports the figures.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import os
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-
-logger = logging.getLogger(__name__)
-
-SAMPLE_SECONDS = 5.0
-"""How often the driver is asked. Activity is a mean over this time; scrapes are rarely closer."""
-
-# A reading older than this says nothing about now: the driver hangs, or its thread is gone.
-_STALE_SECONDS = 3 * SAMPLE_SECONDS
+from metrics.records import GpuConditions
 
 # NVML's bits, by number: the binding has renamed its constants once and will drop the old names.
 # Left out are the bits that slow nothing down: idle (0x1), the display's clock (0x100), and the
 # application clocks (0x2), which somebody asked for.
-_REASON_BITS: Mapping[int, str] = MappingProxyType(
+REASON_BITS: Mapping[int, str] = MappingProxyType(
     {
         0x04: "power_cap",
         0x08: "hardware_slowdown",
@@ -42,25 +30,13 @@ _REASON_BITS: Mapping[int, str] = MappingProxyType(
     }
 )
 
-THROTTLE_REASONS = tuple(_REASON_BITS.values())
+THROTTLE_REASONS = tuple(REASON_BITS.values())
 """Everything a GPU can be held back by, as far as NVML tells: the values of a closed label."""
 
 
 def throttle_reasons(bits: int) -> tuple[str, ...]:
     """The reasons that NVML's (and nvidia-smi's) bits of active clock events name."""
-    return tuple(name for bit, name in _REASON_BITS.items() if bits & bit)
-
-
-@dataclass(frozen=True, slots=True)
-class GpuConditions:
-    """One look at the GPU; what the driver would not tell is empty or None.
-
-    `throttle` holds names of `THROTTLE_REASONS`.
-    """
-
-    throttle: frozenset[str] = frozenset()
-    sm_clock_mhz: int | None = None
-    max_sm_clock_mhz: int | None = None
+    return tuple(name for bit, name in REASON_BITS.items() if bits & bit)
 
 
 class Gpu:
@@ -151,244 +127,6 @@ class GpuWatch:
         assert self._gpu is not None
         while True:
             self._asked.get().append(self._gpu.conditions())
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryUse:
-    """What the process's allocator holds on the GPU, bytes; the peak is since the process began."""
-
-    allocated: int
-    reserved: int
-    peak: int
-
-
-class GpuMetrics:
-    """The GPU's figures as a collector: read by a thread of its own, told by whoever scrapes.
-
-    A scrape never asks the driver, so a driver that hangs costs a scrape nothing. What a GPU does
-    not have (no tensor activity before Hopper, no utilisation of a slice) is found out at the first
-    look and absent from then on; what it stops answering later is absent as well, and counted.
-
-    Args:
-        gpu: None where NVML knows none: then only the allocator's memory is told.
-        memory: the allocator's use of the GPU now, or None before it has been touched.
-        failed: told of each question that the driver did not answer, and of a hanging driver once a
-            scrape.
-    """
-
-    def __init__(
-        self,
-        gpu: Gpu | None,
-        memory: Callable[[], MemoryUse | None],
-        failed: Callable[[], None],
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._gpu = gpu
-        self._memory = memory
-        self._failed = failed
-        self._monotonic = monotonic
-        self._questions: dict[str, Callable[[], Mapping[str, float]]] = {}
-        self._activity: _Activity | None = None
-        self._read_at: float | None = None
-        self._reading: Mapping[str, Mapping[str, float]] = {}
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Look at the GPU now, and then every `SAMPLE_SECONDS` until `stop`."""
-        if self._gpu is None or self._thread is not None:
-            return
-        self._read_at = self._monotonic()
-        self._thread = threading.Thread(target=self._watch, name="gpu-metrics", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Look no more; does not wait for a look that hangs."""
-        self._stop.set()
-
-    def look(self) -> None:
-        """Ask the driver once. Never raises."""
-        assert self._gpu is not None
-        first = not self._questions
-        if first:
-            self._activity = _Activity.open(self._gpu)
-            self._questions = _questions(self._gpu, self._activity)
-        reading = {}
-        for name, question in list(self._questions.items()):
-            try:
-                reading[name] = question()
-            except Exception as error:  # noqa: BLE001 - a binding raises what it likes
-                if first:
-                    del self._questions[name]
-                    logger.info("this GPU does not tell its %s (%s)", name, type(error).__name__)
-                else:
-                    self._failed()
-        self._reading = reading
-        self._read_at = self._monotonic()
-
-    def describe(self) -> Iterable[Metric]:
-        """All that could be told; the names are taken whether or not this GPU has the figure."""
-        return [_family(name) for name in ("info", *_MEMORY, *_DRIVER)]
-
-    def collect(self) -> Iterator[Metric]:
-        memory = self._memory()
-        if memory is not None:
-            for name, value in zip(
-                _MEMORY, (memory.allocated, memory.reserved, memory.peak), strict=True
-            ):
-                yield _filled(name, {"": value})
-        if self._gpu is None or self._read_at is None:
-            return
-        info = _family("info")
-        info.add_metric([self._gpu.identity["hw.name"], self._gpu.identity["hw.id"]], 1)
-        yield info
-        if self._monotonic() - self._read_at > _STALE_SECONDS:
-            self._failed()
-            return
-        for name, values in self._reading.items():
-            if values:
-                yield _filled(name, values)
-
-    def _watch(self) -> None:
-        while not self._stop.is_set():
-            self.look()
-            self._stop.wait(SAMPLE_SECONDS)
-        if self._activity is not None:
-            self._activity.close()
-
-
-# Name without prefix: help, label. The order is that of a scrape.
-_MEMORY: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "memory_allocated_bytes": ("Memory in tensors of this process.", ""),
-        "memory_reserved_bytes": ("Memory that this process's allocator holds.", ""),
-        "memory_peak_bytes": ("Most memory in tensors since the process began.", ""),
-    }
-)
-_DRIVER: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "memory_used_bytes": ("Memory in use on the GPU, by all its processes.", ""),
-        "memory_total_bytes": ("Memory of the GPU.", ""),
-        "utilization_ratio": ("Share of the last moments in which any kernel ran.", ""),
-        "tensor_activity_ratio": ("Share of time in which the tensor cores worked.", ""),
-        "sm_activity_ratio": ("Share of the multiprocessors that were busy.", ""),
-        "power_watts": ("Power drawn.", ""),
-        "temperature_celsius": ("Temperature of the GPU.", ""),
-        "clock_hertz": ("Clock of a part of the GPU.", "domain"),
-        "max_clock_hertz": ("Highest clock that a part of the GPU can have.", "domain"),
-        "throttled": ("1 while the GPU's clock is held back for this reason, else 0.", "reason"),
-    }
-)
-
-
-def _family(name: str) -> GaugeMetricFamily:
-    if name == "info":
-        text = "Always 1; the labels say which GPU it is."
-        return GaugeMetricFamily("sdxl_gpu_info", text, labels=["name", "uuid"])
-    text, label = _MEMORY.get(name) or _DRIVER[name]
-    return GaugeMetricFamily(f"sdxl_gpu_{name}", text, labels=[label] if label else [])
-
-
-def _filled(name: str, values: Mapping[str, float]) -> Metric:
-    family = _family(name)
-    for label, value in values.items():
-        family.add_metric([label] if label else [], value)
-    return family
-
-
-def _questions(
-    gpu: Gpu, activity: _Activity | None
-) -> dict[str, Callable[[], Mapping[str, float]]]:
-    """One question for each figure, answered by label value; raises what the binding raises."""
-    nvml, handle = gpu.nvml, gpu.handle
-    domains = {"sm": nvml.NVML_CLOCK_SM, "memory": nvml.NVML_CLOCK_MEM}
-
-    def clocks(function: Any) -> Mapping[str, float]:
-        return {name: function(handle, domain) * 1e6 for name, domain in domains.items()}
-
-    def throttled() -> Mapping[str, float]:
-        reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-        return {name: float(bool(reasons & bit)) for bit, name in _REASON_BITS.items()}
-
-    questions: dict[str, Callable[[], Mapping[str, float]]] = {
-        "memory_used_bytes": lambda: {"": nvml.nvmlDeviceGetMemoryInfo(handle).used},
-        "memory_total_bytes": lambda: {"": nvml.nvmlDeviceGetMemoryInfo(handle).total},
-        "utilization_ratio": lambda: {"": nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100},
-        "power_watts": lambda: {"": nvml.nvmlDeviceGetPowerUsage(handle) / 1e3},
-        "temperature_celsius": lambda: {"": nvml.nvmlDeviceGetTemperatureV(handle, 0)},
-        "clock_hertz": lambda: clocks(nvml.nvmlDeviceGetClockInfo),
-        "max_clock_hertz": lambda: clocks(nvml.nvmlDeviceGetMaxClockInfo),
-        "throttled": throttled,
-    }
-    if activity is not None:
-        # One question, two figures: the interval is asked for once.
-        questions["tensor_activity_ratio"] = activity.tensor
-        questions["sm_activity_ratio"] = activity.sm
-    return questions
-
-
-class _Activity:
-    """Activity of tensor cores and multiprocessors between two looks: NVML's GPM, Hopper and on."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self._nvml = gpu.nvml
-        self._handle = gpu.handle
-        self._before = self._sample()
-        self._sm: float | None = None
-
-    @classmethod
-    def open(cls, gpu: Gpu) -> _Activity | None:
-        """None where this GPU has no GPM."""
-        try:
-            if not gpu.nvml.nvmlGpmQueryDeviceSupport(gpu.handle).isSupportedDevice:
-                return None
-            return cls(gpu)
-        except Exception:  # noqa: BLE001 - an old driver has no such function
-            return None
-
-    def tensor(self) -> Mapping[str, float]:
-        """Of the interval that ends now, and begins where the last one ended."""
-        nvml = self._nvml
-        now = self._sample()
-        wanted = (nvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL, nvml.NVML_GPM_METRIC_SM_UTIL)
-        request = nvml.c_nvmlGpmMetricsGet_t()
-        request.version = nvml.NVML_GPM_METRICS_GET_VERSION
-        request.numMetrics = len(wanted)
-        request.sample1, request.sample2 = self._before, now
-        for slot, metric in enumerate(wanted):
-            request.metrics[slot].metricId = metric
-        try:
-            nvml.nvmlGpmMetricsGet(request)
-        finally:
-            nvml.nvmlGpmSampleFree(self._before)
-            self._before = now
-        tensor, self._sm = (_share(request.metrics[slot]) for slot in range(len(wanted)))
-        return {} if tensor is None else {"": tensor}
-
-    def sm(self) -> Mapping[str, float]:
-        """Of the interval that `tensor` asked for last."""
-        return {} if self._sm is None else {"": self._sm}
-
-    def close(self) -> None:
-        try:
-            self._nvml.nvmlGpmSampleFree(self._before)
-        except Exception:  # noqa: BLE001 - the process is going down
-            logger.debug("a GPM sample was not freed")
-
-    def _sample(self) -> Any:
-        sample = self._nvml.nvmlGpmSampleAlloc()
-        try:
-            self._nvml.nvmlGpmSampleGet(self._handle, sample)
-        except Exception:
-            self._nvml.nvmlGpmSampleFree(sample)
-            raise
-        return sample
-
-
-def _share(metric: Any) -> float | None:
-    """A GPM metric as a ratio; None where NVML has no value for this interval."""
-    value = float(metric.value) / 100
-    return value if metric.nvmlReturn == 0 and math.isfinite(value) else None
 
 
 def _handle(nvml: Any, index: int) -> Any:

@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from metrics.catalogue import GenerationMetrics
+from metrics.records import RequestTiming, WarmupTiming
 from metrics.sampling import TraceIdentity
-from metrics.spans import Attributes, emit_request, emit_warmup, request_spans, warmup_spans
-from metrics.timeline import RequestTiming, WarmupTiming
+from metrics.slow_reason import slow_reason
+from metrics.spans import Attributes, request_tree, warmup_tree
 from metrics.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -49,13 +50,10 @@ class Recorder:
         identity = self._tracing.identify()
 
         def record() -> None:
-            # One trace a process: whatever the ratio says, a start that failed can be looked at.
+            # One trace a process: a start that failed is kept, whatever the ratio says.
             settled = self._tracing.settle(identity, worth_keeping=warmup.failure is not None)
-            self._tracing.emit(
-                settled,
-                warmup_spans(warmup),
-                lambda tracer, context: emit_warmup(tracer, context, warmup, attributes),
-            )
+            if settled.exported:
+                self._tracing.emit(settled, warmup_tree(warmup, attributes))
 
         self._submit(record)
 
@@ -82,15 +80,12 @@ class Recorder:
     def _record(self, request: RequestTiming, identity: TraceIdentity) -> None:
         kept_for = self._tracing.worth_keeping(request)
         settled = self._tracing.settle(identity, worth_keeping=kept_for is not None)
-        slow = kept_for is not None or request.slow_reason is not None
+        slow = kept_for is not None or slow_reason(request) is not None
         steps = self._steps == "all" or (self._steps == "slow" and slow)
-        on_its_way = self._tracing.emit(
-            settled,
-            request_spans(request, steps),
-            lambda tracer, context: emit_request(tracer, context, request, steps, settled.caller),
-        )
         exemplar = None
-        if on_its_way:
+        if settled.exported and self._tracing.emit(
+            settled, request_tree(request, steps, settled.caller)
+        ):
             exemplar = {"trace_id": identity.trace_id_hex, "span_id": identity.span_id_hex}
         self._metrics.observe_request(request, exemplar)
 

@@ -22,7 +22,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace.sampling import Decision, ParentBased, Sampler, TraceIdRatioBased
 from opentelemetry.trace import SpanContext, SpanKind
 
-from metrics.timeline import RequestTiming
+from metrics.records import RequestTiming
 
 ROOT_SPAN = "text-to-image"
 

@@ -1,252 +1,256 @@
-"""A finished timing as a tree of back-dated spans.
+"""Span trees: finished records as plain trees, and the one function that emits them.
 
-Children lie inside their parents and siblings do not overlap: spans timed on the GPU's clock are
-placed on the host's within a known error, and what sticks out by that error is cut and reported
-as `inference.clamped_us`, and for the whole tree as `request.clamped_us`. What no child covers is
-not hidden: `request.unattributed_ms`.
+A tree is data (`SpanNode`) until `emit` turns it into back-dated spans. Children lie inside their
+parents, and siblings do not overlap: spans timed on the GPU's clock are placed on the host's within
+a known error, and `emit` cuts what sticks out by that error. The cut is reported, as
+`inference.clamped_us` and `request.clamped_us`, and so is what no child covers:
+`request.unattributed_ms`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, Tracer
 
-from metrics.gpu import GpuConditions
-from metrics.sampling import ROOT_SPAN
-from metrics.timeline import (
+from metrics.records import (
     Failure,
+    GpuConditions,
+    PhaseTiming,
     RequestTiming,
     RunTiming,
     StageTiming,
     WarmupTiming,
 )
+from metrics.sampling import ROOT_SPAN
+from metrics.slow_reason import slow_reason
 
-Attributes = Mapping[str, str | int | float | bool]
+AttributeValue = str | int | float | bool
+Attributes = Mapping[str, AttributeValue]
 
 GEN_AI_PROVIDER = "stepspan"
 
-RELAY_SPAN = "prompt-gateway"
+GATEWAY_SPAN = "prompt-gateway"
 
 
-class _Tree:
-    """Starts spans inside their parents' bounds."""
+@dataclass(frozen=True, slots=True)
+class SpanNode:
+    """A span to be, with its children. Times are Unix nanoseconds."""
 
-    def __init__(self, tracer: Tracer) -> None:
-        self._tracer = tracer
-        self.clamped_ns = 0
+    name: str
+    start_ns: int
+    end_ns: int
+    attributes: Attributes = field(default_factory=dict)
+    children: tuple[SpanNode, ...] = ()
+    kind: SpanKind = SpanKind.INTERNAL
+    links: tuple[Link, ...] = ()
+    error: str | None = None
+    """The message of status ERROR; None: the status stays unset."""
+    exception: Failure | None = None
+    """Recorded as an exception event."""
+    clamped_attribute: str | None = None
+    """The attribute that says by how many microseconds children were cut."""
+    says_nothing_clamped: bool = False
+    """Whether that attribute is set where it is 0."""
 
-    def open(
-        self,
-        name: str,
-        start_ns: int,
-        context: Context,
-        attributes: Attributes | None = None,
-        kind: SpanKind = SpanKind.INTERNAL,
-        links: Sequence[Link] = (),
-    ) -> tuple[Span, Context]:
-        span = self._tracer.start_span(
-            name,
-            context=context,
-            kind=kind,
-            attributes=dict(attributes or {}),
-            links=links,
-            start_time=start_ns,
-        )
-        return span, trace.set_span_in_context(span, context)
-
-    def clamp(self, start_ns: int, end_ns: int, lower: int, upper: int) -> tuple[int, int]:
-        """The interval cut to [lower, upper]; how much was cut is added up."""
-        inside_start = min(max(start_ns, lower), upper)
-        inside_end = min(max(end_ns, inside_start), upper)
-        self.clamped_ns += abs(inside_start - start_ns) + abs(inside_end - end_ns)
-        return inside_start, inside_end
+    @property
+    def size(self) -> int:
+        """How many spans the tree has."""
+        return 1 + sum(child.size for child in self.children)
 
 
-def request_spans(request: RequestTiming, steps: bool = True) -> int:
-    """How many spans `emit_request` makes of a request."""
-    run = request.run
-    in_run = 0 if run is None else 1 + len(run.stages)
-    if run is not None and steps and run.stage("denoise") is not None:
-        in_run += len(run.steps)
-    return 1 + len(request.stages) + in_run
-
-
-def warmup_spans(warmup: WarmupTiming) -> int:
-    """How many spans `emit_warmup` makes of a start-up."""
-    return 1 + len(warmup.phases)
-
-
-def emit_request(
-    tracer: Tracer,
-    context: Context,
-    request: RequestTiming,
-    steps: bool = True,
-    caller: SpanContext | None = None,
-) -> None:
-    """Emit the tree of one request.
+def emit(tracer: Tracer, context: Context, root: SpanNode) -> None:
+    """Emit a tree: parents start before their children, and end after them.
 
     Args:
         context: the root's parent context.
-        steps: whether every denoising step is a span; what sums them up is told anyway.
+    """
+    _emit(tracer, context, root, root.start_ns, root.end_ns)
+
+
+def _emit(
+    tracer: Tracer, context: Context, node: SpanNode, lower_ns: int, upper_ns: int
+) -> tuple[int, int]:
+    """Emit a node cut to [lower_ns, upper_ns]; returns its end, and the ns cut in its tree."""
+    start_ns = min(max(node.start_ns, lower_ns), upper_ns)
+    end_ns = min(max(node.end_ns, start_ns), upper_ns)
+    span = tracer.start_span(
+        node.name,
+        context=context,
+        kind=node.kind,
+        attributes=dict(node.attributes),
+        links=node.links,
+        start_time=start_ns,
+    )
+    inside = trace.set_span_in_context(span, context)
+    clamped_ns, earliest_ns = 0, start_ns
+    for child in sorted(node.children, key=lambda child: child.start_ns):
+        earliest_ns, clamped_in_child = _emit(tracer, inside, child, earliest_ns, end_ns)
+        clamped_ns += clamped_in_child
+    if node.clamped_attribute is not None and (clamped_ns or node.says_nothing_clamped):
+        span.set_attribute(node.clamped_attribute, clamped_ns / 1e3)
+    if node.exception is not None:
+        failure = node.exception
+        span.add_event(
+            "exception",
+            {"exception.type": failure.exception_type, "exception.message": failure.message},
+            timestamp=failure.at_ns,
+        )
+    if node.error is not None:
+        span.set_status(Status(StatusCode.ERROR, node.error))
+    span.end(end_ns)
+    return end_ns, clamped_ns + abs(start_ns - node.start_ns) + abs(end_ns - node.end_ns)
+
+
+# Trees -------------------------------------------------------------------------------------------
+
+
+def request_tree(
+    request: RequestTiming, steps: bool = True, caller: SpanContext | None = None
+) -> SpanNode:
+    """A request, its stages and its run.
+
+    Args:
+        steps: whether every denoising step is a span; `denoise` carries their summary either way.
         caller: a caller whose trace is not continued, for a link to it.
     """
-    tree = _Tree(tracer)
-    root, inside = tree.open(
-        ROOT_SPAN,
-        request.start_ns,
-        context,
-        _root_attributes(request),
-        SpanKind.SERVER,
-        [] if caller is None else [Link(caller)],
-    )
-    parts: list[StageTiming | RunTiming] = list(request.stages)
+    parts = [_stage_node(stage, request.failure) for stage in request.stages]
     if request.run is not None:
-        parts.append(request.run)
-    lower = request.start_ns
-    for part in sorted(parts, key=lambda part: part.start_ns):
-        start_ns, end_ns = tree.clamp(part.start_ns, part.end_ns, lower, request.end_ns)
-        if isinstance(part, RunTiming):
-            _emit_run(tree, inside, part, request, steps, start_ns, end_ns)
-        else:
-            span, _ = tree.open(part.name, start_ns, inside)
-            _mark_failed(span, request.failure, start_ns, end_ns)
-            span.end(end_ns)
-        lower = end_ns
-    if tree.clamped_ns:
-        root.set_attribute("request.clamped_us", tree.clamped_ns / 1e3)
-    if request.failure is not None:
-        _record_failure(root, request.failure)
-    root.end(request.end_ns)
+        parts.append(_run_node(request.run, request, steps))
+    return _root_node(ROOT_SPAN, request, parts, caller)
 
 
-def emit_relay(
-    tracer: Tracer, context: Context, request: RequestTiming, caller: SpanContext | None = None
-) -> None:
-    """Emit the gateway's root and those of its stages that `request` has.
-
-    Its call to the image app is none of them: that has an identity of its own, `emit_call`.
-    """
-    tree = _Tree(tracer)
-    root, inside = tree.open(
-        RELAY_SPAN,
-        request.start_ns,
-        context,
-        _root_attributes(request),
-        SpanKind.SERVER,
-        [] if caller is None else [Link(caller)],
-    )
-    for stage in request.stages:
-        span, _ = tree.open(stage.name, stage.start_ns, inside)
-        _mark_failed(span, request.failure, stage.start_ns, stage.end_ns)
-        span.end(stage.end_ns)
-    if request.failure is not None:
-        _record_failure(root, request.failure)
-    root.end(request.end_ns)
+def gateway_tree(request: RequestTiming, caller: SpanContext | None = None) -> SpanNode:
+    """A request as the gateway serves it. Its call to the image app is a tree of its own,
+    `call_node`, for that has an identity of its own."""
+    parts = [_stage_node(stage, request.failure) for stage in request.stages]
+    return _root_node(GATEWAY_SPAN, request, parts, caller)
 
 
-def emit_call(
-    tracer: Tracer,
-    context: Context,
-    call: StageTiming,
-    failure: Failure | None,
-    attributes: Attributes,
-) -> None:
-    """Emit a call to another service, the parent of that service's spans.
+def call_node(call: StageTiming, failure: Failure | None, attributes: Attributes) -> SpanNode:
+    """A call to another service, the parent of that service's spans.
 
     To a caller every refusal is an error, as the conventions for clients ask.
     """
-    tree = _Tree(tracer)
-    span, _ = tree.open("call", call.start_ns, context, attributes, SpanKind.CLIENT)
-    if failure is not None and call.start_ns <= failure.at_ns <= call.end_ns:
-        span.set_attribute("error.type", failure.error_type)
-        span.set_status(Status(StatusCode.ERROR, failure.message))
-    span.end(call.end_ns)
+    failed = failure if _happened_in(failure, call.start_ns, call.end_ns) else None
+    return SpanNode(
+        "call",
+        call.start_ns,
+        call.end_ns,
+        attributes if failed is None else {**attributes, "error.type": failed.error_type},
+        kind=SpanKind.CLIENT,
+        error=None if failed is None else failed.message,
+    )
 
 
-def emit_warmup(
-    tracer: Tracer, context: Context, warmup: WarmupTiming, attributes: Attributes
-) -> None:
-    """Emit the start-up's own trace."""
-    tree = _Tree(tracer)
-    root, inside = tree.open("warmup", warmup.start_ns, context, attributes)
-    lower = warmup.start_ns
-    for phase in warmup.phases:
-        start_ns, end_ns = tree.clamp(phase.start_ns, phase.end_ns, lower, warmup.end_ns)
-        span, _ = tree.open(phase.name, start_ns, inside, phase.attributes)
-        _mark_failed(span, warmup.failure, start_ns, end_ns)
-        span.end(end_ns)
-        lower = end_ns
-    if warmup.failure is not None:
-        _record_failure(root, warmup.failure)
-    root.end(warmup.end_ns)
+def warmup_tree(warmup: WarmupTiming, attributes: Attributes) -> SpanNode:
+    """The start-up's own trace."""
+    return SpanNode(
+        "warmup",
+        warmup.start_ns,
+        warmup.end_ns,
+        {**attributes, **_error_type(warmup.failure)},
+        tuple(_stage_node(phase, warmup.failure, phase.attributes) for phase in warmup.phases),
+        error=_server_error(warmup.failure),
+        exception=_server_fault(warmup.failure),
+    )
 
 
-def _emit_run(
-    tree: _Tree,
-    context: Context,
-    run: RunTiming,
-    request: RequestTiming,
-    steps: bool,
-    start_ns: int,
-    end_ns: int,
-) -> None:
-    span, inside = tree.open("inference", start_ns, context, _run_attributes(run, request))
-    clamped_before = tree.clamped_ns
-    lower = start_ns
+def _root_node(
+    name: str, request: RequestTiming, parts: Sequence[SpanNode], caller: SpanContext | None
+) -> SpanNode:
+    failure = request.failure
+    return SpanNode(
+        name,
+        request.start_ns,
+        request.end_ns,
+        {**_root_attributes(request), **_error_type(failure)},
+        tuple(parts),
+        SpanKind.SERVER,
+        () if caller is None else (Link(caller),),
+        error=_server_error(failure),
+        exception=_server_fault(failure),
+        clamped_attribute="request.clamped_us",
+    )
+
+
+def _stage_node(
+    stage: StageTiming | PhaseTiming,
+    failure: Failure | None,
+    attributes: Attributes | None = None,
+    children: tuple[SpanNode, ...] = (),
+) -> SpanNode:
+    """A stage; the one in which the failure lies has status ERROR, and its parents the event."""
+    inside = _happened_in(failure, stage.start_ns, stage.end_ns)
+    return SpanNode(
+        stage.name,
+        stage.start_ns,
+        stage.end_ns,
+        attributes or {},
+        children,
+        error=_server_error(failure) if inside else None,
+    )
+
+
+def _run_node(run: RunTiming, request: RequestTiming, steps: bool) -> SpanNode:
+    stages = []
     for stage in run.stages:
-        stage_start, stage_end = tree.clamp(stage.start_ns, stage.end_ns, lower, end_ns)
-        stage_span, in_stage = tree.open(
-            stage.name, stage_start, inside, {"inference.clock": run.clock}
-        )
+        attributes: Attributes = {"inference.clock": run.clock}
+        children: tuple[SpanNode, ...] = ()
         if stage.name == "denoise":
-            _sum_up_steps(stage_span, run)
-            if steps:
-                _emit_steps(tree, in_stage, run, stage_start, stage_end)
-        _mark_failed(stage_span, request.failure, stage_start, stage_end)
-        stage_span.end(stage_end)
-        lower = stage_end
-    span.set_attribute("inference.clamped_us", (tree.clamped_ns - clamped_before) / 1e3)
-    if request.failure is not None and start_ns <= request.failure.at_ns <= end_ns:
-        _record_failure(span, request.failure)
-    span.end(end_ns)
+            attributes = {**attributes, **_step_summary(run)}
+            children = _step_nodes(run) if steps else ()
+        stages.append(_stage_node(stage, request.failure, attributes, children))
+    failure = request.failure if _happened_in(request.failure, run.start_ns, run.end_ns) else None
+    return SpanNode(
+        "inference",
+        run.start_ns,
+        run.end_ns,
+        {**_run_attributes(run, request), **_error_type(failure)},
+        tuple(stages),
+        error=_server_error(failure),
+        exception=_server_fault(failure),
+        clamped_attribute="inference.clamped_us",
+        says_nothing_clamped=True,
+    )
 
 
-def _sum_up_steps(denoise: Span, run: RunTiming) -> None:
-    summary = run.step_summary()
-    if summary is not None:
-        denoise.set_attributes(
-            {
-                "inference.step.median_ms": summary.median_ns / 1e6,
-                "inference.step.slowest_ms": summary.slowest_ns / 1e6,
-                "inference.step.slowest_index": summary.slowest_index,
-            }
-        )
-
-
-def _emit_steps(tree: _Tree, context: Context, run: RunTiming, start_ns: int, end_ns: int) -> None:
-    lower = start_ns
-    for step in run.steps:
-        step_start, step_end = tree.clamp(step.start_ns, step.end_ns, lower, end_ns)
-        span, _ = tree.open(
+def _step_nodes(run: RunTiming) -> tuple[SpanNode, ...]:
+    return tuple(
+        SpanNode(
             "denoise_step",
-            step_start,
-            context,
+            step.start_ns,
+            step.end_ns,
             {
                 "inference.step.index": step.index,
-                # The measured duration, whatever clamping did to the drawn one.
+                # The measured duration, whatever clamping does to the drawn one.
                 "inference.step.gpu_ms": step.duration_ns / 1e6,
                 "inference.step.gpu_queue_ms": step.gpu_queue_ns / 1e6,
             },
         )
-        span.end(step_end)
-        lower = step_end
+        for step in run.steps
+    )
 
 
-def _root_attributes(request: RequestTiming) -> dict[str, str | int | float | bool]:
-    attributes: dict[str, str | int | float | bool] = {
+# Attributes --------------------------------------------------------------------------------------
+
+
+def _step_summary(run: RunTiming) -> Attributes:
+    summary = run.step_summary()
+    if summary is None:
+        return {}
+    return {
+        "inference.step.median_ms": summary.median_ns / 1e6,
+        "inference.step.slowest_ms": summary.slowest_ns / 1e6,
+        "inference.step.slowest_index": summary.slowest_index,
+    }
+
+
+def _root_attributes(request: RequestTiming) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {
         "http.request.method": request.method,
         "http.route": request.endpoint,
         "url.path": request.endpoint,
@@ -266,16 +270,16 @@ def _root_attributes(request: RequestTiming) -> dict[str, str | int | float | bo
         }
         if facts.prompt is not None:
             attributes["prompt.text"] = facts.prompt
-    if request.run is None and (reason := request.slow_reason) is not None:
-        attributes["inference.slow_reason"] = reason  # no run came of it to carry this
+    if request.run is None and (reason := slow_reason(request)) is not None:
+        attributes["inference.slow_reason"] = reason  # there is no `inference` span to carry it
     if request.run is not None and request.failure is None:
         attributes["request.unattributed_ms"] = request.unattributed_ns / 1e6
     return attributes
 
 
-def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, str | int | float | bool]:
-    reason = request.slow_reason
-    attributes: dict[str, str | int | float | bool] = {
+def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, AttributeValue]:
+    reason = slow_reason(request)
+    attributes: dict[str, AttributeValue] = {
         "gen_ai.operation.name": "generate_content",
         "gen_ai.provider.name": GEN_AI_PROVIDER,
         "gen_ai.output.type": "image",
@@ -306,10 +310,10 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, str | i
 
 def _gpu_attributes(
     conditions: Sequence[GpuConditions],
-) -> dict[str, str | int | float | bool]:
-    """What held the GPU back in the run, and its slowest clock."""
+) -> dict[str, AttributeValue]:
+    """What throttled the GPU during the run, and its slowest clock."""
     names = sorted(set().union(*(seen.throttle for seen in conditions)))
-    attributes: dict[str, str | int | float | bool] = {"gpu.throttle_reasons": ",".join(names)}
+    attributes: dict[str, AttributeValue] = {"gpu.throttle_reasons": ",".join(names)}
     clocks = [seen.sm_clock_mhz for seen in conditions if seen.sm_clock_mhz is not None]
     if clocks:
         attributes["gpu.sm_clock_mhz"] = min(clocks)
@@ -319,19 +323,22 @@ def _gpu_attributes(
     return attributes
 
 
-def _record_failure(span: Span, failure: Failure) -> None:
-    span.set_attribute("error.type", failure.error_type)
-    if not failure.server_fault:
-        return
-    span.add_event(
-        "exception",
-        {"exception.type": failure.exception_type, "exception.message": failure.message},
-        timestamp=failure.at_ns,
-    )
-    span.set_status(Status(StatusCode.ERROR, failure.message))
+# Failures ----------------------------------------------------------------------------------------
 
 
-def _mark_failed(span: Span, failure: Failure | None, start_ns: int, end_ns: int) -> None:
-    """Mark the stage in which the failure lies; the event itself is on its parents."""
-    if failure is not None and failure.server_fault and start_ns <= failure.at_ns <= end_ns:
-        span.set_status(Status(StatusCode.ERROR, failure.message))
+def _happened_in(failure: Failure | None, start_ns: int, end_ns: int) -> bool:
+    return failure is not None and start_ns <= failure.at_ns <= end_ns
+
+
+def _error_type(failure: Failure | None) -> Attributes:
+    return {} if failure is None else {"error.type": failure.error_type}
+
+
+def _server_fault(failure: Failure | None) -> Failure | None:
+    """The failure, where the service is at fault; a caller's mistake is no error of its span."""
+    return failure if failure is not None and failure.server_fault else None
+
+
+def _server_error(failure: Failure | None) -> str | None:
+    fault = _server_fault(failure)
+    return None if fault is None else fault.message

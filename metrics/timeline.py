@@ -1,118 +1,27 @@
-"""Marks collected while work runs, and the frozen timings they become.
+"""Marks collected while work runs.
 
-`RunTimeline` is filled by the thread that owns the model, `RequestTimeline` by whoever serves the
-request; neither computes anything while work is under way. `finish()` turns them into `RunTiming`
-and `RequestTiming`: frozen, in Unix nanoseconds, ready for `recorder.py`. Nothing here knows spans
-or metrics.
+The thread that owns the model fills a `RunTimeline`, the request's own threads a `RequestTimeline`.
+Neither computes anything while work is under way. `finish()` makes the frozen records of
+`records.py` out of them.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from metrics.clock import Clock, HostClock, Mark, MonotonicNs, WallAnchor
-from metrics.gpu import GpuConditions
-from metrics.slow import SlowReason, slow_reason
-
-RUN_STAGES = ("text_encode", "denoise", "vae_decode")
-"""Stages on the thread that owns the model, timed by the run's clock."""
-
-REQUEST_STAGES = ("receive", "queue", "image_encode", "upload", "respond")
-"""Stages of one request outside its run, timed by the host's clock."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageTiming:
-    """One stage of a run or a request, Unix nanoseconds."""
-
-    name: str
-    start_ns: int
-    end_ns: int
-
-    @property
-    def duration_ns(self) -> int:
-        return self.end_ns - self.start_ns
-
-
-@dataclass(frozen=True, slots=True)
-class StepTiming:
-    """One denoising step on the run's clock, Unix nanoseconds.
-
-    `gpu_queue_ns` is how long the step waited in the GPU's queue: the GPU's start of the step minus
-    the host's time of enqueueing it. Clearly positive, the step waited for the GPU; near zero, the
-    GPU waited for the host. Always 0 on the host's clock.
-    """
-
-    index: int
-    start_ns: int
-    end_ns: int
-    gpu_queue_ns: int
-
-    @property
-    def duration_ns(self) -> int:
-        return self.end_ns - self.start_ns
-
-
-@dataclass(frozen=True, slots=True)
-class StepSummary:
-    """The steps of one run in three figures."""
-
-    median_ns: int
-    slowest_ns: int
-    slowest_index: int
-
-
-@dataclass(frozen=True, slots=True)
-class RunTiming:
-    """One unit of GPU work: one or more requests of one shape, step count and guidance.
-
-    `start_ns` and `end_ns` are the host's, on the thread that owns the model; stages and steps are
-    the run clock's, placed within `error_bound_ns`.
-    """
-
-    run_id: str
-    clock: str
-    shape: str
-    guidance: bool
-    batch_size: int
-    start_ns: int
-    end_ns: int
-    stages: tuple[StageTiming, ...]
-    steps: tuple[StepTiming, ...]
-    error_bound_ns: int = 0
-    drift_ns: int = 0
-    eager_fallback: bool = False
-    """Something in it was not compiled for its shape and ran eagerly."""
-    conditions: tuple[GpuConditions, ...] = ()
-    """What the GPU's driver said while it ran."""
-    profile: str | None = None
-    """The file its profile is in. Recording it slowed the run, so it says nothing of latency."""
-
-    @property
-    def duration_ns(self) -> int:
-        return self.end_ns - self.start_ns
-
-    @property
-    def profiled(self) -> bool:
-        return self.profile is not None
-
-    def stage(self, name: str) -> StageTiming | None:
-        return next((stage for stage in self.stages if stage.name == name), None)
-
-    def step_summary(self) -> StepSummary | None:
-        if not self.steps:
-            return None
-        slowest = max(self.steps, key=lambda step: step.duration_ns)
-        return StepSummary(
-            median_ns=round(statistics.median(step.duration_ns for step in self.steps)),
-            slowest_ns=slowest.duration_ns,
-            slowest_index=slowest.index,
-        )
+from metrics.records import (
+    Failure,
+    GenerationFacts,
+    GpuConditions,
+    RequestTiming,
+    RunTiming,
+    StageTiming,
+    StepTiming,
+)
 
 
 class Ranges(Protocol):
@@ -247,99 +156,6 @@ class RunTimeline:
             eager_fallback=eager_fallback,
             conditions=tuple(conditions),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationFacts:
-    """What a valid request asked for. Lengths and sizes, never the prompt's text, unless the
-    operator turned `prompt` on."""
-
-    model_name: str
-    prompt_length: int
-    num_inference_steps: int
-    guidance_scale: float
-    width: int
-    height: int
-    seed: int
-    prompt: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a request failed. `message` must be free of user text; the caller sees to that.
-
-    What the caller of the service got wrong (`server_fault` false) is told on its span but does
-    not make the span an error, as the conventions for servers ask.
-    """
-
-    error_type: str
-    exception_type: str
-    message: str
-    at_ns: int
-    server_fault: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseTiming:
-    """One phase of the start-up, Unix nanoseconds; `attributes` say which shape or part."""
-
-    name: str
-    start_ns: int
-    end_ns: int
-    attributes: Mapping[str, str | int | float | bool] = field(default_factory=dict)
-
-    @property
-    def duration_ns(self) -> int:
-        return self.end_ns - self.start_ns
-
-
-@dataclass(frozen=True, slots=True)
-class WarmupTiming:
-    """The start-up from loading the model to ready, or to where it failed."""
-
-    start_ns: int
-    end_ns: int
-    phases: tuple[PhaseTiming, ...]
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestTiming:
-    """One request from its first byte read to its last byte written, Unix nanoseconds."""
-
-    endpoint: str
-    method: str
-    status_code: int
-    outcome: str
-    start_ns: int
-    end_ns: int
-    stages: tuple[StageTiming, ...]
-    run: RunTiming | None = None
-    observes_run: bool = False
-    facts: GenerationFacts | None = None
-    failure: Failure | None = None
-    image_bytes: int | None = None
-    """Size of the encoded image, once there is one."""
-
-    @property
-    def duration_ns(self) -> int:
-        return self.end_ns - self.start_ns
-
-    @property
-    def unattributed_ns(self) -> int:
-        """What no stage and no run covers: hand-overs between threads and the event loop."""
-        covered = sum(stage.duration_ns for stage in self.stages)
-        if self.run is not None:
-            covered += self.run.duration_ns
-        return max(0, self.duration_ns - covered)
-
-    @property
-    def slow_reason(self) -> SlowReason | None:
-        """Why it was slow, where that is known; see `metrics/slow.py`."""
-        return slow_reason(self)
-
-    def stage(self, name: str) -> StageTiming | None:
-        return next((stage for stage in self.stages if stage.name == name), None)
 
 
 class RequestTimeline:

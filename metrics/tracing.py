@@ -38,8 +38,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import Attributes
 from prometheus_client import CollectorRegistry
 
+from metrics.records import RequestTiming
 from metrics.sampling import KeepReason, Sampling, TraceIdentity
-from metrics.timeline import RequestTiming
+from metrics.spans import SpanNode, emit
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ SpansSettled = Callable[[str, int], None]
 """Told a value of `catalogue.SPAN_RESULTS` and how many spans it befell."""
 
 
-class _InHand(IdGenerator, Sampler):
+class PresetIds(IdGenerator, Sampler):
     """What the provider asks when a span starts: gives the ids of the identity in hand to the next
     root, random ones to the rest, and its probability to all of them.
 
@@ -119,7 +120,7 @@ class _InHand(IdGenerator, Sampler):
         return "DecidedBefore"
 
 
-class _Books(SpanProcessor):
+class SpanLedger(SpanProcessor):
     """How many spans have ended, and what became of them. Added up by several threads."""
 
     def __init__(self, on_ended: Callable[[int], None], on_settled: SpansSettled) -> None:
@@ -164,10 +165,10 @@ class _WatchedExporter(SpanExporter):
     """Enters in the books what became of every batch handed to the exporter it wraps."""
 
     def __init__(
-        self, exporter: SpanExporter, books: _Books, take_rejected: Callable[[], int]
+        self, exporter: SpanExporter, ledger: SpanLedger, take_rejected: Callable[[], int]
     ) -> None:
         self._exporter = exporter
-        self._books = books
+        self._ledger = ledger
         self._take_rejected = take_rejected
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
@@ -177,9 +178,9 @@ class _WatchedExporter(SpanExporter):
         finally:
             rejected = min(self._take_rejected(), len(spans))
             if result is SpanExportResult.SUCCESS:
-                self._books.settle({"exported": len(spans) - rejected, "rejected": rejected})
+                self._ledger.settle({"exported": len(spans) - rejected, "rejected": rejected})
             else:
-                self._books.settle({"failed": len(spans)})
+                self._ledger.settle({"failed": len(spans)})
         return result
 
     def shutdown(self) -> None:
@@ -190,7 +191,7 @@ class _WatchedExporter(SpanExporter):
 
 
 @dataclass(frozen=True, slots=True)
-class Destination:
+class SpanDestination:
     """Where spans go.
 
     Args:
@@ -222,7 +223,7 @@ class Tracing:
     def __init__(
         self,
         sampling: Sampling,
-        destination: Destination | None,
+        destination: SpanDestination | None,
         resource: Resource,
         *,
         on_ended: Callable[[int], None],
@@ -232,25 +233,27 @@ class Tracing:
         self._sampling = sampling
         self._ids = RandomIdGenerator()
         self._propagator = TraceContextTextMapPropagator()
-        self._books = _Books(on_ended, on_settled)
+        self._ledger = SpanLedger(on_ended, on_settled)
         self._emitting = threading.Lock()
         self._provider: TracerProvider | None = None
         self._tracer: Tracer | None = None
         self.left_behind = False
         """Whether a thread still tries to export though the time for it is over."""
         if destination is not None:
-            self._in_hand = _InHand(destination.honeycomb)
+            self._preset_ids = PresetIds(destination.honeycomb)
             # Shut down by us within a bound: the SDK's own exit hook waits for half a minute on a
             # dead backend.
             self._provider = TracerProvider(
-                sampler=self._in_hand,
+                sampler=self._preset_ids,
                 resource=resource,
                 shutdown_on_exit=False,
-                id_generator=self._in_hand,
+                id_generator=self._preset_ids,
             )
-            watched = _WatchedExporter(destination.exporter, self._books, destination.take_rejected)
+            watched = _WatchedExporter(
+                destination.exporter, self._ledger, destination.take_rejected
+            )
             self._queue_size, batches = _batch_processor(watched, destination.meter_provider)
-            self._provider.add_span_processor(self._books)
+            self._provider.add_span_processor(self._ledger)
             self._provider.add_span_processor(batches)
             self._tracer = self._provider.get_tracer(SCOPE_NAME, version, schema_url=SCHEMA_URL)
 
@@ -261,7 +264,7 @@ class Tracing:
     @property
     def outstanding(self) -> int:
         """Spans that wait or are on their way."""
-        return self._books.outstanding
+        return self._ledger.outstanding
 
     def identify(self, *carriers: Mapping[str, str]) -> TraceIdentity:
         """Draw a request's ids and decide on its export.
@@ -284,14 +287,11 @@ class Tracing:
         was. For one thread."""
         return self._sampling.settle(identity, worth_keeping)
 
-    def emit(
-        self, identity: TraceIdentity, spans: int, build: Callable[[Tracer, Context], None]
-    ) -> bool:
-        """Let `build` emit the tree of `spans` spans whose root carries `identity`.
+    def emit(self, identity: TraceIdentity, tree: SpanNode) -> bool:
+        """Emit a tree whose root gets the ids of `identity`; returns whether it was queued.
 
-        `build` receives the tracer and the root's parent context, and starts the root first. A tree
-        for which there is no room is given up whole: the SDK would tear old ones apart instead.
-        Returns whether the tree is on its way.
+        A tree for which the queue has no room is dropped whole. The SDK would drop the oldest spans
+        instead, and leave trees with holes.
         """
         if self._tracer is None or not identity.exported:
             return False
@@ -299,11 +299,11 @@ class Tracing:
         if identity.parent is not None:
             parent = trace.set_span_in_context(trace.NonRecordingSpan(identity.parent), parent)
         with self._emitting:
-            if self._books.outstanding + spans > self._queue_size:
-                self._books.never_built(spans, "queue_full")
+            if self._ledger.outstanding + tree.size > self._queue_size:
+                self._ledger.never_built(tree.size, "queue_full")
                 return False
-            self._in_hand.take(identity)
-            build(self._tracer, parent)
+            self._preset_ids.take(identity)
+            emit(self._tracer, parent, tree)
         return True
 
     def shutdown(self, budget_seconds: float) -> int:
@@ -320,7 +320,7 @@ class Tracing:
         flusher.start()
         flusher.join(budget_seconds)
         self.left_behind = flusher.is_alive()
-        lost = self._books.close("shutdown")
+        lost = self._ledger.close("shutdown")
         if lost:
             logger.warning(
                 "%d spans were not exported within the %.1f s allowed at shutdown",
@@ -391,10 +391,10 @@ def sdk_metrics(registry: CollectorRegistry) -> MeterProvider:
     return SdkMeterProvider([reader], resource=Resource.get_empty(), shutdown_on_exit=False)
 
 
-def otlp_destination(honeycomb: bool, meter_provider: MeterProvider | None) -> Destination:
+def otlp_destination(honeycomb: bool, meter_provider: MeterProvider | None) -> SpanDestination:
     """The OTLP/HTTP endpoint that the standard `OTEL_EXPORTER_OTLP_*` variables name."""
     from metrics.otlp import otlp_exporter
 
     with _self_metrics(meter_provider):
         exporter, answers = otlp_exporter(meter_provider)
-    return Destination(exporter, answers.take_rejected, honeycomb, meter_provider)
+    return SpanDestination(exporter, answers.take_rejected, honeycomb, meter_provider)

@@ -24,8 +24,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from metrics.catalogue import GenerationMetrics, render
+from metrics.records import GenerationFacts, RequestTiming
 from metrics.sampling import TraceIdentity
-from metrics.timeline import GenerationFacts, RequestTiming
 from metrics.tracing import Tracing
 from serve.call import Call, current_call
 from serve.errors import (

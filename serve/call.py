@@ -14,8 +14,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from metrics.records import Failure, GenerationFacts, RequestTiming, RunTiming
 from metrics.sampling import TraceIdentity
-from metrics.timeline import Failure, GenerationFacts, RequestTimeline, RequestTiming, RunTiming
+from metrics.timeline import RequestTimeline
 from serve.admission import Cancellation
 from serve.errors import GenerationFailed, RequestError
 

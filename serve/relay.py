@@ -35,9 +35,9 @@ from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
 from metrics.catalogue import GenerationMetrics
+from metrics.records import Failure, RequestTiming
 from metrics.sampling import TraceIdentity
-from metrics.spans import emit_call, emit_relay
-from metrics.timeline import Failure, RequestTiming
+from metrics.spans import call_node, gateway_tree
 from serve import __version__
 from serve.asgi import begin
 from serve.call import Call
@@ -408,23 +408,16 @@ class Relay:
         settled = self.tracing.settle(identity, worth_keeping=kept_for is not None)
         call = request.stage("call")
         own = dataclasses.replace(request, stages=tuple(s for s in request.stages if s is not call))
-        on_its_way = self.tracing.emit(
-            settled,
-            1 + len(own.stages),
-            lambda tracer, context: emit_relay(tracer, context, own, settled.caller),
-        )
-        if on_its_way and outgoing is not None and call is not None:
+        queued = settled.exported and self.tracing.emit(settled, gateway_tree(own, settled.caller))
+        if queued and outgoing is not None and call is not None:
             of_call, attributes = outgoing.identity, outgoing.attributes
             self.tracing.emit(
                 dataclasses.replace(
                     settled, span_id=of_call.span_id, parent=of_call.parent, caller=None
                 ),
-                1,
-                lambda tracer, context: emit_call(
-                    tracer, context, call, request.failure, attributes
-                ),
+                call_node(call, request.failure, attributes),
             )
-        return on_its_way
+        return queued
 
     # Ending
 

@@ -28,10 +28,12 @@ from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
 from kernels_warmup.warmup import RunKind
 from metrics.catalogue import GenerationMetrics
 from metrics.clock import Clock, make_clock
-from metrics.gpu import Gpu, GpuMetrics, GpuWatch
+from metrics.gpu import Gpu, GpuWatch
+from metrics.gpu_metrics import GpuMetrics
 from metrics.push import MetricsPush
 from metrics.recorder import Recorder
-from metrics.timeline import GenerationFacts, RunTimeline
+from metrics.records import GenerationFacts
+from metrics.timeline import RunTimeline
 from metrics.tracing import Tracing
 from serve import __version__
 from serve.admission import Admission, Cancellations

@@ -30,7 +30,7 @@ from kernels_warmup.warmup import (
 from metrics.catalogue import GenerationMetrics, RunFlops
 from metrics.clock import Clock, WallAnchor
 from metrics.recorder import Recorder
-from metrics.timeline import Failure, PhaseTiming, WarmupTiming
+from metrics.records import Failure, PhaseTiming, WarmupTiming
 from serve.errors import Draining, ModelError
 from serve.gpu_thread import GpuThread
 from serve.settings import ServeSettings

@@ -12,7 +12,8 @@ from opentelemetry.sdk.resources import Resource
 from kernels_warmup.shapes import CompiledShape
 from metrics.budget import Budget
 from metrics.catalogue import BucketFamilies, GenerationMetrics
-from metrics.gpu import Gpu, GpuMetrics, MemoryUse
+from metrics.gpu import Gpu
+from metrics.gpu_metrics import GpuMetrics, MemoryUse
 from metrics.peaks import peak_flops
 from metrics.push import MetricsPush
 from metrics.sampling import KeepRules, Sampling

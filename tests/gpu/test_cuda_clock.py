@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from metrics.clock import WallAnchor, make_clock
 from metrics.gpu import THROTTLE_REASONS, Gpu
-from metrics.timeline import RunTimeline, RunTiming
+from metrics.records import RunTiming
+from metrics.timeline import RunTimeline
 from serve.admission import Cancellation
 from serve.call import Call
 from serve.errors import ClientGone

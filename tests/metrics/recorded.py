@@ -17,9 +17,10 @@ from prometheus_client import CollectorRegistry
 
 from metrics.budget import Budget
 from metrics.catalogue import GenerationMetrics, RunFlops, render
-from metrics.gpu import Gpu, GpuMetrics, MemoryUse
+from metrics.gpu import Gpu
+from metrics.gpu_metrics import GpuMetrics, MemoryUse
 from metrics.peaks import peak_flops
-from metrics.timeline import Failure
+from metrics.records import Failure
 from serve.errors import ERROR_TYPES, OUTCOMES, REJECTIONS
 from serve.runtime import ENDPOINTS
 from tests.metrics.fake_nvml import FakeGpu, FakeNvml

@@ -13,7 +13,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from metrics.budget import Budget
 from metrics.catalogue import GenerationMetrics, RunFlops, render
-from metrics.timeline import Failure
+from metrics.records import Failure
+from metrics.slow_reason import slow_reason
 from tests.metrics.timings import FACTS, START_NS, request_timing, run_timing
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -382,7 +383,7 @@ def test_a_profiled_request_is_counted_and_its_times_are_observed_nowhere(
 def test_why_a_request_was_slow_is_counted_as_its_trace_says(metrics: GenerationMetrics) -> None:
     run = dataclasses.replace(run_timing(START_NS), eager_fallback=True)
     request = request_timing(run=run)
-    assert request.slow_reason == "eager_fallback"
+    assert slow_reason(request) == "eager_fallback"
     metrics.observe_request(request, EXEMPLAR)
     assert value(metrics, "sdxl_slow_requests_total", reason="eager_fallback") == 1
     assert value(metrics, "sdxl_slow_requests_total", reason="queue") == 0

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from metrics.gpu import THROTTLE_REASONS, Gpu, GpuConditions
+from metrics.gpu import THROTTLE_REASONS, Gpu
+from metrics.records import GpuConditions
 from tests.metrics.fake_nvml import FakeGpu, FakeNvml
 
 FIRST = FakeGpu(uuid="GPU-aaaaaaaa-0000")

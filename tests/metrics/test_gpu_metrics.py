@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from metrics.catalogue import GenerationMetrics, render
-from metrics.gpu import Gpu, GpuMetrics, MemoryUse
+from metrics.gpu import Gpu
+from metrics.gpu_metrics import GpuMetrics, MemoryUse
 from tests.metrics.fake_nvml import FakeGpu, FakeNvml
 from tests.metrics.test_catalogue import OPENMETRICS, declared
 

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from metrics.otlp import otlp_exporter
 from metrics.sampling import Sampling
 from metrics.tracing import Tracing, otlp_destination
-from tests.metrics.test_tracing import two_spans
+from tests.metrics.test_tracing import TWO_SPANS
 from tests.otlp_endpoint import Answer, otlp_endpoint
 
 Export = Callable[..., Counter[str]]
@@ -36,7 +36,7 @@ def export(monkeypatch: pytest.MonkeyPatch) -> Export:
                 on_ended=lambda count: books.update(ended=count),
                 on_settled=lambda result, count: books.update({result: count}),
             )
-            pipeline.emit(pipeline.identify(), 2, two_spans)
+            pipeline.emit(pipeline.identify(), TWO_SPANS)
             pipeline.shutdown(20)
             books["received"] = len(endpoint.spans)
         return books

@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry
 
 from metrics.catalogue import GenerationMetrics
 from metrics.recorder import Recorder, StepSpans
+from metrics.records import Failure, WarmupTiming
 from metrics.sampling import KeepRules, Sampling
-from metrics.timeline import Failure, WarmupTiming
-from metrics.tracing import Destination, Tracing
+from metrics.tracing import SpanDestination, Tracing
 from tests.metrics.timings import START_NS, request_timing
 
 FAILED = Failure("internal", "E", "m", START_NS)
@@ -32,7 +32,7 @@ def recorder(
     exporter = InMemorySpanExporter()
     tracing = Tracing(
         Sampling(rate, keep=KeepRules()),
-        Destination(exporter),
+        SpanDestination(exporter),
         Resource.create({}),
         on_ended=metrics.spans_ended,
         on_settled=metrics.spans_settled,

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.trace import SpanContext, TraceFlags, TraceState
 
+from metrics.records import Failure
 from metrics.sampling import KeepRules, Sampling, TokenBucket, TraceIdentity
-from metrics.timeline import Failure
 from tests.metrics.timings import START_NS, request_timing
 
 FAILED = Failure("internal", "E", "m", START_NS)

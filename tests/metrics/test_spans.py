@@ -14,10 +14,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanContext, SpanKind, StatusCode, TraceFlags
 
-from metrics.gpu import GpuConditions
-from metrics.spans import emit_request, emit_warmup, request_spans, warmup_spans
-from metrics.timeline import (
+from metrics.records import (
     Failure,
+    GpuConditions,
     PhaseTiming,
     RequestTiming,
     RunTiming,
@@ -25,6 +24,7 @@ from metrics.timeline import (
     StepTiming,
     WarmupTiming,
 )
+from metrics.spans import emit, request_tree, warmup_tree
 from tests.metrics.timings import FACTS, MS, START_NS, request_timing, run_timing
 
 
@@ -34,9 +34,10 @@ def emitted(
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    emit_request(provider.get_tracer("test"), Context(), request, steps, caller)
+    tree = request_tree(request, steps, caller)
+    emit(provider.get_tracer("test"), Context(), tree)
     spans = list(exporter.get_finished_spans())
-    assert len(spans) == request_spans(request, steps)
+    assert len(spans) == tree.size
     return spans
 
 
@@ -231,9 +232,10 @@ def test_a_warm_up_is_a_trace_of_its_own() -> None:
     )
     failure = Failure("warmup_failed", "ValueError", "m", START_NS + 3 * MS)
     warmup = WarmupTiming(START_NS, START_NS + 3 * MS, phases, failure)
-    emit_warmup(provider.get_tracer("t"), Context(), warmup, {"model.name": "demo"})
+    tree = warmup_tree(warmup, {"model.name": "demo"})
+    emit(provider.get_tracer("t"), Context(), tree)
     spans = list(exporter.get_finished_spans())
-    assert len(spans) == warmup_spans(warmup) == 4
+    assert len(spans) == tree.size == 4
     assert_nested(spans)
     assert [s.name for s in spans] == ["load_model", "compile 128x128", "verify", "warmup"]
     assert spans[-1].status.status_code is StatusCode.ERROR

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics.clock import CudaEventClock, HostClock, WallAnchor
-from metrics.timeline import Failure, RequestTimeline, RequestTiming, RunTimeline
+from metrics.records import Failure, RequestTiming
+from metrics.timeline import RequestTimeline, RunTimeline
 from tests.metrics.test_clock import FakeDevice, Ticker
 from tests.metrics.test_spans import assert_nested, emitted, named
 from tests.metrics.timings import request_timing

@@ -13,17 +13,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 
 from metrics.catalogue import SPAN_RESULTS, render
 from metrics.sampling import KeepRules, Sampling, TraceIdentity
-from metrics.spans import emit_request, request_spans
+from metrics.spans import SpanNode, request_tree
 from metrics.tracing import (
     HONEYCOMB_SAMPLE_RATE,
     MAX_EXPORT_BATCH_SIZE,
@@ -31,7 +29,7 @@ from metrics.tracing import (
     MOST_SPANS_PER_REQUEST,
     PROBABILITY,
     SPANS_PER_REQUEST,
-    Destination,
+    SpanDestination,
     Tracing,
     sdk_metrics,
 )
@@ -53,7 +51,7 @@ def tracing(
 
     pipeline = Tracing(
         Sampling(rate, keep=KeepRules()),
-        None if exporter is None else Destination(exporter, **destination),
+        None if exporter is None else SpanDestination(exporter, **destination),
         Resource.create({}),
         on_ended=lambda count: books.update(ended=count),
         on_settled=on_settled,
@@ -62,15 +60,10 @@ def tracing(
 
 
 def emit_two(pipeline: Tracing, identity: TraceIdentity | None = None) -> bool:
-    return pipeline.emit(identity or pipeline.identify(), 2, two_spans)
+    return pipeline.emit(identity or pipeline.identify(), TWO_SPANS)
 
 
-def two_spans(tracer: Tracer, context: Context) -> None:
-    from opentelemetry import trace
-
-    root = tracer.start_span("root", context)
-    tracer.start_span("child", trace.set_span_in_context(root, context)).end()
-    root.end()
+TWO_SPANS = SpanNode("root", 1, 4, children=(SpanNode("child", 2, 3),))
 
 
 def test_a_callers_context_is_continued() -> None:
@@ -220,9 +213,11 @@ def test_ids_of_one_trace_do_not_leak_into_the_next() -> None:
 
 
 def test_the_batch_sizes_are_what_requests_come_to() -> None:
-    assert request_spans(request_timing(run=run_timing(START_NS, (10,) * 30))) == SPANS_PER_REQUEST
+    assert (
+        request_tree(request_timing(run=run_timing(START_NS, (10,) * 30))).size == SPANS_PER_REQUEST
+    )
     longest = request_timing(run=run_timing(START_NS, (10,) * 100))
-    assert request_spans(longest) == MOST_SPANS_PER_REQUEST
+    assert request_tree(longest).size == MOST_SPANS_PER_REQUEST
     assert MAX_QUEUE_SIZE == 8192
     assert MOST_SPANS_PER_REQUEST < MAX_EXPORT_BATCH_SIZE < MAX_QUEUE_SIZE
 
@@ -271,11 +266,7 @@ def test_memory_is_bounded_whatever_the_backend_does() -> None:
 
     def emit(count: int) -> None:
         for _ in range(count):
-            pipeline.emit(
-                pipeline.identify(),
-                request_spans(request),
-                lambda tracer, context: emit_request(tracer, context, request),
-            )
+            pipeline.emit(pipeline.identify(), request_tree(request))
 
     tracemalloc.start()
     emit(300)  # past the queue's size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metrics.timeline import (
+from metrics.records import (
     Failure,
     GenerationFacts,
     RequestTiming,

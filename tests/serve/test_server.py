@@ -13,8 +13,8 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from metrics.records import RequestTiming
 from metrics.sampling import Sampling, TraceIdentity
-from metrics.timeline import RequestTiming
 from serve import server
 from serve.asgi import MAX_BODY_BYTES
 from serve.errors import ConfigurationError

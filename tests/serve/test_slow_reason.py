@@ -14,7 +14,8 @@ import pytest
 
 from metrics.clock import CudaEventClock
 from metrics.gpu import Gpu, GpuWatch
-from metrics.timeline import RequestTiming
+from metrics.records import RequestTiming
+from metrics.slow_reason import slow_reason
 from serve.call import Call
 from serve.images import data_uri
 from serve.runtime import Runtime
@@ -33,7 +34,7 @@ async def serve(runtime: Runtime, call: Call, **changes: Any) -> RequestTiming:
 def told(timing: RequestTiming) -> object:
     """What the span says; the timing says the same."""
     reason = dict(named(emitted(timing), "inference").attributes or {}).get("inference.slow_reason")
-    assert reason == timing.slow_reason
+    assert reason == slow_reason(timing)
     return reason
 
 

@@ -34,6 +34,7 @@ from kernels_warmup.compile import (
 )
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import UNGUIDED, RunKind, compiler_counts
+from metrics.slow_reason import slow_reason
 from serve.call import Call
 from serve.demo_model import checkpoint_path
 from serve.errors import InvalidRequest, ModelError
@@ -265,7 +266,7 @@ def test_a_recompile_is_not_taken_but_counted(
     assert compiler_counts() == before
     assert call.run is not None
     assert call.run.eager_fallback
-    assert call.finish(200).slow_reason == "eager_fallback"
+    assert slow_reason(call.finish(200)) == "eager_fallback"
     # Once a run, however many of its steps would have compiled.
     assert counted(compiled, "sdxl_recompiles_total") == 1
     assert caplog.text.count("not compiled again, run eagerly") == 1

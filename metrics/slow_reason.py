@@ -10,12 +10,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
-from metrics.gpu import GpuConditions
-
-if TYPE_CHECKING:
-    from metrics.timeline import RequestTiming, RunTiming, StepTiming
+from metrics.records import GpuConditions, RequestTiming, RunTiming, StepTiming
 
 SlowReason = Literal["queue", "host_starved", "gpu_throttled", "eager_fallback", "upload"]
 SLOW_REASONS: tuple[SlowReason, ...] = get_args(SlowReason)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from metrics.clock import CudaEventClock, HostClock, WallAnchor
-from metrics.gpu import GpuConditions
-from metrics.slow import SLOW_REASONS
-from metrics.timeline import RequestTiming, RunTimeline, RunTiming, StageTiming
+from metrics.records import GpuConditions, RequestTiming, RunTiming, StageTiming
+from metrics.slow_reason import SLOW_REASONS, slow_reason
+from metrics.timeline import RunTimeline
 from tests.metrics.test_clock import FakeDevice, Ticker
 from tests.metrics.timings import MS, request_timing
 
@@ -56,19 +56,19 @@ def request_of(run: RunTiming | None, **stage_ms: float) -> RequestTiming:
 def test_a_fed_gpu_is_no_reason() -> None:
     run = run_on()
     assert min(step.gpu_queue_ns for step in run.steps[2:]) > STEP_MS * MS
-    assert request_of(run).slow_reason is None
-    assert request_timing().slow_reason is None
+    assert slow_reason(request_of(run)) is None
+    assert slow_reason(request_timing()) is None
 
 
 def test_a_host_that_is_slower_than_the_gpu_starves_it() -> None:
     run = run_on(enqueue_ms=lambda _: 55)
-    assert request_of(run).slow_reason == "host_starved"
+    assert slow_reason(request_of(run)) == "host_starved"
 
 
 def test_one_long_stall_of_the_host_starves_it_too() -> None:
     stalled = run_on(enqueue_ms=lambda index: 300 if index == 6 else 2)
     assert stalled.step_summary().slowest_index == 6  # type: ignore[union-attr]
-    assert request_of(stalled).slow_reason == "host_starved"
+    assert slow_reason(request_of(stalled)) == "host_starved"
 
 
 def test_a_step_that_was_slow_on_a_fed_gpu_is_not_the_hosts_fault() -> None:
@@ -76,18 +76,18 @@ def test_a_step_that_was_slow_on_a_fed_gpu_is_not_the_hosts_fault() -> None:
     at = run.steps[6]
     slow = replace(at, end_ns=at.end_ns + 300 * MS)
     steps = (*run.steps[:6], slow, *run.steps[7:])
-    assert request_of(replace(run, steps=steps)).slow_reason is None
+    assert slow_reason(request_of(replace(run, steps=steps))) is None
 
 
 def test_short_runs_and_the_hosts_own_clock_prove_nothing() -> None:
     starved = run_on(enqueue_ms=lambda _: 55)
-    assert request_of(replace(starved, steps=starved.steps[:2])).slow_reason is None
-    assert request_of(run_on("host")).slow_reason is None
+    assert slow_reason(request_of(replace(starved, steps=starved.steps[:2]))) is None
+    assert slow_reason(request_of(run_on("host"))) is None
 
 
 def test_a_queue_time_within_the_clocks_error_is_none() -> None:
     run = run_on()
-    assert request_of(replace(run, error_bound_ns=5 * STEP_MS * MS)).slow_reason == "host_starved"
+    assert slow_reason(request_of(replace(run, error_bound_ns=5 * STEP_MS * MS))) == "host_starved"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_queue_time_within_the_clocks_error_is_none() -> None:
 )
 def test_a_gpu_that_is_held_back(conditions: GpuConditions, expected: str | None) -> None:
     run = replace(run_on(), conditions=(GpuConditions(), conditions))
-    assert request_of(run).slow_reason == expected
+    assert slow_reason(request_of(run)) == expected
 
 
 @pytest.mark.parametrize("name", ["queue", "upload"])
@@ -114,19 +114,19 @@ def test_waiting_and_uploading_count_against_the_run(
 ) -> None:
     run = run_on()
     assert 480 <= run.duration_ns / MS <= 500
-    reason = request_of(run, **{name: milliseconds}).slow_reason
+    reason = slow_reason(request_of(run, **{name: milliseconds}))
     assert reason == (name if slow else None)
 
 
 def test_beside_a_short_run_a_tenth_of_a_second_is_needed() -> None:
     run = replace(run_on(), start_ns=0, end_ns=20 * MS)
-    assert request_of(run, queue=99).slow_reason is None
-    assert request_of(run, queue=101).slow_reason == "queue"
+    assert slow_reason(request_of(run, queue=99)) is None
+    assert slow_reason(request_of(run, queue=101)) == "queue"
 
 
 def test_a_request_that_only_waited() -> None:
-    assert request_of(None, queue=101).slow_reason == "queue"
-    assert request_of(None, queue=1).slow_reason is None
+    assert slow_reason(request_of(None, queue=101)) == "queue"
+    assert slow_reason(request_of(None, queue=1)) is None
 
 
 def test_what_took_longer_comes_first_and_causes_before_symptoms() -> None:
@@ -134,11 +134,11 @@ def test_what_took_longer_comes_first_and_causes_before_symptoms() -> None:
     starved = run_on(enqueue_ms=lambda _: 55)
     ill: dict[str, Any] = {"conditions": (hot,), "eager_fallback": True}
     run = replace(starved, **ill)
-    assert request_of(run, queue=600, upload=500).slow_reason == "queue"
-    assert request_of(run, queue=500, upload=600).slow_reason == "upload"
-    assert request_of(run).slow_reason == "eager_fallback"
-    assert request_of(replace(run, eager_fallback=False)).slow_reason == "gpu_throttled"
-    assert request_of(starved).slow_reason == "host_starved"
+    assert slow_reason(request_of(run, queue=600, upload=500)) == "queue"
+    assert slow_reason(request_of(run, queue=500, upload=600)) == "upload"
+    assert slow_reason(request_of(run)) == "eager_fallback"
+    assert slow_reason(request_of(replace(run, eager_fallback=False))) == "gpu_throttled"
+    assert slow_reason(request_of(starved)) == "host_starved"
 
 
 def test_the_reasons_are_a_closed_set() -> None:
