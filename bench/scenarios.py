@@ -90,7 +90,7 @@ _TEXT = _FUSED | {"text_once": True}
 _VAE = _TEXT | {"vae_attention": True}
 _WHOLE = _VAE | {"scope": "whole"}
 
-KERNELS = ("layer_norm", "cross_attention", "geglu")
+KERNELS = ("layer_norm", "residual_products", "cross_attention", "geglu")
 """Fields of a recipe that do nothing where `kernels_warmup.triton` cannot run."""
 
 # Ways that no GPU has measured yet, each by itself on what `compiled` does, and all at once.
@@ -207,6 +207,13 @@ SCENARIOS: tuple[Scenario, ...] = (
     # By what is expected of them, bench/results/notes.md.
     _beside("group-norm", "group norms along the channels", group_norm=True),
     _kernel("layer_norm", "the blocks' sums and norms"),
+    _beside(
+        "residual-products",
+        "the blocks' sums by the products before them, norms by a kernel of our own",
+        cuda_only=True,
+        layer_norm=True,
+        residual_products=True,
+    ),
     _beside("zero-text", "no text attended to where it is zero", zero_text=True),
     _inductor(
         "multi-kernel",

@@ -78,6 +78,9 @@ class Recipe:
     """The transformer blocks' sums, each with the norm after it."""
     cross_attention: bool = False
     """Attention to the text's 77 keys."""
+    residual_products: bool = False
+    """The transformer blocks' sums by the products before them; it needs `layer_norm` and no
+    compiling block by block. A quantised UNet keeps its sums."""
     geglu: bool = False
     """The feed-forwards' first product, with its gating."""
     text_encoders: bool = False
@@ -121,6 +124,7 @@ RECIPES: dict[Mode, Recipe] = {
         zero_text=True,
         time_once=True,
         layer_norm=True,
+        residual_products=True,
         cross_attention=True,
         geglu=True,
     ),
@@ -226,6 +230,8 @@ def compile_unet(
     """
     if recipe.zero_text and not recipe.text_once:
         raise ValueError("zero_text needs text_once: the keys and values of a text that is zero")
+    if recipe.residual_products and (not recipe.layer_norm or recipe.scope == "blocks"):
+        raise ValueError("residual_products needs layer_norm, and no compiling block by block")
     if recipe.channels_last:
         channels_last(unet)
     set_attention(unet, attention, fuse_qkv=recipe.fuse_qkv)
@@ -286,9 +292,13 @@ def _set_kernels(
 
     if recipe.layer_norm:
         install.set_layer_norm(unet, across_blocks=recipe.scope != "blocks")
+    # A quantised product is torchao's.
+    if recipe.residual_products and quantized is None:
+        from kernels_warmup.triton.residuals import set_residual_products
+
+        set_residual_products(unet)
     if recipe.cross_attention:
         install.set_cross_attention(unet, attention)
-    # A quantised product is torchao's.
     if recipe.geglu and quantized is None:
         install.set_geglu(unet)
 

@@ -71,7 +71,7 @@ class NormedBlock(Block):
         class_labels: torch.Tensor | None = None,
         added_cond_kwargs: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        _refuse_masks(attention_mask, encoder_attention_mask)
+        refuse_masks(attention_mask, encoder_attention_mask)
         norm = normed(hidden_states, self.norm1)
         zero_text = ZERO_TEXT in (cross_attention_kwargs or ())
         hidden, change = self.parts(hidden_states, norm, encoder_hidden_states, zero_text)
@@ -110,7 +110,7 @@ class NormedTransformer(Transformer2DModel):  # type: ignore[misc]
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """hidden_states: (batch, channels, height, width)."""
-        _refuse_masks(attention_mask, encoder_attention_mask)
+        refuse_masks(attention_mask, encoder_attention_mask)
         batch, _, height, width = hidden_states.shape
         text = encoder_hidden_states
         zero_text = ZERO_TEXT in (cross_attention_kwargs or ())
@@ -127,7 +127,7 @@ class NormedTransformer(Transformer2DModel):  # type: ignore[misc]
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-def _refuse_masks(*masks: torch.Tensor | None) -> None:
+def refuse_masks(*masks: torch.Tensor | None) -> None:
     if any(mask is not None for mask in masks):
         raise ValueError("SDXL attends to every token; an attention mask is not supported")
 

@@ -21,7 +21,7 @@ from bench import operator_times
 from kernels_warmup.attention import set_attention
 from kernels_warmup.blocks import ZERO_TEXT
 from kernels_warmup.rewrites import TextOnce
-from kernels_warmup.triton import cross_attention, geglu, install, layer_norm, reference
+from kernels_warmup.triton import cross_attention, geglu, install, layer_norm, reference, residuals
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_unet
 
 # The interpreter's products do not know bfloat16.
@@ -89,6 +89,27 @@ def geglus(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
         yield f"{rows} x {inner} x {columns}", relative_error(result, expected)
 
 
+def residual(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    for width in (32, 640, 1280):
+        hidden, shift = draw(4, 5, width).to(dtype), draw(width, seed=2)
+        weight, bias = draw(width, seed=3).to(dtype), draw(width, seed=4).to(dtype)
+        expected = reference.shifted_layer_norm(
+            hidden.float(), shift, weight.float(), bias.float(), 1e-5
+        )
+        for last in (4, 1):
+            norm = residuals.shifted_layer_norm(hidden, shift, weight, bias, 1e-5, last)
+            yield f"norm of {width}, last {last}", relative_error(norm, expected[-last:])
+        inner = draw(4, 5, 48, seed=5).to(dtype)
+        product = draw(width, 48, seed=6).to(dtype)
+        for last in (4, 1):
+            total = hidden.clone()
+            residuals.add_product(total, inner[-last:], product)
+            summed = hidden.double()
+            summed[-last:] += inner[-last:].double() @ product.double().T
+            yield f"sum of {width}, last {last}", relative_error(total, summed)
+            assert torch.equal(total[:-last], hidden[:-last])
+
+
 def gelu() -> Iterator[tuple[str, float]]:
     """One times gelu, from -12 to 12; the largest difference."""
     grid = torch.linspace(-12, 12, 16 * 8192).view(-1, 16)
@@ -109,6 +130,8 @@ def operators() -> Iterator[tuple[str, float]]:
         (some.layer_norm, (x, channels, channels, 1e-5)),
         (some.few_keys_attention, (x, x + 1, x + 2, 2)),
         (some.geglu, (x, draw(96, 32), draw(96))),
+        (some.add_product, (x, x + 1, draw(32, 32))),
+        (some.shifted_layer_norm, (x, channels, channels, channels, 1e-5, 1)),
     ):
         checks = ("test_schema", "test_faketensor")
         found = torch.library.opcheck(operator.default, arguments, test_utils=checks)
@@ -126,6 +149,7 @@ def flops() -> Iterator[tuple[str, float]]:
             reference.few_keys_attention,
             (x, x[:, :7], x[:, 7:14], 2),
         ),
+        (residuals.add_product, residual_product, (x.clone(), x, draw(32, 32))),
     ):
         counts = []
         for function in (own, plain):
@@ -133,6 +157,12 @@ def flops() -> Iterator[tuple[str, float]]:
                 function(*arguments)
             counts.append(counter.get_total_flops())
         yield plain.__name__, counts[0] / counts[1]
+
+
+def residual_product(
+    total: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    return total + inner @ weight.T
 
 
 def rows() -> Iterator[tuple[str, float]]:
@@ -169,7 +199,7 @@ def whole() -> Iterator[tuple[str, float]]:
     with Counted() as counted:
         yield "all", relative_error(unet(**after_text)[0], expected)
     yield from counted.calls.items()
-    yield from traced(unet)
+    yield "traced", traced_error(unet)
 
     inputs["encoder_hidden_states"][:1] = 0
     expected = plain(**inputs)[0]
@@ -177,13 +207,24 @@ def whole() -> Iterator[tuple[str, float]]:
     after_text["cross_attention_kwargs"] = {ZERO_TEXT: True}
     yield "all, half without text", relative_error(unet(**after_text)[0], expected)
 
+    residuals.set_residual_products(unet)
+    with Counted() as counted:
+        yield "residual, half without text", relative_error(unet(**after_text)[0], expected)
+    yield from ((f"residual {name}", calls) for name, calls in counted.calls.items())
+    yield "residual, traced", traced_error(unet)
+    inputs = step_inputs(2, size=8)
+    expected = plain(**inputs)[0]
+    text.prepare_conditioning(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
+    del after_text["cross_attention_kwargs"]
+    yield "residual", relative_error(unet(**after_text)[0], expected)
 
-def traced(unet: Any) -> Iterator[tuple[str, float]]:
-    """One of its transformers in one graph."""
+
+def traced_error(unet: Any) -> float:
+    """One of its transformers in one graph, against the same launched operator by operator."""
     transformer = unet.mid_block.attentions[0]
     hidden = draw(2, 128, 4, 4)
     compiled = torch.compile(transformer, fullgraph=True, dynamic=False, backend="aot_eager")
-    yield "traced", relative_error(compiled(hidden)[0], transformer(hidden)[0])
+    return relative_error(compiled(hidden)[0], transformer(hidden)[0])
 
 
 def prepared(unet: Any) -> TextOnce:
@@ -214,7 +255,7 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for name, dtype in TYPES.items():
-            for part in (norms, attentions, geglus):
+            for part in (norms, attentions, geglus, residual):
                 found[f"{part.__name__} {name}"] = dict(part(dtype))
         for check in (gelu, operators, flops, rows, whole):
             found[check.__name__] = dict(check())

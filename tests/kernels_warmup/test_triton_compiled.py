@@ -90,12 +90,16 @@ def assembled(ptx: str) -> str:
     return done.stderr
 
 
-def compiled_norm(width: int, how: layer_norm.Launch, *, add: bool) -> Compiled:
+def compiled_norm(
+    width: int, how: layer_norm.Launch, *, add: bool, shift: bool = False
+) -> Compiled:
     head, tail = layer_norm.split(width)
     pointers = ("hidden", "change", "missing", "weight", "bias", "total", "normed")
     numbers = ("rows", "first_changed", "first_normed")
     types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(numbers, "i32") | {"eps": "fp32"}
-    constants = {"ADD": add, "HEAD": head, "TAIL": tail, "ROWS": how.rows}
+    if shift:
+        types["missing"] = "*fp32"
+    constants = {"ADD": add, "SHIFT": shift, "HEAD": head, "TAIL": tail, "ROWS": how.rows}
     return compiled(layer_norm._add_layer_norm_kernel, types, constants, how.warps)
 
 
@@ -151,6 +155,14 @@ def test_a_row_stays_in_one_warps_registers(width: int, add: bool) -> None:
     assert made.count(r"ld\.global") - narrow == made.count(r"ld\.global\.v4\.b32") > 0
     assert made.count(r"st\.global") == made.count(r"st\.global\.v4\.b32") > 0
     # So many rows of one warp that a multiprocessor's 65,536 registers hold 16 of them and more.
+    assert made.registers <= 128
+
+
+@pytest.mark.parametrize("width", [640, 1280])
+def test_the_norm_of_a_shifted_row_stays_in_registers_too(width: int) -> None:
+    how = layer_norm.launch_for(width)
+    made = compiled_norm(width, how, add=False, shift=True)
+    check_norm(made, how)
     assert made.registers <= 128
 
 
