@@ -221,7 +221,7 @@ def _launches(nodes: list[Any]) -> Iterator[Launch]:
 def _uncounted_results(node: Any) -> int:
     """Bytes of an operator's results that inductor counts as none.
 
-    It gives up on a result that an operator in place waits for: the waiting one is not a MultiOutput.
+    It gives up on a result that an operator in place waits for, since that is no MultiOutput.
     """
     from torch._inductor import ir
     from torch._inductor.virtualized import V

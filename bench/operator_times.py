@@ -177,6 +177,7 @@ def _candidates(
         for backend in backends:
             yield backend, flops, _attention(backend, query, key, value)
         yield from _few_keys(sizes, flops, device)
+        yield from _self_attention(sizes, flops, device)
 
 
 def _norms(
@@ -264,6 +265,28 @@ def _few_keys(
         return torch.randn(batch, count, heads * size, device=device, dtype=torch.bfloat16)
 
     query, key, value = projected(tokens), projected(length), projected(length)
+
+    def by_kernel(own: Any) -> Callable[[int], Any]:
+        return lambda _: launch(query, key, value, heads, own)
+
+    for own in CANDIDATES:
+        yield _told(own), flops, by_kernel(own)
+
+
+def _self_attention(
+    sizes: list[Any], flops: float, device: torch.device
+) -> Iterator[tuple[str, float, Callable[[int], Any]]]:
+    """Our own kernel for self-attention, on parts of one fused projection."""
+    batch, heads, tokens, length, size = sizes
+    if kernels_unusable(device, torch.bfloat16) is not None:
+        return
+    from kernels_warmup.triton.self_attention import CANDIDATES, launch, why_unusable
+
+    if why_unusable(tokens, length, size) is not None:
+        return
+    width = heads * size
+    fused = torch.randn(batch, tokens, 3 * width, device=device, dtype=torch.bfloat16)
+    query, key, value = fused.chunk(3, dim=-1)
 
     def by_kernel(own: Any) -> Callable[[int], Any]:
         return lambda _: launch(query, key, value, heads, own)

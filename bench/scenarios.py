@@ -90,7 +90,7 @@ _TEXT = _FUSED | {"text_once": True}
 _VAE = _TEXT | {"vae_attention": True}
 _WHOLE = _VAE | {"scope": "whole"}
 
-KERNELS = ("layer_norm", "residual_products", "cross_attention", "geglu")
+KERNELS = ("layer_norm", "residual_products", "self_attention", "cross_attention", "geglu")
 """Fields of a recipe that do nothing where `kernels_warmup.triton` cannot run."""
 
 # Ways that no GPU has measured yet, each by itself on what `compiled` does, and all at once.
@@ -220,6 +220,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         "reductions of up to 16,384 read once or in a loop, by timing",
         {"triton.multi_kernel": 1},
     ),
+    _kernel("self_attention", "self-attention over 1,024 tokens"),
     _kernel("geglu", "the feed-forwards' gated products"),
     _kernel("cross_attention", "attention to the text"),
     _beside("upsample-phases", "upsampling before its image, by phases", upsample="phases"),

@@ -76,6 +76,8 @@ class Recipe:
     # Kernels of our own in Triton. They need Hopper and a 16-bit type; elsewhere nothing changes.
     layer_norm: bool = False
     """The transformer blocks' sums, each with the norm after it."""
+    self_attention: bool = False
+    """Self-attention over few tokens: in SDXL's smaller images, the 1,024 of 1024x1024."""
     cross_attention: bool = False
     """Attention to the text's 77 keys."""
     residual_products: bool = False
@@ -125,6 +127,7 @@ RECIPES: dict[Mode, Recipe] = {
         time_once=True,
         layer_norm=True,
         residual_products=True,
+        self_attention=True,
         cross_attention=True,
         geglu=True,
     ),
@@ -282,7 +285,8 @@ def _set_kernels(
     unet: Any, recipe: Recipe, attention: Backend, quantized: Quantized | None
 ) -> None:
     """The recipe's own kernels, where they can run; only there is Triton imported."""
-    if not (recipe.layer_norm or recipe.cross_attention or recipe.geglu):
+    wanted = (recipe.layer_norm, recipe.self_attention, recipe.cross_attention, recipe.geglu)
+    if not any(wanted):
         return
     reason = kernels_unusable(unet.device, unet.dtype)
     if reason is not None:
@@ -297,6 +301,8 @@ def _set_kernels(
         from kernels_warmup.triton.residuals import set_residual_products
 
         set_residual_products(unet)
+    if recipe.self_attention:
+        install.set_self_attention(unet, attention)
     if recipe.cross_attention:
         install.set_cross_attention(unet, attention)
     if recipe.geglu and quantized is None:

@@ -30,7 +30,7 @@ def shifted_layer_norm(
     return F.layer_norm(shifted, shifted.shape[-1:], weight, bias, eps)
 
 
-def few_keys_attention(
+def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
 ) -> torch.Tensor:
     """(batch, tokens, width) from a query of that shape, keys and values (batch, keys, width)."""

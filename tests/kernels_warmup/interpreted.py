@@ -21,7 +21,15 @@ from bench import operator_times
 from kernels_warmup.attention import set_attention
 from kernels_warmup.blocks import ZERO_TEXT
 from kernels_warmup.rewrites import TextOnce
-from kernels_warmup.triton import cross_attention, geglu, install, layer_norm, reference, residuals
+from kernels_warmup.triton import (
+    cross_attention,
+    geglu,
+    install,
+    layer_norm,
+    reference,
+    residuals,
+    self_attention,
+)
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_unet
 
 # The interpreter's products do not know bfloat16.
@@ -68,14 +76,33 @@ def attentions(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
             stacked = draw(2, 2, keys, 128, seed=2).to(dtype)
             key, value = stacked.unbind()
             result = cross_attention.few_keys_attention(query, key, value, 2)
-            expected = reference.few_keys_attention(query.float(), key.float(), value.float(), 2)
+            expected = reference.attention(query.float(), key.float(), value.float(), 2)
             yield f"{tokens} to {keys} keys", relative_error(result, expected)
     # A query that is a part of a wider projection, and scores that overflow an unshifted softmax.
     query = draw(2, 40, 3 * 128).to(dtype)[..., 128:256] * 40
     key, value = draw(2, 77, 128, seed=2).to(dtype), draw(2, 77, 128, seed=3).to(dtype)
     result = cross_attention.few_keys_attention(query, key, value, 2)
-    expected = reference.few_keys_attention(query.float(), key.float(), value.float(), 2)
+    expected = reference.attention(query.float(), key.float(), value.float(), 2)
     yield "a strided query of large scores", relative_error(result, expected)
+
+
+def self_attentions(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    # Tiles filled and not, one and several, of a fused projection's parts and with large scores.
+    for tokens, scale in ((128, 1), (150, 1), (40, 1), (150, 40)):
+        fused = draw(2, tokens, 3 * 128).to(dtype)
+        fused[..., :128] *= scale
+        query, key, value = fused.chunk(3, dim=-1)
+        expected = reference.attention(query.float(), key.float(), value.float(), 2)
+        result = self_attention.self_attention(query, key, value, 2)
+        yield f"{tokens} tokens times {scale}", relative_error(result, expected)
+    for how in self_attention.CANDIDATES[1:]:
+        result = self_attention.launch(query, key, value, 2, how)
+        yield str(how), relative_error(result, expected)
+    # What no descriptor can describe is copied first.
+    odd = [part[:, :, 1:33] for part in (query, key, value)]
+    expected = reference.attention(*(part.float() for part in odd), 2)
+    result = self_attention.self_attention(*odd, 2)
+    yield "rows at odd addresses", relative_error(result, expected)
 
 
 def geglus(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
@@ -130,6 +157,7 @@ def operators() -> Iterator[tuple[str, float]]:
         (some.layer_norm, (x, channels, channels, 1e-5)),
         (some.few_keys_attention, (x, x + 1, x + 2, 2)),
         (some.geglu, (x, draw(96, 32), draw(96))),
+        (some.self_attention, (x, x + 1, x + 2, 2)),
         (some.add_product, (x, x + 1, draw(32, 32))),
         (some.shifted_layer_norm, (x, channels, channels, channels, 1e-5, 1)),
     ):
@@ -146,9 +174,10 @@ def flops() -> Iterator[tuple[str, float]]:
         (geglu.geglu, reference.geglu, (x, draw(96, 32), draw(96))),
         (
             cross_attention.few_keys_attention,
-            reference.few_keys_attention,
+            reference.attention,
             (x, x[:, :7], x[:, 7:14], 2),
         ),
+        (self_attention.self_attention, reference.attention, (x, x, x, 2)),
         (residuals.add_product, residual_product, (x.clone(), x, draw(32, 32))),
     ):
         counts = []
@@ -156,7 +185,7 @@ def flops() -> Iterator[tuple[str, float]]:
             with FlopCounterMode(display=False) as counter:
                 function(*arguments)
             counts.append(counter.get_total_flops())
-        yield plain.__name__, counts[0] / counts[1]
+        yield own._name, counts[0] / counts[1]
 
 
 def residual_product(
@@ -167,9 +196,15 @@ def residual_product(
 
 def rows() -> Iterator[tuple[str, float]]:
     """The bench's rows of these kernels, each called once; whether they are fast a GPU says."""
-    sizes = {"norm": [8, 32], "geglu": [16, 32, 64], "attention": [1, 2, 16, 7, 16]}
+    sizes = {
+        "norm": [8, 32],
+        "geglu": [16, 32, 64],
+        "attention": [1, 2, 16, 7, 16],
+        "attention to itself": [1, 2, 16, 16, 16],
+    }
     with mock.patch.object(operator_times, "kernels_unusable", return_value=None):
-        for kind, size in sizes.items():
+        for case, size in sizes.items():
+            kind = case.split()[0]
             ours = {
                 how: call
                 for how, _, call in operator_times._candidates(kind, size, torch.device("cpu"))
@@ -178,7 +213,7 @@ def rows() -> Iterator[tuple[str, float]]:
             # bfloat16 is what the bench takes: only that they run is asked.
             for call in ours.values():
                 call(0)
-            yield kind, len(ours)
+            yield case, len(ours)
 
 
 def whole() -> Iterator[tuple[str, float]]:
@@ -208,6 +243,7 @@ def whole() -> Iterator[tuple[str, float]]:
     yield "all, half without text", relative_error(unet(**after_text)[0], expected)
 
     residuals.set_residual_products(unet)
+    install.set_self_attention(unet, "auto")
     with Counted() as counted:
         yield "residual, half without text", relative_error(unet(**after_text)[0], expected)
     yield from ((f"residual {name}", calls) for name, calls in counted.calls.items())
@@ -255,7 +291,7 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for name, dtype in TYPES.items():
-            for part in (norms, attentions, geglus, residual):
+            for part in (norms, attentions, self_attentions, geglus, residual):
                 found[f"{part.__name__} {name}"] = dict(part(dtype))
         for check in (gelu, operators, flops, rows, whole):
             found[check.__name__] = dict(check())

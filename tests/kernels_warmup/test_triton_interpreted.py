@@ -41,7 +41,8 @@ def found() -> dict[str, dict[str, float]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(
-    ("kernel", "cases"), [("norms", 15), ("attentions", 11), ("geglus", 3), ("residual", 12)]
+    ("kernel", "cases"),
+    [("norms", 15), ("attentions", 11), ("self_attentions", 10), ("geglus", 3), ("residual", 12)],
 )
 def test_a_kernel_computes_what_its_reference_does(
     kernel: str, cases: int, dtype: str, found: dict[str, dict[str, float]]
@@ -69,16 +70,23 @@ def test_gelu_is_the_exact_one_to_float32(found: dict[str, dict[str, float]]) ->
 
 def test_the_compiler_is_told_what_the_operators_do(found: dict[str, dict[str, float]]) -> None:
     failures = found["operators"]
-    assert len(failures) == 7
+    assert len(failures) == 8
     assert not any(failures.values()), failures
 
 
 def test_their_flops_are_counted(found: dict[str, dict[str, float]]) -> None:
-    assert found["flops"] == {"geglu": 1, "few_keys_attention": 1, "residual_product": 1}
+    operators = ("geglu", "few_keys_attention", "self_attention", "add_product")
+    assert found["flops"] == {f"stepspan::{name}": 1 for name in operators}
 
 
 def test_the_bench_has_a_row_for_every_candidate(found: dict[str, dict[str, float]]) -> None:
-    assert found["rows"] == {"norm": 5, "geglu": 6, "attention": 4}
+    assert found["rows"] == {
+        "norm": 5,
+        "geglu": 6,
+        "attention": 4,
+        # 16 keys are few, so by both kernels.
+        "attention to itself": 4 + 6,
+    }
 
 
 def test_a_whole_unet_by_the_kernels_gives_the_unmodified_result(
@@ -103,6 +111,7 @@ def test_a_whole_unet_by_the_kernels_gives_the_unmodified_result(
         "stepspan.layer_norm.default": 7,
         "stepspan.add_product.default": 3 * 11,
         "stepspan.shifted_layer_norm.default": 3 * 11 - 7,
+        "stepspan.self_attention.default": 11,
         "stepspan.few_keys_attention.default": 11,
         "stepspan.geglu.default": 11,
     }
