@@ -115,6 +115,10 @@ def _candidates(
         yield "bf16", flops, lambda i: nn.functional.linear(source, matrices[i % turns], bias)
         if min(rows, inner, outer) < 256:
             return
+        if inner >= outer:
+            total = fresh(rows, outer)
+            # As the blocks' sums by their products: no bias, and the sum is read and written.
+            yield "bf16 onto a sum", flops, lambda i: total.addmm_(source, matrices[i % turns].t())
         narrow = [to_fp8_rows(matrix) for matrix in matrices]
         own, own_scale = to_fp8_rows(source)
         scaled = torch._scaled_mm
@@ -197,7 +201,7 @@ def _norms(
     for how, function in plain:
         yield how, read_and_written, _norm_of(function, pairs, scale, shift)
     if kernels_unusable(device, torch.bfloat16) is None:
-        from kernels_warmup.triton.layer_norm import CANDIDATES, launch
+        from kernels_warmup.triton.layer_norm import CANDIDATES, launch, launch_for
 
         for own in CANDIDATES:
 
@@ -207,6 +211,11 @@ def _norms(
                 return launch(hidden, change, None, scale, shift, eps, rows, own)
 
             yield _told(own), read_and_written, _norm_of(by_kernel, pairs, scale, shift)
+
+        def shifted(hidden: Any, _: Any, scale: Any, shift: Any, eps: float) -> Any:
+            return launch(hidden, None, shift, scale, shift, eps, rows, launch_for(width))
+
+        yield "triton without its sum", read_and_written / 2, _norm_of(shifted, pairs, scale, shift)
 
 
 def _norm_of(

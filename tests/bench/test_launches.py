@@ -85,8 +85,8 @@ def test_sums_by_products_leave_the_norms_one_tensor_to_read_and_one_to_write() 
     hidden = [2 * 2 * tokens * width for tokens, width in ((64, 64), (16, 128))]
     least = {2 * size for size in hidden}
     for launch in shifted:
-        # Beside the hidden state only what a channel has.
-        assert any(size <= launch.bytes < size + 2048 for size in least), launch
+        # Beside the hidden state only a few numbers a channel.
+        assert any(size <= launch.bytes < size + 4096 for size in least), launch
 
 
 @pytest.fixture(scope="module")
