@@ -35,6 +35,7 @@ SMALL = ["--model", "demo", "--device", "cpu", "--shape", "64x64"]
         ("Memcpy DtoD (Device -> Device)", "copy"),
         ("void at::native::vectorized_elementwise_kernel<4>", "elementwise"),
         ("_few_keys_kernel", "attention"),
+        ("_self_attention_kernel", "attention"),
         ("_geglu_kernel", "gemm"),
         ("_add_layer_norm_kernel", "norm"),
         ("mystery", "other"),
