@@ -201,6 +201,7 @@ def _launches(nodes: list[Any]) -> Iterator[Launch]:
             if isinstance(node.node, ir.MultiOutput):
                 continue  # names one result of the operator before it
             name = str(getattr(node.node, "python_kernel_name", "") or type(node.node).__name__)
+            read_and_written += _uncounted_results(node)
             yield Launch(_kind_of_operator(name), name, read_and_written)
             continue
         origins = sorted(
@@ -215,6 +216,26 @@ def _launches(nodes: list[Any]) -> Iterator[Launch]:
         kind = "generated: reduction" if node.is_reduction() else "generated: pointwise"
         short = _short_bytes(node.get_nodes())
         yield Launch(kind, " ".join(origins), read_and_written, short)
+
+
+def _uncounted_results(node: Any) -> int:
+    """Bytes of an operator's results that inductor counts as none.
+
+    It gives up on a result that an operator in place waits for, since that is no MultiOutput.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    missing = 0
+    accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+    for written in {dep.name for dep in node.read_writes.writes}:
+        if accesses.get(written) == 0:
+            users = [user.node for user in node.scheduler.name_to_buf[written].users]
+            for user in users:
+                if isinstance(getattr(user, "node", None), ir.MultiOutput):
+                    result = user.node.get_name()
+                    missing += int(V.graph.get_numel(result)) * V.graph.get_dtype(result).itemsize
+    return missing
 
 
 def _short_bytes(parts: list[Any]) -> int:
@@ -268,6 +289,8 @@ def _bmm_flops(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
 def _kind_of_operator(name: str) -> str:
     if "attention" in name:
         return "attention"
+    if "stepspan::add_product" in name or "stepspan.add_product" in name:
+        return "gemm"  # the library's own, with a sum
     if "stepspan" in name:
         return "own"
     if "convolution" in name:

@@ -3,7 +3,8 @@
     python -m bench kernels --scenario default --model random:sdxl-base
 
 Profiles a few UNet forwards, or decodes, of a scenario that is warm: time and calls by kernel and
-by kind of kernel, and what of the device's timeline no kernel covers. Beside a kind's milliseconds
+by kind of kernel, what of the device's timeline no kernel covers, and which kernel each memset
+prepares. Beside a kind's milliseconds
 stand its FLOPs and bytes where they are known (`bench.amounts`), the rates it reached, and how long
 it would take at the rates of a large product and a copy that were measured just before.
 """
@@ -16,9 +17,10 @@ import json
 import math
 import re
 import statistics
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -117,6 +119,11 @@ def run(options: argparse.Namespace) -> int:
         for row in found["top"][:15]:
             named = f"{row['kind']:22} {row['kernel'][:70]}"
             print(f"  {row['ms']:9.3f} ms {row['calls']:7.1f} calls  {named}")
+        for row in found["memsets"]:
+            print(
+                f"  {row['calls']:7.1f} memsets of {row['bytes']} bytes, {row['ms']} ms, before "
+                f"{row['kernel'][:70]} ({row['kernel_calls']} calls)"
+            )
     if options.out:
         written = where(work.device) | {"scenario": scenario.name, "dtype": dtype}
         written |= {"model": work.model, "shape": str(work.shape)}
@@ -208,6 +215,12 @@ def profile(pipeline: Any, shape: Any, device: torch.device, part: str) -> dict[
     for kernel, microseconds in total.items():
         by_kind[kind_of(kernel)] += microseconds
     wall_ms = statistics.median(walls)
+    memsets: list[dict[str, Any]] = []
+    if on_cuda:
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, "trace.json")
+            seen.export_chrome_trace(str(trace))
+            memsets = memset_owners(json.loads(trace.read_text())["traceEvents"], FORWARDS)
     return {
         "forwards": FORWARDS,
         "timeline_ms": round(wall_ms, 4),
@@ -223,7 +236,47 @@ def profile(pipeline: Any, shape: Any, device: torch.device, part: str) -> dict[
             }
             for kernel, microseconds in total.most_common(40)
         ],
+        "memsets": memsets,
     }
+
+
+def memset_owners(events: Iterable[Mapping[str, Any]], forwards: int) -> list[dict[str, Any]]:
+    """The kernels that follow memsets on their stream, those with the most memsets first.
+
+    A library clears a kernel's workspace right before it launches the kernel, so the kernel that
+    follows is the memset's owner. Counts and milliseconds are of one forward; `kernel_calls` is how
+    often the kernel ran at all. A memset that no kernel follows has the owner "".
+
+    events: `traceEvents` of a Chrome trace, as torch.profiler exports it.
+    """
+    streams: defaultdict[tuple[Any, Any], list[Mapping[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") in ("kernel", "gpu_memset"):
+            streams[event["args"].get("device"), event["args"].get("stream")].append(event)
+    kernel_calls: Counter[str] = Counter()
+    memsets: Counter[tuple[str, int]] = Counter()
+    microseconds: Counter[tuple[str, int]] = Counter()
+    for stream in streams.values():
+        owner = ""
+        # Backwards, so that the kernel that follows is known.
+        for event in sorted(stream, key=lambda event: float(event["ts"]), reverse=True):
+            if event["cat"] == "kernel":
+                owner = event["name"]
+                kernel_calls[owner] += 1
+            else:
+                size = int(event["args"].get("bytes", 0))
+                memsets[owner, size] += 1
+                microseconds[owner, size] += event["dur"]
+    return [
+        {
+            "kernel": kernel[:160],
+            "bytes": size,
+            "calls": round(count / forwards, 2),
+            "kernel_calls": round(kernel_calls[kernel] / forwards, 2),
+            "ms": round(microseconds[kernel, size] / 1000 / forwards, 4),
+        }
+        for (kernel, size), count in memsets.most_common()
+    ]
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

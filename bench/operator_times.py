@@ -115,6 +115,10 @@ def _candidates(
         yield "bf16", flops, lambda i: nn.functional.linear(source, matrices[i % turns], bias)
         if min(rows, inner, outer) < 256:
             return
+        if inner >= outer:
+            total = fresh(rows, outer)
+            # As the blocks' sums by their products: no bias, and the sum is read and written.
+            yield "bf16 onto a sum", flops, lambda i: total.addmm_(source, matrices[i % turns].t())
         narrow = [to_fp8_rows(matrix) for matrix in matrices]
         own, own_scale = to_fp8_rows(source)
         scaled = torch._scaled_mm
@@ -177,6 +181,7 @@ def _candidates(
         for backend in backends:
             yield backend, flops, _attention(backend, query, key, value)
         yield from _few_keys(sizes, flops, device)
+        yield from _self_attention(sizes, flops, device)
 
 
 def _norms(
@@ -196,7 +201,7 @@ def _norms(
     for how, function in plain:
         yield how, read_and_written, _norm_of(function, pairs, scale, shift)
     if kernels_unusable(device, torch.bfloat16) is None:
-        from kernels_warmup.triton.layer_norm import CANDIDATES, launch
+        from kernels_warmup.triton.layer_norm import CANDIDATES, launch, launch_for
 
         for own in CANDIDATES:
 
@@ -206,6 +211,11 @@ def _norms(
                 return launch(hidden, change, None, scale, shift, eps, rows, own)
 
             yield _told(own), read_and_written, _norm_of(by_kernel, pairs, scale, shift)
+
+        def shifted(hidden: Any, _: Any, scale: Any, shift: Any, eps: float) -> Any:
+            return launch(hidden, None, shift, scale, shift, eps, rows, launch_for(width))
+
+        yield "triton without its sum", read_and_written / 2, _norm_of(shifted, pairs, scale, shift)
 
 
 def _norm_of(
@@ -264,6 +274,28 @@ def _few_keys(
         return torch.randn(batch, count, heads * size, device=device, dtype=torch.bfloat16)
 
     query, key, value = projected(tokens), projected(length), projected(length)
+
+    def by_kernel(own: Any) -> Callable[[int], Any]:
+        return lambda _: launch(query, key, value, heads, own)
+
+    for own in CANDIDATES:
+        yield _told(own), flops, by_kernel(own)
+
+
+def _self_attention(
+    sizes: list[Any], flops: float, device: torch.device
+) -> Iterator[tuple[str, float, Callable[[int], Any]]]:
+    """Our own kernel for self-attention, on parts of one fused projection."""
+    batch, heads, tokens, length, size = sizes
+    if kernels_unusable(device, torch.bfloat16) is not None:
+        return
+    from kernels_warmup.triton.self_attention import CANDIDATES, launch, why_unusable
+
+    if why_unusable(tokens, length, size) is not None:
+        return
+    width = heads * size
+    fused = torch.randn(batch, tokens, 3 * width, device=device, dtype=torch.bfloat16)
+    query, key, value = fused.chunk(3, dim=-1)
 
     def by_kernel(own: Any) -> Callable[[int], Any]:
         return lambda _: launch(query, key, value, heads, own)

@@ -93,7 +93,7 @@ _TEXT = _FUSED | {"text_once": True}
 _VAE = _TEXT | {"vae_attention": True}
 _WHOLE = _VAE | {"scope": "whole"}
 
-KERNELS = ("layer_norm", "cross_attention", "geglu")
+KERNELS = ("layer_norm", "residual_products", "self_attention", "cross_attention", "geglu")
 """Fields of a recipe that do nothing where `kernels_warmup.triton` cannot run."""
 
 # Ways that no GPU has measured yet, each by itself on what `compiled` does, and all at once.
@@ -244,12 +244,20 @@ SCENARIOS: tuple[Scenario, ...] = (
     # By what is expected of them, bench/results/notes.md.
     _beside("group-norm", "group norms along the channels", group_norm=True),
     _kernel("layer_norm", "the blocks' sums and norms"),
+    _beside(
+        "residual-products",
+        "the blocks' sums by the products before them, norms by a kernel of our own",
+        cuda_only=True,
+        layer_norm=True,
+        residual_products=True,
+    ),
     _beside("zero-text", "no text attended to where it is zero", zero_text=True),
     _inductor(
         "multi-kernel",
         "reductions of up to 16,384 read once or in a loop, by timing",
         {"triton.multi_kernel": 1},
     ),
+    _kernel("self_attention", "self-attention over 1,024 tokens"),
     _kernel("geglu", "the feed-forwards' gated products"),
     _kernel("cross_attention", "attention to the text"),
     _beside("upsample-phases", "upsampling before its image, by phases", upsample="phases"),

@@ -169,6 +169,16 @@ class StepAttention:
     ) -> torch.Tensor:
         if attention_mask is not None:
             raise ValueError("SDXL attends to every token; an attention mask is not supported")
+        attended = self.attended(attn, hidden_states, encoder_hidden_states)
+        return cast(torch.Tensor, attn.to_out[0](attended))
+
+    def attended(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The values, mixed for each query, before the output projection."""
         batch = hidden_states.shape[0]
         text_key: torch.Tensor | None = getattr(attn, "text_key", None)
         if text_key is not None:
@@ -180,7 +190,7 @@ class StepAttention:
             context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             query = attn.to_q(hidden_states)
             key, value = attn.to_k(context), attn.to_v(context)
-        return cast(torch.Tensor, attn.to_out[0](self.mix(attn.heads, query, key, value)))
+        return self.mix(attn.heads, query, key, value)
 
     def mix(
         self, heads: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor

@@ -76,8 +76,13 @@ class Recipe:
     # Kernels of our own in Triton. They need Hopper and a 16-bit type; elsewhere nothing changes.
     layer_norm: bool = False
     """The transformer blocks' sums, each with the norm after it."""
+    self_attention: bool = False
+    """Self-attention over few tokens: in SDXL's smaller images, the 1,024 of 1024x1024."""
     cross_attention: bool = False
     """Attention to the text's 77 keys."""
+    residual_products: bool = False
+    """The transformer blocks' sums by the products before them; it needs `layer_norm` and no
+    compiling block by block. A quantised UNet keeps its sums."""
     geglu: bool = False
     """The feed-forwards' first product, with its gating."""
     text_encoders: bool = False
@@ -130,6 +135,8 @@ RECIPES: dict[Mode, Recipe] = {
         zero_text=True,
         time_once=True,
         layer_norm=True,
+        residual_products=True,
+        self_attention=True,
         cross_attention=True,
         geglu=True,
     ),
@@ -244,6 +251,8 @@ def compile_unet(
     """
     if recipe.zero_text and not recipe.text_once:
         raise ValueError("zero_text needs text_once: the keys and values of a text that is zero")
+    if recipe.residual_products and (not recipe.layer_norm or recipe.scope == "blocks"):
+        raise ValueError("residual_products needs layer_norm, and no compiling block by block")
     if recipe.channels_last:
         channels_last(unet)
     set_attention(unet, attention, fuse_qkv=recipe.fuse_qkv)
@@ -294,7 +303,8 @@ def _set_kernels(
     unet: Any, recipe: Recipe, attention: Backend, quantized: Quantized | None
 ) -> None:
     """The recipe's own kernels, where they can run; only there is Triton imported."""
-    if not (recipe.layer_norm or recipe.cross_attention or recipe.geglu):
+    wanted = (recipe.layer_norm, recipe.self_attention, recipe.cross_attention, recipe.geglu)
+    if not any(wanted):
         return
     reason = kernels_unusable(unet.device, unet.dtype)
     if reason is not None:
@@ -304,9 +314,15 @@ def _set_kernels(
 
     if recipe.layer_norm:
         install.set_layer_norm(unet, across_blocks=recipe.scope != "blocks")
+    # A quantised product is torchao's.
+    if recipe.residual_products and quantized is None:
+        from kernels_warmup.triton.residuals import set_residual_products
+
+        set_residual_products(unet)
+    if recipe.self_attention:
+        install.set_self_attention(unet, attention)
     if recipe.cross_attention:
         install.set_cross_attention(unet, attention)
-    # A quantised product is torchao's.
     if recipe.geglu and quantized is None:
         install.set_geglu(unet)
 

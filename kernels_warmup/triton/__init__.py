@@ -1,7 +1,8 @@
 """Kernels of our own in Triton, for SDXL's transformer blocks on Hopper.
 
-Each of `layer_norm`, `cross_attention` and `geglu` holds one kernel, how it is launched, and the
-operator under which the compiler sees it. `reference` says in plain PyTorch what each computes, and
+Each of `layer_norm`, `self_attention`, `cross_attention` and `geglu` holds one kernel, how it is
+launched, and the operator under which the compiler sees it. `residuals` uses the norm's kernel with
+sums that the library's products take. `reference` says in plain PyTorch what each computes, and
 `install` puts them into a UNet. Triton is imported by those modules alone, which nothing reaches on
 a machine that cannot run them: ask `why_unusable` first.
 

@@ -112,7 +112,7 @@ def launch_for(tokens: int) -> Launch:
 def launch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, how: Launch
 ) -> torch.Tensor:
-    """As `reference.few_keys_attention`, with these settings."""
+    """As `reference.attention`, with these settings."""
     query, key, value = (_rows_together(tensor) for tensor in (query, key, value))
     batch, tokens, width = query.shape
     keys, size = key.shape[1], width // heads

@@ -19,6 +19,8 @@ from kernels_warmup.triton.cross_attention import few_keys_attention
 from kernels_warmup.triton.cross_attention import why_unusable as why_not_few_keys
 from kernels_warmup.triton.geglu import geglu
 from kernels_warmup.triton.layer_norm import add_layer_norm, layer_norm
+from kernels_warmup.triton.self_attention import MOST_ROWS, self_attention
+from kernels_warmup.triton.self_attention import why_unusable as why_not_self_attention
 
 
 def set_layer_norm(unet: Any, *, across_blocks: bool = True) -> None:
@@ -42,6 +44,13 @@ def set_cross_attention(unet: Any, backend: Backend) -> None:
     processor = FewKeysAttention(backend)
     for block in transformer_blocks(unet):
         block.attn2.set_processor(processor)
+
+
+def set_self_attention(unet: Any, backend: Backend) -> None:
+    """Self-attention over few tokens by the kernel, over more by the named backend."""
+    processor = FewTokensAttention(backend)
+    for block in transformer_blocks(unet):
+        block.attn1.set_processor(processor)
 
 
 def set_geglu(unet: Any) -> None:
@@ -71,7 +80,7 @@ class NormedBlock(Block):
         class_labels: torch.Tensor | None = None,
         added_cond_kwargs: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        _refuse_masks(attention_mask, encoder_attention_mask)
+        refuse_masks(attention_mask, encoder_attention_mask)
         norm = normed(hidden_states, self.norm1)
         zero_text = ZERO_TEXT in (cross_attention_kwargs or ())
         hidden, change = self.parts(hidden_states, norm, encoder_hidden_states, zero_text)
@@ -110,7 +119,7 @@ class NormedTransformer(Transformer2DModel):  # type: ignore[misc]
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """hidden_states: (batch, channels, height, width)."""
-        _refuse_masks(attention_mask, encoder_attention_mask)
+        refuse_masks(attention_mask, encoder_attention_mask)
         batch, _, height, width = hidden_states.shape
         text = encoder_hidden_states
         zero_text = ZERO_TEXT in (cross_attention_kwargs or ())
@@ -127,7 +136,7 @@ class NormedTransformer(Transformer2DModel):  # type: ignore[misc]
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-def _refuse_masks(*masks: torch.Tensor | None) -> None:
+def refuse_masks(*masks: torch.Tensor | None) -> None:
     if any(mask is not None for mask in masks):
         raise ValueError("SDXL attends to every token; an attention mask is not supported")
 
@@ -159,6 +168,19 @@ class FewKeysAttention(StepAttention):
         if why_not_few_keys(key.shape[1], query.shape[-1] // heads) is not None:
             return super().mix(heads, query, key, value)
         return cast(torch.Tensor, few_keys_attention(query, key, value, heads))
+
+
+class FewTokensAttention(StepAttention):
+    """`StepAttention` by the kernel for self-attention, where the library's waves are not full."""
+
+    def mix(
+        self, heads: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        batch, tokens, width = query.shape
+        refused = why_not_self_attention(tokens, key.shape[1], width // heads) is not None
+        if refused or batch * heads * tokens > MOST_ROWS:
+            return super().mix(heads, query, key, value)
+        return cast(torch.Tensor, self_attention(query, key, value, heads))
 
 
 class FusedGEGLU(GEGLU):  # type: ignore[misc]

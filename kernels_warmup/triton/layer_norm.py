@@ -60,6 +60,7 @@ def _add_layer_norm_kernel(
     first_normed,
     eps,
     ADD: tl.constexpr,
+    SHIFT: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -84,6 +85,10 @@ def _add_layer_norm_kernel(
             tail += tl.load(moved + at_tail, changed, 0.0).to(tl.float32)
             tail += tl.load(missing + at_tail + row * 0, same, 0.0).to(tl.float32)
             tl.store(total + row * width + at_tail, tail.to(total.dtype.element_ty), inside)
+    if SHIFT:
+        head += tl.load(missing + at_head).to(tl.float32)
+        if TAIL:
+            tail += tl.load(missing + at_tail).to(tl.float32)
 
     # The mean first and the squares about it after: a difference of two large sums would cancel.
     summed = tl.sum(head, 1)
@@ -120,8 +125,9 @@ def launch(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(hidden + change, its LayerNorm), all as (rows, width); None for the sum without a change.
 
-    change may have the last rows only; to those before, missing (width) is added. Of the norm only
-    the last normed_rows are computed and returned.
+    change may have the last rows only; to those before, missing (width) is added. Without a change,
+    missing is added to every row before the norm, and the sum is not kept. Of the norm only the
+    last normed_rows are computed and returned.
     """
     rows, width = hidden.shape
     head, tail = split(width)
@@ -140,6 +146,7 @@ def launch(
         rows - normed_rows,
         eps,
         ADD=change is not None,
+        SHIFT=change is None and missing is not None,
         HEAD=head,
         TAIL=tail,
         ROWS=how.rows,

@@ -18,7 +18,19 @@ def add_layer_norm(
     return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
 
-def few_keys_attention(
+def shifted_layer_norm(
+    hidden: torch.Tensor,
+    shift: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """The LayerNorm of hidden (..., width) + shift (width), in hidden's type."""
+    shifted = (hidden.float() + shift).to(hidden.dtype)
+    return F.layer_norm(shifted, shifted.shape[-1:], weight, bias, eps)
+
+
+def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
 ) -> torch.Tensor:
     """(batch, tokens, width) from a query of that shape, keys and values (batch, keys, width)."""

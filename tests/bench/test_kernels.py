@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from bench.__main__ import main
 from bench.amounts import Amount, count, read_launches
 from bench.errors import BenchError
-from bench.kernels import by_kind, covered, kind_of, tell_rate
+from bench.kernels import by_kind, covered, kind_of, memset_owners, tell_rate
 from bench.operator_times import time_operators
 from bench.result_file import Ceilings
 from kernels_warmup.flops import count_decode, count_step
@@ -34,6 +35,7 @@ SMALL = ["--model", "demo", "--device", "cpu", "--shape", "64x64"]
         ("Memcpy DtoD (Device -> Device)", "copy"),
         ("void at::native::vectorized_elementwise_kernel<4>", "elementwise"),
         ("_few_keys_kernel", "attention"),
+        ("_self_attention_kernel", "attention"),
         ("_geglu_kernel", "gemm"),
         ("_add_layer_norm_kernel", "norm"),
         ("mystery", "other"),
@@ -45,6 +47,47 @@ def test_kernels_are_grouped_by_what_they_do(kernel: str, kind: str) -> None:
 
 def test_overlapping_kernels_are_counted_once() -> None:
     assert covered([(4, 6), (0, 2), (1, 3)]) == 5
+
+
+def traced(category: str, name: str, ts: float, stream: int = 7, **args: object) -> dict[str, Any]:
+    """One event of the device, as kineto writes it into a Chrome trace."""
+    told = {"External id": 5, "device": 0, "context": 1, "stream": stream, "correlation": 9}
+    event = {"ph": "X", "cat": category, "name": name, "pid": 0, "tid": stream, "ts": ts}
+    return event | {"dur": 2.0, "args": told | args}
+
+
+def test_a_memset_belongs_to_the_kernel_that_follows_on_its_stream() -> None:
+    product, attention = "nvjet_sm90_tst_128x160_64x5_splitK_TNT", "cudnn_sdpa_sm90_flash_fprop"
+    one = [
+        traced("gpu_memset", "Memset (Unknown)", 10, bytes=512),
+        traced("kernel", "triton_poi_fused_add_0", 11, stream=20),
+        traced("gpu_memset", "Memset (Unknown)", 12, bytes=512),
+        traced("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 13, bytes=4096),
+        traced("kernel", product, 14, grid=[128, 1, 1]),
+        traced("kernel", product, 16, grid=[128, 1, 1]),
+        traced("gpu_memset", "Memset (Unknown)", 18, bytes=64),
+        traced("kernel", attention, 20),
+    ]
+    two = [event | {"ts": event["ts"] + 100} for event in one]
+    last = traced("gpu_memset", "Memset (Unknown)", 300, bytes=64)
+    others = [
+        {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": "python"}},
+        {
+            "ph": "X",
+            "cat": "cuda_runtime",
+            "name": "cudaGraphLaunch",
+            "ts": 1,
+            "dur": 1,
+            "args": {},
+        },
+    ]
+    # In no order: a trace's is not the timeline's.
+    rows = memset_owners([*others, last, *reversed(two), *one], 2)
+    assert rows == [
+        {"kernel": product, "bytes": 512, "calls": 2, "kernel_calls": 2, "ms": 0.004},
+        {"kernel": attention, "bytes": 64, "calls": 1, "kernel_calls": 1, "ms": 0.002},
+        {"kernel": "", "bytes": 64, "calls": 0.5, "kernel_calls": 0, "ms": 0.001},
+    ]
 
 
 def test_a_profile_tells_where_the_time_went(

@@ -18,6 +18,7 @@ from kernels_warmup.attention import transformer_blocks
 from kernels_warmup.flops import count_step
 from kernels_warmup.shapes import CompiledShape
 from tests.kernels_warmup.tiny import tiny_unet, tiny_vae
+from tests.kernels_warmup.triton_here import require_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own insides
 
@@ -65,6 +66,27 @@ def test_what_a_rewrite_saves_is_seen(plain: Lowered) -> None:
     assert calls(plain, "gemm") - calls(both, "gemm") == 2 * blocks + 2 * blocks + 2
     assert both.flops["gemm"] < plain.flops["gemm"]
     assert both.flops["conv"] == plain.flops["conv"]
+
+
+@pytest.mark.slow
+def test_sums_by_products_leave_the_norms_one_tensor_to_read_and_one_to_write() -> None:
+    require_triton()
+    fields = {"fuse_qkv": True, "text_once": True, "layer_norm": True}
+    norms, products = count(whole(**fields)), count(whole(**fields, residual_products=True))
+    assert sum(products.flops.values()) == sum(norms.flops.values())
+    assert calls(products, "own") == calls(norms, "own")
+    assert calls(products, "gemm") == calls(norms, "gemm")
+    sums = [launch for launch in products.launches if "add_product" in launch.name]
+    shifted = [launch for launch in products.launches if "shifted_layer_norm" in launch.name]
+    blocks = transformer_blocks(tiny_unet())
+    assert len(sums) == 3 * len(blocks)
+    # None after each transformer's last sum; SHAPE has 8 x 8 tokens of 64, and 4 x 4 of 128.
+    assert len(shifted) == 3 * len(blocks) - 7
+    hidden = [2 * 2 * tokens * width for tokens, width in ((64, 64), (16, 128))]
+    least = {2 * size for size in hidden}
+    for launch in shifted:
+        # Beside the hidden state only a few numbers a channel.
+        assert any(size <= launch.bytes < size + 4096 for size in least), launch
 
 
 @pytest.fixture(scope="module")

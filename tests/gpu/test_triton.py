@@ -143,7 +143,7 @@ def test_attention_to_few_keys(tokens: int, width: int, keys: int) -> None:
     heads = width // 64
     check(
         lambda *inputs: cross_attention.few_keys_attention(*inputs, heads),
-        lambda *inputs: reference.few_keys_attention(*inputs, heads),
+        lambda *inputs: reference.attention(*inputs, heads),
         attention_inputs(tokens, width, keys),
     )
 
@@ -155,9 +155,63 @@ def test_every_launch_of_the_attention(candidate: int) -> None:
     how = cross_attention.CANDIDATES[candidate]
     check(
         lambda *inputs: cross_attention.launch(*inputs, 20, how),
-        lambda *inputs: reference.few_keys_attention(*inputs, 20),
+        lambda *inputs: reference.attention(*inputs, 20),
         attention_inputs(26 * 38, 1280),
     )
+
+
+def self_attention_inputs(tokens: int, width: int) -> Tensors:
+    """Parts of one fused projection."""
+    return draw(2, tokens, 3 * width).chunk(3, dim=-1)
+
+
+# Of 512x512 too: 256 tokens of 20 heads, 1,024 of 10.
+@pytest.mark.parametrize(("tokens", "width"), [*LEVELS, (256, 1280), (1024, 640)])
+def test_self_attention(tokens: int, width: int) -> None:
+    from kernels_warmup.triton import reference, self_attention
+
+    heads = width // 64
+    check(
+        lambda *inputs: self_attention.self_attention(*inputs, heads),
+        lambda *inputs: reference.attention(*inputs, heads),
+        self_attention_inputs(tokens, width),
+    )
+
+
+@pytest.mark.parametrize("candidate", range(6))
+@pytest.mark.parametrize("tokens", [1024, 26 * 38])
+def test_every_launch_of_self_attention(tokens: int, candidate: int) -> None:
+    from kernels_warmup.triton import reference, self_attention
+
+    how = self_attention.CANDIDATES[candidate]
+    check(
+        lambda *inputs: self_attention.launch(*inputs, 20, how),
+        lambda *inputs: reference.attention(*inputs, 20),
+        self_attention_inputs(tokens, 1280),
+    )
+
+
+@pytest.mark.parametrize("last", [2, 1])
+@pytest.mark.parametrize(("tokens", "width"), LEVELS)
+def test_a_sum_by_its_product_and_the_norm_of_what_it_lacks(
+    tokens: int, width: int, last: int
+) -> None:
+    from kernels_warmup.triton import reference, residuals
+
+    shift = draw(width, seed=7).float()
+
+    def own(total: torch.Tensor, inner: torch.Tensor, product: torch.Tensor, *of: Any) -> Any:
+        total = total.clone()
+        residuals.add_product(total, inner[-last:], product)
+        return total, residuals.shifted_layer_norm(total, shift, *of, 1e-5, last)
+
+    def plain(total: torch.Tensor, inner: torch.Tensor, product: torch.Tensor, *of: Any) -> Any:
+        total = torch.cat([total[:-last], total[-last:] + inner[-last:] @ product.T])
+        return total, reference.shifted_layer_norm(total[-last:], shift, *of, 1e-5)
+
+    hidden, inner, *of = norm_inputs(tokens, width)
+    product = draw(width, width, seed=8, scale=width**-0.5)
+    check(own, plain, (hidden, inner, product, *of))
 
 
 @pytest.mark.parametrize(("tokens", "width"), LEVELS)
@@ -181,10 +235,14 @@ def every_kernel(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, text: torch.Tensor
 ) -> torch.Tensor:
     """What the compiler may reorder or fuse stands between them; hidden: (2, 1024, 1280)."""
-    from kernels_warmup.triton import cross_attention, geglu, layer_norm
+    from kernels_warmup.triton import cross_attention, geglu, layer_norm, residuals, self_attention
 
     scale, shift = bias[:1280], bias[1280:2560]
     norm = layer_norm.layer_norm(hidden * 0.5, scale, shift, 1e-5)
+    attended = self_attention.self_attention(norm, norm * 0.5, norm + 1, 20)
+    total = norm + 2
+    residuals.add_product(total, attended, weight[:1280])
+    norm = residuals.shifted_layer_norm(total, scale.float(), scale, shift, 1e-5, 2)
     change = cross_attention.few_keys_attention(norm + 1, text, text * 0.5, 20)
     total, norm = layer_norm.add_layer_norm(hidden, change, None, scale, shift, 1e-5, 2)
     return geglu.geglu(norm, weight, bias)[..., :1280] * 0.5 + total
@@ -197,7 +255,10 @@ def as_one(hidden: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
     weight, bias, text = rest
     scale, shift = bias[:1280], bias[1280:2560]
     norm = torch.nn.functional.layer_norm(hidden * 0.5, (1280,), scale, shift, 1e-5)
-    change = reference.few_keys_attention(norm + 1, text, text * 0.5, 20)
+    attended = reference.attention(norm, norm * 0.5, norm + 1, 20)
+    total = norm + 2 + attended @ weight[:1280].T
+    norm = reference.shifted_layer_norm(total, scale.float(), scale, shift, 1e-5)
+    change = reference.attention(norm + 1, text, text * 0.5, 20)
     total, norm = reference.add_layer_norm(hidden, change, scale, shift, 1e-5)
     return reference.geglu(norm, weight, bias)[..., :1280] * 0.5 + total
 

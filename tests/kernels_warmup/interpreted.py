@@ -21,7 +21,15 @@ from bench import operator_times
 from kernels_warmup.attention import set_attention
 from kernels_warmup.blocks import ZERO_TEXT
 from kernels_warmup.rewrites import TextOnce
-from kernels_warmup.triton import cross_attention, geglu, install, layer_norm, reference
+from kernels_warmup.triton import (
+    cross_attention,
+    geglu,
+    install,
+    layer_norm,
+    reference,
+    residuals,
+    self_attention,
+)
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_unet
 
 # The interpreter's products do not know bfloat16.
@@ -68,14 +76,33 @@ def attentions(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
             stacked = draw(2, 2, keys, 128, seed=2).to(dtype)
             key, value = stacked.unbind()
             result = cross_attention.few_keys_attention(query, key, value, 2)
-            expected = reference.few_keys_attention(query.float(), key.float(), value.float(), 2)
+            expected = reference.attention(query.float(), key.float(), value.float(), 2)
             yield f"{tokens} to {keys} keys", relative_error(result, expected)
     # A query that is a part of a wider projection, and scores that overflow an unshifted softmax.
     query = draw(2, 40, 3 * 128).to(dtype)[..., 128:256] * 40
     key, value = draw(2, 77, 128, seed=2).to(dtype), draw(2, 77, 128, seed=3).to(dtype)
     result = cross_attention.few_keys_attention(query, key, value, 2)
-    expected = reference.few_keys_attention(query.float(), key.float(), value.float(), 2)
+    expected = reference.attention(query.float(), key.float(), value.float(), 2)
     yield "a strided query of large scores", relative_error(result, expected)
+
+
+def self_attentions(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    # Tiles filled and not, one and several, of a fused projection's parts and with large scores.
+    for tokens, scale in ((128, 1), (150, 1), (40, 1), (150, 40)):
+        fused = draw(2, tokens, 3 * 128).to(dtype)
+        fused[..., :128] *= scale
+        query, key, value = fused.chunk(3, dim=-1)
+        expected = reference.attention(query.float(), key.float(), value.float(), 2)
+        result = self_attention.self_attention(query, key, value, 2)
+        yield f"{tokens} tokens times {scale}", relative_error(result, expected)
+    for how in self_attention.CANDIDATES[1:]:
+        result = self_attention.launch(query, key, value, 2, how)
+        yield str(how), relative_error(result, expected)
+    # What no descriptor can describe is copied first.
+    odd = [part[:, :, 1:33] for part in (query, key, value)]
+    expected = reference.attention(*(part.float() for part in odd), 2)
+    result = self_attention.self_attention(*odd, 2)
+    yield "rows at odd addresses", relative_error(result, expected)
 
 
 def geglus(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
@@ -87,6 +114,27 @@ def geglus(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
         result = geglu.geglu(hidden, weight, bias)
         expected = reference.geglu(hidden.float(), weight.float(), bias.float())
         yield f"{rows} x {inner} x {columns}", relative_error(result, expected)
+
+
+def residual(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    for width in (32, 640, 1280):
+        hidden, shift = draw(4, 5, width).to(dtype), draw(width, seed=2)
+        weight, bias = draw(width, seed=3).to(dtype), draw(width, seed=4).to(dtype)
+        expected = reference.shifted_layer_norm(
+            hidden.float(), shift, weight.float(), bias.float(), 1e-5
+        )
+        for last in (4, 1):
+            norm = residuals.shifted_layer_norm(hidden, shift, weight, bias, 1e-5, last)
+            yield f"norm of {width}, last {last}", relative_error(norm, expected[-last:])
+        inner = draw(4, 5, 48, seed=5).to(dtype)
+        product = draw(width, 48, seed=6).to(dtype)
+        for last in (4, 1):
+            total = hidden.clone()
+            residuals.add_product(total, inner[-last:], product)
+            summed = hidden.double()
+            summed[-last:] += inner[-last:].double() @ product.double().T
+            yield f"sum of {width}, last {last}", relative_error(total, summed)
+            assert torch.equal(total[:-last], hidden[:-last])
 
 
 def gelu() -> Iterator[tuple[str, float]]:
@@ -109,6 +157,9 @@ def operators() -> Iterator[tuple[str, float]]:
         (some.layer_norm, (x, channels, channels, 1e-5)),
         (some.few_keys_attention, (x, x + 1, x + 2, 2)),
         (some.geglu, (x, draw(96, 32), draw(96))),
+        (some.self_attention, (x, x + 1, x + 2, 2)),
+        (some.add_product, (x, x + 1, draw(32, 32))),
+        (some.shifted_layer_norm, (x, channels, channels, channels, 1e-5, 1)),
     ):
         checks = ("test_schema", "test_faketensor")
         found = torch.library.opcheck(operator.default, arguments, test_utils=checks)
@@ -123,23 +174,37 @@ def flops() -> Iterator[tuple[str, float]]:
         (geglu.geglu, reference.geglu, (x, draw(96, 32), draw(96))),
         (
             cross_attention.few_keys_attention,
-            reference.few_keys_attention,
+            reference.attention,
             (x, x[:, :7], x[:, 7:14], 2),
         ),
+        (self_attention.self_attention, reference.attention, (x, x, x, 2)),
+        (residuals.add_product, residual_product, (x.clone(), x, draw(32, 32))),
     ):
         counts = []
         for function in (own, plain):
             with FlopCounterMode(display=False) as counter:
                 function(*arguments)
             counts.append(counter.get_total_flops())
-        yield plain.__name__, counts[0] / counts[1]
+        yield own._name, counts[0] / counts[1]
+
+
+def residual_product(
+    total: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    return total + inner @ weight.T
 
 
 def rows() -> Iterator[tuple[str, float]]:
     """The bench's rows of these kernels, each called once; whether they are fast a GPU says."""
-    sizes = {"norm": [8, 32], "geglu": [16, 32, 64], "attention": [1, 2, 16, 7, 16]}
+    sizes = {
+        "norm": [8, 32],
+        "geglu": [16, 32, 64],
+        "attention": [1, 2, 16, 7, 16],
+        "attention to itself": [1, 2, 16, 16, 16],
+    }
     with mock.patch.object(operator_times, "kernels_unusable", return_value=None):
-        for kind, size in sizes.items():
+        for case, size in sizes.items():
+            kind = case.split()[0]
             ours = {
                 how: call
                 for how, _, call in operator_times._candidates(kind, size, torch.device("cpu"))
@@ -148,7 +213,7 @@ def rows() -> Iterator[tuple[str, float]]:
             # bfloat16 is what the bench takes: only that they run is asked.
             for call in ours.values():
                 call(0)
-            yield kind, len(ours)
+            yield case, len(ours)
 
 
 def whole() -> Iterator[tuple[str, float]]:
@@ -169,7 +234,7 @@ def whole() -> Iterator[tuple[str, float]]:
     with Counted() as counted:
         yield "all", relative_error(unet(**after_text)[0], expected)
     yield from counted.calls.items()
-    yield from traced(unet)
+    yield "traced", traced_error(unet)
 
     inputs["encoder_hidden_states"][:1] = 0
     expected = plain(**inputs)[0]
@@ -177,13 +242,25 @@ def whole() -> Iterator[tuple[str, float]]:
     after_text["cross_attention_kwargs"] = {ZERO_TEXT: True}
     yield "all, half without text", relative_error(unet(**after_text)[0], expected)
 
+    residuals.set_residual_products(unet)
+    install.set_self_attention(unet, "auto")
+    with Counted() as counted:
+        yield "residual, half without text", relative_error(unet(**after_text)[0], expected)
+    yield from ((f"residual {name}", calls) for name, calls in counted.calls.items())
+    yield "residual, traced", traced_error(unet)
+    inputs = step_inputs(2, size=8)
+    expected = plain(**inputs)[0]
+    text.prepare_conditioning(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
+    del after_text["cross_attention_kwargs"]
+    yield "residual", relative_error(unet(**after_text)[0], expected)
 
-def traced(unet: Any) -> Iterator[tuple[str, float]]:
-    """One of its transformers in one graph."""
+
+def traced_error(unet: Any) -> float:
+    """One of its transformers in one graph, against the same launched operator by operator."""
     transformer = unet.mid_block.attentions[0]
     hidden = draw(2, 128, 4, 4)
     compiled = torch.compile(transformer, fullgraph=True, dynamic=False, backend="aot_eager")
-    yield "traced", relative_error(compiled(hidden)[0], transformer(hidden)[0])
+    return relative_error(compiled(hidden)[0], transformer(hidden)[0])
 
 
 def prepared(unet: Any) -> TextOnce:
@@ -214,7 +291,7 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for name, dtype in TYPES.items():
-            for part in (norms, attentions, geglus):
+            for part in (norms, attentions, self_attentions, geglus, residual):
                 found[f"{part.__name__} {name}"] = dict(part(dtype))
         for check in (gelu, operators, flops, rows, whole):
             found[check.__name__] = dict(check())

@@ -64,16 +64,35 @@ def test_wrong_names_are_refused_before_anything_changes() -> None:
     assert "forward" not in vars(models.unet)
 
 
+def test_residual_products_need_norms_that_reach_across_blocks() -> None:
+    for recipe in (
+        Recipe(residual_products=True),
+        Recipe("blocks", layer_norm=True, residual_products=True),
+    ):
+        models = tiny_models()
+        with pytest.raises(ValueError, match="needs layer_norm"):
+            compile_model(models, "default", recipe=recipe)
+        assert "forward" not in vars(models.unet)
+
+
 def test_kernels_for_another_machine_leave_the_blocks_as_they_are() -> None:
     models = tiny_models()
     plain = copy.deepcopy(models)
-    recipe = Recipe("none", "none", layer_norm=True, cross_attention=True, geglu=True)
+    recipe = Recipe(
+        "none",
+        "none",
+        layer_norm=True,
+        residual_products=True,
+        self_attention=True,
+        cross_attention=True,
+        geglu=True,
+    )
     compile_model(models, "default", recipe=recipe)
     theirs, ours = transformer_blocks(plain.unet), transformer_blocks(models.unet)
     for before, after in zip(theirs, ours, strict=True):
         assert type(after) is type(before)
         assert type(after.ff.net[0]) is type(before.ff.net[0])
-        assert type(after.attn2.processor) is StepAttention
+        assert type(after.attn1.processor) is type(after.attn2.processor) is StepAttention
     inputs = step_inputs(2)
     assert relative_error(models.unet(**inputs)[0], plain.unet(**inputs)[0]) < 1e-5
 

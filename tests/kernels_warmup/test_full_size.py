@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from kernels_warmup.compile import RECIPES, compile_decoder, compile_unet
 from kernels_warmup.one_forward import StepInputs, forward_once, relative_error
 from kernels_warmup.shapes import CompiledShape
 from tests.gpu.weights import Weights
+from tests.kernels_warmup.triton_here import require_triton
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -106,3 +108,46 @@ def test_no_further_from_float32_than_eager(
     print(f"\n{way}: {errors}")
     allowed = SUMMED if way in ("phases", "transposed") else NO_WORSE
     assert all(error <= allowed * reference.eager[name] for name, error in errors.items())
+
+
+def norm_of_rows(
+    hidden: torch.Tensor,
+    change: None,
+    missing: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    normed_rows: int,
+    how: object,
+) -> tuple[None, torch.Tensor]:
+    """As `layer_norm.launch` without a change: in float32 up to the result, as in registers."""
+    assert change is None
+    rows = hidden[-normed_rows:].float()
+    rows = rows if missing is None else rows + missing
+    norm = torch.nn.functional.layer_norm(rows, rows.shape[-1:], weight.float(), bias.float(), eps)
+    return None, norm.to(hidden.dtype)
+
+
+def test_sums_by_products_are_no_further_from_float32_than_eager(
+    weights: Weights, reference: Reference
+) -> None:
+    """The hidden state lacks the products' biases and is rounded once a sum, not twice."""
+    require_triton()
+    from kernels_warmup.triton import install, layer_norm, residuals
+
+    unet = weights.unet()
+    compile_unet(unet, replace(PLAIN, zero_text=True), "auto")
+    install.set_layer_norm(unet)
+    residuals.set_residual_products(unet)
+    with (
+        mock.patch.object(layer_norm, "launch", norm_of_rows),
+        mock.patch.object(residuals, "launch", norm_of_rows),
+    ):
+        step = forward_once(unet, reference.inputs)
+        short = forward_once(unet, reference.inputs.without_negative(), zero_text=True)
+    errors = {
+        "step": relative_error(step, reference.step),
+        "step without negative": relative_error(short, reference.step_without_negative),
+    }
+    print(f"\nsums by products: {errors}")
+    assert all(error <= NO_WORSE * reference.eager[name] for name, error in errors.items())

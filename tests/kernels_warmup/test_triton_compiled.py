@@ -6,6 +6,7 @@ are does not.
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from collections.abc import Mapping
@@ -23,7 +24,12 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels_warmup.triton import cross_attention, geglu, layer_norm  # noqa: E402
+from kernels_warmup.triton import (  # noqa: E402
+    cross_attention,
+    geglu,
+    layer_norm,
+    self_attention,
+)
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 * 1024
@@ -36,6 +42,8 @@ class Compiled:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    serialized: bool
+    """Whether the assembler waits after each product instead of letting several run."""
 
     def count(self, instruction: str) -> int:
         return len(re.findall(instruction, self.ptx))
@@ -47,7 +55,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compiled(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], warps: int, stages: int = 3
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    warps: int,
+    stages: int = 3,
 ) -> Compiled:
     """types: of the arguments that are no constants; pointers are to 16 bytes' multiples, and so
     are whole numbers of the type `i32*16`."""
@@ -61,7 +73,8 @@ def compiled(
     signature = {name: types.get(name, "constexpr").removesuffix("*16") for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, aligned)
-    made = triton.compile(source, target=HOPPER, options={"num_warps": warps, "num_stages": stages})
+    options = {"num_warps": warps, "num_stages": stages}
+    made = triton.compile(source, target=HOPPER, options=options)
     told = assembled(made.asm["ptx"])
     registers = re.search(r"Used (\d+) registers", told)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told)
@@ -72,6 +85,7 @@ def compiled(
         int(registers[1]),
         int(spills[1]) + int(spills[2]),
         int(made.metadata.shared),
+        "wgmma.mma_async instructions are serialized" in told,
     )
     print(f"{result.registers} registers, {result.shared_bytes} bytes shared")
     return result
@@ -90,12 +104,16 @@ def assembled(ptx: str) -> str:
     return done.stderr
 
 
-def compiled_norm(width: int, how: layer_norm.Launch, *, add: bool) -> Compiled:
+def compiled_norm(
+    width: int, how: layer_norm.Launch, *, add: bool, shift: bool = False
+) -> Compiled:
     head, tail = layer_norm.split(width)
     pointers = ("hidden", "change", "missing", "weight", "bias", "total", "normed")
     numbers = ("rows", "first_changed", "first_normed")
     types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(numbers, "i32") | {"eps": "fp32"}
-    constants = {"ADD": add, "HEAD": head, "TAIL": tail, "ROWS": how.rows}
+    if shift:
+        types["missing"] = "*fp32"
+    constants = {"ADD": add, "SHIFT": shift, "HEAD": head, "TAIL": tail, "ROWS": how.rows}
     return compiled(layer_norm._add_layer_norm_kernel, types, constants, how.warps)
 
 
@@ -107,6 +125,16 @@ def compiled_attention(keys: int, how: cross_attention.Launch) -> Compiled:
     types |= {"tokens": "i32", "keys": "i32", "scale": "fp32"}
     constants = {"SIZE": 64, "HEAD": head, "TAIL": tail, "QUERIES": how.queries}
     return compiled(cross_attention._few_keys_kernel, types, constants, how.warps)
+
+
+def compiled_self_attention(how: self_attention.Launch, *, whole: bool = True) -> Compiled:
+    """whole: the tokens fill the tiles of keys, as 1,024 do; 988 of 1216x832 do not."""
+    rows = {"query": how.queries, "key": how.keys, "value": how.keys, "out": how.queries}
+    types = {name: f"tensordesc<bf16[1,{count},64]>" for name, count in rows.items()}
+    types |= {"tokens": "i32", "scale": "fp32"}
+    constants = {"SIZE": 64, "QUERIES": how.queries, "KEYS": how.keys, "WHOLE": whole}
+    kernel = self_attention._self_attention_kernel
+    return compiled(kernel, types, constants, how.warps, how.stages)
 
 
 def compiled_geglu(how: geglu.Launch) -> Compiled:
@@ -154,6 +182,14 @@ def test_a_row_stays_in_one_warps_registers(width: int, add: bool) -> None:
     assert made.registers <= 128
 
 
+@pytest.mark.parametrize("width", [640, 1280])
+def test_the_norm_of_a_shifted_row_stays_in_registers_too(width: int) -> None:
+    how = layer_norm.launch_for(width)
+    made = compiled_norm(width, how, add=False, shift=True)
+    check_norm(made, how)
+    assert made.registers <= 128
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", layer_norm.CANDIDATES, ids=str)
 @pytest.mark.parametrize("width", [640, 1280])
@@ -163,6 +199,7 @@ def test_no_candidate_of_the_norm_spills(width: int, how: layer_norm.Launch) -> 
 
 def check_attention(made: Compiled) -> None:
     assert made.spilled_bytes == 0
+    assert not made.serialized
     assert made.shared_bytes < SHARED_BYTES // 3
     # 77 keys are 64 and 16: products of both widths, and no other kind.
     assert made.count(r"wgmma\.mma_async\S*m64n64k16") > 0
@@ -185,8 +222,42 @@ def test_no_candidate_of_the_attention_spills(how: cross_attention.Launch) -> No
     check_attention(compiled_attention(77, how))
 
 
+def check_self_attention(made: Compiled, how: self_attention.Launch) -> None:
+    assert made.spilled_bytes == 0
+    assert not made.serialized
+    assert made.shared_bytes <= SHARED_BYTES
+    # Scores of a tile of keys, and 64 channels of values; all operands by bulk copies.
+    assert made.count(rf"wgmma\.mma_async\S*m64n{how.keys}k16") > 0
+    assert made.count(r"wgmma\.mma_async\S*m64n64k16") > 0
+    assert made.count(r"mma\.sync") == 0
+    assert made.count(r"ld\.global") == 0
+    assert made.count(r"st\.global") == 0
+    # Weights go from one product to the next in registers.
+    assert made.count(r"ld\.shared\.(v|b)") == made.count("ldmatrix") == 0
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["1024", "988"])
+def test_all_programs_of_self_attention_run_at_once(whole: bool) -> None:
+    how = self_attention.CHOSEN
+    made = compiled_self_attention(how, whole=whole)
+    check_self_attention(made, how)
+    # 8 tiles of each of 40 heads, at once on 132 multiprocessors: up to three on each.
+    together = math.ceil(40 * 1024 / how.queries / 132)
+    assert together == 3
+    assert math.ceil(made.registers / 8) * 8 * 32 * how.warps * together <= 65536
+    # Of 228 kB a program costs one more than it has.
+    assert (made.shared_bytes + 1024) * together <= 228 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", self_attention.CANDIDATES, ids=str)
+def test_no_candidate_of_self_attention_spills(how: self_attention.Launch) -> None:
+    check_self_attention(compiled_self_attention(how), how)
+
+
 def check_geglu(made: Compiled, how: geglu.Launch) -> None:
     assert made.spilled_bytes == 0
+    assert not made.serialized
     assert made.shared_bytes * how.programs <= SHARED_BYTES
     # Value and gate are columns of one product ...
     assert made.count(rf"wgmma\.mma_async\S*m64n{2 * how.columns}k16") > 0
@@ -212,6 +283,12 @@ def test_no_candidate_of_geglu_spills(how: geglu.Launch) -> None:
 
 
 @pytest.mark.slow
+def test_products_one_by_one_would_be_seen() -> None:
+    """128 keys a step do not fit the registers of four warps beside 128 queries."""
+    assert compiled_self_attention(replace(self_attention.CHOSEN, keys=128)).serialized
+
+
+@pytest.mark.slow
 def test_a_spill_would_be_seen() -> None:
     """A tile of twice the accumulators does not fit four warps' registers."""
     assert compiled_geglu(replace(geglu.Launch(), warps=4)).spilled_bytes > 0
@@ -220,6 +297,7 @@ def test_a_spill_would_be_seen() -> None:
 def test_every_launch_is_a_candidate_of_the_bench() -> None:
     assert {layer_norm.launch_for(width) for width in (640, 1280)} <= set(layer_norm.CANDIDATES)
     assert {cross_attention.launch_for(n) for n in (1024, 4096)} <= set(cross_attention.CANDIDATES)
+    assert self_attention.CHOSEN in self_attention.CANDIDATES
     assert geglu.launch_for(2048, 5120, 1280) in geglu.CANDIDATES
     assert geglu.launch_for(8192, 2560, 640) in geglu.CANDIDATES
 
@@ -234,4 +312,7 @@ def test_sizes_that_no_kernel_takes_are_named() -> None:
     assert cross_attention.split(128) == (128, 0)
     assert cross_attention.why_unusable(77, 64) is None
     assert "129 keys" in str(cross_attention.why_unusable(129, 64))
+    assert self_attention.why_unusable(1024, 1024, 64) is None
+    assert "77 keys" in str(self_attention.why_unusable(1024, 77, 64))
+    assert "a head of 48" in str(self_attention.why_unusable(64, 64, 48))
     assert "a head of 48" in str(cross_attention.why_unusable(77, 48))

@@ -40,7 +40,10 @@ def found() -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(("kernel", "cases"), [("norms", 15), ("attentions", 11), ("geglus", 3)])
+@pytest.mark.parametrize(
+    ("kernel", "cases"),
+    [("norms", 15), ("attentions", 11), ("self_attentions", 10), ("geglus", 3), ("residual", 12)],
+)
 def test_a_kernel_computes_what_its_reference_does(
     kernel: str, cases: int, dtype: str, found: dict[str, dict[str, float]]
 ) -> None:
@@ -67,23 +70,35 @@ def test_gelu_is_the_exact_one_to_float32(found: dict[str, dict[str, float]]) ->
 
 def test_the_compiler_is_told_what_the_operators_do(found: dict[str, dict[str, float]]) -> None:
     failures = found["operators"]
-    assert len(failures) == 5
+    assert len(failures) == 8
     assert not any(failures.values()), failures
 
 
 def test_their_flops_are_counted(found: dict[str, dict[str, float]]) -> None:
-    assert found["flops"] == {"geglu": 1, "few_keys_attention": 1}
+    operators = ("geglu", "few_keys_attention", "self_attention", "add_product")
+    assert found["flops"] == dict.fromkeys(operators, 1)
 
 
 def test_the_bench_has_a_row_for_every_candidate(found: dict[str, dict[str, float]]) -> None:
-    assert found["rows"] == {"norm": 5, "geglu": 6, "attention": 4}
+    assert found["rows"] == {
+        "norm": 5 + 1,
+        "geglu": 6,
+        "attention": 4,
+        # 16 keys are few, so by both kernels.
+        "attention to itself": 4 + 6,
+    }
 
 
 def test_a_whole_unet_by_the_kernels_gives_the_unmodified_result(
     found: dict[str, dict[str, float]],
 ) -> None:
     whole = dict(found["whole"])
-    calls = {name: whole.pop(name) for name in list(whole) if name.startswith("stepspan")}
+    calls = {name: whole.pop(name) for name in list(whole) if "stepspan." in name}
+    in_residual = {
+        name.removeprefix("residual "): calls.pop(name)
+        for name in list(calls)
+        if name.startswith("residual ")
+    }
     # 11 blocks in 7 transformers, each of which begins with a norm without a sum.
     assert calls == {
         "stepspan.layer_norm.default": 7,
@@ -91,5 +106,15 @@ def test_a_whole_unet_by_the_kernels_gives_the_unmodified_result(
         "stepspan.few_keys_attention.default": 11,
         "stepspan.geglu.default": 11,
     }
-    assert whole.keys() == {"by block", "all", "traced", "all, half without text"}
+    # Every sum by its product; no sum follows a transformer's last.
+    assert in_residual == {
+        "stepspan.layer_norm.default": 7,
+        "stepspan.add_product.default": 3 * 11,
+        "stepspan.shifted_layer_norm.default": 3 * 11 - 7,
+        "stepspan.self_attention.default": 11,
+        "stepspan.few_keys_attention.default": 11,
+        "stepspan.geglu.default": 11,
+    }
+    residual = {"residual", "residual, traced", "residual, half without text"}
+    assert whole.keys() == {"by block", "all", "traced", "all, half without text"} | residual
     assert max(whole.values()) < 1e-5, whole
