@@ -46,7 +46,7 @@ START_SECONDS = 60.0
 STANDARD = ("documented", "bf16", "compiled", "default")
 LOSSLESS = ("all-lossless",)
 BATCHES = ("batch-8", "all-batch-8")
-FP8 = ("fp8", "all-fp8", "fp8-batch-8", "all-fp8-batch-8")
+FP8 = ("fp8", "all-fp8", "fp8-fused", "fp8-static", "fp8-batch-8", "all-fp8-batch-8")
 OFFLINE = ("offline", "fp8-offline", "all-offline", "all-fp8-offline")
 BATCH_REQUESTS = FEWEST_ROUNDS
 """Of scenarios that take seconds each: the fewest that a verdict is given on."""

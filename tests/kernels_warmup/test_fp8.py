@@ -156,8 +156,8 @@ def test_a_transformer_is_one_graph(static: bool) -> None:
     transformer = unet.mid_block.attentions[0]
     hidden, text = draw(2, 128, 4, 4), draw(2, 7, 48, seed=2)
     compiled = torch.compile(transformer, fullgraph=True, dynamic=False, backend="aot_eager")
-    expected = transformer(hidden, encoder_hidden_states=text)[0]
-    assert relative_error(compiled(hidden, encoder_hidden_states=text)[0], expected) < 1e-3
+    expected = transformer(hidden, text, return_dict=False)[0]
+    assert relative_error(compiled(hidden, text, return_dict=False)[0], expected) < 1e-3
     torch.compiler.reset()
 
 
