@@ -164,7 +164,7 @@ def _fp8(name: str, what: str, **fields: bool) -> Scenario:
         quantize="fp8",
         cuda_only=True,
         lossy=True,
-        prepare_seconds=(120, 0),
+        prepare_seconds=(150, 0),
     )
 
 
@@ -282,7 +282,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         compile="auto",
         quantize="fp8",
         lossy=True,
-        prepare_seconds=(120, 40),
+        prepare_seconds=(150, 40),
     ),
     _fp8("all-fp8", "the same, otherwise all-lossless's"),
     _fp8("fp8-fused", "all-fp8's, norms written as fp8 by our own kernel", fp8_norms=True),
