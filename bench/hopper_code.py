@@ -54,6 +54,8 @@ H200 = SimpleNamespace(
 SECTOR_BYTES = 32
 """The least that device memory gives; a run of fewer bytes pays for all of them."""
 
+FP8_PRODUCTS = "gemm, fp8"
+
 _GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 static c10::impl::DeviceGuardImplRegistrar guard(
@@ -66,7 +68,7 @@ class Launch:
     """One kernel as inductor would launch it.
 
     Attributes:
-        kind: as `kernels.KINDS` has them, and `own` for kernels of our own.
+        kind: as `kernels.KINDS` has them, `own` for kernels of our own, `FP8_PRODUCTS`.
         name: the library's operator, or the operators a generated kernel was fused from.
         bytes: of every buffer it reads or writes, each counted once.
         short_bytes: of those, what a generated reduction reads in runs of under a sector.
@@ -293,6 +295,8 @@ def _kind_of_operator(name: str) -> str:
         return "gemm"  # the library's own, with a sum
     if "stepspan" in name:
         return "own"
+    if "scaled_mm" in name:
+        return FP8_PRODUCTS
     if "convolution" in name:
         return "conv"
     if any(word in name for word in ("mm", "linear", "scaled_dot")):

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from bench.errors import BenchError
 from bench.scenarios import KERNELS, Scenario, chosen
@@ -22,6 +24,7 @@ from bench.terminal import table
 
 if TYPE_CHECKING:
     from bench.hopper_code import Lowered
+    from kernels_warmup.quantize import Quantized
     from kernels_warmup.shapes import CompiledShape
 
 PARTS = ("step", "decode")
@@ -175,7 +178,8 @@ def lower_part(scenario: Scenario, part: str, work: Work) -> Lowered:
                 if missing is not None and any(getattr(recipe, name) for name in KERNELS):
                     # The blocks would keep their operators, and so would the count.
                     raise BenchError(f"{scenario.name} cannot be counted here: {missing}")
-                forward = compile_unet(module, recipe, attention)  # type: ignore[arg-type]
+                with mock.patch("kernels_warmup.compile.quantize_unet", _quantize):
+                    forward = compile_unet(module, recipe, attention, scenario.quantize)  # type: ignore[arg-type]
                 # The usual request has no negative prompt: the last function where there are two.
                 function = forward.functions[-1].function
                 batch = 2 * work.images
@@ -185,6 +189,23 @@ def lower_part(scenario: Scenario, part: str, work: Work) -> Lowered:
                     *_text(module, batch, dtype, recipe.text_once),
                 )
         return lower(module, function, inputs, mode)
+
+
+def _quantize(unet: Any, quantization: str, *, static: bool) -> Quantized | None:
+    """As `quantize_unet`, without the forwards that it calibrates and measures the error by."""
+    import torch
+
+    from kernels_warmup.fp8 import set_fp8
+    from kernels_warmup.quantize import Quantized, quantized_names
+
+    if quantization == "none":
+        return None
+    if quantization != "fp8":
+        raise BenchError(f"products in {quantization} cannot be counted here")
+    names = quantized_names(unet)
+    one = torch.empty((), device="cuda")
+    set_fp8(unet, names, dict.fromkeys(names, one) if static else None)
+    return Quantized("fp8", len(names), math.nan)
 
 
 def _text(unet: Any, batch: int, dtype: Any, once: bool) -> tuple[Any, ...]:
@@ -208,7 +229,12 @@ def _clean(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarise(lowered: Lowered, tflops: float, gbps: float) -> dict[str, dict[str, float]]:
-    """By kind and in all: launches, bytes, FLOPs, and the milliseconds they cannot go below."""
+    """By kind and in all: launches, bytes, FLOPs, and the milliseconds they cannot go below.
+
+    tflops: of bfloat16 products; fp8's run at twice that.
+    """
+    from bench.hopper_code import FP8_PRODUCTS
+
     launches: Counter[str] = Counter()
     moved: Counter[str] = Counter()
     short: Counter[str] = Counter()
@@ -219,12 +245,13 @@ def summarise(lowered: Lowered, tflops: float, gbps: float) -> dict[str, dict[st
     summary = {}
     for kind in sorted(launches, key=lambda kind: -moved[kind]):
         flops = lowered.flops.get(kind, 0)
+        rate = tflops * (2 if kind == FP8_PRODUCTS else 1)
         summary[kind] = {
             "launches": launches[kind],
             "bytes": moved[kind],
             "short_bytes": short[kind],
             "flops": flops,
-            "floor_ms": round(max(moved[kind] / gbps / 1e6, flops / tflops / 1e9), 4),
+            "floor_ms": round(max(moved[kind] / gbps / 1e6, flops / rate / 1e9), 4),
         }
     summary["all"] = {
         name: round(sum(row[name] for row in summary.values()), 4)

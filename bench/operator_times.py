@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kernels_warmup.attention import Backend, attend
+from kernels_warmup.fp8 import round_rows
 from kernels_warmup.one_forward import StepInputs, forward_once
 from kernels_warmup.triton import why_unusable as kernels_unusable
 
@@ -119,8 +120,8 @@ def _candidates(
             total = fresh(rows, outer)
             # As the blocks' sums by their products: no bias, and the sum is read and written.
             yield "bf16 onto a sum", flops, lambda i: total.addmm_(source, matrices[i % turns].t())
-        narrow = [to_fp8_rows(matrix) for matrix in matrices]
-        own, own_scale = to_fp8_rows(source)
+        narrow = [round_rows(matrix) for matrix in matrices]
+        own, own_scale = round_rows(source)
         scaled = torch._scaled_mm
         yield (
             "fp8 by row",
@@ -307,13 +308,6 @@ def _self_attention(
 def _told(launch: Any) -> str:
     """A launch's settings in a word each: `triton 128 128 64 8 4 True 1`."""
     return " ".join(("triton", *map(str, astuple(launch))))
-
-
-def to_fp8_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, columns) as fp8 and the float32 scales (rows, 1) that give the values back."""
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    scale = rows.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / largest
-    return (rows.float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
 
 
 def _attention(backend: Backend, *tensors: torch.Tensor) -> Callable[[int], Any]:

@@ -58,10 +58,10 @@ FIRST_REQUESTS = FEWEST_ROUNDS
 """The fewest that a verdict is given on: minutes on a GPU are scarce."""
 WAYS = ("layer-norm", "group-norm", "zero-text", "geglu")
 """The single ways of which most is expected."""
-FP8 = ("fp8",)
+FP8 = ("fp8", "fp8-fused")
 BATCH = ("batch-8",)
 MORE_BATCHES = ("all-batch-8",)
-MORE_FP8 = ("all-fp8", "fp8-batch-8", "all-fp8-batch-8")
+MORE_FP8 = ("all-fp8", "fp8-static", "fp8-batch-8", "all-fp8-batch-8")
 OFFLINE = ("offline", "fp8-offline", "all-offline", "all-fp8-offline")
 TUNED = ("tuned-kernels", "tuned-products", "max")
 """Last: each may take a session by itself, and continues where it was cut off."""

@@ -179,10 +179,10 @@ class StepAttention:
         encoder_hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The values, mixed for each query, before the output projection."""
-        batch = hidden_states.shape[0]
         text_key: torch.Tensor | None = getattr(attn, "text_key", None)
         if text_key is not None:
             query = attn.to_q(hidden_states)
+            batch = query.shape[0]
             key, value = text_key[-batch:], attn.text_value[-batch:]
         elif encoder_hidden_states is None and attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)

@@ -89,6 +89,11 @@ class Recipe:
     """On CUDA, the text encoders as captured graphs, whatever `replay` says of the rest. Their 44
     layers of small kernels keep the host busier than the GPU; compiling them would buy little more.
     """
+    # Variants of fp8 products, which change nothing where none are; not measured on a GPU yet.
+    fp8_norms: bool = False
+    """The kernel of `layer_norm` writes fp8 and its scales where a product reads them."""
+    fp8_static: bool = False
+    """One scale for all activations of a product, calibrated before compiling."""
 
     @property
     def has_graphs(self) -> bool:
@@ -253,12 +258,14 @@ def compile_unet(
         raise ValueError("zero_text needs text_once: the keys and values of a text that is zero")
     if recipe.residual_products and (not recipe.layer_norm or recipe.scope == "blocks"):
         raise ValueError("residual_products needs layer_norm, and no compiling block by block")
+    if recipe.fp8_norms and not recipe.layer_norm:
+        raise ValueError("fp8_norms needs layer_norm: it is that kernel which writes fp8")
     if recipe.channels_last:
         channels_last(unet)
     set_attention(unet, attention, fuse_qkv=recipe.fuse_qkv)
     # Before the text buffers, which would keep the forward that its error is measured by from
     # running by itself.
-    quantized = quantize_unet(unet, quantize)
+    quantized = quantize_unet(unet, quantize, static=recipe.fp8_static)
     if recipe.time_once:
         set_time_once(unet)
     if recipe.group_norm:
@@ -314,7 +321,9 @@ def _set_kernels(
 
     if recipe.layer_norm:
         install.set_layer_norm(unet, across_blocks=recipe.scope != "blocks")
-    # A quantised product is torchao's.
+    if recipe.fp8_norms:
+        install.set_fp8_norms(unet)
+    # A quantised product does not add onto a sum.
     if recipe.residual_products and quantized is None:
         from kernels_warmup.triton.residuals import set_residual_products
 
@@ -323,6 +332,7 @@ def _set_kernels(
         install.set_self_attention(unet, attention)
     if recipe.cross_attention:
         install.set_cross_attention(unet, attention)
+    # That kernel's product is of the model's own type.
     if recipe.geglu and quantized is None:
         install.set_geglu(unet)
 

@@ -15,6 +15,9 @@ import torch
 from kernels_warmup.blocks import ZERO_TEXT
 from kernels_warmup.shapes import CompiledShape
 
+TIMESTEPS = (981.0, 601.0, 21.0)
+"""Early, in the middle and late in a schedule of 1,000."""
+
 
 @dataclass(frozen=True)
 class StepInputs:
@@ -64,16 +67,19 @@ class StepInputs:
 
 
 def forward_once(
-    forward: Callable[..., Any], inputs: StepInputs, *, zero_text: bool = False
+    forward: Callable[..., Any],
+    inputs: StepInputs,
+    *,
+    zero_text: bool = False,
+    timestep: float = TIMESTEPS[1],
 ) -> torch.Tensor:
-    """One guided UNet forward in the middle of the schedule; `zero_text` tells a UNet that was
-    made to take it that the inputs are `without_negative`."""
+    """One guided UNet forward, of timestep 0 to 999; `zero_text` tells a UNet that was made to take
+    it that the inputs are `without_negative`."""
     told = {"cross_attention_kwargs": {ZERO_TEXT: True}} if zero_text else {}
     sample = torch.cat([inputs.latents] * 2)
-    timestep = torch.tensor(601.0, device=sample.device)
     result = forward(
         sample,
-        timestep,
+        torch.tensor(timestep, device=sample.device),
         encoder_hidden_states=inputs.text,
         added_cond_kwargs=inputs.added,
         return_dict=False,

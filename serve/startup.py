@@ -286,7 +286,7 @@ class Startup:
                 settings.attention, model.device, model.dtype
             ),
             f"SDXL_QUANTIZE={settings.quantize}": quantize.why_unusable(
-                settings.quantize, model.device
+                settings.quantize, model.device, model.dtype
             ),
         }
         for setting, reason in unusable.items():

@@ -15,10 +15,16 @@ from torch import nn
 
 from kernels_warmup.attention import Backend, StepAttention, transformer_blocks
 from kernels_warmup.blocks import ZERO_TEXT, Block, set_blocks
+from kernels_warmup.fp8 import Fp8Linear, Rounded
 from kernels_warmup.triton.cross_attention import few_keys_attention
 from kernels_warmup.triton.cross_attention import why_unusable as why_not_few_keys
 from kernels_warmup.triton.geglu import geglu
-from kernels_warmup.triton.layer_norm import add_layer_norm, layer_norm
+from kernels_warmup.triton.layer_norm import (
+    add_layer_norm,
+    add_layer_norm_fp8,
+    layer_norm,
+    layer_norm_fp8,
+)
 from kernels_warmup.triton.self_attention import MOST_ROWS, self_attention
 from kernels_warmup.triton.self_attention import why_unusable as why_not_self_attention
 
@@ -37,6 +43,22 @@ def set_layer_norm(unet: Any, *, across_blocks: bool = True) -> None:
         for module in unet.modules():
             if isinstance(module, Transformer2DModel):
                 module.__class__ = NormedTransformer
+
+
+def set_fp8_norms(unet: Any) -> None:
+    """After `set_layer_norm`: norms that an fp8 product reads are written as fp8.
+
+    The second norm of a block stays as it is: its product, the query of the cross-attention, is
+    square and not quantised. The third fp8 product, the feed-forward's last, needs no kernel of
+    ours: it reads the gating's result, and gating, largest value and cast are plain operators that
+    the compiler makes one kernel of (`python -m bench launches --scenario fp8-fused` counts 70).
+    """
+    for block in transformer_blocks(unet):
+        products = (getattr(block.attn1, "to_qkv", None), block.ff.net[0].proj)
+        for norm, product in zip((block.norm1, block.norm3), products, strict=True):
+            if isinstance(product, Fp8Linear):
+                norm.__class__ = Fp8Norm
+                norm.register_buffer("fp8_scale", product.input_scale, persistent=False)
 
 
 def set_cross_attention(unet: Any, backend: Backend) -> None:
@@ -89,7 +111,7 @@ class NormedBlock(Block):
     def parts(
         self,
         hidden: torch.Tensor,
-        norm: torch.Tensor,
+        norm: torch.Tensor | Rounded,
         text: torch.Tensor | None,
         zero_text: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,8 +163,23 @@ def refuse_masks(*masks: torch.Tensor | None) -> None:
         raise ValueError("SDXL attends to every token; an attention mask is not supported")
 
 
-def normed(hidden: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-    return cast(torch.Tensor, layer_norm(hidden, norm.weight, norm.bias, norm.eps))
+class Fp8Norm(nn.LayerNorm):
+    """A norm for an fp8 product.
+
+    fp8_scale: float32, (), by which all of it is rounded; None where each row has its own.
+    """
+
+    fp8_scale: torch.Tensor | None
+
+    def rounded(self, values: torch.Tensor, scales: torch.Tensor) -> Rounded:
+        return Rounded(values, scales if self.fp8_scale is None else self.fp8_scale)
+
+
+def normed(hidden: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor | Rounded:
+    of = (hidden, norm.weight, norm.bias, norm.eps)
+    if isinstance(norm, Fp8Norm):
+        return norm.rounded(*layer_norm_fp8(*of, norm.fp8_scale))
+    return cast(torch.Tensor, layer_norm(*of))
 
 
 def added(
@@ -152,10 +189,14 @@ def added(
     *,
     missing: torch.Tensor | None = None,
     last: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | Rounded]:
     """The sum, and the norm of it or of its last of the batch; see `add_layer_norm`."""
-    rows = hidden.shape[0] if last is None else last
-    result = add_layer_norm(hidden, change, missing, norm.weight, norm.bias, norm.eps, rows)
+    of = (hidden, change, missing, norm.weight, norm.bias, norm.eps)
+    if isinstance(norm, Fp8Norm):
+        assert last is None, "the kernel writes the whole batch as fp8"
+        total, *rounded = add_layer_norm_fp8(*of, norm.fp8_scale)
+        return total, norm.rounded(*rounded)
+    result = add_layer_norm(*of, hidden.shape[0] if last is None else last)
     return cast(tuple[torch.Tensor, torch.Tensor], result)
 
 

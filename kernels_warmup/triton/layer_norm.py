@@ -2,6 +2,9 @@
 
 The generated kernel reads the row again for each of its passes over it, so it takes twice the time
 its bytes need. Here a row stays in registers: one warp holds it, so its sums cross no barrier.
+
+Where an fp8 product reads the norm, the kernel writes it as fp8: the row is at hand to find its
+largest magnitude in, and half as many bytes are written.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
+from kernels_warmup.fp8 import FP8
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,14 @@ def _add_layer_norm_kernel(
     bias,
     total,
     normed,
+    scales,
     rows,
     first_changed,
     first_normed,
     eps,
     ADD: tl.constexpr,
     SHIFT: tl.constexpr,
+    SCALES: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -106,10 +113,28 @@ def _add_layer_norm_kernel(
     place = normed + (row - first_normed) * width
     head *= scale * tl.load(weight + at_head).to(tl.float32)
     head += tl.load(bias + at_head).to(tl.float32)
-    tl.store(place + at_head, head.to(normed.dtype.element_ty), wanted)
     if TAIL:
         tail *= scale * tl.load(weight + at_tail).to(tl.float32)
         tail += tl.load(bias + at_tail).to(tl.float32)
+    if SCALES == "row":
+        largest = tl.max(tl.abs(head), 1)
+        if TAIL:
+            largest = tl.maximum(largest, tl.max(tl.abs(tail), 1))
+        narrow = tl.maximum(largest[:, None] / 448.0, 1e-12)
+        tl.store(scales + row - first_normed, narrow, wanted)
+    elif SCALES == "one":
+        narrow = tl.load(scales)
+    if SCALES != "none":
+        # The hardware's cast to fp8 saturates.
+        head *= 1.0 / narrow
+        # A thread has loaded 8 neighbours. Without these words it would store 16, which is the
+        # widest, and get half of them from another thread first.
+        at_head = tl.max_contiguous(at_head, (1, 8))
+        if TAIL:
+            tail *= 1.0 / narrow
+            at_tail = tl.max_contiguous(at_tail, (1, 8))
+    tl.store(place + at_head, head.to(normed.dtype.element_ty), wanted)
+    if TAIL:
         tl.store(place + at_tail, tail.to(normed.dtype.element_ty), wanted)
 
 
@@ -122,16 +147,20 @@ def launch(
     eps: float,
     normed_rows: int,
     how: Launch,
+    scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(hidden + change, its LayerNorm), all as (rows, width); None for the sum without a change.
 
     change may have the last rows only; to those before, missing (width) is added. Without a change,
     missing is added to every row before the norm, and the sum is not kept. Of the norm only the
     last normed_rows are computed and returned.
+
+    scales: where the norm is wanted as fp8, float32: (normed_rows, 1), to be filled with each row's
+    own, or (), by which all of it is rounded.
     """
     rows, width = hidden.shape
     head, tail = split(width)
-    normed = hidden.new_empty(normed_rows, width)
+    normed = hidden.new_empty(normed_rows, width, dtype=None if scales is None else FP8)
     total = None if change is None else torch.empty_like(hidden)
     _add_layer_norm_kernel[(triton.cdiv(rows, how.rows),)](
         hidden,
@@ -141,12 +170,14 @@ def launch(
         bias,
         hidden if total is None else total,
         normed,
+        hidden if scales is None else scales,
         rows,
         rows - (rows if change is None else change.shape[0]),
         rows - normed_rows,
         eps,
         ADD=change is not None,
         SHIFT=change is None and missing is not None,
+        SCALES="none" if scales is None else "row" if scales.dim() else "one",
         HEAD=head,
         TAIL=tail,
         ROWS=how.rows,
@@ -171,10 +202,7 @@ def add_layer_norm(
     Then `missing` (width) is what every token of the others gets added.
     """
     batch, tokens, width = hidden.shape
-    if change.shape[0] != batch and missing is None:
-        raise ValueError(
-            f"{change.shape[0]} of {batch} change, and nothing is given for the others"
-        )
+    _require_whole(hidden, change, missing)
     total, norm = launch(
         hidden.contiguous().view(-1, width),
         change.contiguous().view(-1, width),
@@ -216,3 +244,94 @@ def layer_norm(
 @layer_norm.register_fake
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     return hidden.new_empty(hidden.shape)
+
+
+@torch.library.custom_op("stepspan::add_layer_norm_fp8", mutates_args=())
+def add_layer_norm_fp8(
+    hidden: torch.Tensor,
+    change: torch.Tensor,
+    missing: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `add_layer_norm` of the whole batch, the norm as fp8, and its scales.
+
+    scale: float32, (), by which all of the norm is rounded; the scales are then empty. None: they
+    are each row's own, float32, (batch, tokens, 1).
+    """
+    batch, tokens, width = hidden.shape
+    _require_whole(hidden, change, missing)
+    scales = _new_scales(hidden, scale)
+    total, norm = launch(
+        hidden.contiguous().view(-1, width),
+        change.contiguous().view(-1, width),
+        missing,
+        weight,
+        bias,
+        eps,
+        batch * tokens,
+        launch_for(width),
+        scales.view(-1, 1) if scale is None else scale,
+    )
+    assert total is not None
+    return total.view(hidden.shape), norm.view(hidden.shape), scales
+
+
+@add_layer_norm_fp8.register_fake
+def _(
+    hidden: torch.Tensor,
+    change: torch.Tensor,
+    missing: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    narrow = hidden.new_empty(hidden.shape, dtype=FP8)
+    return hidden.new_empty(hidden.shape), narrow, _new_scales(hidden, scale)
+
+
+@torch.library.custom_op("stepspan::layer_norm_fp8", mutates_args=())
+def layer_norm_fp8(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The LayerNorm of hidden (..., width) as fp8, and its scales as of `add_layer_norm_fp8`."""
+    width = hidden.shape[-1]
+    flat = hidden.contiguous().view(-1, width)
+    scales = _new_scales(hidden, scale)
+    rounded_by = scales.view(-1, 1) if scale is None else scale
+    of = (weight, bias, eps, flat.shape[0], launch_for(width), rounded_by)
+    _, norm = launch(flat, None, None, *of)
+    return norm.view(hidden.shape), scales
+
+
+@layer_norm_fp8.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return hidden.new_empty(hidden.shape, dtype=FP8), _new_scales(hidden, scale)
+
+
+def _new_scales(hidden: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    # Empty where one is given: an operator must not return what it was given.
+    shape = (*hidden.shape[:-1], 1) if scale is None else (0,)
+    return hidden.new_empty(shape, dtype=torch.float32)
+
+
+def _require_whole(
+    hidden: torch.Tensor, change: torch.Tensor, missing: torch.Tensor | None
+) -> None:
+    if len(change) != len(hidden) and missing is None:
+        raise ValueError(
+            f"{len(change)} of {len(hidden)} change, and nothing is given for the others"
+        )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from kernels_warmup.fp8 import Rounded, round_by, round_rows
+
 
 def add_layer_norm(
     hidden: torch.Tensor,
@@ -28,6 +30,19 @@ def shifted_layer_norm(
     """The LayerNorm of hidden (..., width) + shift (width), in hidden's type."""
     shifted = (hidden.float() + shift).to(hidden.dtype)
     return F.layer_norm(shifted, shifted.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm_fp8(
+    hidden: torch.Tensor,
+    change: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, Rounded]:
+    """hidden + change and the LayerNorm of it, rounded to fp8 by one scale or each row's own."""
+    total, norm = add_layer_norm(hidden, change, weight, bias, eps)
+    return total, round_rows(norm) if scale is None else round_by(norm, scale)
 
 
 def attention(

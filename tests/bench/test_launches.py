@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from bench.__main__ import main
 from bench.errors import BenchError
-from bench.hopper_code import Launch, Lowered
+from bench.hopper_code import FP8_PRODUCTS, Launch, Lowered
 from bench.launches import Work, lower_part, summarise
 from bench.scenarios import Scenario
 from kernels_warmup.attention import transformer_blocks
@@ -89,6 +90,25 @@ def test_sums_by_products_leave_the_norms_one_tensor_to_read_and_one_to_write() 
         assert any(size <= launch.bytes < size + 4096 for size in least), launch
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_fp8_norms_save_a_pass_a_product_and_static_scales_the_reduction_before_the_last() -> None:
+    def fp8(**fields: bool) -> Lowered:
+        scenario = whole(fuse_qkv=True, text_once=True, layer_norm=True, **fields)
+        return count(replace(scenario, quantize="fp8"))
+
+    apart, fused, static = fp8(), fp8(fp8_norms=True), fp8(fp8_norms=True, fp8_static=True)
+    blocks = len(transformer_blocks(tiny_unet()))
+    assert calls(apart, FP8_PRODUCTS) == 3 * blocks
+    assert apart.flops[FP8_PRODUCTS] == fused.flops[FP8_PRODUCTS] == static.flops[FP8_PRODUCTS]
+    # What reads a norm is rounded by a reduction of its own, unless the norm's kernel does it.
+    reductions = [calls(each, "generated: reduction") for each in (apart, fused, static)]
+    assert reductions[0] - reductions[1] == 2 * blocks
+    # The gating finds its rows' largest values as it goes; of one scale it needs none.
+    assert reductions[1] - reductions[2] == blocks
+    assert len(apart.launches) - len(fused.launches) == 2 * blocks
+
+
 @pytest.fixture(scope="module")
 def decode() -> Lowered:
     return count(whole(channels_last=True), "decode")
@@ -115,6 +135,8 @@ def test_a_summary_adds_up_and_is_bound_by_bytes_or_products() -> None:
     assert summary["gemm"]["floor_ms"] == pytest.approx(0.3)
     assert summary["own"]["floor_ms"] == pytest.approx(4e-6, abs=1e-4)
     assert summary["all"]["launches"] == 3
+    narrow = Lowered((Launch(FP8_PRODUCTS, "a", 8_000),), {FP8_PRODUCTS: 30_000_000_000})
+    assert summarise(narrow, 100, 1000)[FP8_PRODUCTS]["floor_ms"] == pytest.approx(0.15)
     assert summarise(lowered, tflops=1e9, gbps=1000)["gemm"]["floor_ms"] == pytest.approx(0.02)
 
 

@@ -135,6 +135,44 @@ def test_every_launch_of_the_norm(width: int, candidate: int) -> None:
     check(own, lambda *i: reference.add_layer_norm(*i, 1e-5), norm_inputs(999, width))
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["by row", "static"])
+@pytest.mark.parametrize(("tokens", "width"), LEVELS)
+def test_a_norm_as_fp8_and_the_product_that_reads_it(tokens: int, width: int, static: bool) -> None:
+    from kernels_warmup.fp8 import LARGEST, MARGIN, Fp8Linear, Rounded, set_fp8
+    from kernels_warmup.triton import layer_norm, reference
+
+    hidden, change, *of = norm_inputs(tokens, width)
+    wide = [tensor.float() for tensor in (hidden, change, *of)]
+    total, exact = reference.add_layer_norm(*wide, 1e-5)
+    scale = MARGIN * exact.abs().max() / LARGEST if static else None
+    _, expected = reference.add_layer_norm_fp8(*wide, 1e-5, scale)
+
+    found, values, scales = layer_norm.add_layer_norm_fp8(hidden, change, None, *of, 1e-5, scale)
+    assert values.dtype == torch.float8_e4m3fn
+    assert relative_error(found, total) < 0.003
+    if not static:
+        assert relative_error(scales, expected.scales) < 1e-6
+    # What lies between two of fp8's numbers may be rounded to either.
+    assert relative_error(values.float(), expected.values.float()) < 1e-3
+    rounded = Rounded(values, scales if scale is None else scale)
+    assert relative_error(rounded.values.float() * rounded.scales, exact) < 0.035
+    values, own = layer_norm.layer_norm_fp8(found, *of, 1e-5, scale)
+    assert relative_error(values.float() * (own if scale is None else scale), exact) < 0.035
+
+    model = torch.nn.Sequential(torch.nn.Linear(width, 3 * width, device="cuda"))
+    weight = model[0].weight.clone()
+    model.to(torch.bfloat16)
+    set_fp8(model, ["0"], None if scale is None else {"0": scale})
+    assert type(model[0]) is Fp8Linear
+    product = model(rounded)
+    assert product.dtype == torch.bfloat16
+    stored = model[0].weight.float() * model[0].weight_scale.view(-1, 1)
+    near = torch.nn.functional.linear(rounded.values.float() * rounded.scales, stored)
+    assert relative_error(product, near + model[0].bias.float()) < 0.01
+    plain = torch.nn.functional.linear(exact, weight, model[0].bias.float())
+    assert relative_error(product, plain) < 0.06
+
+
 @pytest.mark.parametrize("keys", [77, 64, 128, 7])
 @pytest.mark.parametrize(("tokens", "width"), LEVELS)
 def test_attention_to_few_keys(tokens: int, width: int, keys: int) -> None:

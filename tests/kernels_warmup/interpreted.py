@@ -14,12 +14,17 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
+import triton.language as tl
 from torch.utils.flop_counter import FlopCounterMode
+from triton.runtime import interpreter
 
 from bench import operator_times
 from kernels_warmup.attention import set_attention
 from kernels_warmup.blocks import ZERO_TEXT
+from kernels_warmup.fp8 import LARGEST, Rounded, calibrate, set_fp8
+from kernels_warmup.quantize import quantized_names
 from kernels_warmup.rewrites import TextOnce
 from kernels_warmup.triton import (
     cross_attention,
@@ -65,6 +70,58 @@ def norms(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
         one, nothing = torch.ones(1280), torch.zeros(1280)
         of = torch.nn.functional.layer_norm(far.double(), (1280,))
         yield "norm far from zero", relative_error(layer_norm.layer_norm(far, one, nothing, 0), of)
+
+
+def norms_fp8(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    """The sum, the fp8 values, the scales, and how far what they stand for is from the norm."""
+    for width in (32, 640, 1280):
+        hidden, change = draw(4, 5, width).to(dtype), draw(4, 5, width, seed=2).to(dtype)
+        weight, bias = draw(width, seed=3).to(dtype), draw(width, seed=4).to(dtype)
+        # A row of nothing, for which the scale must not be zero, and one that is large.
+        hidden[0, 0], change[0, 0] = 0, 0
+        hidden[1, 1] *= 100
+        if width == 32:
+            bias.zero_()
+        missing = draw(width, seed=5).to(dtype)
+        wide = [tensor.float() for tensor in (hidden, change, weight, bias)]
+        exact = reference.add_layer_norm(*wide, 1e-5)[1]
+        # Of the second, a part of the norm saturates.
+        for scale in (None, torch.tensor(0.005)):
+            how = f"{width} {'by row' if scale is None else 'by one scale'}"
+            of = (weight, bias, 1e-5, scale)
+            total, *found = layer_norm.add_layer_norm_fp8(hidden, change, None, *of)
+            sums, expected = reference.add_layer_norm_fp8(*wide, 1e-5, scale)
+            yield f"sum {how}", relative_error(total, sums)
+            yield from rounded(how, found, expected, scale)
+            found = list(layer_norm.layer_norm_fp8(hidden, weight, bias, 1e-5, scale))
+            zero = torch.zeros_like(wide[1])
+            _, expected = reference.add_layer_norm_fp8(wide[0], zero, *wide[2:], 1e-5, scale)
+            yield from rounded(f"alone {how}", found, expected, scale)
+            filled = torch.cat([missing.expand(3, 5, width), change[3:]])
+            total, *found = layer_norm.add_layer_norm_fp8(hidden, change[3:], missing, *of)
+            sums, expected = reference.add_layer_norm_fp8(
+                wide[0], filled.float(), *wide[2:], 1e-5, scale
+            )
+            yield f"sum of a part {how}", relative_error(total, sums)
+            yield from rounded(f"of a part {how}", found, expected, scale)
+        values, scales = layer_norm.add_layer_norm_fp8(
+            hidden, change, None, weight, bias, 1e-5, None
+        )[1:]
+        yield f"fp8's own {width}", relative_error(values.float() * scales, exact)
+
+
+def rounded(
+    how: str, found: list[torch.Tensor], expected: Rounded, scale: torch.Tensor | None
+) -> Iterator[tuple[str, float]]:
+    values, scales = found
+    assert values.dtype == torch.float8_e4m3fn
+    assert scales.dtype == torch.float32
+    if scale is None:
+        yield f"scales {how}", relative_error(scales, expected.scales)
+    else:
+        assert scales.numel() == 0
+    # One that lies between two of fp8's numbers may go to either; each moves this by 1e-3 at most.
+    yield f"values {how}", relative_error(values.float(), expected.values.float())
 
 
 def attentions(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
@@ -149,22 +206,26 @@ def gelu() -> Iterator[tuple[str, float]]:
 
 def operators() -> Iterator[tuple[str, float]]:
     """What the compiler is told of each operator is what the operator does."""
-    x, channels = draw(2, 4, 32), draw(32)
+    x, channels, one = draw(2, 4, 32), draw(32), torch.tensor(1.0)
     some = torch.ops.stepspan
-    for operator, arguments in (
+    cases: tuple[tuple[Any, tuple[Any, ...]], ...] = (
         (some.add_layer_norm, (x, x + 1, None, channels, channels, 1e-5, 2)),
         (some.add_layer_norm, (x, x[1:], channels, channels, channels, 1e-5, 1)),
         (some.layer_norm, (x, channels, channels, 1e-5)),
+        (some.add_layer_norm_fp8, (x, x + 1, None, channels, channels, 1e-5, None)),
+        (some.add_layer_norm_fp8, (x, x[1:], channels, channels, channels, 1e-5, one)),
+        (some.layer_norm_fp8, (x, channels, channels, 1e-5, None)),
+        (some.layer_norm_fp8, (x, channels, channels, 1e-5, one)),
         (some.few_keys_attention, (x, x + 1, x + 2, 2)),
         (some.geglu, (x, draw(96, 32), draw(96))),
         (some.self_attention, (x, x + 1, x + 2, 2)),
         (some.add_product, (x, x + 1, draw(32, 32))),
         (some.shifted_layer_norm, (x, channels, channels, channels, 1e-5, 1)),
-    ):
+    )
+    for number, (operator, arguments) in enumerate(cases):
         checks = ("test_schema", "test_faketensor")
         found = torch.library.opcheck(operator.default, arguments, test_utils=checks)
-        case = f"{operator} of {len(arguments[1])}" if len(arguments) == 7 else str(operator)
-        yield case, sum(told != "SUCCESS" for told in found.values())
+        yield f"{number}: {operator}", sum(told != "SUCCESS" for told in found.values())
 
 
 def flops() -> Iterator[tuple[str, float]]:
@@ -255,6 +316,40 @@ def whole() -> Iterator[tuple[str, float]]:
     yield "residual", relative_error(unet(**after_text)[0], expected)
 
 
+def whole_fp8() -> Iterator[tuple[str, float]]:
+    """With fp8 products: norms as fp8 by the kernel against the same rounded by plain operators."""
+    plain = tiny_unet()
+    inputs = step_inputs(2, size=8)
+    after_text = inputs | {"encoder_hidden_states": None, "added_cond_kwargs": {}}
+    expected = plain(**inputs)[0]
+    for way in ("by row", "static"):
+        by_operators, _ = fp8_result(plain, inputs, after_text, way, fused=False)
+        with Counted() as counted:
+            by_kernel, unet = fp8_result(plain, inputs, after_text, way, fused=True)
+        yield f"{way} against operators", relative_error(by_kernel, by_operators)
+        yield f"{way} against the unmodified", relative_error(by_kernel, expected)
+        for name, calls in counted.calls.items():
+            yield f"{way} {name}", calls
+        yield f"{way} traced", traced_error(unet)
+
+
+def fp8_result(
+    plain: Any, inputs: dict[str, Any], after_text: dict[str, Any], way: str, *, fused: bool
+) -> tuple[torch.Tensor, Any]:
+    """A forward's result, and the UNet, prepared as `compile_unet` does it on Hopper."""
+    unet = copy.deepcopy(plain)
+    set_attention(unet, "auto")
+    names = quantized_names(unet)
+    scales = calibrate(unet, names, lambda: unet(**inputs)) if way == "static" else None
+    set_fp8(unet, names, scales)
+    text = TextOnce(unet)
+    install.set_layer_norm(unet)
+    if fused:
+        install.set_fp8_norms(unet)
+    text.prepare_conditioning(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
+    return unet(**after_text)[0], unet
+
+
 def traced_error(unet: Any) -> float:
     """One of its transformers in one graph, against the same launched operator by operator."""
     transformer = unet.mid_block.attentions[0]
@@ -286,14 +381,31 @@ class Counted(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_convert_float = interpreter._convert_float
+
+
+def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """As the interpreter converts types, but to fp8 as Hopper does, saturating and to the nearest.
+
+    The interpreter's own rounds 7.93 to 4 instead of 8: it loses the carry into the exponent.
+    """
+    if target != tl.float8e4nv:
+        return _convert_float(values, source, target, rounding)
+    # Whole numbers of the type's size hold its bits.
+    wide = torch.from_numpy(numpy.asarray(values).view(numpy.float32).copy())
+    assert source == tl.float32
+    narrow = wide.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return narrow.view(torch.uint8).numpy()
+
+
 def main() -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1", "Triton would look for a GPU"
     found: dict[str, dict[str, float]] = {}
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(interpreter, "_convert_float", convert_float):
         for name, dtype in TYPES.items():
-            for part in (norms, attentions, self_attentions, geglus, residual):
+            for part in (norms, norms_fp8, attentions, self_attentions, geglus, residual):
                 found[f"{part.__name__} {name}"] = dict(part(dtype))
-        for check in (gelu, operators, flops, rows, whole):
+        for check in (gelu, operators, flops, rows, whole, whole_fp8):
             found[check.__name__] = dict(check())
     print(json.dumps(found))
 

@@ -1,13 +1,21 @@
 import copy
+import pickle
+import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from torch._dynamo import config as dynamo
+from torch._inductor import config as inductor
 
+from kernels_warmup import quantize
 from kernels_warmup.attention import set_attention, transformer_blocks
 from kernels_warmup.compile import Recipe, compile_model
-from kernels_warmup.quantize import SKIPPED, quantize_unet, why_unusable
+from kernels_warmup.quantize import CHOSEN, SKIPPED, quantize_unet, why_unusable
+from serve.sdxl_base import UNET_CONFIG
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_models, tiny_unet
 
 # torchao and torch warn of each other's insides when they are first imported together.
@@ -43,26 +51,65 @@ def test_int8_says_how_far_one_forward_moved() -> None:
     assert seen / 3 < report.error < seen * 3
 
 
+def test_the_compiler_is_configured_as_before() -> None:
+    """All of it: torchao would switch inductor over for the whole process."""
+    assert inductor.coordinate_descent_tuning is False
+    before = compiler_configuration()
+    assert len(before["inductor"]) > 100
+    assert len(before["dynamo"]) > 30
+    assert quantize_unet(tiny_unet(), "int8") is not None
+    assert compiler_configuration() == before
+
+
+def test_torchao_would_change_the_compiler() -> None:
+    """What the test above guards against is still there."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    before = compiler_configuration()
+    with inductor.patch(coordinate_descent_tuning=False):
+        quantize_(torch.nn.Linear(16, 16), Int8DynamicActivationInt8WeightConfig())
+        assert compiler_configuration() != before
+    inductor.load_config(pickle.dumps(before["inductor"]))
+    assert compiler_configuration() == before
+
+
+def compiler_configuration() -> dict[str, dict[str, Any]]:
+    return {"inductor": inductor.get_config_copy(), "dynamo": dynamo.get_config_copy()}
+
+
 def test_the_large_products_are_replaced_and_the_skipped_are_not() -> None:
     unet = tiny_unet()
     set_attention(unet, "auto")
     report = quantize_unet(unet, "int8")
     names = quantized_names(unet)
     assert report is not None
-    assert report.layers == len(names)
-    blocks, transformers = len(transformer_blocks(unet)), 7
-    # to_qkv, both outputs, the cross-attention's query and two of the feed-forward; in and out.
-    assert len(names) == 6 * blocks + 2 * transformers
-    assert not any(name.endswith(("attn1.to_q", "attn1.to_k", "attn1.to_v")) for name in names)
-    for skipped in (
-        "time_embedding.linear_1",
-        "add_embedding.linear_2",
-        "mid_block.resnets.0.time_emb_proj",
-        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
-    ):
-        assert isinstance(unet.get_submodule(skipped), torch.nn.Linear)
-        assert skipped not in names
-    assert all(reason for _, reason in SKIPPED)
+    assert report.layers == len(names) == 3 * len(transformer_blocks(unet))
+    assert names == set(quantize.quantized_names(unet))
+
+
+def test_of_sdxl_base_the_feed_forwards_and_the_fused_projections_are_quantised() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            **{name: value for name, value in UNET_CONFIG.items() if not name.startswith("_")}
+        )
+        set_attention(unet, "auto")
+    chosen = quantize.quantized_names(unet)
+    ends = Counter(next(p for p, _ in CHOSEN if re.search(p, name)) for name in chosen)
+    assert list(ends.values()) == [70, 70, 70]
+    assert len(chosen) == 210
+    layers = {n: m for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name in layers:
+        reasons = [p for p, _ in SKIPPED if re.search(p, name)]
+        assert len(reasons) == (name not in chosen), name
+    square = re.compile(r"(attn2\.to_q|to_out\.0|proj_in|proj_out)$")
+    assert sum(bool(square.search(name)) for name in layers) == 3 * 70 + 2 * 11
+    # Of 2.57 billion weights in all.
+    assert sum(layers[name].weight.numel() for name in chosen) == 1_536_000_000
+
+
+def test_without_fused_projections_the_feed_forwards_are_left() -> None:
+    unet = tiny_unet()
+    assert len(quantize.quantized_names(unet)) == 2 * len(transformer_blocks(unet))
 
 
 def test_it_works_beside_every_rewrite() -> None:

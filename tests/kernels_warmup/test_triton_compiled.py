@@ -105,15 +105,23 @@ def assembled(ptx: str) -> str:
 
 
 def compiled_norm(
-    width: int, how: layer_norm.Launch, *, add: bool, shift: bool = False
+    width: int,
+    how: layer_norm.Launch,
+    *,
+    add: bool,
+    shift: bool = False,
+    scales: str = "none",
 ) -> Compiled:
     head, tail = layer_norm.split(width)
-    pointers = ("hidden", "change", "missing", "weight", "bias", "total", "normed")
+    pointers = ("hidden", "change", "missing", "weight", "bias", "total", "normed", "scales")
     numbers = ("rows", "first_changed", "first_normed")
     types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(numbers, "i32") | {"eps": "fp32"}
     if shift:
         types["missing"] = "*fp32"
-    constants = {"ADD": add, "SHIFT": shift, "HEAD": head, "TAIL": tail, "ROWS": how.rows}
+    if scales != "none":
+        types |= {"normed": "*fp8e4nv", "scales": "*fp32"}
+    constants = {"ADD": add, "SHIFT": shift, "SCALES": scales}
+    constants |= {"HEAD": head, "TAIL": tail, "ROWS": how.rows}
     return compiled(layer_norm._add_layer_norm_kernel, types, constants, how.warps)
 
 
@@ -190,11 +198,29 @@ def test_the_norm_of_a_shifted_row_stays_in_registers_too(width: int) -> None:
     assert made.registers <= 128
 
 
+@pytest.mark.parametrize("scales", ["row", "one"])
+@pytest.mark.parametrize("add", [True, False], ids=["sum and norm", "norm alone"])
+@pytest.mark.parametrize("width", [640, 1280])
+def test_a_norm_as_fp8_stays_in_one_warps_registers(width: int, add: bool, scales: str) -> None:
+    how = layer_norm.launch_for(width)
+    made = compiled_norm(width, how, add=add, scales=scales)
+    check_norm(made, how)
+    assert made.registers <= 128
+    # Two at a time, and what is too large for fp8 becomes its largest number.
+    pairs = width * how.rows // 32 // 2
+    assert made.count(r"cvt\.rn\.satfinite\.e4m3x2\.f32") == pairs
+    # The 8 neighbours that a thread has are 16 bytes of bfloat16 and 8 of fp8; none are exchanged.
+    assert made.count(r"st\.global\.v4\.b32") == (pairs // 4 if add else 0)
+    assert made.count(r"st\.global\.v2\.b32") == pairs // 4
+    assert made.count(r"st\.global\.b32") == (scales == "row")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", layer_norm.CANDIDATES, ids=str)
 @pytest.mark.parametrize("width", [640, 1280])
 def test_no_candidate_of_the_norm_spills(width: int, how: layer_norm.Launch) -> None:
     check_norm(compiled_norm(width, how, add=True), how)
+    assert compiled_norm(width, how, add=True, scales="row").spilled_bytes == 0
 
 
 def check_attention(made: Compiled) -> None:

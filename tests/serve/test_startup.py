@@ -446,7 +446,8 @@ def test_quantised_says_its_error(mode: str) -> None:
     asyncio.run(runtime.start())
     told = runtime.readiness.as_json()["compile"]
     assert told["quantize"] == "int8"
-    assert told["quantized_layers"] > 10
+    # Of four blocks, the two products of the feed-forward; what is not fused is left alone.
+    assert told["quantized_layers"] == 8
     assert 1e-4 < told["quantization_error"] < 0.2
     generate(runtime)
     runtime.close(1)
