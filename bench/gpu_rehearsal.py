@@ -142,7 +142,8 @@ def scenarios(archive: Path) -> tuple[list[str], dict[str, str]]:
             if member.name.endswith("-bench.json") and (content := kept.extractfile(member)):
                 result = json.load(content)["result"]
                 timed += [one["name"] for one in result["scenarios"]]
-                reasons |= {one["name"]: one["reason"] for one in result["not_run"]}
+                for one in result["not_run"]:
+                    reasons[one["name"]] = ("FAILED: " if one["failed"] else "") + one["reason"]
     return timed, reasons
 
 
@@ -160,8 +161,9 @@ def rehearse() -> tuple[list[str], bool]:
         "HOME": str(caches),
         "PYTHONPATH": str(SITE),
         "PYTHONDONTWRITEBYTECODE": "1",
-        # The compiler's cache and the bench's lock lie there: nothing here is measured, so that
-        # another bench on this machine may run meanwhile.
+        # Nothing here is measured, so another bench may run on this machine meanwhile: its threads
+        # would starve ours, and both would want one lock. The compiler's cache lies there too.
+        "OMP_NUM_THREADS": "1",
         "TMPDIR": str(caches),
     }
     caches.mkdir()
@@ -182,7 +184,11 @@ def rehearse() -> tuple[list[str], bool]:
     print("\n".join(log), flush=True)
     lines, good = run_commands(environment, OFFLINE if cut_off else ())
     timed, reasons = scenarios(ARCHIVE) if ARCHIVE.exists() else ([], {})
-    failed = {name: why for name, why in reasons.items() if not NEEDS_GPU.search(why)}
+    failed = {
+        name
+        for name, why in reasons.items()
+        if why.startswith("FAILED") or not NEEDS_GPU.search(why)
+    }
     log += [*lines, f"timed ({len(timed)}): {' '.join(timed)}"]
     log += [f"not timed: {name}: {why}" for name, why in sorted(reasons.items())]
     log += [f"failed: {name}" for name in sorted(failed)]

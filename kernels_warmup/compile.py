@@ -136,7 +136,7 @@ RECIPES: dict[Mode, Recipe] = {
             "conv_1x1_as_mm": True,
         },
         group_norm=True,
-        upsample="phases",
+        upsample="transposed",
         zero_text=True,
         time_once=True,
         layer_norm=True,

@@ -149,7 +149,7 @@ REWRITES: dict[str, dict[str, Any]] = {
     "transposed": {"upsample": "transposed"},
     "time_once": {"time_once": True},
     "zero_text": {"zero_text": True},
-    "all": {"group_norm": True, "upsample": "phases", "time_once": True, "zero_text": True},
+    "all": {"group_norm": True, "upsample": "transposed", "time_once": True, "zero_text": True},
 }
 
 

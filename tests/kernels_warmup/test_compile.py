@@ -197,7 +197,7 @@ def test_only_max_does_what_no_gpu_has_measured() -> None:
     for mode in ("off", "regional", "default"):
         assert rewrites(mode) == (False, "nearest", False, False)
     assert rewrites("rewritten") == (False, "nearest", True, True)
-    assert rewrites("max") == (True, "phases", True, True)
+    assert rewrites("max") == (True, "transposed", True, True)
 
 
 def test_under_the_guard_a_shape_never_warmed_runs_eagerly_and_is_counted() -> None:

@@ -32,7 +32,7 @@ SUMMED = 1.1
 of the decoder's error, and less than compiling or the group norms take away."""
 
 PLAIN = replace(RECIPES["default"], scope="none", replay="none")
-ALL = {"group_norm": True, "upsample": "phases", "zero_text": True, "time_once": True}
+ALL = {"group_norm": True, "upsample": "transposed", "zero_text": True, "time_once": True}
 WAYS: dict[str, dict[str, Any]] = {
     "group_norm": {"group_norm": True},
     "phases": {"upsample": "phases"},
