@@ -30,7 +30,7 @@ check: $(INSTALLED)  ## format, lint, types, layers
 	$(VENV)/bin/lint-imports
 
 measure: $(INSTALLED)  ## the figures of the README: start-up, unattributed time, memory
-	$(RUN) -m bench.figures
+	$(RUN) -m bench.report.figures
 
 bench: $(INSTALLED)  ## scenarios of the demo model that fit 5 minutes, into bench/results/
 	$(RUN) -m bench run --device cpu --model demo --requests 20 --seconds-limit 290 \
@@ -57,10 +57,10 @@ bench-gpu:  ## everything the targets need, measured on one GPU in resumable pie
 
 PYTHON312 ?= python3.12
 gpu-rehearsal:  ## the measurement session on a GPU machine's packages, on the CPU: 5 GB, an hour
-	$(PYTHON) -m bench.gpu_rehearsal --python $(PYTHON312)
+	$(PYTHON) -m bench.gpu_machine.rehearsal --python $(PYTHON312)
 
 gpu-pins: $(INSTALLED)  ## which wheel provides the CUDA libraries that the fal image needs
-	$(RUN) -m bench.gpu_pins
+	$(RUN) -m bench.gpu_machine.pins
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=...") if sys.version_info < (3, 11) else None'

@@ -11,27 +11,61 @@ import argparse
 import importlib
 import os
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 from bench.errors import BenchError
 
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand's module in `bench`, and its line in `--help`."""
+
+    module: str
+    help: str
+
+    def load(self) -> Any:
+        return importlib.import_module(f"bench.{self.module}")
+
+
 COMMANDS = {
-    "session": "everything the targets need on this machine, in resumable pieces",
-    "precompile": "compile several scenarios at once, so that timing them does not wait",
-    "run": "time scenarios in interleaved rounds, of this commit or beside another",
-    "overhead": "what telemetry costs a request: wall time and CPU",
-    "coldstart": "process start to first image, cold and from cache, by phase",
-    "micro": "what our own pieces cost by themselves",
-    "kernels": "where the time of a step goes, by kernel",
-    "launches": "what a step launches on a Hopper GPU, counted without one",
-    "numerics": "whether each lossless scenario is as near to float32 as eager bfloat16",
-    "operators": "every product, convolution and attention of a step by itself",
-    "peers": "throughput beside the documented example, served as written",
-    "bare": "what the bench reports against the same work timed bare",
-    "compare": "is HEAD faster than BASE, by how much, and is that real",
-    "show": "a result as a table, or as a page with plots",
-    "load": "latency, goodput and rejections of a server under a given rate of requests",
+    "session": Command(
+        "harness.session", "everything the targets need on this machine, in resumable pieces"
+    ),
+    "precompile": Command(
+        "harness.precompile", "compile several scenarios at once, so that timing them does not wait"
+    ),
+    "run": Command(
+        "harness.run", "time scenarios in interleaved rounds, of this commit or beside another"
+    ),
+    "overhead": Command("service.overhead", "what telemetry costs a request: wall time and CPU"),
+    "coldstart": Command(
+        "service.coldstart", "process start to first image, cold and from cache, by phase"
+    ),
+    "micro": Command("micro.pieces", "what our own pieces cost by themselves"),
+    "kernels": Command("kernels.profile", "where the time of a step goes, by kernel"),
+    "launches": Command(
+        "kernels.launches", "what a step launches on a Hopper GPU, counted without one"
+    ),
+    "numerics": Command(
+        "kernels.numerics", "whether each lossless scenario is as near to float32 as eager bfloat16"
+    ),
+    "operators": Command(
+        "kernels.operators", "every product, convolution and attention of a step by itself"
+    ),
+    "peers": Command(
+        "service.peers", "throughput beside the documented example, served as written"
+    ),
+    "bare": Command(
+        "micro.harness_check", "what the bench reports against the same work timed bare"
+    ),
+    "compare": Command("stats.compare", "is HEAD faster than BASE, by how much, and is that real"),
+    "show": Command("report.show", "a result as a table, or as a page with plots"),
+    "load": Command(
+        "service.load", "latency, goodput and rejections of a server under a given rate of requests"
+    ),
 }
-"""By name, which is also the module's in `bench`, in the order of `--help`."""
+"""By name, in the order of `--help`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,17 +74,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, and judge.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked_for = arguments[0] if arguments else None
-    for name, told in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=told, formatter_class=argparse.RawDescriptionHelpFormatter
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(
+            name, help=command.help, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if name == asked_for:
-            module = importlib.import_module(f"bench.{name}")
-            command.description = module.__doc__
-            module.add_arguments(command)
+            module = command.load()
+            subparser.description = module.__doc__
+            module.add_arguments(subparser)
     options = parser.parse_args(arguments)
     try:
-        status: int = importlib.import_module(f"bench.{options.command}").run(options)
+        status: int = COMMANDS[options.command].load().run(options)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_settings()
         if options.command == "doctor":
             return _doctor(settings, options)
-        from serve.logs import configure_logging
+        from serve.telemetry.logs import configure_logging
 
         configure_logging(settings.log_format)
         from serve.server import run
@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _doctor(settings: ServeSettings, options: argparse.Namespace) -> int:
     import shutil
 
-    from serve.backends import BACKENDS
-    from serve.doctor import run
+    from serve.telemetry.backends import BACKENDS
+    from serve.telemetry.doctor import run
 
     backend = None
     if options.backend is not None:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
 
-    from serve.asgi import Service
-    from serve.images import Upload
-    from serve.runtime import Runtime
+    from serve.engine.images import Upload
+    from serve.engine.runtime import Runtime
+    from serve.http.asgi import Service
     from serve.schema import ImageFormat
 
 logger = logging.getLogger(__name__)
@@ -61,9 +61,9 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
         """
         from prometheus_client import CollectorRegistry
 
-        from serve.logs import configure_logging
-        from serve.runtime import build_runtime
+        from serve.engine.runtime import build_runtime
         from serve.settings import load_settings
+        from serve.telemetry.logs import configure_logging
 
         require_our_handlers(self._installed)
         settings = load_settings()
@@ -89,7 +89,7 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
     @fal.endpoint("/")  # type: ignore[untyped-decorator]
     async def generate(self, request: TextToImageRequest) -> TextToImageResponse:
         """Text to image."""
-        from serve.asgi import text_to_image
+        from serve.http.asgi import text_to_image
 
         # The annotation is the schema that fal publishes; the body is serialised already.
         return await text_to_image(self._started(), request)  # type: ignore[return-value]
@@ -97,7 +97,7 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
     @fal.endpoint("/stream")  # type: ignore[untyped-decorator]
     async def stream(self, request: TextToImageRequest) -> TextToImageResponse:
         """The same as server-sent events: `queued`, `step`, `image` or `error`."""
-        from serve.asgi import text_to_image_stream
+        from serve.http.asgi import text_to_image_stream
 
         return await text_to_image_stream(self._started(), request)  # type: ignore[return-value]
 
@@ -137,7 +137,7 @@ def replace_fals_handlers(app: FastAPI, service: Callable[[], Service | None]) -
     """Put our middleware, error table and GET endpoints in place of fal's."""
     from fastapi.middleware.cors import CORSMiddleware
 
-    from serve.asgi import install
+    from serve.http.asgi import install
 
     # fal would let any web page read answers; whoever wants that puts it in front.
     cors: object = CORSMiddleware
@@ -158,7 +158,7 @@ def build_upload() -> Upload:
     """fal's CDN where there is a key for it, as on every runner; else the image goes inline."""
     from fal.auth import key_credentials
 
-    from serve.images import bounded, data_uri
+    from serve.engine.images import bounded, data_uri
 
     if key_credentials() is None:
         logger.info("no FAL_KEY: images are answered inline")

@@ -17,7 +17,7 @@ from serve.schema import PromptRequest, TextToImageResponse
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from serve.relay import Relay
+    from serve.http.gateway_client import Relay
 
 
 class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not followed
@@ -33,9 +33,9 @@ class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not follow
         from fal.flags import FAL_RUN_HOST
         from prometheus_client import CollectorRegistry
 
-        from serve.logs import configure_logging
-        from serve.relay import Relay, Target
+        from serve.http.gateway_client import Relay, Target
         from serve.settings import load_settings
+        from serve.telemetry.logs import configure_logging
 
         require_our_handlers(self._installed)
         settings = load_settings()

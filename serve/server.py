@@ -21,12 +21,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
-from serve.asgi import install, metrics_endpoint, text_to_image, text_to_image_stream
+from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import ConfigurationError, ModelError
-from serve.profiling import MAX_PROFILES
-from serve.runtime import Runtime, build_runtime
+from serve.http.asgi import install, metrics_endpoint, text_to_image, text_to_image_stream
 from serve.schema import TextToImageRequest, TextToImageResponse
 from serve.settings import ServeSettings
+from serve.telemetry.profiling import MAX_PROFILES
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from bench.result_file import (
+from bench.harness.result_file import (
     BenchResult,
     Ceilings,
     Code,

@@ -22,8 +22,8 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, STARTS, body, environment
-from tests.otlp_endpoint import OtlpEndpoint, ReceivedSpan, otlp_endpoint
-from tests.processes import ServerProcess, fal_local
+from tests.support.otlp_endpoint import OtlpEndpoint, ReceivedSpan, otlp_endpoint
+from tests.support.processes import ServerProcess, fal_local
 
 WORDING = {
     "msg",

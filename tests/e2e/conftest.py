@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.otlp_endpoint import OtlpEndpoint, otlp_endpoint
-from tests.processes import ServerProcess, fal_local, self_hosted
+from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
+from tests.support.processes import ServerProcess, fal_local, self_hosted
 
 # A busy machine takes many times the seconds that an idle one does.
 START_SECONDS = 240.0

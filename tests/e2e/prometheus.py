@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.processes import free_port
+from tests.support.processes import free_port
 
 MONITORING = Path(str(files("metrics") / "monitoring"))
 

@@ -13,8 +13,8 @@ import pytest
 from kernels_warmup.cache import SUFFIX, WORKING_PREFIX, cache_key
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
 from tests.e2e.test_lifecycle import ENDING_SECONDS, wait_for_output
-from tests.otlp_endpoint import OtlpEndpoint, otlp_endpoint
-from tests.processes import ServerProcess, self_hosted
+from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
+from tests.support.processes import ServerProcess, self_hosted
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from tests.e2e.conftest import ANSWER_SECONDS, STARTS, Server, body
 from tests.e2e.differences import row
-from tests.otlp_endpoint import ReceivedSpan, tree
+from tests.support.otlp_endpoint import ReceivedSpan, tree
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

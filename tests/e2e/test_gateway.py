@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, Server, body, environment
-from tests.otlp_endpoint import OtlpEndpoint, ReceivedSpan, otlp_endpoint, tree
-from tests.processes import ServerProcess, fal_local
+from tests.support.otlp_endpoint import OtlpEndpoint, ReceivedSpan, otlp_endpoint, tree
+from tests.support.processes import ServerProcess, fal_local
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -16,8 +16,8 @@ import tests.e2e.test_contract  # noqa: F401 - its rows count too
 from serve.app import UPLOAD_SECONDS
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, STARTS, body, environment
 from tests.e2e.differences import ROWS, documented_rows, row
-from tests.otlp_endpoint import otlp_endpoint, tree
-from tests.processes import ServerProcess
+from tests.support.otlp_endpoint import otlp_endpoint, tree
+from tests.support.processes import ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

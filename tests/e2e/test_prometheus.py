@@ -19,8 +19,8 @@ import yaml
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
 from tests.e2e.prometheus import MONITORING, Expression, Prometheus, panels, prometheus, rules
 from tests.metrics import recorded
-from tests.otlp_endpoint import OtlpEndpoint, otlp_endpoint
-from tests.processes import ROOT, ServerProcess, self_hosted
+from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
+from tests.support.processes import ROOT, ServerProcess, self_hosted
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fal.api import _sdist
 
-from tests.processes import ROOT, clean_environment
+from tests.support.processes import ROOT, clean_environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -36,7 +36,7 @@ gateway = importlib.import_module("serve.gateway").PromptGateway
 assert "/" in gateway.build_metadata()["openapi"]["paths"]
 assert not {"torch", "diffusers"} & set(sys.modules)
 
-from serve.model import load_model
+from serve.model.sdxl import load_model
 model = load_model("demo", None, "cpu", "float32")
 print("loaded", model.name, "from", site)
 """

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from tests.e2e.trace_picture import PICTURE, draw
 from tests.e2e.transcript import README, in_readme
-from tests.otlp_endpoint import ReceivedSpan
+from tests.support.otlp_endpoint import ReceivedSpan
 
 SVG = "{http://www.w3.org/2000/svg}"
 

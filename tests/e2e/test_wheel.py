@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.processes import ROOT, clean_environment, free_port, running
+from tests.support.processes import ROOT, clean_environment, free_port, running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -11,8 +11,8 @@ from html import escape
 
 import httpx
 
-from tests.otlp_endpoint import ReceivedSpan, otlp_endpoint
-from tests.processes import ROOT, self_hosted
+from tests.support.otlp_endpoint import ReceivedSpan, otlp_endpoint
+from tests.support.processes import ROOT, self_hosted
 
 PICTURE = ROOT / "docs" / "images" / "trace.svg"
 

@@ -10,8 +10,8 @@ import re
 
 import httpx
 
-from tests.otlp_endpoint import ReceivedSpan, otlp_endpoint
-from tests.processes import ROOT, self_hosted
+from tests.support.otlp_endpoint import ReceivedSpan, otlp_endpoint
+from tests.support.processes import ROOT, self_hosted
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- transcript: begin -->", "<!-- transcript: end -->"

@@ -20,7 +20,7 @@ pytestmark = [
 
 from kernels_warmup.compile import CompiledModel, Recipe, compile_model  # noqa: E402
 from kernels_warmup.shapes import CompiledShape  # noqa: E402
-from serve.model import Conditioning, SdxlModel, load_model  # noqa: E402
+from serve.model.sdxl import Conditioning, SdxlModel, load_model  # noqa: E402
 
 SHAPE = CompiledShape(1024, 1024)
 PROMPTS = ("a red circle on a white background", "a lighthouse in a storm, oil on canvas")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.result_file import BenchResult
+from bench.harness.result_file import BenchResult
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,11 +16,11 @@ from metrics.clock import WallAnchor, make_clock
 from metrics.gpu import THROTTLE_REASONS, Gpu
 from metrics.records import RunTiming
 from metrics.timeline import RunTimeline
-from serve.admission import Cancellation
-from serve.call import Call
+from serve.engine.admission import Cancellation
+from serve.engine.call import Call
+from serve.engine.gpu_thread import LEAD_STEPS, StepPacer
+from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import ClientGone
-from serve.gpu_thread import LEAD_STEPS, StepPacer
-from serve.runtime import Runtime, build_runtime
 from serve.schema import TextToImageRequest
 from serve.settings import ServeSettings
 

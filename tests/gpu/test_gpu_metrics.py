@@ -12,7 +12,7 @@ from metrics.catalogue import GenerationMetrics
 from metrics.gpu import THROTTLE_REASONS, Gpu
 from metrics.gpu_metrics import GpuMetrics
 from metrics.peaks import peak_flops
-from serve.telemetry import torch_memory
+from serve.telemetry.setup import torch_memory
 from tests.metrics.test_catalogue import declared
 
 pytestmark = pytest.mark.gpu

@@ -12,11 +12,11 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from serve.call import Call
-from serve.profiling import Profiling
-from serve.runtime import Runtime, build_runtime
+from serve.engine.call import Call
+from serve.engine.runtime import Runtime, build_runtime
 from serve.schema import TextToImageRequest
 from serve.settings import ServeSettings
+from serve.telemetry.profiling import Profiling
 
 pytestmark = [
     pytest.mark.gpu,

@@ -23,8 +23,8 @@ START = """
 import asyncio, json, sys, time
 began = time.perf_counter()
 from prometheus_client import CollectorRegistry
-from serve.call import Call
-from serve.runtime import build_runtime
+from serve.engine.call import Call
+from serve.engine.runtime import build_runtime
 from serve.schema import TextToImageRequest
 from serve.settings import ServeSettings
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from serve.sdxl_base import UNET_CONFIG, VAE_CONFIG
+from serve.model.sdxl_base import UNET_CONFIG, VAE_CONFIG
 
 
 class Weights:

@@ -33,7 +33,7 @@ from kernels_warmup.cache import (
     cache_key,
     operators_directory,
 )
-from tests.processes import ROOT, clean_environment
+from tests.support.processes import ROOT, clean_environment
 
 KEY = CacheKey.of({"device": "NVIDIA H100 80GB HBM3", "torch": "2.13.0", "setting mode": "max"})
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")

@@ -6,7 +6,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from kernels_warmup.flops import count_decode, count_run, count_step, count_text_encoder
 from kernels_warmup.shapes import SDXL_SHAPES, CompiledShape
-from serve.sdxl_base import UNET_CONFIG, VAE_CONFIG
+from serve.model.sdxl_base import UNET_CONFIG, VAE_CONFIG
 from tests.kernels_warmup.tiny import tiny_unet, tiny_vae
 
 DEFAULT = SDXL_SHAPES[0]

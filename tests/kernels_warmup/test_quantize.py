@@ -15,7 +15,7 @@ from kernels_warmup import quantize
 from kernels_warmup.attention import set_attention, transformer_blocks
 from kernels_warmup.compile import Recipe, compile_model
 from kernels_warmup.quantize import CHOSEN, SKIPPED, quantize_unet, why_unusable
-from serve.sdxl_base import UNET_CONFIG
+from serve.model.sdxl_base import UNET_CONFIG
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_models, tiny_unet
 
 # torchao and torch warn of each other's insides when they are first imported together.

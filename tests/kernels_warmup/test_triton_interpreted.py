@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from tests.kernels_warmup.triton_here import require_triton
-from tests.processes import ROOT, clean_environment
+from tests.support.processes import ROOT, clean_environment
 
 require_triton()
 

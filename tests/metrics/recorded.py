@@ -21,8 +21,8 @@ from metrics.gpu import Gpu
 from metrics.gpu_metrics import GpuMetrics, MemoryUse
 from metrics.peaks import peak_flops
 from metrics.records import Failure
+from serve.engine.runtime import ENDPOINTS
 from serve.errors import ERROR_TYPES, OUTCOMES, REJECTIONS
-from serve.runtime import ENDPOINTS
 from tests.metrics.fake_nvml import FakeGpu, FakeNvml
 from tests.metrics.timings import FACTS, START_NS, request_timing, run_timing
 

@@ -17,8 +17,8 @@ from prometheus_client import CollectorRegistry
 
 from kernels_warmup.shapes import DEMO_SHAPES
 from metrics.catalogue import GenerationMetrics, render
+from serve.engine.runtime import ENDPOINTS
 from serve.errors import OUTCOMES
-from serve.runtime import ENDPOINTS
 from tests.metrics.recorded import declared_service
 from tests.metrics.test_catalogue import OPENMETRICS
 from tests.metrics.timings import START_NS, request_timing, run_timing

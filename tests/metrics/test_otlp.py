@@ -15,7 +15,7 @@ from metrics.otlp import otlp_exporter
 from metrics.sampling import Sampling
 from metrics.tracing import Tracing, otlp_destination
 from tests.metrics.test_tracing import TWO_SPANS
-from tests.otlp_endpoint import Answer, otlp_endpoint
+from tests.support.otlp_endpoint import Answer, otlp_endpoint
 
 Export = Callable[..., Counter[str]]
 

@@ -17,8 +17,8 @@ from metrics.otlp import otlp_metric_exporter
 from metrics.push import MetricsPush
 from tests.metrics.test_catalogue import declared
 from tests.metrics.timings import request_timing
-from tests.otlp_endpoint import Answer, OtlpEndpoint, ReceivedPoint, otlp_endpoint
-from tests.processes import free_port
+from tests.support.otlp_endpoint import Answer, OtlpEndpoint, ReceivedPoint, otlp_endpoint
+from tests.support.processes import free_port
 
 EXEMPLAR = {"trace_id": "a1" * 16, "span_id": "b2" * 8}
 STEP = {"shape": "128x96", "guidance": "on", "batch": "1"}

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from prometheus_client import CollectorRegistry
 
-from serve.call import Call
-from serve.runtime import Runtime, build_runtime
+from serve.engine.call import Call
+from serve.engine.runtime import Runtime, build_runtime
 from serve.schema import TextToImageRequest
 from serve.settings import ServeSettings
 

@@ -8,7 +8,7 @@ from fal.cli._utils import AppData, get_app_data_from_toml
 from fal.project import find_project_root
 from fal.utils import load_function_from
 
-from tests.processes import ROOT
+from tests.support.processes import ROOT
 
 SDIST_URL = "https://cdn.test/stepspan.tar.gz"
 

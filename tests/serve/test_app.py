@@ -32,7 +32,8 @@ from starlette.testclient import TestClient
 
 from serve import app as app_module
 from serve.app import UPLOAD_SECONDS, SdxlApp, build_upload, show_on_metrics_port, upload_to_cdn
-from serve.asgi import RequestMiddleware
+from serve.engine.images import bounded, data_uri
+from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import (
     BodyTooLarge,
     ConfigurationError,
@@ -48,8 +49,7 @@ from serve.errors import (
     QueueFull,
     RequestError,
 )
-from serve.images import bounded, data_uri
-from serve.runtime import Runtime, build_runtime
+from serve.http.asgi import RequestMiddleware
 from serve.schema import GeneratedImage, ImageFormat
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
@@ -178,7 +178,9 @@ def test_our_handlers_routes_and_middleware_win_over_fals(app: SdxlApp) -> None:
         if error in (RequestError, Exception) or getattr(error, "__name__", "") in (
             "RequestValidationError",
         ):
-            assert handler.__module__ == "serve.asgi", f"fal's own handler of {error} is in use"
+            assert handler.__module__ == "serve.http.asgi", (
+                f"fal's own handler of {error} is in use"
+            )
     routes = {
         (path, method): route.endpoint.__module__
         for route in reversed(built.routes)
@@ -186,8 +188,8 @@ def test_our_handlers_routes_and_middleware_win_over_fals(app: SdxlApp) -> None:
         for method in getattr(route, "methods", None) or ()
         if hasattr(route, "endpoint")
     }
-    assert routes["/health", "GET"] == "serve.asgi"
-    assert routes["/ready", "GET"] == "serve.asgi"
+    assert routes["/health", "GET"] == "serve.http.asgi"
+    assert routes["/ready", "GET"] == "serve.http.asgi"
     assert routes["/", "POST"] == "serve.app"
     assert routes["/stream", "POST"] == "serve.app"
 
@@ -226,8 +228,8 @@ def test_what_was_compiled_is_kept_on_the_accounts_disk(
         seen.append(settings.cache_dir)
         raise OSError("that is all")
 
-    monkeypatch.setattr("serve.runtime.build_runtime", build)
-    monkeypatch.setattr("serve.logs.configure_logging", lambda _: None)
+    monkeypatch.setattr("serve.engine.runtime.build_runtime", build)
+    monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda _: None)
     app._build_app()
     with pytest.raises(OSError, match="that is all"):
         asyncio.run(app.setup())
@@ -480,8 +482,8 @@ def test_exit_in_warm_up_ends_setup_without_an_error(
         await asyncio.sleep(60)
 
     runtime = SimpleNamespace(start=start, begin_drain=lambda: None, close=closed.append)
-    monkeypatch.setattr("serve.runtime.build_runtime", lambda *_: runtime)
-    monkeypatch.setattr("serve.logs.configure_logging", lambda _: None)
+    monkeypatch.setattr("serve.engine.runtime.build_runtime", lambda *_: runtime)
+    monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda _: None)
     monkeypatch.setattr(app_module, "show_on_metrics_port", lambda _: None)
     app._build_app()
 
@@ -505,8 +507,8 @@ def test_a_failed_start_flushes_and_fails_setup(
         raise OSError("no weights")
 
     runtime = SimpleNamespace(start=start, close=closed.append)
-    monkeypatch.setattr("serve.runtime.build_runtime", lambda *_: runtime)
-    monkeypatch.setattr("serve.logs.configure_logging", lambda _: None)
+    monkeypatch.setattr("serve.engine.runtime.build_runtime", lambda *_: runtime)
+    monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda _: None)
     monkeypatch.setattr(app_module, "show_on_metrics_port", lambda _: None)
     app._build_app()
     with pytest.raises(OSError, match="no weights"):

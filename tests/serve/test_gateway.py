@@ -19,15 +19,15 @@ from starlette.testclient import TestClient
 
 from serve import app as app_module
 from serve.app import UPLOAD_SECONDS
-from serve.asgi import RequestMiddleware
 from serve.errors import ConfigurationError
 from serve.gateway import PromptGateway
-from serve.relay import ANSWER_SECONDS, MAX_CALLS, Target
+from serve.http.asgi import RequestMiddleware
+from serve.http.gateway_client import ANSWER_SECONDS, MAX_CALLS, Target
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
-from tests.processes import ROOT
 from tests.serve.fal_table import SDIST_URL, read_table, resolve
 from tests.serve.test_app import FAL_DRAIN_SECONDS
+from tests.support.processes import ROOT
 
 
 @pytest.fixture

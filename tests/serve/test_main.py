@@ -9,7 +9,7 @@ import time
 import pytest
 
 from serve.server import bind
-from tests.processes import clean_environment
+from tests.support.processes import clean_environment
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
 
@@ -46,7 +46,7 @@ def test_help_answers_without_a_model_library() -> None:
     assert modules.isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("module", ["serve.server", "serve.runtime", "serve.app"])
+@pytest.mark.parametrize("module", ["serve.server", "serve.engine.runtime", "serve.app"])
 def test_servers_are_imported_without_a_model_library(module: str) -> None:
     assert imported_by(f"import {module}").isdisjoint(HEAVY)
 

@@ -16,12 +16,12 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from metrics.records import RequestTiming
 from metrics.sampling import Sampling, TraceIdentity
 from serve import server
-from serve.asgi import MAX_BODY_BYTES
+from serve.engine.runtime import Runtime
+from serve.engine.startup import State
 from serve.errors import ConfigurationError
-from serve.runtime import Runtime
+from serve.http.asgi import MAX_BODY_BYTES
 from serve.server import bind, create_app
 from serve.settings import ServeSettings
-from serve.startup import State
 
 PROMPT = "a zebra that no error may mention"
 
@@ -74,9 +74,9 @@ def test_a_request_is_answered(app: FastAPI) -> None:
 def test_fals_request_id_is_taken_over(
     app: FastAPI, caplog: pytest.LogCaptureFixture, header: str, taken: bool
 ) -> None:
-    caplog.set_level("INFO", "serve.asgi")
+    caplog.set_level("INFO", "serve.http.asgi")
     post(app, valid(num_inference_steps=1), **{"x-fal-request-id": header})
-    [line] = [r for r in caplog.records if r.name == "serve.asgi"]
+    [line] = [r for r in caplog.records if r.name == "serve.http.asgi"]
     assert (line.__dict__["request_id"] == header) is taken
 
 
@@ -144,7 +144,7 @@ def test_the_log_line_links_to_a_trace_that_is_exported(
     monkeypatch.setattr(runtime.tracing, "identify", lambda *_: identity)
     caplog.set_level("INFO")
     post(app, valid(num_inference_steps=1))
-    [line] = [r for r in caplog.records if r.name == "serve.asgi"]
+    [line] = [r for r in caplog.records if r.name == "serve.http.asgi"]
     link = f"https://traces.example.com/{identity.trace_id_hex}?view=tree"
     assert line.__dict__.get("trace_url") == (link if exported else None)
 
@@ -214,7 +214,7 @@ def test_a_body_that_is_too_large(app: FastAPI) -> None:
 
 
 def test_a_body_that_never_ends(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.asgi.MAX_BODY_SECONDS", 0.1)
+    monkeypatch.setattr("serve.http.asgi.MAX_BODY_SECONDS", 0.1)
 
     async def stalls() -> AsyncIterator[bytes]:
         yield b'{"prompt": '

@@ -1,0 +1,1 @@
+"""The programs that trained the demo checkpoint and judge it."""

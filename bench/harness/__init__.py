@@ -1,0 +1,1 @@
+"""What the bench runs, and how: scenarios, processes, rounds, result files."""

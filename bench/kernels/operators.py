@@ -1,0 +1,53 @@
+"""Every distinct product, convolution, attention and norm of a step, each timed by itself.
+
+    python -m bench operators --model random:sdxl-base --shape 1024x1024
+
+Which of them a step is made of, how many times, and what rate each reaches in each way it can be
+computed: where the next gain may lie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="as SDXL_MODEL (default: demo without a CUDA device)")
+    parser.add_argument("--device", default="auto", help="as SDXL_DEVICE (default: auto)")
+    parser.add_argument("--shape", metavar="WxH", help="image size (default: the model's first)")
+    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit status. Raises BenchError."""
+    import torch
+
+    from bench.harness.device_lock import only_bench_on
+    from bench.harness.drive import choose_work
+    from bench.harness.environment import measure_ceilings, where
+    from bench.kernels.operator_times import time_operators
+    from kernels_warmup.one_forward import StepInputs
+    from serve.model.sdxl import load_model
+
+    work = choose_work(options.model, options.device, options.shape, 2)
+    device = torch.device(work.device)
+    with only_bench_on(work.device), torch.no_grad():
+        ceilings = measure_ceilings(work.device)
+        unet = load_model(work.model, None, work.device, "bfloat16").pipeline.unet
+        inputs = StepInputs.draw(unet, work.shape, 1, device, torch.bfloat16)
+        rows = time_operators(unet, inputs, device)
+    for row in sorted(rows, key=lambda row: -row.get("step_ms", 0)):
+        told = row.get("failed") or (
+            f"{row['us']:9.1f} us x {row['count']:3d} = {row['step_ms']:7.3f} ms a step, "
+            + (f"{row['gb_s']:6.0f} GB/s" if "gb_s" in row else f"{row['tflops']:6.1f} TFLOP/s")
+        )
+        sizes = "x".join(map(str, row["sizes"]))
+        print(f"{row['kind']:10} {sizes:32} {row['how']:32} {told}")
+    if options.out:
+        told = where(work.device) | {"model": work.model, "shape": str(work.shape)}
+        told |= {"ceilings": asdict(ceilings), "operators": rows}
+        options.out.write_text(json.dumps(told, indent=1) + "\n")
+    return 0

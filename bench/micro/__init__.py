@@ -1,0 +1,1 @@
+"""What single pieces cost, and what the bench itself adds."""

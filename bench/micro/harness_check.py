@@ -1,0 +1,163 @@
+"""Whether the bench tells the truth: what it reports against the same work timed bare.
+
+    python -m bench bare --scenario diffusers default --pairs 60
+
+Bare is a loop without the runtime, the marks or the pacing: the model's own methods on the thread
+that owns it, or diffusers' pipeline, with one `perf_counter` before and one after. Reported and
+bare requests alternate in one process on one loaded model, and their ratio is told with its
+interval: of the denoising loop, and for a plain call of the whole request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from bench.errors import BenchError
+from bench.harness.scenarios import Scenario, chosen
+
+if TYPE_CHECKING:
+    from bench.harness.drive import Driven, Work
+
+ALLOWED = 0.005
+"""By how much the two may differ."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Reported over bare, of one scenario; `of` is what was timed."""
+
+    scenario: str
+    of: str
+    ratio: float
+    low: float
+    high: float
+    pairs: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scenario", nargs="+", default=["diffusers", "default"], metavar="NAME")
+    parser.add_argument("--model", help="as SDXL_MODEL (default: demo without a CUDA device)")
+    parser.add_argument("--device", default="auto", help="as SDXL_DEVICE (default: auto)")
+    parser.add_argument("--shape", metavar="WxH", help="image size (default: the model's first)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
+    parser.add_argument("--pairs", type=int, default=60, help="of each scenario (default: 60)")
+    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit status: 0, or 1 where a difference larger than allowed is certain."""
+    if options.pairs < 1:
+        raise BenchError("--pairs: 1 and more are allowed")
+    from bench.harness.device_lock import only_bench_on
+    from bench.harness.drive import CannotRun, choose_work
+
+    scenarios = chosen(options.scenario)
+    if any(scenario.images != 1 for scenario in scenarios):
+        raise BenchError("bare timing is of one image a request: no batch is allowed")
+    work = choose_work(options.model, options.device, options.shape, options.steps)
+    found: list[Truth] = []
+    with only_bench_on(work.device), asyncio.Runner() as runner:
+        for scenario in scenarios:
+            try:
+                found += compare(scenario, work, runner, options.pairs)
+            except CannotRun as reason:
+                raise BenchError(f"{scenario.name} cannot run here: {reason}") from None
+    for truth in found:
+        print(
+            f"{truth.scenario}, {truth.of}: reported over bare {truth.ratio:.4f} "
+            f"({truth.low:.4f} to {truth.high:.4f}) over {truth.pairs} pairs"
+        )
+    if options.out:
+        options.out.write_text(json.dumps([asdict(truth) for truth in found], indent=1) + "\n")
+    certain = [t for t in found if t.low > 1 + ALLOWED or t.high < 1 - ALLOWED]
+    return 1 if certain else 0
+
+
+def compare(scenario: Scenario, work: Work, runner: asyncio.Runner, pairs: int) -> list[Truth]:
+    """Alternate reported and bare requests of one loaded scenario. Raises CannotRun."""
+    from bench.harness.drive import PlainCall, drive
+
+    driven = drive(scenario, work, runner)
+    plain = isinstance(driven, PlainCall)
+    bare = bare_call(cast(Any, driven)) if plain else bare_loop(cast(Any, driven), work)
+    try:
+        driven.request(0, 0)
+        bare(0)
+        ratios = [_pair(driven, bare, index, plain) for index in range(pairs)]
+    finally:
+        driven.close()
+    from bench.stats.intervals import interval
+
+    found = interval(ratios)
+    of = "the whole request" if plain else "the denoising steps"
+    return [Truth(scenario.name, of, found.point, found.low, found.high, pairs)]
+
+
+def _pair(driven: Driven, bare: Callable[[int], float], index: int, whole: bool) -> float:
+    """Reported over bare, changing who is first."""
+    bare_ms = bare(index) if index % 2 else 0.0
+    sample = driven.request(index, 0)
+    bare_ms = bare_ms or bare(index)
+    reported_ms = sample.total_ms if whole else sample.first_step_ms + sum(sample.steps_ms)
+    return reported_ms / bare_ms
+
+
+def bare_call(driven: Any) -> Callable[[int], float]:
+    """Milliseconds of diffusers' call to a PIL image, and of the upload where there is one."""
+    from bench.harness.drive import png_data_uri
+
+    def once(seed: int) -> float:
+        start = time.perf_counter()
+        image = driven.call(seed)
+        if driven.uploads:
+            png_data_uri(image)
+        return (time.perf_counter() - start) * 1000
+
+    return once
+
+
+def bare_loop(driven: Any, work: Work) -> Callable[[int], float]:
+    """Milliseconds from where the scheduler's loop begins to where its last step has ended."""
+    from bench.harness.drive import GUIDANCE, PROMPT
+
+    def on_thread(model: Any, seed: int) -> float:
+        import torch
+
+        begun = 0.0
+        ended = 0.0
+
+        def wait() -> float:
+            if work.on_cuda:
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+        def on_begin() -> None:
+            nonlocal begun
+            begun = wait()
+
+        def on_step(index: int, _: object) -> None:
+            nonlocal ended
+            if index == work.steps - 1:
+                ended = wait()
+
+        model.denoise(
+            model.encode_prompts([PROMPT], [""], True),
+            shape=work.shape,
+            num_inference_steps=work.steps,
+            guidance_scale=GUIDANCE,
+            seeds=[seed],
+            on_loop_begins=on_begin,
+            on_step_enqueued=on_step,
+        )
+        return (ended - begun) * 1000
+
+    return lambda seed: cast(
+        float, driven.runtime.on_model(lambda model: on_thread(model, seed)).result()
+    )

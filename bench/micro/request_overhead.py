@@ -1,0 +1,257 @@
+"""What a request costs the host beside its steps and its decode: rows of `python -m bench micro`.
+
+The service runs as it is, on the demo model and a CPU, but for a UNet that returns at once where
+the loop is timed, and a model that does where the thread's turns are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from bench.micro.pieces import Cost, cost, summary
+
+if TYPE_CHECKING:
+    from serve.engine.runtime import Runtime
+    from serve.model.sdxl import SdxlModel
+
+LOOP_STEPS = 20
+SIDE = 1024
+"""Of the pictures, and of the latents times eight."""
+PROMPTS = (
+    "a red circle on the left and a big blue square, photograph, 35mm, golden hour",
+    "blurry, low quality, deformed",
+)
+QUEUED = 8
+"""Requests that wait when the thread's turns are timed."""
+
+
+def measure(series: int) -> list[Cost]:
+    """Every piece, in the order in which a request meets them."""
+    from prometheus_client import CollectorRegistry
+
+    from kernels_warmup.shapes import CompiledShape
+    from serve.engine.runtime import build_runtime
+    from serve.settings import ServeSettings
+
+    settings = ServeSettings.model_validate(
+        {
+            "model": "demo",
+            "device": "cpu",
+            "shapes": (CompiledShape(128, 128),),
+            "compile": "off",
+            "cache_dir": None,
+            "ENABLE_TRACING": False,
+        }
+    )
+    runtime = build_runtime(settings, CollectorRegistry())
+    with asyncio.Runner() as runner:
+        try:
+            runner.run(runtime.start())
+            model = runtime.on_model(lambda model: model).result()
+            return [
+                _tokens(model, series),
+                *_loop(model, series),
+                _turn(runtime, model, runner, series),
+                *_pictures(model, series),
+                _answer(runtime, runner, series),
+            ]
+        finally:
+            runtime.close(1)
+
+
+def _tokens(model: SdxlModel, series: int) -> Cost:
+    from serve.model.sdxl import tokenise
+
+    tokenizers = (model.pipeline.tokenizer, model.pipeline.tokenizer_2)
+
+    def both() -> None:
+        for tokenizer in tokenizers:
+            tokenise(tokenizer, list(PROMPTS))
+
+    return cost("tokens", "a prompt and a negative one, by both tokenizers", both, series, 1)
+
+
+def _loop(model: SdxlModel, series: int) -> list[Cost]:
+    """From the entry of `denoise` to the first UNet call, and from there a step outside it."""
+    from kernels_warmup.shapes import CompiledShape
+
+    calls: list[int] = []
+
+    def at_once(sample: Any, *_: object, **__: object) -> tuple[Any]:
+        calls.append(time.perf_counter_ns())
+        return (sample,)
+
+    conditioning = model.encode_prompts([PROMPTS[0]], [PROMPTS[1]], True)
+
+    def once() -> tuple[float, float]:
+        calls.clear()
+        start = time.perf_counter_ns()
+        model.denoise(
+            conditioning,
+            shape=CompiledShape(SIDE, SIDE),
+            num_inference_steps=LOOP_STEPS,
+            guidance_scale=5.0,
+            seeds=[1],
+            on_loop_begins=lambda: None,
+            on_step_enqueued=lambda *_: None,
+        )
+        return calls[0] - start, (calls[-1] - calls[0]) / (LOOP_STEPS - 1)
+
+    unet = model.pipeline.unet
+    unet.forward = at_once
+    try:
+        once()
+        enter, step = zip(*(once() for _ in range(series)), strict=True)
+    finally:
+        del unet.forward
+    return [
+        summary("enter", f"from denoise() to the first UNet call, {SIDE}x{SIDE}", enter),
+        summary("outside", "a step outside the UNet", step),
+    ]
+
+
+def _turn(runtime: Runtime, model: SdxlModel, runner: asyncio.Runner, series: int) -> Cost:
+    """What the model's thread does between two queued requests, outside the model."""
+    from serve.engine.call import Call
+    from serve.schema import TextToImageRequest
+
+    request = TextToImageRequest(prompt=PROMPTS[0], num_inference_steps=LOOP_STEPS, seed=1)
+
+    async def queued() -> None:
+        calls = [Call("/", "POST", runtime.tracing.identify()) for _ in range(QUEUED)]
+        await asyncio.gather(*(runtime.generate(request, call) for call in calls))
+
+    gaps: list[float] = []
+    with _instant(model) as turns:
+        while len(gaps) < series:
+            turns.clear()
+            runner.run(queued())
+            gaps += [begun - ended for (_, ended), (begun, _) in itertools.pairwise(turns)]
+    return summary("turn", "the model's thread between two queued requests", gaps)
+
+
+@contextmanager
+def _instant(model: Any) -> Iterator[list[tuple[int, int]]]:
+    """A model that answers at once; yields when each request's first and last call began and
+    ended."""
+    conditioning = model.encode_prompts([PROMPTS[0]], [""], True)
+    pixels = model.decode(_latents(model))
+    turns: list[tuple[int, int]] = []
+    begun = 0
+
+    def encode_prompts(*_: object) -> Any:
+        nonlocal begun
+        begun = time.perf_counter_ns()
+        return conditioning
+
+    def denoise(
+        *_: object,
+        num_inference_steps: int,
+        on_loop_begins: Callable[[], None],
+        on_step_enqueued: Callable[[int, Any], None],
+        **__: object,
+    ) -> None:
+        on_loop_begins()
+        for index in range(num_inference_steps):
+            on_step_enqueued(index, None)
+
+    def decode(_: object) -> Any:
+        turns.append((begun, time.perf_counter_ns()))
+        return pixels
+
+    stand_ins = {"encode_prompts": encode_prompts, "denoise": denoise, "decode": decode}
+    vars(model).update(stand_ins)
+    try:
+        yield turns
+    finally:
+        for name in stand_ins:
+            del vars(model)[name]
+
+
+def _latents(model: SdxlModel) -> Any:
+    import torch
+
+    channels = model.pipeline.unet.config.in_channels
+    return torch.randn((1, channels, 16, 16), generator=torch.Generator().manual_seed(1))
+
+
+def _pictures(model: SdxlModel, series: int) -> list[Cost]:
+    from serve.engine.images import data_uri, encode_image
+    from serve.http.asgi import response_body
+    from serve.schema import GeneratedImage, TextToImageResponse, Timings
+
+    noise, drawn = _noise(), _drawn(model)
+    jpeg = encode_image(noise, "jpeg")
+    url = data_uri(jpeg, "jpeg")
+    response = TextToImageResponse(
+        image=GeneratedImage(url=url, width=SIDE, height=SIDE, content_type="image/jpeg"),
+        seed=1,
+        timings=Timings(clock="cuda", steps_ms=[30.4] * LOOP_STEPS),
+        trace_id="0" * 32,
+        prompt_truncated=False,
+    )
+    size = f"{SIDE}x{SIDE}"
+    kilobytes = len(jpeg) // 1000
+    few = max(1, series // 10)
+    return [
+        cost("jpeg", f"a picture of {size} as JPEG", lambda: encode_image(drawn, "jpeg"), few, 1),
+        cost("jpegnoise", "noise as JPEG", lambda: encode_image(noise, "jpeg"), few, 1),
+        cost("png", "the picture as PNG", lambda: encode_image(drawn, "png"), few, 1),
+        cost("webp", "the picture as WebP", lambda: encode_image(drawn, "webp"), few, 1),
+        cost("uri", f"{kilobytes} kB as a data URI", lambda: data_uri(jpeg, "jpeg"), series, 1),
+        cost("body", "the answer with it as JSON", lambda: response_body(response), series, 1),
+    ]
+
+
+def _answer(runtime: Runtime, runner: asyncio.Runner, series: int) -> Cost:
+    """From pixels to the answer's bytes, hand-overs to threads and back included."""
+    from serve.engine.call import Call
+    from serve.http.asgi import response_body
+    from serve.schema import TextToImageRequest
+
+    request = TextToImageRequest(prompt=PROMPTS[0], num_inference_steps=1, seed=1)
+    call = Call("/", "POST", runtime.tracing.identify())
+    drawn = _noise(), False
+
+    async def once() -> float:
+        start = time.perf_counter_ns()
+        response_body(await runtime._answer(plan, call, drawn))
+        return time.perf_counter_ns() - start
+
+    async def all_of_them() -> list[float]:
+        return [await once() for _ in range(max(1, series // 10))]
+
+    runner.run(runtime.generate(request, call))
+    plan = runtime._plan(request, call)
+    return summary("answer", "noise, from pixels to the answer's bytes", runner.run(all_of_them()))
+
+
+def _noise() -> Any:
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def _drawn(model: SdxlModel) -> Any:
+    """A picture of the demo's, enlarged."""
+    import numpy as np
+    from PIL import Image
+
+    from kernels_warmup.shapes import CompiledShape
+
+    latents = model.denoise(
+        model.encode_prompts([PROMPTS[0]], [""], True),
+        shape=CompiledShape(128, 128),
+        num_inference_steps=8,
+        guidance_scale=5.0,
+        seeds=[1],
+        on_loop_begins=lambda: None,
+        on_step_enqueued=lambda *_: None,
+    )
+    small = Image.fromarray(model.decode(latents).pixels[0].numpy())
+    return np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC))

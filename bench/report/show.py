@@ -1,0 +1,255 @@
+"""A result as a table, or as a page with plots.
+
+    python -m bench show RESULT
+    python -m bench show RESULT --html PAGE.html
+
+The page is one file that needs no network: the stack from the baseline to what ships, step latency
+by index, distributions, drift through the run, and how far each step is from the floor, which is
+its nominal FLOPs at the rate of matrix products that was measured in the same session.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.errors import BenchError
+from bench.harness.result_file import BenchResult, Code, MeasuredScenario, Session
+from bench.report.terminal import coloured, percent, table
+from bench.stats.compare import busy, change, machine
+from bench.stats.verdict import Judgement, by_round, judge
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="RESULT")
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="write a page there instead")
+
+
+def run(options: argparse.Namespace) -> int:
+    result = BenchResult.read(options.file)
+    if options.html is None:
+        print(as_text(result))
+        return 0
+    try:
+        from bench.report.page import as_page
+    except ModuleNotFoundError as error:
+        raise BenchError(
+            f"a page needs the package {error.name}, which is not installed: "
+            "pip install 'stepspan[bench]'"
+        ) from error
+    try:
+        options.html.write_text(as_page(result, options.file.stem), encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"{options.html} cannot be written: {error.strerror}") from error
+    print(options.html)
+    return 0
+
+
+# Rows --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """One scenario of one side beside its side's baseline, which is the first."""
+
+    label: str
+    scenario: MeasuredScenario
+    ratio: float | None
+    """A steady step's over the baseline's, as their medians have it, each by its images; None for
+    the baseline."""
+    of_baseline: Judgement | None
+    """The same with its interval, from rounds that both share; None where those are too few."""
+    mfu: float | None
+    floor_ms: float | None
+    """What a step's nominal FLOPs take at the measured rate of matrix products."""
+    cost: float | None
+    """Of a thousand images."""
+
+    @property
+    def image_step_ms(self) -> float:
+        """A step's share that one image has."""
+        return self.scenario.step_ms / self.scenario.images
+
+    @property
+    def times_floor(self) -> float | None:
+        return None if self.floor_ms is None else self.scenario.step_ms / self.floor_ms
+
+
+def lines(result: BenchResult) -> list[Line]:
+    """In the order of the stack, base's beside head's."""
+    order = list(dict.fromkeys(s.name for s in reversed(result.scenarios)))[::-1]
+    told = []
+    for scenario in sorted(result.scenarios, key=lambda s: (order.index(s.name), s.side)):
+        baseline = next(iter(result.of_side(scenario.side).values()))
+        judgement = None
+        if scenario is not baseline:
+            judgement = judge(_image_steps(baseline), _image_steps(scenario))
+        alone = len(result.sides) == 1
+        told.append(
+            Line(
+                label=scenario.name if alone else f"{scenario.name} ({scenario.side})",
+                scenario=scenario,
+                ratio=None
+                if judgement is None
+                else scenario.step_ms / scenario.images / (baseline.step_ms / baseline.images),
+                of_baseline=judgement if judgement and judgement.ratio is not None else None,
+                mfu=scenario.mfu(result.ceilings),
+                floor_ms=_floor_ms(scenario, result),
+                cost=scenario.cost_per_thousand_images(result.price_per_hour),
+            )
+        )
+    return told
+
+
+def _image_steps(scenario: MeasuredScenario) -> dict[int, float]:
+    """A step's share that one image has, by round."""
+    return {number: ms / scenario.images for number, ms in by_round(scenario, "step").items()}
+
+
+def _floor_ms(scenario: MeasuredScenario, result: BenchResult) -> float | None:
+    rate = None if result.ceilings is None else result.ceilings.matmul_tflops.get(scenario.dtype)
+    if rate is None or scenario.flops is None:
+        return None
+    return scenario.flops.step / (rate * 1e12) * 1000
+
+
+# Text --------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "scenario",
+    "requests",
+    "step ms",
+    "of the first",
+    "interval",
+    "request ms",
+    "images/s",
+    "MFU",
+    "x floor",
+    "memory",
+    "error",
+    "per 1000",
+)
+
+
+def cells(line: Line) -> tuple[str, ...]:
+    """One line's texts, in the order of COLUMNS."""
+    scenario = line.scenario
+    shift, interval = ("" if line.ratio is None else percent(line.ratio - 1)), ""
+    if line.of_baseline is not None:
+        shift, interval = change(line.of_baseline)
+    return (
+        line.label,
+        str(len(scenario.requests)),
+        digits(scenario.step_ms),
+        shift,
+        interval,
+        digits(scenario.request_ms),
+        digits(scenario.images_per_second),
+        "" if line.mfu is None else f"{100 * line.mfu:.0f}%",
+        "" if line.times_floor is None else f"{line.times_floor:.2f}",
+        _bytes(scenario.peak_memory_bytes),
+        "" if scenario.error_vs_fp32 is None else f"{scenario.error_vs_fp32:.2g}",
+        "" if line.cost is None else f"{line.cost:.3g}",
+    )
+
+
+def columns(shown: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, without the columns of what nobody measured."""
+    rows = [cells(line) for line in shown]
+    kept = [index for index in range(len(COLUMNS)) if any(row[index] for row in rows)]
+    return [COLUMNS[index] for index in kept], [[row[index] for index in kept] for row in rows]
+
+
+def digits(value: float) -> str:
+    """Four significant digits, as a plain number."""
+    return f"{value:.{max(0, 3 - math.floor(math.log10(value)))}f}"
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return ""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def facts(result: BenchResult) -> Iterator[tuple[str, str]]:
+    """What was measured, where, and in what state the machine was; by name."""
+    workload, environment = result.workload, result.environment
+    guidance = "guidance on" if workload.guidance else "guidance off"
+    yield "workload", f"{workload.model}, {workload.shape}, {workload.steps} steps, {guidance}"
+    yield "machine", machine(result)
+    system = {
+        "": environment.platform,
+        "python": environment.python,
+        "driver": environment.driver,
+        "CUDA": environment.cuda,
+    }
+    yield "system", ", ".join(f"{name} {value}".strip() for name, value in system.items() if value)
+    for code in result.code:
+        versions = ", ".join(f"{name} {version}" for name, version in code.versions.items())
+        name = "code" if len(result.code) == 1 else code.side
+        yield name, f"{_revision(code)}; {versions}"
+    if result.ceilings is not None:
+        rates = ", ".join(
+            f"{dtype} {digits(rate)} TFLOP/s"
+            for dtype, rate in result.ceilings.matmul_tflops.items()
+        )
+        yield "ceilings", f"{rates}; copy {digits(result.ceilings.copy_gb_per_second)} GB/s"
+    for session in result.sessions:
+        name = "state" if len(result.sessions) == 1 else f"state, from round {session.first_round}"
+        yield name, _state(session) or "not recorded"
+        for code in session.code:
+            yield f"code, from round {session.first_round}", _revision(code)
+    yield "command", result.command
+
+
+def _revision(code: Code) -> str:
+    source = "" if code.source is None else f", source {code.source[:8]}"
+    return f"{(code.commit or 'no commit')[:12]}{' with changes' if code.dirty else ''}{source}"
+
+
+def _state(session: Session) -> str:
+    """At the start and at the end."""
+    moments = [session.start] if session.end is None else [session.start, session.end]
+    told = []
+    for name, unit in (
+        ("sm_clock_mhz", "MHz"),
+        ("memory_clock_mhz", "MHz memory"),
+        ("power_watts", "W"),
+        ("power_limit_watts", "W limit"),
+        ("temperature_celsius", "C"),
+        ("load_average", "load"),
+    ):
+        values = [getattr(moment, name) for moment in moments]
+        if any(value is not None for value in values):
+            seen = [f"{value:.4g}" if value is not None else "?" for value in values]
+            told.append(f"{' -> '.join(dict.fromkeys(seen))} {unit}")
+    return ", ".join(told)
+
+
+def remarks(result: BenchResult) -> Iterator[str]:
+    """What a reader should know before believing a figure."""
+    if result.partial:
+        yield "interrupted: what had been measured until then is here"
+    yield from busy(result)
+    for name, scenario in result.of_side(result.sides[-1]).items():
+        if scenario.images > 1:
+            yield (
+                f"{name} draws {scenario.images} images a request: its step is of all of them, and "
+                f"what it is of the first is an image's"
+            )
+        if scenario.lossy:
+            yield f"{name} is lossy: its speed counts only beside what it does to the images"
+
+
+def as_text(result: BenchResult) -> str:
+    shown = lines(result)
+    told = [f"{name:<10} {value}" for name, value in facts(result)]
+    told += ["", table(*columns(shown))]
+    if result.not_run:
+        told += ["", "not run:"]
+        told += [f"  {missing.name}: {missing.why}" for missing in result.not_run]
+    told += [coloured(f"note: {remark}", "yellow") for remark in remarks(result)]
+    return "\n".join(told)

@@ -1,0 +1,183 @@
+"""`python -m bench.report.table`: the README's tables, rendered from the raw results alone.
+
+Ratios come from one run, whose scenarios were timed in interleaved rounds; the interval is a paired
+bootstrap over rounds, seeded, so that the same file gives the same table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.harness.result_file import BenchResult
+from bench.report.show import lines
+from bench.report.targets import render as render_targets
+
+ROOT = Path(__file__).resolve().parents[2]
+STACK = ROOT / "bench" / "results" / "h200-2026-11-22-unet-stack.json"
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+FIGURES = ROOT / "bench" / "results" / "cpu-2026-11-24-figures.json"
+
+STEP_BASELINE, DECODE_BASELINE = "fp16-eager", "vae-bf16-eager"
+ROWS = (
+    ("fp16-eager", "one step: as documented, fp16 and eager"),
+    ("bf16-eager", "one step: bf16, eager"),
+    ("captured", "one step: the same in one CUDA graph"),
+    ("blocks", "one step: `SDXL_COMPILE=regional`"),
+    ("whole", "one step: `SDXL_COMPILE=default`, what ships"),
+    ("vae-bf16-eager", "VAE decode: bf16, eager"),
+    ("vae-whole", "VAE decode: `default`, what ships"),
+)
+RESAMPLES = 10_000
+
+
+def ratio_interval(base: list[float], head: list[float]) -> tuple[float, float, float]:
+    """The ratio of medians head / base and its 95% interval, rounds resampled in pairs."""
+    if len(base) != len(head):
+        raise ValueError("rounds must come in pairs")
+    generator = random.Random(0)
+    rounds = list(zip(base, head, strict=True))
+    ratios = []
+    for _ in range(RESAMPLES):
+        drawn = generator.choices(rounds, k=len(rounds))
+        ratios.append(
+            statistics.median(h for _, h in drawn) / statistics.median(b for b, _ in drawn)
+        )
+    ratios.sort()
+    point = statistics.median(head) / statistics.median(base)
+    return point, ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES) - 1]
+
+
+def render_figures(figures: dict[str, Any]) -> str:
+    """`bench.report.figures` on the demo model, as Markdown."""
+    stages = figures["stage_median_ms"]
+    model = ("text_encode", "denoise", "vae_decode")
+    which_times = ("median", "p95", "max")
+    rows = [
+        ("process start to ready", f"{figures['ready_seconds']:.1f} s"),
+        ("`import serve.app`", f"{figures['import_app_seconds']:.2f} s"),
+        ("resident memory", f"{figures['resident_mb']:.0f} MB"),
+        (
+            f"a request of {figures['steps']} steps at {figures['shape']}, median",
+            f"{figures['request_median_ms']:.0f} ms",
+        ),
+        *((f"of which {name}", f"{stages[name]:.1f} ms") for name in model),
+        ("a step, median", f"{figures['step_median_ms']:.1f} ms"),
+        (
+            f"unattributed time, median, p95 and largest of {figures['requests']}",
+            ", ".join(f"{figures[f'unattributed_{which}_ms']:.2f}" for which in which_times)
+            + " ms",
+        ),
+    ]
+    machine = f"{figures['cores']} cores of {figures['machine']}, torch {figures['torch']}"
+    lines = [f"| {machine} | |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows])
+
+
+def render_stack(results: dict[str, Any]) -> str:
+    """The first session on one GPU, whose file is older than the result format, as Markdown."""
+    scenarios = results["scenarios"]
+    lines = [
+        "| | ms | of the first such row (95% interval) | error of one forward | compile |",
+        "|---|---|---|---|---|",
+    ]
+    for name, told in ROWS:
+        scenario = scenarios[name]
+        base = DECODE_BASELINE if name.startswith("vae") else STEP_BASELINE
+        ratio = "1"
+        if name != base:
+            point, low, high = ratio_interval(scenarios[base]["runs_ms"], scenario["runs_ms"])
+            ratio = f"{point:.3f} ({low:.3f} to {high:.3f})"
+        compiled = f"{scenario['prepare_seconds']:.0f} s" if "compile" in scenario["what"] else "-"
+        lines.append(
+            f"| {told} | {scenario['median_ms']:.1f} | {ratio} "
+            f"| {scenario['error_vs_fp32']:.4f} | {compiled} |"
+        )
+    return "\n".join(lines)
+
+
+def render_runs() -> str:
+    """Every `python -m bench run` that is kept, one table a machine, as Markdown."""
+    read = (BenchResult.read(path) for path in sorted(RESULTS.glob("*-bench.json")))
+    return "\n\n".join(render_run(result) for result in read if is_shown(result))
+
+
+def is_shown(result: BenchResult) -> bool:
+    """A full-size model on a CPU, at whatever size that has time for, says that the bench works and
+    nothing that a reader should compare."""
+    return result.environment.device == "cuda" or not result.workload.model.startswith("random:")
+
+
+def render_run(result: BenchResult) -> str:
+    """One result, its scenarios in the order of the stack; what could not run below."""
+    work, environment, code = result.workload, result.environment, result.code[-1]
+    machine = environment.gpu or f"{environment.cores} cores of {environment.cpu}"
+    guidance = "guidance on" if work.guidance else "guidance off"
+    weights = ""
+    if work.model.startswith("random:"):
+        weights = "; random weights, so not accuracy-qualified"
+    day = datetime.fromtimestamp(result.sessions[0].start.at_ns / 1e9, UTC).date()
+    where = f"{machine}, torch {code.versions.get('torch', '?')}, {day}"
+    what = f"{work.model} at {work.shape}, {work.steps} steps, {guidance}{weights}"
+    told = [
+        f"{where}: {what}.",
+        "",
+        "| scenario | step, ms | of the first (interval) | request, ms | images/s | error | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in lines(result):
+        scenario, judged = line.scenario, line.of_baseline
+        ratio = "1" if line.ratio is None else f"{line.ratio:.3f}"
+        if judged is not None:
+            ratio += f" ({judged.low:.3f} to {judged.high:.3f})"
+        error = "-" if scenario.error_vs_fp32 is None else f"{scenario.error_vs_fp32:.4f}"
+        told.append(
+            f"| {line.label} | {scenario.step_ms:.2f} | {ratio} | {scenario.request_ms:.1f} "
+            f"| {scenario.images_per_second:.3f} | {error} | {scenario.what} |"
+        )
+    if result.not_run:
+        reasons = "; ".join(f"{n.name} ({n.why})" for n in result.not_run)
+        told += ["", f"Not run here: {reasons}."]
+    return "\n".join(told)
+
+
+def tables() -> dict[str, str]:
+    """Each table by the name of its place in the README."""
+    return {
+        "target table": render_targets(RESULTS),
+        "bench tables": render_runs(),
+        "gpu table": render_stack(json.loads(STACK.read_text())),
+        "cpu table": render_figures(json.loads(FIGURES.read_text())),
+    }
+
+
+def in_place(text: str, name: str) -> tuple[str, str, str]:
+    """The README's text before, in and behind the place called `name`."""
+    before, rest = text.split(f"<!-- {name}: begin -->")
+    inside, after = rest.split(f"<!-- {name}: end -->")
+    return before, inside.strip(), after
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report.table", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the tables into the README")
+    options = parser.parse_args()
+    text = README.read_text()
+    for name, table in tables().items():
+        if f"<!-- {name}: begin -->" in text:
+            before, _, after = in_place(text, name)
+            text = f"{before}<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->{after}"
+        if not options.write:
+            print(table, end="\n\n")
+    if options.write:
+        README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

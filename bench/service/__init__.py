@@ -1,0 +1,1 @@
+"""The service under load and at start: rates, cold starts, overhead, peers."""

@@ -1,0 +1,517 @@
+"""Is HEAD faster than BASE, by how much, and is that real?
+
+    python -m bench compare RESULT        one file with both sides, as `bench run --base` writes it
+    python -m bench compare BASE HEAD     two files; judged only by way of a calibration scenario
+
+Each row is one quantity of one scenario. The interval is of the ratio head / base, wide enough for
+all rows together: where nothing changed, at most 5 of 100 comparisons call any row different.
+
+    improved        faster, and by at least the smallest change that matters
+    regressed       slower, likewise
+    no difference   whatever changed is smaller than that
+    inconclusive    cannot be told with these samples; the reason says what would tell
+    not interleaved measured in separate runs, and no calibration shows that the machine was alike
+    not comparable  different machines, workloads or versions, which are named
+
+Exit status: 0 no regression, 1 something regressed, 2 wrong usage or input, 3 nothing regressed
+but something could not be told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError
+from bench.harness.result_file import BenchResult, Code, MeasuredScenario, Side
+from bench.report.terminal import coloured, percent, table
+from bench.stats.verdict import (
+    ERROR_RATE,
+    SMALLEST_CHANGE,
+    Judgement,
+    by_round,
+    judge,
+    judge_separate,
+)
+
+QUANTITIES = ("step", "request", "text_encode", "vae_decode", "image_encode", "cpu")
+JUDGED_UNLESS_SAID = ("step", "request")
+REGRESSED, CANNOT_TELL = 1, 3
+COLOURS = {"improved": "green", "regressed": "red", "no difference": None}
+OF_SCENARIO = ("dtype", "images")
+"""What makes two scenarios of one name incomparable."""
+WORSE_ERROR = 1.1
+"""An error of one forward this much larger is told: below, it is another order of additions."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="BASE HEAD, or one")
+    parser.add_argument(
+        "--smallest-change",
+        type=share,
+        default=SMALLEST_CHANGE,
+        metavar="SHARE",
+        help="the smallest change that matters, as 1%% or 0.01 (default: 1%%)",
+    )
+    parser.add_argument(
+        "--quantity",
+        nargs="+",
+        choices=QUANTITIES,
+        default=JUDGED_UNLESS_SAID,
+        help="what to judge (default: a steady step, and the whole request)",
+    )
+    parser.add_argument("--scenario", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument(
+        "--allow",
+        nargs="+",
+        default=(),
+        metavar="WHAT",
+        help="compare though this differs, by the name that `not comparable` gives it",
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def share(text: str) -> float:
+    """`1%` or `0.01`, between 0 and one half."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 0.5:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed; a share between 0 and 50% is, as 1% or 0.01"
+        )
+    return value
+
+
+def run(options: argparse.Namespace) -> int:
+    base, head = _sides(options.files)
+    comparison = compare(
+        base,
+        head,
+        quantities=options.quantity,
+        scenarios=options.scenario,
+        smallest_change=options.smallest_change,
+        allow=options.allow,
+    )
+    if options.json:
+        print(json.dumps(comparison.as_json(), indent=1, allow_nan=False))
+    else:
+        print(comparison.as_text())
+    return comparison.exit_status
+
+
+# Sides -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One side of one file."""
+
+    name: str
+    result: BenchResult
+    side: Side
+
+    @property
+    def code(self) -> Code:
+        return self.result.code_of(self.side)
+
+    @property
+    def scenarios(self) -> dict[str, MeasuredScenario]:
+        return self.result.of_side(self.side)
+
+    @property
+    def revision(self) -> str:
+        commit = (self.code.commit or "no commit")[:12]
+        return f"{commit} with changes" if self.code.dirty else commit
+
+    def why_not_run(self, scenario: str) -> str | None:
+        """The reason it gave for not running a scenario; None if it was not asked to."""
+        for missing in self.result.not_run:
+            if missing.name == scenario and missing.side in (None, self.side):
+                return missing.reason
+        return None
+
+
+def _sides(files: Sequence[Path]) -> tuple[Measured, Measured]:
+    if len(files) > 2:
+        raise BenchError(f"{len(files)} files were given; one or two can be compared")
+    results = [BenchResult.read(path) for path in files]
+    if len(files) == 1:
+        name, result = files[0].name, results[0]
+        if len(result.sides) != 2:
+            raise BenchError(
+                f"{files[0]} holds one side; name a BASE and a HEAD, or run with --base"
+            )
+        return Measured(name, result, "base"), Measured(name, result, "head")
+    for path, result in zip(files, results, strict=True):
+        if len(result.sides) != 1:
+            raise BenchError(f"{path} holds both sides already; compare it by itself")
+    base, head = (
+        Measured(path.name, result, result.sides[0])
+        for path, result in zip(files, results, strict=True)
+    )
+    return base, head
+
+
+# Comparing ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of one scenario."""
+
+    scenario: str
+    quantity: str
+    base_ms: float | None
+    head_ms: float | None
+    judgement: Judgement
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What can be said about two sides."""
+
+    base: Measured
+    head: Measured
+    smallest_change: float
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def interleaved(self) -> bool:
+        return self.base.result is self.head.result
+
+    @property
+    def exit_status(self) -> int:
+        verdicts = {row.judgement.verdict for row in self.rows}
+        if "regressed" in verdicts:
+            return REGRESSED
+        return 0 if verdicts <= {"improved", "no difference"} else CANNOT_TELL
+
+    def as_json(self) -> dict[str, Any]:
+        """Ratios are head over base."""
+        return {
+            "base": {"file": self.base.name, **asdict(self.base.code)},
+            "head": {"file": self.head.name, **asdict(self.head.code)},
+            "interleaved": self.interleaved,
+            "smallest_change": self.smallest_change,
+            "error_rate": ERROR_RATE,
+            "rows": [
+                {
+                    "scenario": row.scenario,
+                    "quantity": row.quantity,
+                    "base_ms": row.base_ms,
+                    "head_ms": row.head_ms,
+                    **asdict(row.judgement),
+                }
+                for row in self.rows
+            ],
+            "notes": list(self.notes),
+            "exit_status": self.exit_status,
+        }
+
+    def as_text(self) -> str:
+        header = ("scenario", "quantity", "base", "head", "change", "interval", "verdict")
+        cells = [
+            (
+                row.scenario,
+                row.quantity,
+                _milliseconds(row.base_ms),
+                _milliseconds(row.head_ms),
+                *change(row.judgement),
+                row.judgement.verdict,
+            )
+            for row in self.rows
+        ]
+        colours = [COLOURS.get(row.judgement.verdict, "yellow") for row in self.rows]
+        workload = self.head.result.workload
+        what = f"{workload.model}, {workload.shape}, {workload.steps} steps"
+        how = "interleaved" if self.interleaved else "not interleaved"
+        matters = f"{100 * self.smallest_change:.3g}%"
+        told = [
+            f"base  {self.base.revision}  {self.base.name}",
+            f"head  {self.head.revision}  {self.head.name}",
+            f"{what}, on {machine(self.head.result)}, {how}; changes under {matters} do not matter",
+            "",
+            table(header, cells, left=2, colours=colours),
+        ]
+        reasons = _grouped_reasons(self.rows)
+        if reasons or self.notes:
+            told.append("")
+        told += reasons
+        told += [coloured(f"note: {note}", "faint") for note in self.notes]
+        return "\n".join(told)
+
+
+def change(judgement: Judgement) -> tuple[str, str]:
+    """The change and its interval, signed; empty where there is none."""
+    if judgement.ratio is None or judgement.low is None or judgement.high is None:
+        return "", ""
+    interval = f"{percent(judgement.low - 1)} to {percent(judgement.high - 1)}"
+    return percent(judgement.ratio - 1), interval
+
+
+def machine(result: BenchResult) -> str:
+    """The machine in a few words."""
+    environment = result.environment
+    if environment.gpu is not None and environment.device == "cuda":
+        return environment.gpu
+    cores = environment.cores
+    return f"{cores} core{'' if cores == 1 else 's'} of {environment.cpu}"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} ms"
+
+
+def _grouped_reasons(rows: Sequence[Row]) -> list[str]:
+    """Each reason once, behind the rows it is of."""
+    of_reason: dict[str, list[str]] = {}
+    for row in rows:
+        if row.judgement.reason:
+            of_reason.setdefault(row.judgement.reason, []).append(f"{row.scenario} {row.quantity}")
+    return [
+        f"{'all' if len(names) == len(rows) > 1 else ', '.join(names)}: {reason}"
+        for reason, names in of_reason.items()
+    ]
+
+
+def compare(
+    base: Measured,
+    head: Measured,
+    *,
+    quantities: Sequence[str] = JUDGED_UNLESS_SAID,
+    scenarios: Sequence[str] | None = None,
+    smallest_change: float = SMALLEST_CHANGE,
+    allow: Sequence[str] = (),
+) -> Comparison:
+    """Every quantity of every scenario that both sides were asked for. Raises BenchError where
+    there is none."""
+    names = _compared_names(base, head, scenarios)
+    may_differ = {*_facts(base), *_facts(head), *OF_SCENARIO}
+    for name in allow:
+        if name not in may_differ:
+            raise BenchError(f"--allow {name} is not allowed; {', '.join(sorted(may_differ))} are")
+    different = [
+        f"{name} ({was} and {became})"
+        for name, was, became in _differences(base, head)
+        if name not in allow
+    ]
+    error_rate = ERROR_RATE / (len(names) * len(quantities))
+    interleaved = base.result is head.result
+    distrust = _broken_control(base, head, smallest_change) if interleaved else None
+    rows = []
+    for name in names:
+        here, there = base.scenarios.get(name), head.scenarios.get(name)
+        for quantity in quantities:
+            judgement = _not_comparable(base, head, name, different, allow)
+            of_base = {} if here is None else by_round(here, quantity)
+            of_head = {} if there is None else by_round(there, quantity)
+            if judgement is None and not (of_base and of_head):
+                judgement = Judgement("not comparable", f"{quantity} was not measured on both")
+            if judgement is None and distrust is not None:
+                judgement = Judgement("inconclusive", distrust)
+            if judgement is None and interleaved:
+                judgement = judge(
+                    of_base, of_head, smallest_change=smallest_change, error_rate=error_rate
+                )
+            if judgement is None:
+                judgement = _judge_by_calibration(
+                    base, head, name, quantity, smallest_change, error_rate
+                )
+            rows.append(Row(name, quantity, _median(of_base), _median(of_head), judgement))
+    return Comparison(base, head, smallest_change, tuple(rows), tuple(_notes(base, head, names)))
+
+
+def _median(figures: dict[int, float]) -> float | None:
+    return statistics.median(figures.values()) if figures else None
+
+
+def _compared_names(base: Measured, head: Measured, wanted: Sequence[str] | None) -> list[str]:
+    """What both were asked for, in head's order; the calibration is the yardstick, not a row."""
+    known = {**head.scenarios, **base.scenarios}
+    if wanted is not None:
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            raise BenchError(
+                f"no scenario {', '.join(unknown)} was measured; there are {', '.join(known)}"
+            )
+        return list(dict.fromkeys(wanted))
+    names = [
+        name
+        for name, scenario in known.items()
+        if not scenario.calibration
+        and (name in head.scenarios or head.why_not_run(name))
+        and (name in base.scenarios or base.why_not_run(name))
+    ]
+    if not names:
+        raise BenchError(
+            f"{base.name} and {head.name} have no scenario in common: one has "
+            f"{', '.join(base.scenarios)}, the other {', '.join(head.scenarios)}"
+        )
+    return names
+
+
+def _judge_by_calibration(
+    base: Measured,
+    head: Measured,
+    name: str,
+    quantity: str,
+    smallest_change: float,
+    error_rate: float,
+) -> Judgement:
+    """By the first calibration scenario that both hold, which nothing is by itself."""
+    for yardstick, scenario in base.scenarios.items():
+        other = head.scenarios.get(yardstick)
+        if not scenario.calibration or other is None or not other.calibration or yardstick == name:
+            continue
+        # A stage that the calibration does not time is held against its steps.
+        timed = by_round(scenario, quantity) and by_round(other, quantity)
+        return judge_separate(
+            by_round(base.scenarios[name], quantity),
+            by_round(head.scenarios[name], quantity),
+            by_round(scenario, quantity if timed else "step"),
+            by_round(other, quantity if timed else "step"),
+            smallest_change=smallest_change,
+            error_rate=error_rate,
+        )
+    return Judgement(
+        "not interleaved",
+        "measured in separate runs, which hold no calibration scenario in common: measure both in "
+        "one run with --base",
+        interleaved=False,
+    )
+
+
+def _broken_control(base: Measured, head: Measured, smallest_change: float) -> str | None:
+    """Why an interleaved run is not to be trusted: a calibration, the same code on both sides, that
+    is not the same speed."""
+    controls = [
+        (name, by_round(scenario, "step"), by_round(head.scenarios[name], "step"))
+        for name, scenario in base.scenarios.items()
+        if scenario.calibration and name in head.scenarios
+    ]
+    for name, of_base, of_head in controls:
+        found = judge(
+            of_base,
+            of_head,
+            smallest_change=smallest_change,
+            error_rate=ERROR_RATE / len(controls),
+        )
+        if found.verdict in ("improved", "regressed") and found.ratio is not None:
+            return (
+                f"{name}, in which no code of ours runs, is {percent(found.ratio - 1)} between the "
+                f"two sides: their processes were not alike, measure again"
+            )
+    return None
+
+
+# What differs ------------------------------------------------------------------------------------
+
+
+def _differences(base: Measured, head: Measured) -> Iterator[tuple[str, object, object]]:
+    """What makes figures of two files incomparable, by name, with both values."""
+    facts_of_base, facts_of_head = _facts(base), _facts(head)
+    for name in dict.fromkeys([*facts_of_base, *facts_of_head]):
+        was, became = facts_of_base.get(name), facts_of_head.get(name)
+        if was != became:
+            yield name, _told(was), _told(became)
+
+
+def _facts(measured: Measured) -> dict[str, object]:
+    result, environment = measured.result, measured.result.environment
+    limits = {s.start.power_limit_watts for s in result.sessions} - {None}
+    return {
+        **asdict(result.workload),
+        **{
+            name: getattr(environment, name)
+            for name in ("device", "gpu", "driver", "cuda", "cpu", "cores", "platform", "python")
+        },
+        "power limit": ", ".join(f"{limit:.0f} W" for limit in sorted(filter(None, limits))),
+        **measured.code.versions,
+    }
+
+
+def _told(value: object) -> str:
+    return "none" if value in (None, "") else str(value)
+
+
+def _not_comparable(
+    base: Measured, head: Measured, name: str, different: list[str], allow: Sequence[str]
+) -> Judgement | None:
+    for said, measured in (("base", base), ("head", head)):
+        if name not in measured.scenarios:
+            reason = measured.why_not_run(name) or "it was not asked for"
+            return Judgement("not comparable", f"{said} did not run it: {reason}")
+    if different:
+        return Judgement("not comparable", f"these differ: {', '.join(different)}")
+    here, there = base.scenarios[name], head.scenarios[name]
+    of_scenario = [
+        f"{what} ({was} and {became})"
+        for what in OF_SCENARIO
+        if (was := getattr(here, what)) != (became := getattr(there, what)) and what not in allow
+    ]
+    if of_scenario:
+        return Judgement("not comparable", f"these differ: {', '.join(of_scenario)}")
+    return None
+
+
+def _notes(base: Measured, head: Measured, names: Sequence[str]) -> Iterator[str]:
+    """What a reader should know beside the verdicts."""
+    for said, measured in (("base", base), ("head", head)):
+        if measured.result.partial and (said == "head" or base.result is not head.result):
+            yield f"{measured.name} was interrupted; what it had measured is judged"
+    if base.code.commit is not None and base.code.commit == head.code.commit:
+        dirty = base.code.dirty or head.code.dirty
+        yield "both sides are the same commit" + (", one with changes" if dirty else "")
+    for result in {id(m.result): m.result for m in (base, head)}.values():
+        yield from busy(result)
+    for name in names:
+        here, there = base.scenarios.get(name), head.scenarios.get(name)
+        if here is None or there is None:
+            continue
+        if here.settings != there.settings:
+            changed = sorted(
+                key
+                for key in here.settings.keys() | there.settings.keys()
+                if here.settings.get(key) != there.settings.get(key)
+            )
+            yield f"{name}: settings differ: " + ", ".join(
+                f"{key} {_told(here.settings.get(key))} -> {_told(there.settings.get(key))}"
+                for key in changed
+            )
+        if (
+            here.error_vs_fp32 is not None
+            and there.error_vs_fp32 is not None
+            and there.error_vs_fp32 > WORSE_ERROR * here.error_vs_fp32
+        ):
+            yield (
+                f"{name}: the error of one forward against float32 rose from "
+                f"{here.error_vs_fp32:.2g} to {there.error_vs_fp32:.2g}"
+            )
+    for missing in set(base.scenarios) ^ set(head.scenarios):
+        if missing not in names:
+            yield f"{missing} is on one side only"
+
+
+def busy(result: BenchResult) -> Iterator[str]:
+    """Signs that the machine was not at rest when the bench began, or was throttled."""
+    throttled: set[str] = set()
+    for session in result.sessions:
+        load = session.start.load_average
+        if load is not None and load > result.environment.cores / 2:
+            yield (
+                f"the machine was busy when the bench began: load {load:.1f} on "
+                f"{result.environment.cores} cores"
+            )
+        for moment in (session.start, session.end):
+            throttled.update(() if moment is None else moment.throttle_reasons)
+    if throttled:
+        yield f"the GPU was throttled: {', '.join(sorted(throttled))}"

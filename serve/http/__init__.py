@@ -1,0 +1,1 @@
+"""Requests as they cross the wire: middleware, endpoints, error responses."""

@@ -1,0 +1,1 @@
+"""SDXL: loading it, and text, denoising and decoding on it."""

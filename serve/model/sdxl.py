@@ -1,0 +1,487 @@
+"""The SDXL model: loaded from one of four places, then encode, denoise, decode.
+
+Each method enqueues one stage's work and returns without waiting for the device; timing, pacing and
+errors belong to the caller. The denoising loop is diffusers' own pipeline, called with prompt
+embeddings; text is encoded here because diffusers logs the part of a prompt that it cuts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from kernels_warmup.blocks import ZERO_TEXT
+from kernels_warmup.prepared_loop import prepare_loop
+from kernels_warmup.rewrites import Ahead, TextOnce, all_finite, to_pixels
+from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
+from serve.demo_model import checkpoint_path
+from serve.errors import ModelError
+from serve.settings import DEMO_MODEL, RANDOM_SDXL_BASE, SDXL_BASE
+
+logger = logging.getLogger(__name__)
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_PARTS = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+)
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """The prompts of one run as the UNet takes them.
+
+    Shapes: embeddings (images, 77, width of both encoders), pooled (images, width of the second).
+    The negative ones are None without guidance. `truncated` says of each prompt whether an encoder
+    cut it, `zero_negative` that there is guidance and all negative ones are zeros: nobody asked for
+    anything else, and the model takes zeros for an empty prompt. `ahead` says whose buffers the
+    steps already find filled, and for which size.
+    """
+
+    prompt: torch.Tensor
+    pooled: torch.Tensor
+    negative: torch.Tensor | None
+    negative_pooled: torch.Tensor | None
+    truncated: tuple[bool, ...]
+    zero_negative: bool = False
+    ahead: tuple[Ahead, CompiledShape] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImages:
+    """Pixels on their way to the host: valid once the device has done the copy.
+
+    `pixels` is (images, height, width, 3) uint8 and `finite` (images,) bool, both in host memory.
+    """
+
+    pixels: torch.Tensor
+    finite: torch.Tensor
+
+
+class SdxlModel:
+    """A loaded SDXL pipeline. Used by one thread at a time."""
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        name: str,
+        device: torch.device,
+        trained_shapes: tuple[CompiledShape, ...],
+    ) -> None:
+        self.name = name
+        self.device = device
+        self.dtype: torch.dtype = pipeline.unet.dtype
+        self.trained_shapes = trained_shapes
+        self.pipeline = pipeline
+        self.text: TextOnce | None = None
+        self._loop = prepare_loop(pipeline)
+        self._loop_begins: Callable[[], None] = _nothing
+        self._preview_map: torch.Tensor | None = None
+        pipeline.set_progress_bar_config(disable=True)
+        self._watch_scheduler()
+
+    @torch.no_grad()
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str],
+        guided: bool,
+        shape: CompiledShape | None = None,
+    ) -> Conditioning:
+        """Both text encoders' view of a run's prompts, and of negative ones where they count.
+
+        With the size that the run will have, what its steps read of them is worked out as well,
+        where that is done once a run.
+        """
+        images = len(prompts)
+        zeros_for_empty = self.pipeline.config.force_zeros_for_empty_prompt
+        counts = [bool(text.strip()) or not zeros_for_empty for text in negative_prompts]
+        encode_negative = guided and any(counts)
+        texts = [*prompts, *negative_prompts] if encode_negative else [*prompts]
+        hidden, pooled, truncated = self._encode_texts(texts)
+        prompt, pooled_prompt = hidden[:images], pooled[:images]
+        negative = negative_pooled = None
+        if encode_negative:
+            negative, negative_pooled = hidden[images:], pooled[images:]
+            for image, says_something in enumerate(counts):
+                if not says_something:
+                    negative[image].zero_()
+                    negative_pooled[image].zero_()
+        elif guided:
+            negative, negative_pooled = torch.zeros_like(prompt), torch.zeros_like(pooled_prompt)
+        zero_negative = guided and not encode_negative
+        ahead = None
+        if self.text is not None and shape is not None:
+            text, added = self._as_steps_get_it(
+                prompt, pooled_prompt, negative, negative_pooled, shape
+            )
+            ahead = self.text.prepare_ahead(text, added), shape
+        return Conditioning(
+            prompt,
+            pooled_prompt,
+            negative,
+            negative_pooled,
+            truncated[:images],
+            zero_negative,
+            ahead,
+        )
+
+    def denoise(
+        self,
+        conditioning: Conditioning,
+        *,
+        shape: CompiledShape,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seeds: Sequence[int],
+        on_loop_begins: Callable[[], None],
+        on_step_enqueued: Callable[[int, torch.Tensor | None], None],
+        watch_latents: bool = False,
+    ) -> torch.Tensor:
+        """Run the denoising loop; returns latents (images, channels, height / 8, width / 8).
+
+        Args:
+            seeds: one an image; an image's noise is the same whatever runs beside it.
+            on_loop_begins: called when the scheduler's loop is about to start.
+            on_step_enqueued: called with each step's index once its work is enqueued, and with the
+                step's latents if `watch_latents`; what it raises ends the loop.
+        """
+        # Noise is drawn on the CPU, so that a seed means the same image on every device.
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        size = (1, self.pipeline.unet.config.in_channels, *shape.latent)
+        noise = torch.cat([torch.randn(size, generator=each) for each in generators])
+        latents = _to_device(noise.to(self.dtype), self.device)
+        if self.device.type != "cpu":
+            # What a stochastic scheduler draws in every step is drawn where it is used: a copy from
+            # the host would be a wait inside the loop.
+            generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+
+        def on_step_end(
+            _pipeline: Any, index: int, _timestep: Any, tensors: dict[str, torch.Tensor]
+        ) -> dict[str, torch.Tensor]:
+            # The timestep is a scalar on the device: looking at it would stall the loop.
+            on_step_enqueued(index, tensors.get("latents"))
+            return {}
+
+        self._loop_begins = on_loop_begins
+        self._begin_run(conditioning, shape)
+        try:
+            output = self._loop(
+                prompt_embeds=conditioning.prompt,
+                pooled_prompt_embeds=conditioning.pooled,
+                negative_prompt_embeds=conditioning.negative,
+                negative_pooled_prompt_embeds=conditioning.negative_pooled,
+                height=shape.height,
+                width=shape.width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                latents=latents,
+                generator=generators,
+                output_type="latent",
+                return_dict=False,
+                callback_on_step_end=on_step_end,
+                callback_on_step_end_tensor_inputs=["latents"] if watch_latents else [],
+                cross_attention_kwargs=self._about_the_text(conditioning),
+            )
+        finally:
+            self._loop_begins = _nothing
+            self._begin_run(None, shape)
+        result: torch.Tensor = output[0]
+        return result
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> DecodedImages:
+        """Latents to uint8 pixels on the host, without waiting for the device."""
+        vae = self.pipeline.vae
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+        decoded = vae.decode(scaled, return_dict=False)[0]
+        return DecodedImages(_to_host(to_pixels(decoded)), _to_host(all_finite(decoded)))
+
+    @torch.no_grad()
+    def fit_preview(self) -> None:
+        """Fit `preview`'s linear map from latents to pixels to this model's own VAE."""
+        side, pictures = 16, 8
+        generator = torch.Generator("cpu").manual_seed(0)
+        channels = self.pipeline.unet.config.in_channels
+        coarse = torch.randn((pictures, channels, side // 4, side // 4), generator=generator)
+        latents = torch.nn.functional.interpolate(coarse, scale_factor=4.0)
+        vae = self.pipeline.vae
+        scaled = (latents / vae.config.scaling_factor).to(self.device, vae.dtype)
+        pixels = vae.decode(scaled, return_dict=False)[0].float().cpu()
+        pooled = torch.nn.functional.interpolate(pixels, size=(side, side), mode="area")
+        inputs = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
+        # (cells, channels + 1) against (cells, 3)
+        solution = torch.linalg.lstsq(
+            inputs.permute(0, 2, 3, 1).reshape(-1, channels + 1),
+            pooled.permute(0, 2, 3, 1).reshape(-1, 3),
+        ).solution
+        self._preview_map = solution.to(self.device)
+
+    @torch.no_grad()
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        """What one image's latents (channels, height / 8, width / 8) look like, roughly:
+        (height / 8, width / 8, 3) uint8 on its way to the host.
+
+        A linear map costs microseconds where the VAE costs a denoising step.
+        """
+        assert self._preview_map is not None, "fit_preview() runs before the first preview"
+        cells = latents.float().permute(1, 2, 0)
+        pixels = cells @ self._preview_map[:-1] + self._preview_map[-1]
+        return _to_host((pixels * 127.5 + 127.5).round_().clamp_(0, 255).to(torch.uint8))
+
+    def _encode_texts(
+        self, texts: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[bool, ...]]:
+        pipeline = self.pipeline
+        # Both before either encoder runs, so that the device waits for no tokenizer.
+        tokens, cut = tokenise(pipeline.tokenizer, texts)
+        tokens_2, cut_2 = tokenise(pipeline.tokenizer_2, texts)
+        tokens, tokens_2 = _to_device(tokens, self.device), _to_device(tokens_2, self.device)
+        output = pipeline.text_encoder(tokens, output_hidden_states=True)
+        output_2 = pipeline.text_encoder_2(tokens_2, output_hidden_states=True)
+        hidden = torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], dim=-1)
+        truncated = tuple(some or other for some, other in zip(cut, cut_2, strict=True))
+        return hidden.to(self.dtype), output_2[0].to(self.dtype), truncated
+
+    def _as_steps_get_it(
+        self,
+        prompt: torch.Tensor,
+        pooled: torch.Tensor,
+        negative: torch.Tensor | None,
+        negative_pooled: torch.Tensor | None,
+        shape: CompiledShape,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The text and the added condition as the pipeline will pass them to each step."""
+        if negative is not None and negative_pooled is not None:
+            prompt, pooled = torch.cat([negative, prompt]), torch.cat([negative_pooled, pooled])
+        time_ids = self._loop.time_ids(shape.height, shape.width, prompt.dtype)
+        return prompt, {"text_embeds": pooled, "time_ids": time_ids.repeat(len(prompt), 1)}
+
+    def _begin_run(self, conditioning: Conditioning | None, shape: CompiledShape) -> None:
+        """Tell what is kept of a run's text whether the steps to come are that run's."""
+        if self.text is None:
+            return
+        ahead = None if conditioning is None else conditioning.ahead
+        self.text.begin_run(ahead[0] if ahead is not None and ahead[1] == shape else None)
+
+    def _about_the_text(self, conditioning: Conditioning) -> dict[str, Any] | None:
+        """What the UNet is told of a text that is zero, where it can make use of it."""
+        takes_it = getattr(self.pipeline.unet.forward, "takes_zero_text", False)
+        return {ZERO_TEXT: True} if takes_it and conditioning.zero_negative else None
+
+    def _watch_scheduler(self) -> None:
+        """Learn when the loop starts, from the one call the pipeline makes just before it."""
+        scheduler = self._loop.scheduler
+        # The pipeline asks whether there is such a method, and some schedulers have none.
+        original = getattr(scheduler, "set_begin_index", None)
+
+        def set_begin_index(begin_index: int = 0) -> None:
+            if original is not None:
+                original(begin_index)
+            self._loop_begins()
+
+        scheduler.set_begin_index = set_begin_index
+
+
+def load_model(
+    name: str | None,
+    revision: str | None = None,
+    device_name: str = "auto",
+    dtype_name: str = "auto",
+) -> SdxlModel:
+    """Load the model a setting names, onto its device.
+
+    Args:
+        name: `demo`, `random:sdxl-base`, a hub repository or a local directory; None picks the
+            demo without a CUDA device and SDXL base with one.
+
+    Raises:
+        ModelError: there is no such model, or what is there is not a whole SDXL pipeline.
+    """
+    device = choose_device(device_name)
+    dtype = _DTYPES[dtype_name] if dtype_name != "auto" else _default_dtype(device)
+    if name is None:
+        name = SDXL_BASE if device.type == "cuda" else DEMO_MODEL
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    if name == RANDOM_SDXL_BASE:
+        pipeline = _build_random(device, dtype)
+        return SdxlModel(pipeline, "sdxl-base-random", device, SDXL_SHAPES)
+    if name == DEMO_MODEL:
+        pipeline = _load_directory(checkpoint_path(), dtype)
+        return SdxlModel(pipeline.to(device), "demo", device, DEMO_SHAPES)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        pipeline = _load_directory(directory, dtype)
+        label = directory.resolve().name
+    elif _HUB_NAME.fullmatch(name):
+        pipeline = _load_hub(name, revision, dtype)
+        label = name.split("/")[-1]
+    else:
+        raise ModelError(
+            f"SDXL_MODEL={name!r} is neither a directory here nor a hub repository like "
+            f"{SDXL_BASE}; `{DEMO_MODEL}` and `{RANDOM_SDXL_BASE}` need no download."
+        )
+    return SdxlModel(pipeline.to(device), label, device, _trained_shapes(pipeline))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a setting names; `auto` takes CUDA where there is one.
+
+    Raises:
+        ModelError: a CUDA device was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"SDXL_DEVICE={name}: this machine has {torch.cuda.device_count()} CUDA devices "
+            "that torch can use."
+        )
+    return device
+
+
+def _default_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _load_directory(directory: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    if not (directory / "model_index.json").is_file():
+        raise ModelError(
+            f"{directory} holds no model_index.json: a directory in diffusers layout is needed."
+        )
+    halves = any((directory / "unet").glob("*.fp16.safetensors"))
+    return _from_pretrained(
+        str(directory), dtype, variant="fp16" if halves else None, local_files_only=True
+    )
+
+
+def _load_hub(name: str, revision: str | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    # Parallel ranges of each file; the hub's client reads this when it starts to download.
+    os.environ.setdefault("HF_XET_HIGH_PERFORMANCE", "1")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    # A variant that does not exist is an error to diffusers, so the hub is asked first; offline,
+    # what was downloaded before decides.
+    variant: str | None = "fp16"
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+        if not any(file.startswith("unet/") and ".fp16." in file for file in files):
+            variant = None
+    except (OfflineModeIsEnabled, OSError, HfHubHTTPError) as error:
+        logger.warning(
+            "the hub could not be asked about %s (%s); trying its fp16 files",
+            name,
+            type(error).__name__,
+        )
+    return _from_pretrained(name, dtype, variant=variant, revision=revision)
+
+
+def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> StableDiffusionXLPipeline:
+    try:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            name,
+            dtype=dtype,
+            # Pickled weights run code when loaded.
+            use_safetensors=True,
+            add_watermarker=False,
+            **options,
+        )
+    except Exception as error:
+        # Four libraries read these files, each with errors of its own; all mean the same here.
+        raise ModelError(
+            f"the model at {name!r} could not be loaded: {type(error).__name__}: "
+            f"{_first_line(error)}"
+        ) from error
+    for part in _PARTS:
+        module = getattr(pipeline, part)
+        if module is None:
+            raise ModelError(f"the model at {name!r} is no whole SDXL pipeline: it lacks {part}.")
+        if isinstance(module, torch.nn.Module) and any(p.is_meta for p in module.parameters()):
+            raise ModelError(f"the model at {name!r} lacks weights of its {part}.")
+    if dtype == torch.float16 and pipeline.vae.config.force_upcast:
+        # This VAE overflows in float16, and recasting it on every call breaks captured graphs;
+        # bfloat16 has float32's range.
+        pipeline.vae.to(torch.bfloat16)
+    return pipeline
+
+
+def _build_random(device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    from transformers import CLIPTokenizer
+
+    from serve.model.sdxl_base import build_random_sdxl_base
+
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint_path() / "tokenizer")
+    return build_random_sdxl_base(tokenizer, device, dtype)
+
+
+def _trained_shapes(pipeline: StableDiffusionXLPipeline) -> tuple[CompiledShape, ...]:
+    """SDXL's sizes for a UNet of SDXL's size, else the one square its configuration names."""
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    if side == SDXL_SHAPES[0].width:
+        return SDXL_SHAPES
+    return (CompiledShape(side, side),)
+
+
+def tokenise(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, list[bool]]:
+    """The texts as (texts, limit) token ids on the host, and whether each had to be cut for it.
+
+    As CLIP's tokenizer does it when asked to cut and to fill, which would hide what was cut and
+    cost a second call.
+    """
+    limit, fill = tokenizer.model_max_length, tokenizer.pad_token_id
+    # `verbose` off: the library's warning on long input is answered by what is returned.
+    whole: list[list[int]] = tokenizer(texts, verbose=False).input_ids
+    # The last token ends a text, and so it does one that was cut.
+    rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in whole]
+    filled = [ids + [fill] * (limit - len(ids)) for ids in rows]
+    return torch.tensor(filled), [len(ids) > limit for ids in whole]
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device; to a GPU from pinned memory, since from any other the copy would wait
+    for the work enqueued so far."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory; from a GPU into pinned memory, behind the work enqueued so far."""
+    if tensor.device.type == "cpu":
+        return tensor.contiguous()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else ""
+
+
+def _nothing() -> None:
+    return None

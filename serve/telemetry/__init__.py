@@ -1,0 +1,1 @@
+"""Telemetry built from the settings, logs, profiles and the doctor."""

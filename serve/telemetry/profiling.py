@@ -1,0 +1,255 @@
+"""What one run did, operator by operator: profiles of chosen runs, and ranges for an attached tool.
+
+Off unless `SDXL_PROFILE_DIR` names a folder. An operator arms the next requests; each of their runs
+is recorded by torch.profiler and written as a compressed Chrome trace, which Perfetto opens, into
+that folder. Recording slows a run, so its timing says that it was profiled and what tells latencies
+leaves it out. `SDXL_NVTX` marks stages and steps for a profiler that is attached from outside.
+
+A profile holds operators, kernels, stages and steps. No shapes, stacks or arguments are recorded:
+no prompt can be in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from serve.engine.call import Call
+from serve.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_PROFILES = 20
+"""How many profiles the folder keeps, and so how many requests may be armed at once."""
+
+MAX_PROFILE_BYTES = 512 * 1024 * 1024
+"""How large they may be together: what a disk that holds a model has to spare."""
+
+_PROFILE_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{8}\.json\.gz")
+
+
+class Profiling:
+    """Profiles the runs of armed requests; used by the thread that owns the model.
+
+    Args:
+        folder: where profiles go, made if it is not there; None turns profiling off.
+        nvtx: mark stages and steps as NVTX ranges; without a CUDA device nothing is marked.
+        max_profiles, max_bytes: what the folder may hold; the oldest go first.
+
+    Raises:
+        ConfigurationError: the folder cannot be made or written.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        nvtx: bool = False,
+        max_profiles: int = MAX_PROFILES,
+        max_bytes: int = MAX_PROFILE_BYTES,
+    ) -> None:
+        self._folder = None if folder is None else _writable(folder)
+        if self._folder is not None:
+            for path in self._folder.iterdir():
+                if path.name[0] == "." and _PROFILE_NAME.fullmatch(path.name[1:]):
+                    path.unlink(missing_ok=True)  # cut off by the end of another process
+        self._nvtx = nvtx
+        self.max_profiles = max_profiles
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._armed = 0
+        self._recording = False  # of the run in progress; only the model's thread looks
+        # Writing a profile takes seconds, which the next run must not wait for, nor the process's
+        # end: hence a daemon, one profile after the other.
+        self._writer: threading.Thread | None = None
+        self._writing = threading.Lock()
+
+    @property
+    def enabled(self) -> bool:
+        return self._folder is not None
+
+    @property
+    def armed(self) -> int:
+        """How many of the next runs will be profiled."""
+        return self._armed
+
+    def arm(self, count: int) -> None:
+        """Profile the next `count` runs, whatever was armed before; 0 calls it off."""
+        assert self.enabled
+        assert 0 <= count <= self.max_profiles
+        with self._lock:
+            self._armed = count
+
+    def profiles(self) -> list[str]:
+        """The names of the profiles in the folder, oldest first."""
+        assert self._folder is not None
+        return [path.name for path in _profiles_in(self._folder)]
+
+    def run(self, run: Callable[[], T], run_id: str, calls: Sequence[Call]) -> T:
+        """Run `run`, profiled if it is its turn, and note the profile's name in the timing of the
+        calls it was for. A profiler that cannot start costs a log line and no request."""
+        with self._lock:
+            profiled = self._armed > 0
+            self._armed -= profiled
+        profiler = _started_profiler() if profiled else None
+        if profiler is None:
+            return run()
+        at = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")[:-3]
+        name = f"{at}Z-{run_id[:8]}.json.gz"
+        self._recording = True
+        try:
+            return run()
+        finally:
+            self._recording = False
+            stopped = _stopped(profiler)
+            begun = False  # not if it was called off before
+            for call in calls:
+                if call.run is not None:
+                    call.run = dataclasses.replace(call.run, profile=name)
+                    begun = True
+            if begun and stopped:
+                self._writer = threading.Thread(
+                    target=self._write, args=(profiler, name), name="profile", daemon=True
+                )
+                self._writer.start()
+
+    def ranges(self, steps: int) -> Ranges | None:
+        """What marks the stages and steps of the run that is about to start; None: nothing does."""
+        annotations: list[Callable[[str], AbstractContextManager[Any]]] = []
+        if self._recording:
+            from torch.profiler import record_function
+
+            annotations.append(record_function)
+        if self._nvtx:
+            from torch import cuda
+
+            if cuda.is_available():
+                annotations.append(cuda.nvtx.range)
+        return Ranges(annotations, steps) if annotations else None
+
+    def close(self, timeout_seconds: float) -> bool:
+        """Let the newest profile be written, for at most that long. False if it was not."""
+        if self._writer is None:
+            return True
+        self._writer.join(timeout_seconds)
+        return not self._writer.is_alive()
+
+    def _write(self, profiler: Any, name: str) -> None:
+        assert self._folder is not None
+        # Under a name that nobody takes for a profile, until it is a whole one.
+        unfinished = self._folder / f".{name}"
+        try:
+            with self._writing:
+                profiler.export_chrome_trace(str(unfinished))
+                unfinished.replace(self._folder / name)
+                self._remove_oldest()
+            logger.info("profile written: %s", name)
+        except Exception as error:  # noqa: BLE001 - nobody waits for this; the log must have it
+            logger.error("the profile %s could not be written: %s", name, type(error).__name__)
+            unfinished.unlink(missing_ok=True)
+
+    def _remove_oldest(self) -> None:
+        """Keep the folder within its bounds; a profile larger than the whole bound goes as well."""
+        assert self._folder is not None
+        kept = _profiles_in(self._folder)
+        sizes = {path: path.stat().st_size for path in kept}
+        while kept and (
+            len(kept) > self.max_profiles or sum(sizes[path] for path in kept) > self._max_bytes
+        ):
+            oldest = kept.pop(0)
+            oldest.unlink(missing_ok=True)
+            logger.info("profile removed: %s", oldest.name)
+
+
+class Ranges:
+    """The stages and steps of one run, as nested ranges of whatever profiler looks on.
+
+    Args:
+        annotations: each opens a named range, and closes it.
+        steps: how many steps the loop has; what follows the last is not a step.
+    """
+
+    def __init__(
+        self, annotations: list[Callable[[str], AbstractContextManager[Any]]], steps: int
+    ) -> None:
+        self._annotations = annotations
+        self._steps = steps
+        self._step = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        with self._opened(name):
+            try:
+                yield
+            finally:
+                self._step.close()  # a loop that was left midway
+
+    def step_begins(self, index: int) -> None:
+        """The work of the step before, if there was one, has been enqueued."""
+        self._step.close()
+        if index < self._steps:
+            self._step = self._opened(f"denoise_step {index}")
+
+    def _opened(self, name: str) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        for annotation in self._annotations:
+            stack.enter_context(annotation(name))
+        return stack
+
+
+def _writable(folder: Path) -> Path:
+    folder = folder.expanduser().resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        allowed = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        allowed = False
+    if not allowed:
+        raise ConfigurationError(
+            f"SDXL_PROFILE_DIR={str(folder)!r} is not allowed: a folder that can be written is."
+        )
+    return folder
+
+
+def _profiles_in(folder: Path) -> list[Path]:
+    """Ours alone, oldest first: the name begins with the time."""
+    return sorted(path for path in folder.iterdir() if _PROFILE_NAME.fullmatch(path.name))
+
+
+def _started_profiler() -> Any:
+    from torch.profiler import ProfilerActivity, profile, supported_activities
+
+    wanted = {ProfilerActivity.CPU, ProfilerActivity.CUDA}
+    profiler = profile(
+        activities=wanted & supported_activities(),  # type: ignore[no-untyped-call]
+        # Said, though they are the defaults: each would record what a request holds.
+        record_shapes=False,
+        with_stack=False,
+        profile_memory=False,
+        acc_events=True,
+    )
+    try:
+        profiler.start()
+    except RuntimeError as error:  # another profiler of this process or device is at work
+        logger.error("a run could not be profiled: %s", type(error).__name__)
+        return None
+    return profiler
+
+
+def _stopped(profiler: Any) -> bool:
+    try:
+        profiler.stop()
+    except RuntimeError as error:  # on a device that is lost nothing can be asked of it either
+        logger.error("a profile was lost: %s", type(error).__name__)
+        return False
+    return True

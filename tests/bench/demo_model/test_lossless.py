@@ -1,0 +1,114 @@
+"""What claims to be lossless draws the same pictures: the same score, and no pixel far off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from bench.demo_model.evaluate import Question, Sampling, score
+from bench.demo_model.lossless import (
+    PREPARATIONS,
+    REWRITES,
+    Distance,
+    Verdict,
+    as_text,
+    asked_for,
+    compare,
+    distance,
+    draw,
+    draw_all,
+)
+from bench.demo_model.scenes import Pixels, Scene, render
+from kernels_warmup.compile import compile_model, mode_for
+from serve.model.sdxl import SdxlModel, load_model
+
+# In levels of 0 to 255. Rounding in another order moves a value by one level at most where nothing
+# amplifies it; docs/demo-model.md has what was measured.
+LARGEST_MEAN = 0.002
+LARGEST_DISTANCE = 2
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def plain() -> SdxlModel:
+    return load_model("demo", device_name="cpu")
+
+
+def assert_lossless(plain: SdxlModel, prepared: SdxlModel, prompts: int) -> None:
+    asked = asked_for(prompts)
+    before, after = (draw_all(model, asked, Sampling()) for model in (plain, prepared))
+    for row, verdict in compare(asked, before, after).items():
+        assert verdict.prepared == verdict.plain, row
+        assert verdict.distance.mean < LARGEST_MEAN, row
+        assert verdict.distance.maximum <= LARGEST_DISTANCE, row
+
+
+def test_the_rewrites_are_lossless(plain: SdxlModel) -> None:
+    prepared = load_model("demo", device_name="cpu")
+    compile_model(prepared.pipeline, recipe=REWRITES)
+    assert_lossless(plain, prepared, prompts=1)
+
+
+def test_what_a_cpu_does_without_compiling_is_lossless(plain: SdxlModel) -> None:
+    prepared = load_model("demo", device_name="cpu")
+    assert mode_for("auto", prepared.device) == "rewritten"
+    PREPARATIONS["rewritten"](prepared)
+    assert_lossless(plain, prepared, prompts=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["regional", "default"])
+def test_compiling_is_lossless(plain: SdxlModel, name: str) -> None:
+    torch.compiler.reset()
+    prepared = load_model("demo", device_name="cpu")
+    PREPARATIONS[name](prepared)
+    assert_lossless(plain, prepared, prompts=8)
+    torch.compiler.reset()
+
+
+def test_a_loss_would_be_seen(plain: SdxlModel) -> None:
+    prepared = load_model("demo", device_name="cpu", dtype_name="bfloat16")
+    asked = {"one": asked_for(1)["128x128 one object"]}
+    before, after = (draw_all(model, asked, Sampling()) for model in (plain, prepared))
+    far = compare(asked, before, after)["one"].distance
+    assert far.mean > LARGEST_MEAN
+    assert far.maximum > LARGEST_DISTANCE
+
+
+def test_pictures_are_drawn_one_by_one_and_repeat(plain: SdxlModel) -> None:
+    asked = asked_for(2)["160x96 one object"]
+    first, second = (draw(plain, asked, Sampling(steps=3)) for _ in range(2))
+    assert [picture.shape for picture in first] == [(96, 160, 3)] * 2
+    assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_distance_counts_levels() -> None:
+    black: Pixels = np.zeros((2, 2, 3), dtype=np.uint8)
+    other = black.copy()
+    other[0, 0, 0], other[1, 1, 2] = 255, 9
+    assert distance([black, black], [black, other]) == Distance(11.0, 255, 2 / 24)
+    assert distance([black], [black]) == Distance(0.0, 0, 0.0)
+
+
+def test_a_changed_score_is_said() -> None:
+    scene = asked_for(1)["128x128 one object"][0].scene
+    asked = [Question(scene, "", 0)]
+    right, wrong = ([render(some)] for some in (scene, Scene(128, 128, scene.background, ())))
+    same, changed = (
+        Verdict(score(asked, right), score(asked, pictures), distance(right, pictures))
+        for pictures in (right, wrong)
+    )
+    text = as_text("default", {"same": same, "changed": changed})
+    assert [line.rsplit(" ", 1)[-1] for line in text.splitlines()] == ["same", "CHANGED"]

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from bench.harness.result_file import NotRun
+from bench.report.table import README, in_place, is_shown, ratio_interval, render_run, tables
+from tests.bench.made_up import GPU, result, scenario
+
+
+@pytest.mark.parametrize("name", ["gpu table", "cpu table", "bench tables"])
+def test_the_readme_shows_what_the_results_say(name: str) -> None:
+    assert in_place(README.read_text(), name)[1] == tables()[name]
+
+
+def test_a_ratio_lies_in_its_interval() -> None:
+    generator = random.Random(1)
+    base = [100 + generator.gauss(0, 1) for _ in range(20)]
+    head = [90 + generator.gauss(0, 1) for _ in range(20)]
+    point, low, high = ratio_interval(base, head)
+    assert low <= point <= high
+    assert low < 0.9 < high
+    assert high < 1
+
+
+def test_no_change_is_not_called_one() -> None:
+    generator = random.Random(2)
+    samples = [[50 + generator.gauss(0, 0.5) for _ in range(20)] for _ in range(2)]
+    _, low, high = ratio_interval(*samples)
+    assert low < 1 < high
+
+
+def test_unpaired_rounds_are_refused() -> None:
+    with pytest.raises(ValueError, match="pairs"):
+        ratio_interval([1.0], [1.0, 2.0])
+
+
+def test_a_run_is_one_table_in_the_order_of_its_stack() -> None:
+    measured = result(
+        scenario("documented", [20.0, 20.2, 19.8, 20.1, 20.0, 19.9, 20.0, 20.1]),
+        scenario("default", [10.0, 10.1, 9.9, 10.05, 10.0, 9.95, 10.0, 10.05]),
+    )
+    measured = replace(measured, not_run=(NotRun("graph", "it needs a CUDA device"),))
+    text = render_run(measured)
+    rows = [line for line in text.splitlines() if line.startswith(("| documented", "| default"))]
+    assert rows[0].startswith("| documented | 20.00 | 1 |")
+    assert rows[1].startswith("| default | 10.00 | 0.500 (0.500 to 0.500)")
+    assert "2 cores of AMD EPYC, torch 2.13.0" in text
+    assert "Not run here: graph (it needs a CUDA device)." in text
+    random_weights = replace(
+        measured, workload=replace(measured.workload, model="random:sdxl-base")
+    )
+    assert "not accuracy-qualified" in render_run(random_weights)
+
+
+def test_a_full_size_model_on_a_cpu_is_not_in_the_readme() -> None:
+    measured = result(scenario("documented", [20.0] * 3))
+    assert is_shown(measured)
+    work = replace(measured.workload, model="random:sdxl-base")
+    assert not is_shown(replace(measured, workload=work))
+    assert is_shown(replace(measured, workload=work, environment=GPU))

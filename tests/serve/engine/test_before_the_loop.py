@@ -1,0 +1,371 @@
+"""Between the prompt and the first step: nothing waits, nothing is worked out twice, and the result
+is the unprepared pipeline's to the bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels_warmup.compile import Recipe, compile_model
+from kernels_warmup.prepared_loop import SCHEDULERS, SET_BY_TIMESTEPS, prepare_loop
+from kernels_warmup.shapes import CompiledShape
+from serve.model.sdxl import Conditioning, SdxlModel, load_model, tokenise
+from serve.model.sdxl_base import SCHEDULER_CONFIG
+
+SHAPE = CompiledShape(128, 128)
+WIDE = CompiledShape(160, 96)
+META = torch.device("meta")
+
+TRAILING = SCHEDULER_CONFIG | {"timestep_spacing": "trailing"}
+SERVED = {
+    "euler": diffusers.EulerDiscreteScheduler(**SCHEDULER_CONFIG),
+    "euler trailing": diffusers.EulerDiscreteScheduler(**TRAILING),
+    "euler ancestral": diffusers.EulerAncestralDiscreteScheduler.from_config(TRAILING),
+    "lcm": diffusers.LCMScheduler.from_config(TRAILING),
+    "ddim": diffusers.DDIMScheduler.from_config(TRAILING),
+    # One that keeps a history of the run: not remembered, and served all the same.
+    "dpm++": diffusers.DPMSolverMultistepScheduler.from_config(SCHEDULER_CONFIG),
+}
+
+
+@pytest.fixture(scope="module")
+def demo() -> SdxlModel:
+    return load_model("demo", device_name="cpu")
+
+
+def denoise(
+    model: SdxlModel,
+    conditioning: Conditioning,
+    *,
+    shape: CompiledShape = SHAPE,
+    steps: int = 2,
+    guidance: float = 5.0,
+) -> torch.Tensor:
+    return model.denoise(
+        conditioning,
+        shape=shape,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        seeds=[3],
+        on_loop_begins=lambda: None,
+        on_step_enqueued=lambda *_: None,
+    )
+
+
+def unprepared(
+    pipeline: Any, scheduler: Any, conditioning: Conditioning, steps: int, guidance: float = 5.0
+) -> torch.Tensor:
+    """diffusers' own call, with the scheduler as new."""
+    plain = diffusers.StableDiffusionXLPipeline(
+        **pipeline.components | {"scheduler": scheduler}, add_watermarker=False
+    )
+    plain.set_progress_bar_config(disable=True)
+    # A stochastic scheduler goes on drawing from where the latents' noise came.
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn((1, 4, *SHAPE.latent), generator=generator)
+    result: torch.Tensor = plain(
+        prompt_embeds=conditioning.prompt,
+        pooled_prompt_embeds=conditioning.pooled,
+        negative_prompt_embeds=conditioning.negative,
+        negative_pooled_prompt_embeds=conditioning.negative_pooled,
+        height=SHAPE.height,
+        width=SHAPE.width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        latents=noise,
+        generator=[generator],
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    return result
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_scheduler_gives_what_the_unprepared_pipeline_gives(
+    demo: SdxlModel, name: str
+) -> None:
+    """To the bit, again and again, whatever step counts come between."""
+    pipeline = copy.copy(demo.pipeline)
+    pipeline.scheduler = SERVED[name]
+    model = SdxlModel(pipeline, "demo", torch.device("cpu"), (SHAPE,))
+    guided = demo.encode_prompts(["a red circle"], ["blue"], guided=True)
+    alone = demo.encode_prompts(["a red circle"], [""], guided=False)
+    for steps in (2, 3, 2):
+        for conditioning, guidance in ((guided, 5.0), (alone, 1.0)):
+            scheduler = type(SERVED[name]).from_config(SERVED[name].config)
+            expected = unprepared(pipeline, scheduler, conditioning, steps, guidance)
+            result = denoise(model, conditioning, steps=steps, guidance=guidance)
+            assert torch.equal(result, expected), (steps, guidance)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_what_is_remembered_is_all_that_setting_timesteps_sets(kind: Any) -> None:
+    """diffusers may give a scheduler new state; then this fails, and so would a second request."""
+    written: set[str] = set()
+
+    class Watched(kind):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            written.add(name)
+            super().__setattr__(name, value)
+
+    scheduler = Watched.from_config(TRAILING)
+    written.clear()
+    scheduler.set_timesteps(4, device="cpu")
+    assert written <= set(SET_BY_TIMESTEPS)
+    assert {"timesteps", "num_inference_steps"} <= written
+    for name in written:
+        value = getattr(scheduler, name)
+        assert value is None or isinstance(value, int | torch.Tensor), name
+    tensors = {n: getattr(scheduler, n) for n in written}
+    before = {n: v.clone() for n, v in tensors.items() if isinstance(v, torch.Tensor)}
+    written.clear()
+    for timestep in scheduler.timesteps:
+        sample = scheduler.scale_model_input(torch.ones(1, 4, 8, 8), timestep)
+        scheduler.step(torch.ones(1, 4, 8, 8), timestep, sample, generator=torch.Generator())
+    assert written & set(SET_BY_TIMESTEPS) == ({"_step_index"} & written)
+    assert all(torch.equal(tensors[name], value) for name, value in before.items())
+
+
+def test_a_scheduler_that_keeps_a_history_works_its_timesteps_out_each_time(
+    demo: SdxlModel,
+) -> None:
+    pipeline = copy.copy(demo.pipeline)
+    pipeline.scheduler = SERVED["dpm++"]
+    assert "set_timesteps" not in vars(prepare_loop(pipeline).scheduler)
+    pipeline.scheduler = SERVED["euler"]
+    assert "set_timesteps" in vars(prepare_loop(pipeline).scheduler)
+
+
+def test_the_loaded_pipeline_is_left_as_it_was(demo: SdxlModel) -> None:
+    """The bench's baselines run it, and run no code of this project's."""
+    denoise(demo, demo.encode_prompts(["a red circle"], ["blue"], guided=True))
+    assert type(demo.pipeline) is diffusers.StableDiffusionXLPipeline
+    scheduler = vars(demo.pipeline.scheduler)
+    assert not {"set_timesteps", "set_begin_index", "step"} & scheduler.keys()
+
+
+class Crossings(TorchDispatchMode):
+    """Copies between the host and a device that stands in for a GPU: `waited` for what is enqueued,
+    or `sent` without waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[str] = []
+        self.sent: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func is aten._local_scalar_dense.default and args[0].device == META:
+            self.waited.append("a value is read")
+            return 0.0
+        if func is aten.copy_.default:
+            source, target, blocks = args[1], args[0].device, not (len(args) > 2 and args[2])
+        elif func is aten._to_copy.default:
+            source, blocks = args[0], not kwargs.get("non_blocking")
+            target = torch.device(kwargs.get("device") or source.device)
+        else:
+            return func(*args, **kwargs)
+        if source.device != META and target == META:
+            if blocks:
+                self.waited.append(f"to the device: {tuple(source.shape)}")
+            else:
+                self.sent.append(tuple(source.shape))
+        if source.device == META and target != META:
+            self.waited.append(f"to the host: {tuple(source.shape)}")
+            return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        return func(*args, **kwargs)
+
+
+class Reached(Exception):
+    """The first UNet call."""
+
+
+@pytest.fixture
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> SdxlModel:
+    """The demo on the meta device, whose UNet ends the loop where it begins."""
+
+    def reached(*_: object, **__: object) -> None:
+        raise Reached
+
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))
+    pinned: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: pinned.append(tuple(tensor.shape)) or tensor
+    )
+    pipeline = load_model("demo", device_name="cpu").pipeline.to(META)
+    model = SdxlModel(pipeline, "demo", META, (SHAPE,))
+    model.pipeline.unet.forward = reached
+    vars(model)["pinned"] = pinned
+    return model
+
+
+def crossings(work: Callable[[], object]) -> Crossings:
+    with Crossings() as seen:
+        try:
+            work()
+        except Reached:
+            seen.sent.append(())
+    return seen
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_nothing_waits_for_the_device_before_the_first_step(
+    on_a_device: SdxlModel, guidance: float
+) -> None:
+    model = on_a_device
+    conditioning: list[Conditioning] = []
+
+    def encode() -> None:
+        guided = guidance > 1
+        conditioning[:] = [model.encode_prompts(["a red circle"], ["blue"], guided, SHAPE)]
+
+    def begin() -> None:
+        denoise(model, conditioning[0], guidance=guidance)
+
+    encode()
+    crossings(begin)  # a warm-up: what is remembered is worked out once
+    pinned = vars(model)["pinned"]
+    pinned.clear()
+    texts = 2 if guidance > 1 else 1
+    encoding, beginning = crossings(encode), crossings(begin)
+    assert encoding.waited == []
+    assert encoding.sent == [(texts, 77), (texts, 77)]
+    assert beginning.waited == []
+    assert beginning.sent == [(1, 4, 16, 16), ()]  # the noise, and the first step is reached
+    # From memory that is not pinned a copy waits, whatever it is asked.
+    assert pinned == [(texts, 77), (texts, 77), (1, 4, 16, 16)]
+
+
+def test_the_unprepared_pipeline_waits_for_each_of_them(on_a_device: SdxlModel) -> None:
+    """What the test above could not see, it would not miss."""
+    model = on_a_device
+    conditioning = model.encode_prompts(["a red circle"], ["blue"], True)
+    begin = crossings(
+        lambda: unprepared(model.pipeline, SERVED["euler"], conditioning, 4)  # type: ignore[arg-type]
+    )
+    assert begin.sent == [()]
+    assert begin.waited == [
+        "to the device: (5,)",  # sigmas
+        "to the device: (4,)",  # timesteps
+        "to the host: (5,)",  # sigmas back
+        "to the device: (1, 4, 16, 16)",
+        "to the device: (2, 6)",  # the size condition
+    ]
+
+
+def test_no_module_tree_is_walked_between_the_prompt_and_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SDXL has 2,700 modules; diffusers walks them all for a device or a type, 4 ms a time."""
+    model = load_model("demo", device_name="cpu")
+    model.text = compile_model(model.pipeline, recipe=Recipe(scope="none", replay="none")).text
+    real = torch.nn.Module.named_modules
+    walked = 0
+
+    def watched(self: Any, memo: Any = None, prefix: str = "", *rest: Any, **more: Any) -> Any:
+        nonlocal walked
+        for found in real(self, memo, prefix, *rest, **more):
+            walked += prefix == ""  # each tree's own walk passes its modules on
+            yield found
+
+    conditioning = model.encode_prompts(["a red circle"], ["blue"], True, SHAPE)
+    denoise(model, conditioning)
+    monkeypatch.setattr(torch.nn.Module, "named_modules", watched)
+    modules = len(list(model.pipeline.unet.modules()))
+    assert walked == modules > 100  # so that it is counted here if anywhere
+    walked = 0
+    for ahead in (SHAPE, None):
+        conditioning = model.encode_prompts(["a blue circle"], ["red"], True, ahead)
+        denoise(model, conditioning)
+        assert walked < 20
+    model.pipeline._execution_device  # noqa: B018 - the question that was asked before
+    assert walked > 200
+
+
+def with_text_once() -> SdxlModel:
+    model = load_model("demo", device_name="cpu")
+    model.text = compile_model(model.pipeline, recipe=Recipe(scope="none", replay="none")).text
+    return model
+
+
+def test_text_filled_ahead_is_the_text_of_the_run_that_comes() -> None:
+    model = with_text_once()
+    prompts = ("a red circle", "a blue square")
+
+    def encode(prompt: str, ahead: bool, guided: bool = True) -> Conditioning:
+        shape = SHAPE if ahead else None
+        return model.encode_prompts([prompt], ["green"], guided, shape)
+
+    expected = [denoise(model, encode(prompt, ahead=False)) for prompt in prompts]
+    assert not torch.equal(*expected)
+    fills: list[int] = []
+    real = model.text._fill  # type: ignore[union-attr]
+    model.text._fill = lambda *a: (fills.append(1), real(*a))[1]  # type: ignore
+
+    def filled(work: Callable[[], object]) -> int:
+        fills.clear()
+        work()
+        return len(fills)
+
+    # As requests come: filled once, before the steps.
+    for prompt, latents in zip(prompts, expected, strict=True):
+        conditioning = encode(prompt, ahead=True)
+        result: list[torch.Tensor] = []
+        assert filled(lambda c=conditioning, r=result: r.append(denoise(model, c))) == 0  # type: ignore[misc]
+        assert torch.equal(result[0], latents)
+        assert torch.equal(denoise(model, conditioning), latents)
+    # Another text came between: the buffers hold that one's.
+    first, second = (encode(prompt, ahead=True) for prompt in prompts)
+    assert torch.equal(denoise(model, first), expected[0])
+    assert torch.equal(denoise(model, second), expected[1])
+    assert torch.equal(denoise(model, first), expected[0])
+    # Another size, or without guidance, is another condition.
+    conditioning = encode(prompts[0], ahead=True)
+    assert filled(lambda: denoise(model, conditioning, shape=WIDE)) == 1
+    conditioning = encode(prompts[0], ahead=True)
+    assert filled(lambda: denoise(model, conditioning, guidance=1.0)) == 1
+    # A run that was called off leaves nothing behind for another's steps.
+    conditioning = encode(prompts[0], ahead=True)
+    with pytest.raises(RuntimeError, match="off"):
+        model.denoise(
+            conditioning,
+            shape=SHAPE,
+            num_inference_steps=2,
+            guidance_scale=5.0,
+            seeds=[3],
+            on_loop_begins=called_off,
+            on_step_enqueued=lambda *_: None,
+        )
+    others = torch.randn(2, 77, conditioning.prompt.shape[-1])
+    added = {"text_embeds": conditioning.pooled.repeat(2, 1), "time_ids": torch.zeros(2, 6)}
+    assert filled(lambda: model.text.prepare_conditioning(others, added)) == 1  # type: ignore[union-attr]
+
+
+def called_off() -> None:
+    raise RuntimeError("called off")
+
+
+def test_texts_are_cut_and_filled_as_the_library_does_it(demo: SdxlModel) -> None:
+    texts = ["", "a red circle", "circle " * 74, "circle " * 75, "circle " * 76, "a blue " * 300]
+    for tokenizer in (demo.pipeline.tokenizer, demo.pipeline.tokenizer_2):
+        tokenizer = copy.deepcopy(tokenizer)
+        for pad in (tokenizer.pad_token, "!"):  # SDXL's second fills with another token
+            tokenizer.pad_token = pad
+            ids, cut = tokenise(tokenizer, texts)
+            expected = tokenizer(
+                texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+            ).input_ids
+            assert torch.equal(ids, expected)
+            assert ids.dtype == expected.dtype
+    whole = demo.pipeline.tokenizer(texts, verbose=False).input_ids
+    assert cut == [len(ids) > 77 for ids in whole]
+    assert True in cut
+    assert False in cut

@@ -1,0 +1,525 @@
+"""The gateway's relay before image apps that fail, stall and lie, on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.context import Context
+from opentelemetry.trace import SpanContext, get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from prometheus_client import CollectorRegistry, generate_latest
+
+from metrics.sampling import Sampling
+from serve.http import gateway_client as relay_module
+from serve.http.asgi import install
+from serve.http.gateway_client import Relay, Target, _threshold, tidy_prompt
+from serve.schema import MAX_PROMPT_CHARACTERS, PromptRequest
+from serve.settings import load_settings
+from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint, tree
+
+PROMPT = "a xylograph that no error may mention"
+
+# The image app's own words, as they cross the wire.
+REFUSALS = {
+    422: ("invalid_request", {}),
+    429: ("queue_full", {"Retry-After": "7"}),
+    500: ("out_of_memory", {"X-Fal-Needs-Retry": "0"}),
+    504: ("deadline_exceeded", {"X-Fal-Needs-Retry": "0"}),
+}
+
+
+class ImageApp:
+    """A loopback server that answers as told, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.headers: dict[str, str] = {}
+        self.content = b'{"image": "drawn"}'
+        self.asked: list[tuple[dict[str, str], dict[str, Any]]] = []
+        self.behave: Callable[[asyncio.StreamWriter], Coroutine[Any, Any, None]] | None = None
+        self.reached = threading.Event()
+        self.left = threading.Event()
+        self.url = ""
+
+    def refuse(self, status: int, error_type: str | None, **headers: str) -> None:
+        self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        told = {"detail": "so it is", "trace_id": "0" * 32}
+        self.content = json.dumps(
+            told if error_type is None else told | {"error_type": error_type}
+        ).encode()
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        except asyncio.IncompleteReadError:
+            return
+        named = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+        original = dict(line.split(": ", 1) for line in head[1:] if line)
+        body = json.loads(await reader.readexactly(int(named["content-length"])))
+        self.asked.append(({k.lower(): v for k, v in original.items()}, body))
+        self.reached.set()
+        if self.behave is not None:
+            await self.behave(writer)
+            if not await reader.read():
+                self.left.set()
+        else:
+            lines = [f"HTTP/1.1 {self.status} X"]
+            sent = {"Content-Type": "application/json"} | self.headers
+            sent |= {"Content-Length": str(len(self.content)), "Connection": "close"}
+            lines += [f"{name}: {value}" for name, value in sent.items()]
+            writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + self.content)
+            await writer.drain()
+        writer.close()
+
+
+@asynccontextmanager
+async def served(app: ImageApp) -> AsyncIterator[None]:
+    server = await asyncio.start_server(app.handle, "127.0.0.1", 0)
+    app.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def image_app() -> ImageApp:
+    return ImageApp()
+
+
+@pytest.fixture
+def otlp(monkeypatch: pytest.MonkeyPatch) -> Iterator[OtlpEndpoint]:
+    with otlp_endpoint() as endpoint:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.url)
+        yield endpoint
+
+
+@asynccontextmanager
+async def gateway(url: str) -> AsyncIterator[tuple[Relay, httpx.AsyncClient]]:
+    """The relay in the app that fal would build around it, and a client of it."""
+    relay = Relay(load_settings(), Target(url), CollectorRegistry())
+    app = FastAPI()
+    install(app, lambda: relay)
+
+    @app.post("/")
+    async def generate(request: PromptRequest) -> Any:
+        return await relay.relay(request)
+
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield relay, client
+    await relay.close(5)
+
+
+def ask(image_app: ImageApp, body: dict[str, Any] | None = None, **headers: str) -> httpx.Response:
+    """One request to a gateway before `image_app`, from its start to its end."""
+
+    async def once() -> httpx.Response:
+        async with served(image_app), gateway(image_app.url) as (_, client):
+            return await client.post("/", json={"prompt": PROMPT} | (body or {}), headers=headers)
+
+    return asyncio.run(once())
+
+
+# What the image app is asked
+
+
+def test_it_is_asked_for_what_was_set_and_nothing_else(image_app: ImageApp) -> None:
+    answer = ask(image_app, {"prompt": "  a\tred\x00 circle ", "seed": 3, "negative_prompt": "b "})
+    assert (answer.status_code, answer.content) == (200, image_app.content)
+    [(headers, body)] = image_app.asked
+    assert 59 < body.pop("deadline_seconds") <= 60
+    assert body == {"prompt": "a red circle", "seed": 3, "negative_prompt": "b"}
+    assert "authorization" not in headers
+
+
+def test_its_deadline_is_what_is_left_of_the_callers(image_app: ImageApp) -> None:
+    ask(image_app, {"deadline_seconds": 2})
+    assert 1.5 < image_app.asked[0][1]["deadline_seconds"] <= 2
+
+
+def test_a_long_prompt_is_cut_and_a_longer_one_refused(image_app: ImageApp) -> None:
+    assert ask(image_app, {"prompt": "word " * 1000}).status_code == 200
+    sent = image_app.asked[0][1]["prompt"]
+    assert len(sent) <= MAX_PROMPT_CHARACTERS
+    assert sent.endswith("word")
+    assert ask(image_app, {"prompt": "x" * 10_001}).status_code == 422
+    assert len(image_app.asked) == 1
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\x00\x01", "\u200b\ufeff", " \x07\n"])
+def test_nothing_is_left_of_a_prompt(image_app: ImageApp, prompt: str) -> None:
+    answer = ask(image_app, {"prompt": prompt})
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == ["body", "prompt"]
+    assert image_app.asked == []
+
+
+# The tree
+
+
+def test_the_identity_it_is_told_is_the_one_exported(
+    image_app: ImageApp, otlp: OtlpEndpoint
+) -> None:
+    answer = ask(image_app)
+    [(headers, body)] = image_app.asked
+    told = body["trace_context"]["traceparent"]
+    assert headers["traceparent"] == told
+    spans = {s.name: s for s in otlp.trace(answer.headers["x-trace-id"])}
+    call = spans["call"]
+    assert told == f"00-{call.trace_id}-{call.span_id}-01"
+    assert tree(list(spans.values())) == "prompt-gateway\n  receive\n  tidy\n  call\n  respond"
+    assert call.attributes["server.address"] == "127.0.0.1"
+    assert "xylograph" not in json.dumps([vars(s) for s in otlp.spans], default=str)
+
+
+def test_a_trace_that_is_not_sampled_says_so_further_on(
+    image_app: ImageApp, otlp: OtlpEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_SAMPLE_RATE", "0")
+    answer = ask(image_app)
+    told = image_app.asked[0][1]["trace_context"]["traceparent"]
+    assert told.split("-")[1] == answer.headers["x-trace-id"]
+    assert told.endswith("-00")
+    assert otlp.spans == []
+
+
+def test_how_likely_it_was_sampled_is_told_further_on(
+    image_app: ImageApp, otlp: OtlpEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the image app's spans would count for one trace each, and the gateway's for more."""
+    monkeypatch.setenv("OTEL_SAMPLE_RATE", "0.75")
+    told: dict[str, Any] = {"traceparent": "-00"}
+    for _ in range(60):  # one chance in 4^60 that none of them is sampled
+        if told["traceparent"].endswith("-01"):
+            break
+        ask(image_app)
+        told = image_app.asked[-1][1]["trace_context"]
+    assert told["tracestate"] == "ot=th:4"
+    caller = Sampling(1.0).decide(0, 0, _span_context(told))
+    assert caller.probability == 0.75
+    probabilities = {span.attributes["sampling.probability"] for span in otlp.spans}
+    assert probabilities == {0.75}
+
+
+def _span_context(carrier: dict[str, str]) -> SpanContext:
+    context = TraceContextTextMapPropagator().extract(carrier, context=Context())
+    return get_current_span(context).get_span_context()
+
+
+@given(st.floats(1e-9, 1))
+def test_a_probability_comes_back_as_it_was_told(probability: float) -> None:
+    state = {"traceparent": "00-" + "1" * 32 + "-" + "2" * 16 + "-01"}
+    state["tracestate"] = "ot=" + _threshold(probability)
+    told = Sampling(1.0).decide(0, 0, _span_context(state)).probability
+    assert told == pytest.approx(probability, abs=1e-15)
+
+
+def test_a_caller_that_is_not_trusted_becomes_a_link_and_no_parent(
+    image_app: ImageApp, otlp: OtlpEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDXL_TRACE_TRUST_PARENT", "false")
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
+    answer = ask(image_app, traceparent=parent)
+    trace_id = answer.headers["x-trace-id"]
+    assert trace_id != parent.split("-")[1]
+    assert image_app.asked[0][1]["trace_context"]["traceparent"].split("-")[1] == trace_id
+    spans = {span.name: span for span in otlp.trace(trace_id)}
+    assert spans["prompt-gateway"].parent_span_id == ""
+
+
+def test_a_request_that_failed_is_kept_past_the_ratio(
+    image_app: ImageApp, otlp: OtlpEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_SAMPLE_RATE", "0")
+    image_app.refuse(500, "out_of_memory")
+    spans = otlp.trace(ask(image_app).headers["x-trace-id"])
+    assert tree(spans) == "prompt-gateway\n  receive\n  tidy\n  call\n  respond"
+    assert {span.attributes["sampling.probability"] for span in spans} == {1.0}
+
+
+def test_a_gateway_that_exports_nothing_is_no_part_of_the_trace(image_app: ImageApp) -> None:
+    ask(image_app)
+    assert "trace_context" not in image_app.asked[0][1]
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    ask(image_app, traceparent=parent, tracestate="vendor=x")
+    assert image_app.asked[1][1]["trace_context"] == {
+        "traceparent": parent,
+        "tracestate": "vendor=x",
+    }
+
+
+# What it answers
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+def test_its_refusals_go_through(image_app: ImageApp, otlp: OtlpEndpoint, status: int) -> None:
+    error_type, headers = REFUSALS[status]
+    image_app.refuse(status, error_type, **headers)
+    answer = ask(image_app)
+    assert (answer.status_code, answer.content) == (status, image_app.content)
+    expected = {name.lower(): value for name, value in headers.items()}
+    assert expected.items() <= answer.headers.items()
+    assert answer.headers["x-fal-billable-units"] == "0"
+    spans = {s.name: s for s in otlp.trace(answer.headers["x-trace-id"])}
+    assert spans["call"].attributes["error.type"] == error_type
+    assert spans["call"].attributes["http.response.status_code"] == status
+    assert spans["call"].status_code == 2  # to a client, a refusal is an error
+    assert spans["prompt-gateway"].status_code == (2 if status >= 500 else 0)
+
+
+@pytest.mark.parametrize(
+    ("headers", "retry"),
+    [({}, "1"), ({"x_fal_stop_runner": "1"}, "1"), ({"X_Fal_Needs_Retry": "0"}, "0")],
+)
+def test_its_503_never_takes_the_gateways_runner_away(
+    image_app: ImageApp, headers: dict[str, str], retry: str
+) -> None:
+    image_app.refuse(503, "device_lost", Retry_After="5", **headers)
+    answer = ask(image_app)
+    assert (answer.status_code, answer.content) == (502, image_app.content)
+    assert answer.headers["x-fal-needs-retry"] == retry
+    assert answer.headers["retry-after"] == "5"
+    assert "x-fal-stop-runner" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (401, (502, "image_app_failed", "refuses the gateway's key")),
+        (403, (502, "image_app_failed", "refuses the gateway's key")),
+        (404, (502, "image_app_failed", "There is no image app at its address")),
+        (429, (429, "image_app_busy", "takes no more requests")),
+        (500, (502, "image_app_failed", "answered 500")),
+        (503, (502, "image_app_failed", "answered 503")),
+        (504, (504, "image_app_timed_out", "did not answer in time")),
+        (302, (502, "image_app_failed", "answered 302")),
+        (204, (502, "image_app_failed", "answered 204")),
+    ],
+)
+def test_what_others_answer_in_its_place_is_told_as_such(
+    image_app: ImageApp, status: int, told: tuple[int, str, str]
+) -> None:
+    image_app.refuse(status, None, Retry_After="9", Location="http://elsewhere.test/")
+    answer = ask(image_app)
+    expected_status, error_type, said = told
+    assert answer.status_code == expected_status
+    assert answer.json()["error_type"] == error_type
+    assert said in answer.json()["detail"]
+    assert (answer.headers.get("retry-after") == "9") == (status == 429)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", b"[]", b'{"error_type": 3}', b'{"error_type": "Not One\\n"}']
+)
+def test_only_its_own_shape_of_an_error_is_its_own(image_app: ImageApp, content: bytes) -> None:
+    image_app.refuse(500, None)
+    image_app.content = content
+    assert ask(image_app).json()["error_type"] == "image_app_failed"
+
+
+def test_a_web_page_in_its_place_is_no_image(image_app: ImageApp) -> None:
+    image_app.headers = {"Content-Type": "text/html"}
+    image_app.content = b"<html>Sign in</html>"
+    answer = ask(image_app)
+    assert (answer.status_code, answer.json()["error_type"]) == (502, "image_app_failed")
+
+
+def test_nobody_is_there(image_app: ImageApp) -> None:
+    async def once() -> httpx.Response:
+        async with gateway("http://someone:hunter2hunter2@127.0.0.1:9") as (_, client):
+            return await client.post("/", json={"prompt": PROMPT})
+
+    answer = asyncio.run(once())
+    assert (answer.status_code, answer.json()["error_type"]) == (502, "image_app_unreachable")
+    assert answer.headers["x-fal-needs-retry"] == "1"
+    assert "hunter2" not in answer.text
+
+
+def test_an_answer_that_breaks_off(image_app: ImageApp) -> None:
+    async def half(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+        await writer.drain()
+        writer.write_eof()
+
+    image_app.behave = half
+    answer = ask(image_app)
+    assert (answer.status_code, answer.json()["error_type"]) == (502, "image_app_failed")
+    assert "broke off" in answer.json()["detail"]
+
+
+def test_an_answer_without_end_is_cut(image_app: ImageApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "MAX_ANSWER_BYTES", 10)
+    answer = ask(image_app)
+    assert (answer.status_code, answer.json()["error_type"]) == (502, "image_app_failed")
+    assert "larger than 10 bytes" in answer.json()["detail"]
+
+
+def test_silence_is_bounded_by_the_deadline(
+    image_app: ImageApp, otlp: OtlpEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def say_nothing(_: asyncio.StreamWriter) -> None:
+        pass
+
+    monkeypatch.setattr(relay_module, "ANSWER_SECONDS", 0.1)
+    image_app.behave = say_nothing
+    start = time.monotonic()
+    answer = ask(image_app, {"deadline_seconds": 0.2})
+    assert time.monotonic() - start < 3
+    assert (answer.status_code, answer.json()["error_type"]) == (504, "deadline_exceeded")
+    assert answer.headers["x-fal-needs-retry"] == "0"
+    spans = {s.name: s for s in otlp.trace(answer.headers["x-trace-id"])}
+    assert spans["call"].attributes["error.type"] == "deadline_exceeded"
+
+
+def test_a_caller_that_leaves_takes_its_call_along(image_app: ImageApp, otlp: OtlpEndpoint) -> None:
+    async def say_nothing(_: asyncio.StreamWriter) -> None:
+        pass
+
+    image_app.behave = say_nothing
+
+    async def once() -> None:
+        async with served(image_app), gateway(image_app.url) as (relay, _):
+            app = FastAPI()
+            install(app, lambda: relay)
+
+            @app.post("/")
+            async def generate(request: PromptRequest) -> Any:
+                return await relay.relay(request)
+
+            body = json.dumps({"prompt": PROMPT}).encode()
+            messages: list[dict[str, Any]] = [{"type": "http.request", "body": body}]
+
+            async def receive() -> Any:
+                if messages:
+                    return messages.pop()
+                while not image_app.reached.is_set():
+                    await asyncio.sleep(0.01)
+                return {"type": "http.disconnect"}
+
+            async def send(_: Any) -> None:
+                pass
+
+            headers = [(b"content-type", b"application/json")]
+            scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
+            scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http"}
+            scope |= {"raw_path": b"/", "server": ("test", 80), "client": ("test", 1)}
+            await asyncio.wait_for(app(scope, receive, send), 5)
+            while not image_app.left.is_set():  # the image app sees the connection close
+                await asyncio.sleep(0.01)
+            shown = generate_latest(relay.metrics.registry).decode()
+            assert 'sdxl_errors_total{error_type="client_gone"} 1.0' in shown
+            assert relay._outgoing == {}
+
+    asyncio.run(asyncio.wait_for(once(), 20))
+    assert {s.name for s in otlp.spans} >= {"prompt-gateway", "call"}
+
+
+def test_its_metrics_tell_outcomes(image_app: ImageApp) -> None:
+    image_app.refuse(429, "queue_full")
+
+    async def once() -> str:
+        async with served(image_app), gateway(image_app.url) as (relay, client):
+            await client.post("/", json={"prompt": PROMPT})
+            image_app.refuse(404, None)
+            await client.post("/", json={"prompt": PROMPT})
+            return generate_latest(relay.metrics.registry).decode()
+
+    shown = asyncio.run(once())
+    duration = "sdxl_request_duration_seconds_count"
+    assert f'{duration}{{endpoint="/",outcome="rejected"}} 1.0' in shown
+    assert f'{duration}{{endpoint="/",outcome="error"}} 1.0' in shown
+    assert 'sdxl_errors_total{error_type="queue_full"} 1.0' in shown
+    assert 'sdxl_errors_total{error_type="image_app_failed"} 1.0' in shown
+    assert "sdxl_requests_in_flight 0.0" in shown
+
+
+def test_the_key_is_nowhere_but_in_the_call(
+    image_app: ImageApp, otlp: OtlpEndpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    key = "Key id:" + base64.b64encode(b"a secret of the account").decode()
+
+    async def once() -> list[httpx.Response]:
+        async with served(image_app):
+            target = Target(image_app.url, {"Authorization": key})
+            relay = Relay(load_settings(), target, CollectorRegistry())
+            app = FastAPI()
+            install(app, lambda: relay)
+
+            @app.post("/")
+            async def generate(request: PromptRequest) -> Any:
+                return await relay.relay(request)
+
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            answers = []
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                for status in (200, 401, 503):
+                    image_app.refuse(status, None)
+                    answers.append(await client.post("/", json={"prompt": PROMPT}))
+            await relay.close(5)
+            return answers
+
+    answers = asyncio.run(once())
+    assert [headers["authorization"] for headers, _ in image_app.asked] == [key] * 3
+    told = "".join(answer.text + str(answer.headers) for answer in answers) + caplog.text
+    told += json.dumps([vars(span) for span in otlp.spans], default=str)
+    assert key.split(":")[1] not in told
+    assert "xylograph" not in told
+
+
+# Tidying
+
+
+@pytest.mark.parametrize(
+    ("untidy", "tidy"),
+    [
+        ("a red circle", "a red circle"),
+        ("  a\t red\r\n\n circle\u00a0", "a red circle"),
+        ("a\x00b\x1b[31mc\x7f", "ab[31mc"),
+        ("\ufeffa\u200bb\u202ec", "abc"),
+        ("e\u0301", "é"),
+        ("family \U0001f468\u200d\U0001f469", "family \U0001f468\u200d\U0001f469"),
+        ("\u2028", ""),
+    ],
+)
+def test_a_prompt_is_made_tidy(untidy: str, tidy: str) -> None:
+    assert tidy_prompt(untidy) == tidy
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "cut"),
+    [
+        ("one two three", 13, "one two three"),
+        ("one two three", 12, "one two"),
+        ("one two three", 7, "one two"),
+        ("one two three", 6, "one"),
+        ("onetwothree", 6, "onetwo"),
+    ],
+)
+def test_it_is_cut_where_a_word_ends(text: str, limit: int, cut: str) -> None:
+    assert tidy_prompt(text, limit) == cut
+
+
+@given(st.text(max_size=200), st.integers(1, 60))
+def test_a_tidy_prompt_stays_as_it_is(text: str, limit: int) -> None:
+    tidy = tidy_prompt(text, limit)
+    assert tidy_prompt(tidy, limit) == tidy
+    assert len(tidy) <= limit
+    assert tidy == tidy.strip()
+    assert "  " not in tidy
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e]", tidy)

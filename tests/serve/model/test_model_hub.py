@@ -1,0 +1,88 @@
+"""A model from a hub: the real client against a hub on loopback, in a process of its own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from serve.demo_model import checkpoint_path
+from tests.support.hub_endpoint import HubEndpoint, hub_endpoint
+from tests.support.processes import clean_environment
+
+pytestmark = pytest.mark.timeout(300)
+
+REPOSITORY = "someone/tiny-sdxl"
+
+LOAD = """
+import sys
+from serve.errors import ModelError
+from serve.model.sdxl import load_model
+try:
+    model = load_model(sys.argv[1], sys.argv[2] or None, device_name="cpu")
+except ModelError as error:
+    sys.exit(f"ModelError: {error}")
+print(model.name, model.dtype, sum(p.numel() for p in model.pipeline.unet.parameters()))
+"""
+
+
+@pytest.fixture(scope="module")
+def revisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`main` with both precisions and pickles beside them; `plain` with one precision."""
+    root = tmp_path_factory.mktemp("hub")
+    plain, both = root / "plain", root / "both"
+    shutil.copytree(checkpoint_path(), plain)
+    shutil.copytree(checkpoint_path(), both)
+    for weights in list(both.rglob("*.safetensors")):
+        tensors = load_file(weights)
+        save_file(tensors, weights.with_name(weights.name.replace(".safe", ".fp16.safe")))
+        save_file({name: t.float() for name, t in tensors.items()}, weights)
+        weights.with_suffix(".bin").write_bytes(b"a pickle that must not be fetched")
+    return {"main": both, "plain": plain}
+
+
+def load(hub: HubEndpoint, cache: Path, name: str = REPOSITORY, revision: str = "") -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, name, revision],
+        env=clean_environment(
+            {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+        ),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
+def test_half_precision_is_fetched_where_there_is_one(
+    revisions: dict[str, Path], tmp_path: Path
+) -> None:
+    with hub_endpoint(REPOSITORY, revisions) as hub:
+        assert "tiny-sdxl torch.float32" in load(hub, tmp_path)
+        weights = [path for _, path in hub.fetched if "safetensors" in path or ".bin" in path]
+        assert len(weights) == 4
+        assert all(".fp16.safetensors" in path for path in weights)
+
+
+def test_a_revision_is_pinned_and_may_have_one_precision(
+    revisions: dict[str, Path], tmp_path: Path
+) -> None:
+    with hub_endpoint(REPOSITORY, revisions) as hub:
+        assert "tiny-sdxl torch.float32" in load(hub, tmp_path, revision="plain")
+        assert {revision for revision, _ in hub.fetched} == {"plain"}
+        assert not any(".fp16." in path for _, path in hub.fetched)
+
+
+def test_what_is_not_there_is_said(revisions: dict[str, Path], tmp_path: Path) -> None:
+    with hub_endpoint(REPOSITORY, revisions) as hub:
+        said = load(hub, tmp_path, revision="nowhere")
+        assert "ModelError" in said
+        assert REPOSITORY in said
+        said = load(hub, tmp_path, name="someone/else")
+        assert "ModelError" in said
+        assert "someone/else" in said
