@@ -503,7 +503,7 @@ def test_a_worktree_is_removed_whatever_happens_in_it(clone: Path) -> None:
     def interrupted() -> None:
         nonlocal place
         with worktree("whole", clone) as (place, _):
-            assert (place / "bench" / "run.py").exists()
+            assert (place / "bench" / "harness" / "run.py").exists()
             assert worktrees(clone) == 2
             raise KeyboardInterrupt
 
