@@ -92,7 +92,7 @@ def observe_some(metrics: GenerationMetrics, random: Random) -> None:
         request = request_timing(run=run, facts=facts)
         end_ns = request.start_ns + round(random.uniform(0.8, 3.2) * 1e9)
         metrics.observe_request(dataclasses.replace(request, end_ns=end_ns), None)
-    metrics.spans_settled("exported", 400)
+    metrics.span_results("exported", 400)
     metrics.pushed("exported")
     for error_type, outcome in (("queue_full", "rejected"), ("client_gone", "cancelled")):
         failure = Failure(error_type, "X", "x", START_NS)

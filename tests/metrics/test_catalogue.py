@@ -207,7 +207,7 @@ def test_gauges_follow(metrics: GenerationMetrics) -> None:
     metrics.set_waiting(3)
     metrics.set_ready(True)
     metrics.set_warmup_phase("compile", 1.5)
-    metrics.spans_settled("queue_full", 4)
+    metrics.span_results("queue_full", 4)
     metrics.upload_fell_back()
     metrics.prompt_truncated()
     metrics.record_failed()

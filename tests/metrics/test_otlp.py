@@ -12,7 +12,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import SpanExportResult
 
 from metrics.otlp import otlp_exporter
-from metrics.sampling import Sampling
+from metrics.sampling import TraceSampling
 from metrics.tracing import Tracing, otlp_destination
 from tests.metrics.test_tracing import TWO_SPANS
 from tests.support.otlp_endpoint import Answer, otlp_endpoint
@@ -30,11 +30,11 @@ def export(monkeypatch: pytest.MonkeyPatch) -> Export:
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.url)
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", str(seconds))
             pipeline = Tracing(
-                Sampling(),
+                TraceSampling(),
                 otlp_destination(honeycomb=False, meter_provider=None),
                 Resource.get_empty(),
                 on_ended=lambda count: books.update(ended=count),
-                on_settled=lambda result, count: books.update({result: count}),
+                on_result=lambda result, count: books.update({result: count}),
             )
             pipeline.emit(pipeline.identify(), TWO_SPANS)
             pipeline.shutdown(20)

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from metrics.catalogue import GenerationMetrics
 from metrics.recorder import Recorder, StepSpans
 from metrics.records import Failure, WarmupTiming
-from metrics.sampling import KeepRules, Sampling
+from metrics.sampling import KeepRules, TraceSampling
 from metrics.tracing import SpanDestination, Tracing
 from tests.metrics.timings import START_NS, request_timing
 
@@ -31,11 +31,11 @@ def recorder(
     )
     exporter = InMemorySpanExporter()
     tracing = Tracing(
-        Sampling(rate, keep=KeepRules()),
+        TraceSampling(rate, keep=KeepRules()),
         SpanDestination(exporter),
         Resource.create({}),
         on_ended=metrics.spans_ended,
-        on_settled=metrics.spans_settled,
+        on_result=metrics.span_results,
     )
     return Recorder(tracing, metrics, steps), tracing, exporter, registry
 

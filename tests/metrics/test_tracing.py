@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import CollectorRegistry
 
 from metrics.catalogue import SPAN_RESULTS, render
-from metrics.sampling import KeepRules, Sampling, TraceIdentity
+from metrics.sampling import KeepRules, TraceIdentity, TraceSampling
 from metrics.spans import SpanNode, request_tree
 from metrics.tracing import (
     HONEYCOMB_SAMPLE_RATE,
@@ -45,16 +45,16 @@ def tracing(
     """A pipeline, and its books: spans by what became of them, and all that ended."""
     books: Counter[str] = Counter()
 
-    def on_settled(result: str, count: int) -> None:
+    def on_result(result: str, count: int) -> None:
         assert result in SPAN_RESULTS
         books[result] += count
 
     pipeline = Tracing(
-        Sampling(rate, keep=KeepRules()),
+        TraceSampling(rate, keep=KeepRules()),
         None if exporter is None else SpanDestination(exporter, **destination),
         Resource.create({}),
         on_ended=lambda count: books.update(ended=count),
-        on_settled=on_settled,
+        on_result=on_result,
     )
     return pipeline, books
 
