@@ -68,7 +68,7 @@ def declared_service(registry: CollectorRegistry) -> GenerationMetrics:
             lambda: MemoryUse(10 * 2**30, 12 * 2**30, 11 * 2**30),
             lambda: metrics.fault("nvml"),
         )
-    collector.look()
+    collector.read()
     metrics.show(collector)
     peak = peak_flops(gpu.name)
     assert peak is not None

@@ -62,7 +62,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
 
 
 def test_everything_a_gpu_tells(shown: Shown) -> None:
-    shown.collector.look()
+    shown.collector.read()
     assert shown.value("info", name="NVIDIA H100", uuid=shown.gpu.uuid) == 1
     assert shown.value("memory_allocated_bytes") == MEMORY.allocated
     assert shown.value("memory_reserved_bytes") == MEMORY.reserved
@@ -104,8 +104,8 @@ def test_without_the_binding_torchs_memory_is_told() -> None:
 def test_what_a_gpu_does_not_have_is_absent_and_no_fault(shown: Shown) -> None:
     shown.gpu.has_gpm = False
     shown.gpu.silent.add("nvmlDeviceGetUtilizationRates")
-    shown.collector.look()
-    shown.collector.look()
+    shown.collector.read()
+    shown.collector.read()
     missing = {"tensor_activity_ratio", "sm_activity_ratio", "utilization_ratio"}
     assert missing.isdisjoint(shown.names())
     assert "power_watts" in shown.names()
@@ -113,9 +113,9 @@ def test_what_a_gpu_does_not_have_is_absent_and_no_fault(shown: Shown) -> None:
 
 
 def test_a_driver_that_fails_midway_is_counted_and_leaves_the_rest(shown: Shown) -> None:
-    shown.collector.look()
+    shown.collector.read()
     shown.gpu.silent |= {"nvmlDeviceGetPowerUsage", "nvmlGpmMetricsGet"}
-    shown.collector.look()
+    shown.collector.read()
     assert shown.faults == 2
     assert "power_watts" not in shown.names()
     assert "tensor_activity_ratio" not in shown.names()
@@ -123,7 +123,7 @@ def test_a_driver_that_fails_midway_is_counted_and_leaves_the_rest(shown: Shown)
     body, _ = render(shown.metrics.registry, OPENMETRICS)
     assert list(text_string_to_metric_families(body.decode()))
     shown.gpu.silent.clear()
-    shown.collector.look()
+    shown.collector.read()
     assert shown.value("power_watts") == 650
     assert shown.value("tensor_activity_ratio") == pytest.approx(0.6)
     assert shown.nvml.samples_held == 1
@@ -131,29 +131,29 @@ def test_a_driver_that_fails_midway_is_counted_and_leaves_the_rest(shown: Shown)
 
 def test_samples_of_activity_are_given_back(shown: Shown) -> None:
     for _ in range(5):
-        shown.collector.look()
+        shown.collector.read()
     assert shown.nvml.samples_held == 1
     shown.gpu.silent.add("nvmlGpmSampleGet")
-    shown.collector.look()
+    shown.collector.read()
     assert shown.nvml.samples_held == 1
 
 
 def test_a_binding_that_raises_anything_breaks_nothing(
     shown: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown.collector.look()
+    shown.collector.read()
 
     def broken(*_: Any) -> Any:
         raise OSError("the library went away")
 
     monkeypatch.setattr(shown.nvml, "nvmlDeviceGetTemperatureV", broken, raising=False)
-    shown.collector.look()
+    shown.collector.read()
     assert "temperature_celsius" not in shown.names()
     assert shown.faults == 1
 
 
 def test_an_old_reading_says_nothing_about_now(shown: Shown) -> None:
-    shown.collector.look()
+    shown.collector.read()
     shown.now += 60
     assert shown.value("power_watts") is None
     assert shown.value("memory_allocated_bytes") == MEMORY.allocated
