@@ -1,4 +1,4 @@
-"""Both decisions over a trace, and that what is kept can be counted."""
+"""Head and tail sampling, and the weights of exported traces."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def decided(sampling: TraceSampling, parent: SpanContext | None = None) -> Trace
         (KeepRules(slow_step_ms=12), None),  # its slowest step takes 12 ms
     ],
 )
-def test_slow_is_slower_than_said(rules: KeepRules, expected: str | None) -> None:
+def test_slow_is_slower_than_the_limit(rules: KeepRules, expected: str | None) -> None:
     request = request_timing()
     assert request.duration_ns == 51_000_000
     assert rules.reason(request) == expected
@@ -64,7 +64,7 @@ def test_a_failure_is_kept_and_a_refusal_is_not() -> None:
     assert KeepRules(slow_step_ms=1).reason(replace(request_timing(), run=None)) is None
 
 
-def test_what_is_worth_it_is_kept_though_the_ratio_said_no() -> None:
+def test_a_request_with_a_keep_reason_is_kept_despite_the_ratio() -> None:
     sampling = TraceSampling(0.0, keep=KeepRules())
     identity = decided(sampling)
     assert not identity.exported
@@ -75,7 +75,7 @@ def test_what_is_worth_it_is_kept_though_the_ratio_said_no() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 @pytest.mark.parametrize("sampled", [True, False])
-def test_a_trusted_caller_is_obeyed_both_ways(rate: float, sampled: bool) -> None:
+def test_a_trusted_callers_decision_is_followed(rate: float, sampled: bool) -> None:
     sampling = TraceSampling(rate, keep=KeepRules())
     identity = decided(sampling, caller(sampled))
     assert identity.exported == sampled
@@ -138,7 +138,7 @@ def test_the_bucket_bounds_what_an_incident_keeps() -> None:
     assert kept(10) == 3
 
 
-def test_what_the_ratio_chose_costs_no_token_and_is_exported_once() -> None:
+def test_a_trace_that_the_ratio_chose_costs_no_token() -> None:
     sampling = TraceSampling(1.0, keep=KeepRules(), bucket=TokenBucket(1, 0, Seconds()))
     for _ in range(5):
         identity = decided(sampling)
@@ -147,7 +147,7 @@ def test_what_the_ratio_chose_costs_no_token_and_is_exported_once() -> None:
     assert settled.probability == 1.0
 
 
-def test_without_a_token_the_ratios_word_and_weight_stand() -> None:
+def test_without_a_token_the_ratios_decision_and_weight_hold() -> None:
     sampling = TraceSampling(0.5, keep=KeepRules(), bucket=TokenBucket(0, 0, Seconds()))
     identity = decided(sampling)
     assert sampling.decide_at_end(identity, keep=True) == identity
@@ -164,7 +164,7 @@ def test_the_ratio_holds(rate: float) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 200, 10**9])
 def test_weights_add_up_over_any_mix(tokens: int) -> None:
-    """Requests of which a tenth failed, of which a bucket keeps none, some or all."""
+    """A tenth of the requests failed, and the bucket keeps none, some or all of these."""
     generator = random.Random(7)
     rate, count = 0.2, 20_000
     clock = Seconds()
@@ -179,7 +179,7 @@ def test_weights_add_up_over_any_mix(tokens: int) -> None:
         if settled.exported:
             weights[failed] += 1 / settled.probability
     for failed, true_count in truth.items():
-        # Five standard deviations of a count of which each was there with the rate or surely.
+        # Five standard deviations; each request was exported with the rate's probability or surely.
         deviation = (true_count * (1 - rate) / rate) ** 0.5
         assert weights[failed] == pytest.approx(true_count, abs=5 * deviation)
     if tokens == 10**9:
@@ -191,7 +191,7 @@ def test_weights_add_up_over_any_mix(tokens: int) -> None:
     st.integers(1, 10),
     st.floats(0.01, 5),
 )
-def test_a_bucket_never_gives_more_than_it_was_given(
+def test_a_bucket_never_gives_more_than_its_tokens(
     events: list[tuple[float, bool]], burst: int, per_second: float
 ) -> None:
     clock = Seconds()
