@@ -17,7 +17,7 @@ from metrics.gpu_metrics import GpuMetrics, MemoryUse
 from metrics.peaks import peak_flops
 from metrics.push import MetricsPush
 from metrics.sampling import KeepRules, TraceSampling
-from metrics.tracing import Tracing, otlp_destination, sdk_metrics
+from metrics.tracing import BatchSizes, Tracing, otlp_destination, sdk_metrics
 from serve import __version__
 from serve.settings import ServeSettings
 
@@ -47,6 +47,11 @@ def build_tracing(
         on_ended=metrics.spans_ended,
         on_result=metrics.span_results,
         version=__version__,
+        batches=BatchSizes.chosen(
+            settings.bsp_max_queue_size,
+            settings.bsp_max_export_batch_size,
+            settings.bsp_schedule_delay,
+        ),
     )
 
 
