@@ -96,9 +96,9 @@ def test_without_the_binding_torchs_memory_is_shown() -> None:
     metrics = declared(CollectorRegistry())
     metrics.show(GpuMetrics(None, lambda: MEMORY, lambda: metrics.fault("nvml")))
     names = {family.name for family in metrics.registry.collect()}
-    told = {name for name in names if name.startswith("sdxl_gpu")}
+    shown = {name for name in names if name.startswith("sdxl_gpu")}
     kinds = ("allocated", "reserved", "peak")
-    assert told == {f"sdxl_gpu_memory_{kind}_bytes" for kind in kinds}
+    assert shown == {f"sdxl_gpu_memory_{kind}_bytes" for kind in kinds}
 
 
 def test_what_a_gpu_does_not_have_is_absent_and_no_fault(shown: Shown) -> None:

@@ -202,12 +202,12 @@ def test_the_run_has_the_gpus_conditions() -> None:
             GpuConditions(frozenset({"thermal", "power_cap"}), 1200, 1980),
         ),
     )
-    told = dict(named(emitted(request_timing(run=run)), "inference").attributes or {})
-    assert told["gpu.throttle_reasons"] == "power_cap,thermal"
-    assert told["gpu.sm_clock_mhz"] == 1200
-    assert told["gpu.sm_clock_max_mhz"] == 1980
-    assert told["inference.eager_fallback"] is True
-    assert told["inference.slow_reason"] == "eager_fallback"
+    attributes = dict(named(emitted(request_timing(run=run)), "inference").attributes or {})
+    assert attributes["gpu.throttle_reasons"] == "power_cap,thermal"
+    assert attributes["gpu.sm_clock_mhz"] == 1200
+    assert attributes["gpu.sm_clock_max_mhz"] == 1980
+    assert attributes["inference.eager_fallback"] is True
+    assert attributes["inference.slow_reason"] == "eager_fallback"
     plain = dict(named(emitted(request_timing()), "inference").attributes or {})
     assert not {"gpu.throttle_reasons", "inference.slow_reason"} & plain.keys()
 

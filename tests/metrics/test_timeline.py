@@ -238,7 +238,7 @@ def play(script: Script) -> tuple[RequestTiming, list[int]]:
             host.now_ns += 500
     with request.stage("respond"):
         host.now_ns += 500
-    told = request.finish(
+    finished = request.finish(
         endpoint="/",
         method="POST",
         status_code=500 if failed else 200,
@@ -246,7 +246,7 @@ def play(script: Script) -> tuple[RequestTiming, list[int]]:
         run=timing,
         failure=failure,
     )
-    return told, truth
+    return finished, truth
 
 
 def assert_true(script: Script) -> None:

@@ -178,7 +178,7 @@ def test_shutdown_is_bounded_and_logs_what_was_lost(caplog: pytest.LogCaptureFix
     assert pipeline.left_behind
     exporter.released.set()
     exporter.answered.wait(5)
-    assert counts == {"ended": 6, "shutdown": 6}  # what is told too late is not told twice
+    assert counts == {"ended": 6, "shutdown": 6}  # a late result is not counted twice
 
 
 class RaisingExporter(SpanExporter):
