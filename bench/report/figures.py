@@ -1,4 +1,4 @@
-"""`python -m bench.report.figures`: the service's own figures as docs/performance.md states them.
+"""`python -m bench.report.figures`: the service's own figures as the README states them.
 
 Start-up to ready, memory, import time, unattributed time and where a request's time goes, on the
 model that the settings name. Comparisons and their verdicts are other commands' business.
