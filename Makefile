@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 HOST ?= 127.0.0.1
 PORT ?= 8080
 
-.PHONY: serve test test-slow test-gpu check measure bench bench-gpu gpu-rehearsal gpu-pins clean
+.PHONY: serve test test-slow test-gpu check docs-check measure bench bench-gpu gpu-rehearsal gpu-pins clean
 
 serve: $(INSTALLED)  ## serve the model on http://HOST:PORT
 	@$(RUN) -m serve --host $(HOST) --port $(PORT)
@@ -29,7 +29,10 @@ check: $(INSTALLED)  ## format, lint, types, layers
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
 
-measure: $(INSTALLED)  ## the figures of the README: start-up, unattributed time, memory
+docs-check: $(INSTALLED)  ## transcripts, tables and links of the documentation; part of make test
+	$(RUN) -m pytest -m docs
+
+measure: $(INSTALLED)  ## the figures of docs/performance.md: start-up, unattributed time, memory
 	$(RUN) -m bench.report.figures
 
 bench: $(INSTALLED)  ## scenarios of the demo model that fit 5 minutes, into bench/results/

@@ -1,1 +1,2 @@
-"""What happened, and telling it: clocks, timings, spans and metrics. Imports nothing of ours."""
+"""What happened, and its export: clocks, timings, spans and metrics. Imports no other package of
+the project."""

@@ -1,7 +1,7 @@
 """Histogram bucket families, each with its reason.
 
-Upper bounds in seconds unless said otherwise, without the +Inf that every histogram adds. A bucket
-list is refused rather than sorted: a list in the wrong order is a mistake, not a preference.
+Upper bounds are in seconds unless stated otherwise, without the +Inf that every histogram adds. A
+list in the wrong order is refused, not sorted: it is a mistake.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-# A family's bounds times its label sets are lines of every scrape. Sixty keep the largest family
-# (steps: nine shapes, guided and not) near a thousand lines.
+# A family has a line in every scrape for each bound and label set. With sixty bounds the largest
+# family (steps: nine shapes, with and without guidance) has about a thousand lines.
 MOST_BOUNDS = 60
 
 
 def geometric(first: float, last: float, ratio: float) -> tuple[float, ...]:
-    """Bounds from `first` until `last` is reached, neighbours at most `ratio` apart.
+    """Bounds from `first` to `last`, each at most `ratio` times the one before.
 
-    The last bound is exactly `last`; values are rounded to four significant digits, so that they
-    read well as label values.
+    The last bound is exactly `last`. Values are rounded to four significant digits, because they
+    are label values.
     """
     if not (0 < first < last and ratio > 1):
         raise ValueError("geometric buckets need 0 < first < last and a ratio above 1")
@@ -29,20 +30,20 @@ def geometric(first: float, last: float, ratio: float) -> tuple[float, ...]:
 
 
 def checked(bounds: Sequence[float]) -> tuple[float, ...]:
-    """The same bounds, or ValueError when they are empty, not finite or not rising."""
+    """The same bounds. Raises ValueError if they are empty, not finite or not ascending."""
     values = tuple(float(bound) for bound in bounds)
     if not values:
-        raise ValueError("a bucket list may not be empty")
+        raise ValueError("a bucket list must not be empty")
     if not all(math.isfinite(value) and value > 0 for value in values):
         raise ValueError("every bucket bound must be a positive finite number")
     if any(later <= earlier for earlier, later in itertools.pairwise(values)):
-        raise ValueError("bucket bounds must rise from each to the next")
+        raise ValueError("bucket bounds must be ascending")
     return values
 
 
 def parse(text: str) -> tuple[float, ...]:
-    """Bounds from `0.1,0.2,0.5`. Raises ValueError for all that `checked` refuses, and for more
-    than `MOST_BOUNDS`."""
+    """Bounds from a text such as `0.1,0.2,0.5`. Raises ValueError as `checked` does, and for more
+    than `MOST_BOUNDS` bounds."""
     bounds = checked([float(part) for part in text.split(",")])
     if len(bounds) > MOST_BOUNDS:
         raise ValueError(f"a bucket list may hold at most {MOST_BOUNDS} bounds")
@@ -53,20 +54,20 @@ def _significant(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
 
-# A whole request: from a demo image (0.2 s) to 100 steps behind a full queue. Ratio 1.5 keeps the
-# error of an interpolated quantile under a quarter, enough to page on.
+# A whole request: from a demo image (0.2 s) to 100 steps behind a full queue. The ratio 1.5 keeps
+# the error of an interpolated quantile under a quarter, which is enough for an alert.
 REQUEST = checked(geometric(0.05, 120, 1.5))
 
-# Waiting: most requests wait for nothing, so the first bound is where a hand-over between threads
-# ends and waiting begins; the last is past the default deadline of 60 s.
+# Waiting in the queue: most requests do not wait, so the first bound separates a hand-over between
+# threads from waiting. The last bound is beyond the default deadline of 60 s.
 QUEUE = checked((0.001, *geometric(0.005, 90, 1.8)))
 
 # Stages span three decades: a text encode of a few milliseconds on a GPU, a denoise of seconds.
 STAGE = checked(geometric(0.001, 90, 1.6))
 
-# One denoising step. Published H100-class figures at 1024x1024 lie between 15 and 70 ms, and there
-# a regression of a tenth is an incident: ratio 1.1. Elsewhere (a CPU demo at 15 ms and below, an
-# eager CPU model at seconds) 1.5 locates the decade.
+# One denoising step. Published H100-class figures at 1024x1024 are between 15 and 70 ms, and a
+# regression of a tenth matters there: ratio 1.1. Outside that range (the demo on a CPU at 15 ms and
+# below, an eager CPU model at seconds) a ratio of 1.5 is enough.
 STEP = checked(
     (
         *geometric(0.001, 0.015, 1.5)[:-1],
@@ -75,11 +76,22 @@ STEP = checked(
     )
 )
 
-# How long a step lay in the GPU's queue. Under a millisecond the GPU has waited for the host or is
-# about to; two steps ahead, where the host is held, is twice a step: 30 to 140 ms. Doubling tells
-# the three apart.
+# How long a step waited in the GPU's queue. Below a millisecond the GPU waits for the host, or soon
+# will. The host is at most two steps ahead, which is 30 to 140 ms. Doubling separates these cases.
 GPU_QUEUE = checked(geometric(0.0005, 0.512, 2))
 
 # Bytes of an encoded image: 3 kB for a demo JPEG, 100 to 500 kB for one at 1024x1024, 1.5 MB for
-# its PNG, 8 MB for the largest allowed. What matters is which of these it is: powers of two.
+# its PNG, 8 MB for the largest allowed. Powers of two separate these cases.
 IMAGE_BYTES = checked([2.0**exponent for exponent in range(10, 25)])
+
+
+@dataclass(frozen=True, slots=True)
+class BucketFamilies:
+    """The bucket bounds of each histogram family, in seconds and bytes."""
+
+    request: Sequence[float] = field(default=REQUEST)
+    queue: Sequence[float] = field(default=QUEUE)
+    stage: Sequence[float] = field(default=STAGE)
+    step: Sequence[float] = field(default=STEP)
+    gpu_queue: Sequence[float] = field(default=GPU_QUEUE)
+    image_bytes: Sequence[float] = field(default=IMAGE_BYTES)

@@ -1,8 +1,8 @@
-"""How long a request may take, from its shape and steps.
+"""How long a request may take, by its shape and steps.
 
-A threshold in seconds would alert when the traffic changes: a hundred steps at twice the area are
-slow and in order. A budget grows with what was asked for, so the share of requests over it moves
-only when the service does.
+With a fixed threshold in seconds, a change of the traffic would alert: a hundred steps at twice the
+area take long, and nothing is wrong. The budget grows with the request, so the share of requests
+over it changes only if the service changes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A promise for answered requests, counted from their first byte.
+    """The latency budget of an answered request, counted from its first byte.
 
     Attributes:
-        base_seconds: for all that is no step: waiting, text, decoding, encoding, answering.
-        step_seconds: for one guided step of an image of `pixels`; other areas in proportion.
-        pixels: the area that `step_seconds` is for, the default shape's.
+        base_seconds: for everything but the steps: waiting, text, decoding, encoding, the response.
+        step_seconds: for one step with guidance of an image of `pixels`; other areas in proportion.
+        pixels: the area of the default shape, which `step_seconds` is for.
     """
 
     base_seconds: float
@@ -25,5 +25,5 @@ class Budget:
     pixels: int
 
     def seconds(self, width: int, height: int, steps: int) -> float:
-        """What a request of this size and step count may take."""
+        """The budget in seconds of a request of this size and step count."""
         return self.base_seconds + steps * self.step_seconds * (width * height / self.pixels)

@@ -1,8 +1,9 @@
-"""Clocks that mark moments of a run without stalling it, and tell afterwards when they happened.
+"""Clocks that mark moments of a run without stalling it, and resolve the marks to times afterwards.
 
 A clock belongs to one thread and one run at a time: `begin()`, any number of `mark()`s, one
-`resolve()`. Every time in this module is host-monotonic nanoseconds (`time.perf_counter_ns`);
-`WallAnchor` turns those into Unix nanoseconds. What the moments mean is `timeline.py`'s business.
+`resolve()`. Every time in this module is in nanoseconds of the host's monotonic clock
+(`time.perf_counter_ns`); `WallAnchor` converts these to Unix nanoseconds. `timeline.py` gives the
+marks their meaning.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ MonotonicNs = Callable[[], int]
 
 @dataclass(frozen=True, slots=True)
 class WallAnchor:
-    """One moment read on both of the host's clocks.
+    """One moment on both of the host's clocks.
 
-    A request carries one anchor for its whole life, so a stepped system clock moves a trace as a
-    whole and never tears it.
+    A request has one anchor for its whole life, so a stepped system clock moves the whole trace
+    instead of parts of it.
     """
 
     unix_ns: int
@@ -44,7 +45,7 @@ class WallAnchor:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A moment asked for: its place among the run's marks, and when the host enqueued it."""
+    """A moment to be timed: its index in the run, and the host's time of enqueueing it."""
 
     index: int
     enqueued_ns: int
@@ -52,11 +53,11 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedMarks:
-    """When marks happened, and how well that is known.
+    """The times of marks, and their error.
 
-    `error_bound_ns` bounds the placement on the host's clock, not the differences between marks,
-    which are exact to the device timer's resolution. `drift_ns` is by how much the anchor at the
-    run's end lay after the anchor at its start carried forward by the device's own clock.
+    `error_bound_ns` bounds the error of the placement on the host's clock. Differences between
+    marks are exact to the device timer's resolution. `drift_ns` is the host's time at the run's end
+    minus the same moment calculated from the run's start by the device's clock.
     """
 
     happened_ns: tuple[int, ...]
@@ -65,30 +66,30 @@ class ResolvedMarks:
 
 
 class Clock(Protocol):
-    """What the run's thread needs of a clock."""
+    """The clock of the thread that runs the model."""
 
     @property
     def name(self) -> str:
-        """`host` or `cuda`: said on every span and in every response."""
+        """`host` or `cuda`: an attribute of spans and a field of responses."""
 
     def begin(self) -> None:
-        """Start a run: earlier marks are void."""
+        """Start a run. Earlier marks become invalid."""
 
     def mark(self) -> Mark:
-        """Ask for a moment; microseconds, never blocks."""
+        """Mark this moment of the run's work. Takes microseconds and never blocks."""
 
     def poll(self, mark: Mark) -> int | None:
-        """When the moment happened, or None if it has not yet; never blocks."""
+        """The time of a mark, or None if it has not happened yet. Never blocks."""
 
     def wait(self, mark: Mark) -> None:
-        """Block until the moment has happened."""
+        """Block until the mark has happened."""
 
     def resolve(self, marks: Sequence[Mark]) -> ResolvedMarks:
-        """When each mark happened; synchronises at most once, on the run's last mark."""
+        """The time of each mark. Synchronises at most once, on the run's last mark."""
 
 
 class HostClock:
-    """The host's own monotonic clock: a mark happens when it is asked for."""
+    """The host's monotonic clock: a mark happens when `mark` is called."""
 
     name = "host"
 
@@ -127,9 +128,9 @@ class TimingEvent(Protocol):
 class CudaEventClock:
     """The GPU's clock: timing events recorded on the current stream.
 
-    Events are preallocated, for creating one costs more than recording it. Durations are sums of
-    `elapsed_time` between neighbouring events: it is a float32 of milliseconds, so its resolution
-    worsens with the distance, and an anchor is never carried from one run into the next.
+    Events are preallocated, because creating one costs more than recording it. Durations are sums
+    of `elapsed_time` between neighbouring events: it is a float32 of milliseconds, so its
+    resolution falls with the distance. For the same reason each run has its own anchor.
     """
 
     name = "cuda"
@@ -149,8 +150,8 @@ class CudaEventClock:
         self._count = 0
 
     def begin(self) -> None:
-        # The previous run ended with its own synchronisation, so the stream is idle and this wait
-        # lasts microseconds. It pins the device's clock to the host's between two host readings.
+        # The previous run ended with a synchronisation, so the stream is idle and this wait takes
+        # microseconds. It places the device's clock between two readings of the host's.
         self._count = 0
         self._anchor_before_ns = self._monotonic()
         self._anchor.record()
@@ -186,8 +187,8 @@ class CudaEventClock:
         for earlier, later in itertools.pairwise(events):
             since_anchor.append(since_anchor[-1] + _milliseconds_to_ns(earlier.elapsed_time(later)))
 
-        # The last event lies no later than the host's return from waiting for it, and between the
-        # two host readings around the first anchor plus the device's own count since then.
+        # The last event happened before the host's wait for it returned. It also happened between
+        # the two host readings around the anchor, plus the device's time since then.
         earliest = self._anchor_before_ns + since_anchor[-1]
         latest = min(synchronised_ns, self._anchor_after_ns + since_anchor[-1])
         offset = latest - since_anchor[-1]
@@ -199,7 +200,7 @@ class CudaEventClock:
 
 
 def make_clock(device: str) -> Clock:
-    """The clock of a torch device string; the only place that asks which device it is."""
+    """The clock for a torch device string; the only place that depends on the device."""
     if device.split(":")[0] != "cuda":
         return HostClock()
     import torch

@@ -1,8 +1,8 @@
-"""The GPU as its driver sees it, through NVML: which one it is, its clock, and what throttles it.
+"""Reads the GPU's driver through NVML: which GPU it is, its clock, and what throttles it.
 
-Each call asks the driver and takes microseconds; it does not touch the work in progress. Without a
-GPU, a driver or the binding (nvidia-ml-py) there is no `Gpu`, and nothing fails. `gpu_metrics.py`
-exports the figures.
+A call usually takes microseconds and does not touch the work in progress. Without a GPU, a driver
+or the binding (nvidia-ml-py) there is no `Gpu`, and nothing fails. `gpu_metrics.py` exports the
+figures.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 from metrics.records import GpuConditions
 
-# NVML's bits, by number: the binding has renamed its constants once and will drop the old names.
-# Left out are the bits that slow nothing down: idle (0x1), the display's clock (0x100), and the
-# application clocks (0x2), which somebody asked for.
+# NVML's bits by number, because the binding has renamed its constants once. Left out are the bits
+# that are no fault: idle (0x1), the display's clock (0x100), and application clocks (0x2), which an
+# operator has set.
 REASON_BITS: Mapping[int, str] = MappingProxyType(
     {
         0x04: "power_cap",
@@ -31,22 +31,22 @@ REASON_BITS: Mapping[int, str] = MappingProxyType(
 )
 
 THROTTLE_REASONS = tuple(REASON_BITS.values())
-"""Everything a GPU can be held back by, as far as NVML tells: the values of a closed label."""
+"""Every reason that NVML knows for a lower clock: the closed set of label values."""
 
 
 def throttle_reasons(bits: int) -> tuple[str, ...]:
-    """The reasons that NVML's (and nvidia-smi's) bits of active clock events name."""
+    """The reasons in NVML's (and nvidia-smi's) bit mask of active clock events."""
     return tuple(name for bit, name in REASON_BITS.items() if bits & bit)
 
 
 class Gpu:
-    """One GPU of this machine. May be asked from any thread."""
+    """One GPU of this machine. Safe for any thread."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self.nvml = nvml
         self.handle = handle
         self.failures = 0
-        """How many questions the driver did not answer."""
+        """How many queries the driver did not answer."""
         self.identity: Mapping[str, str] = MappingProxyType(
             {
                 "hw.type": "gpu",
@@ -54,14 +54,15 @@ class Gpu:
                 "hw.id": str(nvml.nvmlDeviceGetUUID(handle)),
             }
         )
-        self._max_sm_clock_mhz = self.ask(nvml.nvmlDeviceGetMaxClockInfo, nvml.NVML_CLOCK_SM)
+        self._max_sm_clock_mhz = self.query(nvml.nvmlDeviceGetMaxClockInfo, nvml.NVML_CLOCK_SM)
 
     @classmethod
     def open(cls, device: str) -> Gpu | None:
-        """The GPU that torch calls `device`; None for a CPU, or where NVML does not know it.
+        """The GPU that torch calls `device`; None for a CPU, or if NVML does not know the GPU.
 
         Args:
-            device: `auto`, `cpu`, `cuda` or `cuda:N`; N counts what `CUDA_VISIBLE_DEVICES` leaves.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`; N counts the GPUs that
+                `CUDA_VISIBLE_DEVICES` shows.
         """
         if device == "cpu":
             return None
@@ -78,60 +79,64 @@ class Gpu:
             return None
 
     def conditions(self) -> GpuConditions:
-        """What the GPU's clock does now and why. Never raises; failures are counted."""
-        reasons = self.ask(self.nvml.nvmlDeviceGetCurrentClocksEventReasons) or 0
+        """The GPU's clock now, and what throttles it. Never raises; failures are counted."""
+        reasons = self.query(self.nvml.nvmlDeviceGetCurrentClocksEventReasons) or 0
         return GpuConditions(
             throttle=frozenset(throttle_reasons(reasons)),
-            sm_clock_mhz=self.ask(self.nvml.nvmlDeviceGetClockInfo, self.nvml.NVML_CLOCK_SM),
+            sm_clock_mhz=self.query(self.nvml.nvmlDeviceGetClockInfo, self.nvml.NVML_CLOCK_SM),
             max_sm_clock_mhz=self._max_sm_clock_mhz,
         )
 
-    def ask(self, question: Any, *arguments: Any) -> Any:
-        """The driver's answer to one NVML function of this GPU, or None, counted as a failure."""
+    def query(self, function: Any, *arguments: Any) -> Any:
+        """The result of one NVML function for this GPU; None, counted as a failure, if it
+        raises."""
         try:
-            return question(self.handle, *arguments)
+            return function(self.handle, *arguments)
         except self.nvml.NVMLError:
             self.failures += 1
             return None
 
 
 class GpuWatch:
-    """Looks at the GPU while a run goes on, without keeping the run's thread waiting.
+    """Reads the GPU's conditions during a run, without blocking the run's thread.
 
-    A driver usually answers in microseconds and at times, holding a lock of its own, in many
-    milliseconds; one that has lost its device may never answer. So the questions are asked on a
-    daemon thread, and what is not answered by the run's end is not waited for.
+    A driver call usually takes microseconds, sometimes many milliseconds, and may never return once
+    the device is lost. So a daemon thread reads, and nobody waits for a reading that is not there
+    at the run's end.
     """
 
     def __init__(self, gpu: Gpu | None) -> None:
         self._gpu = gpu
-        self._asked: queue.SimpleQueue[list[GpuConditions]] = queue.SimpleQueue()
-        self._seen: list[GpuConditions] = []
+        self._requested: queue.SimpleQueue[list[GpuConditions]] = queue.SimpleQueue()
+        self._readings: list[GpuConditions] = []
         if gpu is not None:
-            threading.Thread(target=self._answer, name="gpu-watch", daemon=True).start()
+            threading.Thread(target=self._read, name="gpu-watch", daemon=True).start()
 
     def begin(self) -> None:
-        """A run begins: what was seen before is of another."""
-        self._seen = []
+        """A run begins: forget the readings of the run before."""
+        self._readings = []
 
-    def look(self) -> None:
-        """Ask for the conditions of this moment; returns at once."""
+    def request_reading(self) -> None:
+        """Request one reading now; returns at once."""
         if self._gpu is not None:
-            self._asked.put(self._seen)
+            self._requested.put(self._readings)
 
-    def seen(self) -> tuple[GpuConditions, ...]:
-        """What has been answered since the run began."""
-        return tuple(self._seen)
+    def readings(self) -> tuple[GpuConditions, ...]:
+        """The readings that have arrived since the run began."""
+        return tuple(self._readings)
 
-    def _answer(self) -> None:
+    def _read(self) -> None:
         assert self._gpu is not None
         while True:
-            self._asked.get().append(self._gpu.conditions())
+            self._requested.get().append(self._gpu.conditions())
 
 
 def _handle(nvml: Any, index: int) -> Any:
-    """NVML counts all GPUs of the machine; CUDA only those that `CUDA_VISIBLE_DEVICES` names, by
-    number or by UUID, which may be cut short."""
+    """The NVML handle of CUDA's device `index`.
+
+    NVML counts all GPUs of the machine, CUDA only those in `CUDA_VISIBLE_DEVICES`: numbers, or
+    UUIDs and prefixes of them.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return nvml.nvmlDeviceGetHandleByIndex(index)
@@ -146,5 +151,5 @@ def _handle(nvml: Any, index: int) -> Any:
             handle = nvml.nvmlDeviceGetHandleByIndex(number)
             if str(nvml.nvmlDeviceGetUUID(handle)).startswith(name):
                 return handle
-    # What is left names a slice of a GPU (MIG-...), or nothing: empty and -1 hide every GPU.
+    # A slice of a GPU (MIG-...), or no GPU: empty and -1 hide all of them.
     return nvml.nvmlDeviceGetHandleByUUID(name) if name.startswith("MIG-") else None

@@ -1,4 +1,4 @@
-"""The GPU's figures as metrics: the driver is read every few seconds, on a thread of its own."""
+"""The GPU's figures as metrics. A thread of its own reads the driver every few seconds."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from metrics.gpu import REASON_BITS, Gpu
 logger = logging.getLogger(__name__)
 
 SAMPLE_SECONDS = 5.0
-"""How often the driver is asked. Activity is a mean over this time; scrapes are rarely closer."""
+"""Time between two readings, and the interval over which activity is averaged."""
 
-# A reading older than this says nothing about now: the driver hangs, or its thread is gone.
+# An older reading is stale: the driver hangs, or the thread has ended.
 _STALE_SECONDS = 3 * SAMPLE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """What the process's allocator holds on the GPU, bytes; the peak is since the process began."""
+    """Bytes that the process's allocator holds on the GPU; the peak is since the process began."""
 
     allocated: int
     reserved: int
@@ -34,17 +34,18 @@ class MemoryUse:
 
 
 class GpuMetrics:
-    """The GPU's figures as a collector: read by a thread of its own, told by whoever scrapes.
+    """A collector of the GPU's figures, which a thread of its own reads.
 
-    A scrape never asks the driver, so a driver that hangs costs a scrape nothing. What a GPU does
-    not have (no tensor activity before Hopper, no utilisation of a slice) is found out at the first
-    look and absent from then on; what it stops answering later is absent as well, and counted.
+    A scrape returns the last reading and never calls the driver, so a driver that hangs does not
+    delay it. A figure that the GPU does not have (tensor activity before Hopper, utilisation of a
+    slice) fails in the first reading and is absent from then on. A figure that fails later is
+    absent too, and counted.
 
     Args:
-        gpu: None where NVML knows none: then only the allocator's memory is told.
-        memory: the allocator's use of the GPU now, or None before it has been touched.
-        failed: told of each question that the driver did not answer, and of a hanging driver once a
-            scrape.
+        gpu: None if NVML knows no GPU: then only the allocator's memory is shown.
+        memory: returns the allocator's use of the GPU, or None before its first use.
+        failed: called for each query that the driver did not answer, and once a scrape while the
+            driver hangs.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class GpuMetrics:
         self._memory = memory
         self._failed = failed
         self._monotonic = monotonic
-        self._questions: dict[str, Callable[[], Mapping[str, float]]] = {}
+        self._queries: dict[str, Callable[[], Mapping[str, float]]] = {}
         self._activity: _Activity | None = None
         self._read_at: float | None = None
         self._reading: Mapping[str, Mapping[str, float]] = {}
@@ -66,39 +67,42 @@ class GpuMetrics:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Look at the GPU now, and then every `SAMPLE_SECONDS` until `stop`."""
+        """Read the GPU now, and then every `SAMPLE_SECONDS` until `stop`."""
         if self._gpu is None or self._thread is not None:
             return
         self._read_at = self._monotonic()
-        self._thread = threading.Thread(target=self._watch, name="gpu-metrics", daemon=True)
+        self._thread = threading.Thread(
+            target=self._read_until_stopped, name="gpu-metrics", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more; does not wait for a look that hangs."""
+        """Stop reading; does not wait for a reading that hangs."""
         self._stop.set()
 
-    def look(self) -> None:
-        """Ask the driver once. Never raises."""
+    def read(self) -> None:
+        """Read all figures from the driver once. Never raises."""
         assert self._gpu is not None
-        first = not self._questions
+        first = not self._queries
         if first:
             self._activity = _Activity.open(self._gpu)
-            self._questions = _questions(self._gpu, self._activity)
+            self._queries = _figure_queries(self._gpu, self._activity)
         reading = {}
-        for name, question in list(self._questions.items()):
+        for name, query in list(self._queries.items()):
             try:
-                reading[name] = question()
-            except Exception as error:  # noqa: BLE001 - a binding raises what it likes
+                reading[name] = query()
+            except Exception as error:  # noqa: BLE001 - a binding may raise anything
                 if first:
-                    del self._questions[name]
-                    logger.info("this GPU does not tell its %s (%s)", name, type(error).__name__)
+                    del self._queries[name]
+                    logger.info("this GPU has no figure %s (%s)", name, type(error).__name__)
                 else:
                     self._failed()
         self._reading = reading
         self._read_at = self._monotonic()
 
     def describe(self) -> Iterable[Metric]:
-        """All that could be told; the names are taken whether or not this GPU has the figure."""
+        """Every metric that a GPU may have; the names are declared even if this GPU lacks the
+        figure."""
         return [_family(name) for name in ("info", *_MEMORY, *_DRIVER)]
 
     def collect(self) -> Iterator[Metric]:
@@ -120,9 +124,9 @@ class GpuMetrics:
             if values:
                 yield _filled(name, values)
 
-    def _watch(self) -> None:
+    def _read_until_stopped(self) -> None:
         while not self._stop.is_set():
-            self.look()
+            self.read()
             self._stop.wait(SAMPLE_SECONDS)
         if self._activity is not None:
             self._activity.close()
@@ -138,7 +142,7 @@ _MEMORY: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 _DRIVER: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "memory_used_bytes": ("Memory in use on the GPU, by all its processes.", ""),
+        "memory_used_bytes": ("Memory in use on the GPU by all processes.", ""),
         "memory_total_bytes": ("Memory of the GPU.", ""),
         "utilization_ratio": ("Share of the last moments in which any kernel ran.", ""),
         "tensor_activity_ratio": ("Share of time in which the tensor cores worked.", ""),
@@ -146,15 +150,15 @@ _DRIVER: Mapping[str, tuple[str, str]] = MappingProxyType(
         "power_watts": ("Power drawn.", ""),
         "temperature_celsius": ("Temperature of the GPU.", ""),
         "clock_hertz": ("Clock of a part of the GPU.", "domain"),
-        "max_clock_hertz": ("Highest clock that a part of the GPU can have.", "domain"),
-        "throttled": ("1 while the GPU's clock is held back for this reason, else 0.", "reason"),
+        "max_clock_hertz": ("Highest clock of a part of the GPU.", "domain"),
+        "throttled": ("1 while this reason lowers the GPU's clock, else 0.", "reason"),
     }
 )
 
 
 def _family(name: str) -> GaugeMetricFamily:
     if name == "info":
-        text = "Always 1; the labels say which GPU it is."
+        text = "Always 1; the labels name the GPU."
         return GaugeMetricFamily("sdxl_gpu_info", text, labels=["name", "uuid"])
     text, label = _MEMORY.get(name) or _DRIVER[name]
     return GaugeMetricFamily(f"sdxl_gpu_{name}", text, labels=[label] if label else [])
@@ -167,10 +171,11 @@ def _filled(name: str, values: Mapping[str, float]) -> Metric:
     return family
 
 
-def _questions(
+def _figure_queries(
     gpu: Gpu, activity: _Activity | None
 ) -> dict[str, Callable[[], Mapping[str, float]]]:
-    """One question for each figure, answered by label value; raises what the binding raises."""
+    """One query for each figure, returning values by label value. A query raises what the binding
+    raises."""
     nvml, handle = gpu.nvml, gpu.handle
     domains = {"sm": nvml.NVML_CLOCK_SM, "memory": nvml.NVML_CLOCK_MEM}
 
@@ -181,7 +186,7 @@ def _questions(
         reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
         return {name: float(bool(reasons & bit)) for bit, name in REASON_BITS.items()}
 
-    questions: dict[str, Callable[[], Mapping[str, float]]] = {
+    queries: dict[str, Callable[[], Mapping[str, float]]] = {
         "memory_used_bytes": lambda: {"": nvml.nvmlDeviceGetMemoryInfo(handle).used},
         "memory_total_bytes": lambda: {"": nvml.nvmlDeviceGetMemoryInfo(handle).total},
         "utilization_ratio": lambda: {"": nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100},
@@ -192,14 +197,15 @@ def _questions(
         "throttled": throttled,
     }
     if activity is not None:
-        # One question, two figures: the interval is asked for once.
-        questions["tensor_activity_ratio"] = activity.tensor
-        questions["sm_activity_ratio"] = activity.sm
-    return questions
+        # One reading of the interval gives both figures.
+        queries["tensor_activity_ratio"] = activity.tensor
+        queries["sm_activity_ratio"] = activity.sm
+    return queries
 
 
 class _Activity:
-    """Activity of tensor cores and multiprocessors between two looks: NVML's GPM, Hopper and on."""
+    """Activity of tensor cores and multiprocessors between two readings, by NVML's GPM (Hopper and
+    later)."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._nvml = gpu.nvml
@@ -209,7 +215,7 @@ class _Activity:
 
     @classmethod
     def open(cls, gpu: Gpu) -> _Activity | None:
-        """None where this GPU has no GPM."""
+        """None if this GPU has no GPM."""
         try:
             if not gpu.nvml.nvmlGpmQueryDeviceSupport(gpu.handle).isSupportedDevice:
                 return None
@@ -218,7 +224,7 @@ class _Activity:
             return None
 
     def tensor(self) -> Mapping[str, float]:
-        """Of the interval that ends now, and begins where the last one ended."""
+        """The tensor cores' activity since the last call."""
         nvml = self._nvml
         now = self._sample()
         wanted = (nvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL, nvml.NVML_GPM_METRIC_SM_UTIL)
@@ -237,13 +243,13 @@ class _Activity:
         return {} if tensor is None else {"": tensor}
 
     def sm(self) -> Mapping[str, float]:
-        """Of the interval that `tensor` asked for last."""
+        """The multiprocessors' activity in the interval that `tensor` read last."""
         return {} if self._sm is None else {"": self._sm}
 
     def close(self) -> None:
         try:
             self._nvml.nvmlGpmSampleFree(self._before)
-        except Exception:  # noqa: BLE001 - the process is going down
+        except Exception:  # noqa: BLE001 - the process ends
             logger.debug("a GPM sample was not freed")
 
     def _sample(self) -> Any:
@@ -257,6 +263,6 @@ class _Activity:
 
 
 def _share(metric: Any) -> float | None:
-    """A GPM metric as a ratio; None where NVML has no value for this interval."""
+    """A GPM metric as a ratio; None if NVML has no value for this interval."""
     value = float(metric.value) / 100
     return value if metric.nvmlReturn == 0 and math.isfinite(value) else None

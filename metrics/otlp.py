@@ -1,9 +1,8 @@
-"""The OTLP/HTTP exporters, of spans and of metrics, and what they overlook.
+"""The OTLP/HTTP exporters of spans and metrics, with an HTTP session that corrects them.
 
-To the SDK's exporter a redirect is a success, which it follows nowhere; a partial success is one
-like any other; a certificate that is not accepted is tried again like a connection that was cut;
-and the lines it logs of a failed connection quote the whole URL. All of that is mended here, in the
-HTTP session that it is given.
+The SDK's exporter has four faults. It counts a redirect as a success without following it. It
+ignores the rejections in a partial success. It retries after an untrusted certificate. Its log line
+for a failed connection contains the whole URL. The session given to it corrects all four.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ logger = logging.getLogger(__name__)
 
 
 class Redirected(requests.RequestException):
-    """The endpoint answered with another address; nothing is sent after it."""
+    """The endpoint answered with a redirect, which is not followed."""
 
     def __init__(self, status: int) -> None:
         super().__init__(
-            f"the endpoint answered {status}, a redirect, which is not followed: name the address "
-            "that takes them"
+            f"the endpoint answered {status}, a redirect, which is not followed: set the final "
+            "address"
         )
 
 
 class Untrusted(requests.RequestException):
-    """The endpoint's certificate was not accepted; trying again would not mend it."""
+    """The endpoint's certificate was not accepted; a retry would not help."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the endpoint's certificate was not accepted: {reason}")
 
 
 class AnswerReader(requests.Session):
-    """A session that reads the answers to the end. Used by one export at a time.
+    """A session that checks the answers. One export at a time uses it.
 
     Args:
-        sent: what the exports hold, in a word for the log.
+        sent: the name of what is exported, for the log.
     """
 
     def __init__(self, sent: str) -> None:
@@ -66,28 +65,28 @@ class AnswerReader(requests.Session):
         return response
 
     def take_rejected(self) -> int:
-        """How much the backend has refused, of batches it accepted, since last asked."""
+        """How much the backend has refused of accepted batches since the last call."""
         rejected, self._rejected = self._rejected, 0
         return rejected
 
     def _refused(self, response: requests.Response) -> int:
         refused = _rejected(response)
         if refused:
-            # Not the backend's own message, which may quote what it was sent.
+            # Without the backend's message, which may quote what it received.
             logger.warning("the backend refused %d %s of a batch it accepted", refused, self._sent)
         return refused
 
 
 def _reason(error: requests.RequestException) -> Exception:
-    """Why there was no connection; what is raised around it quotes the URL, keys and all."""
+    """Why there was no connection. The exception around it contains the URL with its keys."""
     around = error.args[0] if error.args else error
     reason = getattr(around, "reason", None)
     return reason if isinstance(reason, Exception) else ConnectionError(type(around).__name__)
 
 
 def _rejected(response: requests.Response) -> int:
-    """How many of a batch were refused. The answers to spans and to metrics are one message but for
-    their names: the count is the same field of both."""
+    """How many items of a batch were refused. The answers to spans and to metrics differ in names
+    only: the count is the same field."""
     if "protobuf" not in response.headers.get("content-type", ""):
         return 0
     try:

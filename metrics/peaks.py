@@ -1,16 +1,16 @@
-"""What GPUs are rated for: the one figure that utilisation is a share of.
+"""The rated peak of GPUs: the 100% of utilisation.
 
-Dense bf16 with float32 accumulation, in FLOPs a second, from NVIDIA's data sheets; where a sheet
-gives the rate with sparsity only, half of it. Rated and not reached: a large matrix product gets 70
-to 80 percent of it under the power limit, and no model more.
+Dense bf16 with float32 accumulation, in FLOPs a second, from NVIDIA's data sheets. If a sheet gives
+the rate with sparsity only, half of it. A large matrix product reaches 70 to 80 percent of the peak
+under the power limit, and no model reaches more.
 """
 
 from __future__ import annotations
 
 TERA = 10**12
 
-# Matched against NVML's name for the GPU, the first that it contains; the particular before the
-# general. Sources: the product's data sheet, or the architecture's white paper for GeForce.
+# The first entry that NVML's name of the GPU contains is used, so specific names come first.
+# Sources: the product's data sheet, or the architecture's white paper for GeForce.
 _PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     ("GB200", 2500),
     ("B200", 2250),
@@ -34,15 +34,15 @@ _PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     ("RTX 3090", 71),
 )
 
-# Named like the whole GPU and slower than it: a slice, and what a laptop or an export rule allows.
+# These have the full GPU's name and are slower: a slice, a laptop's GPU, an export version.
 _LESS_THAN_THE_NAME = ("MIG", "Laptop", "Max Q", "RTX 4090 D", "RTX 5090 D")
 
 
 def peak_flops(gpu_name: str, stated_tflops: float | None = None) -> float | None:
-    """FLOPs a second: what the operator stated, else what the GPU is rated for, else None.
+    """FLOPs a second: the operator's value, else the GPU's rating, else None.
 
     Args:
-        gpu_name: as NVML tells it, like `NVIDIA H100 80GB HBM3`; empty where there is no GPU.
+        gpu_name: NVML's name, such as `NVIDIA H100 80GB HBM3`; empty without a GPU.
         stated_tflops: `SDXL_PEAK_TFLOPS`.
     """
     if stated_tflops is not None:

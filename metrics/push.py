@@ -1,11 +1,10 @@
-"""The metrics pushed over OTLP, for a runner that nothing can scrape.
+"""Pushes the metrics over OTLP, for a runner that nothing can scrape.
 
-One declaration serves both ways: a push reads the registry as a scrape does, exemplars included,
-and says the same in OTLP's words. It happens on a thread of its own every so often and once more at
-the end; a backend that is down costs a count and nothing else.
+A push reads the registry as a scrape does, with exemplars, and converts it to OTLP. A thread of its
+own pushes periodically, and once more at the end. A failed push is counted and has no other effect.
 
-Delta temporality (Datadog takes no other) tells what happened since the last push that arrived: one
-that fails is not lost but told by the next.
+With delta temporality (Datadog accepts no other) a push contains what happened since the last push
+that arrived, so a failed push loses nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from prometheus_client.samples import Sample
 
 logger = logging.getLogger(__name__)
 
-# Prometheus has the unit in the name, OTLP beside it, in UCUM.
+# Prometheus has the unit in the name, OTLP in a field of its own, in UCUM.
 _UNITS = {
     "_seconds": "s",
     "_bytes": "By",
@@ -58,13 +57,13 @@ _Series = tuple[str, _Labels]
 
 @dataclass(frozen=True, slots=True)
 class _Total:
-    """What a counter or a histogram has come to; `buckets` are counts between bounds."""
+    """The total of a counter or a histogram; `buckets` are counts between bounds."""
 
     value: float
     buckets: tuple[float, ...] = ()
 
     def since(self, before: _Total | None) -> _Total:
-        """The difference; all of it where the series is new or has begun again."""
+        """The difference; the whole total if the series is new or was reset."""
         if before is None or self.value < before.value or len(self.buckets) != len(before.buckets):
             return self
         pairs = zip(self.buckets, before.buckets, strict=True)
@@ -75,14 +74,14 @@ class MetricsPush:
     """Pushes a registry's metrics with an OTLP exporter.
 
     Args:
-        registry: what a scrape would render.
+        registry: the registry to push.
         exporter: an `OTLPMetricExporter`; it reads the standard `OTEL_EXPORTER_OTLP_*` variables.
-        resource: what the metrics are said to come from; the same as the spans'.
-        delta: tell differences instead of totals.
-        period_seconds: from one push to the next.
-        on_pushed: told a value of `catalogue.PUSH_RESULTS` for every push.
-        take_rejected: how many points the backend has refused of the pushes it took, since last
-            asked. They are not told again: it would refuse them again.
+        resource: describes the process; the same as the spans'.
+        delta: push differences instead of totals.
+        period_seconds: time between pushes.
+        on_pushed: called with a value of `catalogue.PUSH_RESULTS` for every push.
+        take_rejected: returns how many points of accepted pushes the backend refused since the last
+            call. They are not pushed again: it would refuse them again.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class MetricsPush:
         self._unix_ns = unix_ns
         self._began_ns = unix_ns()
         self._arrived_ns = self._began_ns
-        self._told: dict[_Series, _Total] = {}
+        self._last_totals: dict[_Series, _Total] = {}
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -116,13 +115,13 @@ class MetricsPush:
         self._thread.start()
 
     def push(self) -> bool:
-        """Push once. Never raises; whether it arrived."""
+        """Push once; returns whether it arrived. Never raises."""
         reading = _Reading(
             self._began_ns,
             self._arrived_ns,
-            # A wall clock that stepped back must not make an interval end before it began.
+            # If the wall clock stepped back, the interval must still end after its start.
             max(self._unix_ns(), self._arrived_ns + 1),
-            self._told if self._delta else None,
+            self._last_totals if self._delta else None,
         )
         try:
             data = MetricsData(
@@ -146,14 +145,14 @@ class MetricsPush:
             arrived = False
         if arrived:
             self._arrived_ns = reading.now_ns
-            self._told = reading.totals
+            self._last_totals = reading.totals
             self._on_pushed("partial" if self._take_rejected() else "exported")
         else:
             self._on_pushed("failed")
         return arrived
 
     def begin_end(self) -> None:
-        """Everything has been counted: push a last time, then no more. Returns at once."""
+        """Push a last time, then stop. Returns at once."""
         self._ending.set()
 
     def end(self, budget_seconds: float) -> None:
@@ -173,10 +172,10 @@ class MetricsPush:
 
 
 class _Reading:
-    """One look at the registry, in OTLP's words.
+    """One reading of the registry, converted to OTLP.
 
     Args:
-        told: what the last push that arrived came to, for differences; None for totals.
+        last_totals: the totals of the last push that arrived, for differences; None: push totals.
     """
 
     def __init__(
@@ -184,16 +183,18 @@ class _Reading:
         began_ns: int,
         arrived_ns: int,
         now_ns: int,
-        told: Mapping[_Series, _Total] | None,
+        last_totals: Mapping[_Series, _Total] | None,
     ) -> None:
         self.now_ns = now_ns
         self.totals: dict[_Series, _Total] = {}
-        # Of what happened before the first push, all exemplars are news.
+        # Before the first push, all exemplars are new.
         self._exemplars_after_ns = 0 if arrived_ns == began_ns else arrived_ns
-        self._told = told
-        self._start_ns = began_ns if told is None else arrived_ns
+        self._last_totals = last_totals
+        self._start_ns = began_ns if last_totals is None else arrived_ns
         self._temporality = (
-            AggregationTemporality.CUMULATIVE if told is None else AggregationTemporality.DELTA
+            AggregationTemporality.CUMULATIVE
+            if last_totals is None
+            else AggregationTemporality.DELTA
         )
 
     def metrics(self, families: Iterable[Metric]) -> Iterator[OtlpMetric]:
@@ -225,7 +226,7 @@ class _Reading:
         )
 
     def _histograms(self, family: Metric) -> Iterator[HistogramDataPoint]:
-        """One point for each set of labels; a family's samples of one set stand together."""
+        """One point for each label set. A family's samples are grouped by label set."""
         for labels, group in itertools.groupby(family.samples, lambda s: _key(s.labels, "le")):
             samples = list(group)
             buckets = [sample for sample in samples if sample.name.endswith("_bucket")]
@@ -248,7 +249,7 @@ class _Reading:
                 sum=total.value,
                 bucket_counts=[round(count) for count in total.buckets],
                 explicit_bounds=[bound for bound in bounds if math.isfinite(bound)],
-                # Not known, which the protocol allows and the SDK's types do not.
+                # Unknown: the protocol allows it, the SDK's types do not.
                 min=None,  # type: ignore[arg-type]
                 max=None,  # type: ignore[arg-type]
                 exemplars=self._exemplars(buckets),
@@ -256,10 +257,10 @@ class _Reading:
 
     def _difference(self, series: _Series, total: _Total) -> _Total:
         self.totals[series] = total
-        return total if self._told is None else total.since(self._told.get(series))
+        return total if self._last_totals is None else total.since(self._last_totals.get(series))
 
     def _exemplars(self, samples: Sequence[Sample]) -> list[Exemplar]:
-        """Those that no push has told yet."""
+        """The exemplars that no push has contained yet."""
         return [
             exemplar
             for sample in samples
@@ -273,7 +274,7 @@ def _key(labels: Mapping[str, str], without: str | None = None) -> _Labels:
 
 
 def _exemplar(exemplar: Any) -> Exemplar | None:
-    """prometheus_client's exemplar as the SDK's; None where it names no trace."""
+    """Convert prometheus_client's exemplar to the SDK's; None if it has no trace."""
     if exemplar is None or not {"trace_id", "span_id"} <= exemplar.labels.keys():
         return None
     return Exemplar(

@@ -1,7 +1,7 @@
-"""One call that tells what happened: spans first, then metrics. It never raises into a request.
+"""One call that records a finished request: spans first, then metrics.
 
-Recording runs on a thread of its own, after the response has left: a request never waits for its
-telemetry, and a full queue or a broken exporter is telemetry's trouble alone.
+Recording runs on a thread of its own, after the response. A request never waits for its telemetry
+and never fails because of it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 StepSpans = Literal["all", "slow", "summary"]
-"""Whose steps become spans: every request's, those of requests that failed or were slow, or
-nobody's. The median, the slowest and its index are told in any case."""
+"""Which requests have a span for each step: all, those that failed or were slow, or none. The
+median, the slowest step and its index are attributes of `denoise` in any case."""
 
 
 class Recorder:
-    """Writes finished timings as spans and metrics, in the order they are handed over."""
+    """Writes finished timings as spans and metrics, in the order of the calls."""
 
     def __init__(
         self, tracing: Tracing, metrics: GenerationMetrics, steps: StepSpans = "all"
@@ -37,31 +37,31 @@ class Recorder:
         self._metrics = metrics
         self._steps = steps
         self.left_behind = False
-        """Whether a thread is still at it though the time for it is over."""
+        """Whether a thread still works although its time at shutdown is over."""
         # One thread: spans of one request stay together, and the queue order is the export order.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
 
     def record(self, request: RequestTiming, identity: TraceIdentity) -> None:
-        """Hand over a finished request; returns at once."""
-        self._submit(lambda: self._record(request, identity))
+        """Record a finished request later, on the recorder's thread; returns at once."""
+        self.submit(lambda: self._record(request, identity))
 
     def record_warmup(self, warmup: WarmupTiming, attributes: Attributes) -> None:
-        """Hand over a finished start-up as a trace of its own; returns at once."""
+        """Record a finished start-up as a trace of its own; returns at once."""
         identity = self._tracing.identify()
 
         def record() -> None:
-            # One trace a process: a start that failed is kept, whatever the ratio says.
-            settled = self._tracing.settle(identity, worth_keeping=warmup.failure is not None)
-            if settled.exported:
-                self._tracing.emit(settled, warmup_tree(warmup, attributes))
+            # One trace a process: a failed start is kept, whatever the ratio decided.
+            decided = self._tracing.decide_at_end(identity, keep=warmup.failure is not None)
+            if decided.exported:
+                self._tracing.emit(decided, warmup_tree(warmup, attributes))
 
-        self._submit(record)
+        self.submit(record)
 
     def close(self, budget_seconds: float, on_recorded: Callable[[], None] = lambda: None) -> int:
-        """Record what was handed over and shut tracing down, within the budget.
+        """Record all pending requests, then shut tracing down, within the budget.
 
         Args:
-            on_recorded: called in between; the metrics say all that they will say of requests.
+            on_recorded: called in between, when the metrics contain every request.
 
         Returns how many spans were lost.
         """
@@ -78,27 +78,29 @@ class Recorder:
         return lost
 
     def _record(self, request: RequestTiming, identity: TraceIdentity) -> None:
-        kept_for = self._tracing.worth_keeping(request)
-        settled = self._tracing.settle(identity, worth_keeping=kept_for is not None)
-        slow = kept_for is not None or slow_reason(request) is not None
+        keep_reason = self._tracing.keep_reason(request)
+        decided = self._tracing.decide_at_end(identity, keep=keep_reason is not None)
+        slow = keep_reason is not None or slow_reason(request) is not None
         steps = self._steps == "all" or (self._steps == "slow" and slow)
         exemplar = None
-        if settled.exported and self._tracing.emit(
-            settled, request_tree(request, steps, settled.caller)
+        if decided.exported and self._tracing.emit(
+            decided, request_tree(request, steps, decided.caller)
         ):
             exemplar = {"trace_id": identity.trace_id_hex, "span_id": identity.span_id_hex}
         self._metrics.observe_request(request, exemplar)
 
-    def _submit(self, work: Callable[[], None]) -> None:
+    def submit(self, work: Callable[[], None]) -> None:
+        """Run `work` on the recorder's thread. An exception is counted and logged."""
+
         def guarded() -> None:
             try:
                 work()
             except Exception:
-                # Nobody waits for this result; a request must not fail for its telemetry.
+                # A request must not fail because of its telemetry.
                 self._metrics.record_failed()
                 logger.exception("a finished request could not be recorded")
 
         try:
             self._executor.submit(guarded)
-        except RuntimeError:  # closed: the process is going down
+        except RuntimeError:  # closed: the process ends
             self._metrics.record_failed()

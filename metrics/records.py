@@ -1,7 +1,6 @@
-"""What happened, as frozen records in Unix nanoseconds: a run, a request, a start-up.
+"""Frozen records of what happened, in Unix nanoseconds: a run, a request, a start-up.
 
-`timeline.py` makes them, `spans.py` and `catalogue.py` read them. Nothing here knows a clock, a
-span or a metric.
+`timeline.py` makes them; `spans.py` and `catalogue.py` read them.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class StepTiming:
     """One denoising step on the run's clock, Unix nanoseconds.
 
     `gpu_queue_ns` is how long the step waited in the GPU's queue: the GPU's start of the step minus
-    the host's time of enqueueing it. Clearly positive, the step waited for the GPU; near zero, the
-    GPU waited for the host. Always 0 on the host's clock.
+    the host's time of enqueueing it. If clearly positive, the step waited for the GPU; if near
+    zero, the GPU waited for the host. Always 0 on the host's clock.
     """
 
     index: int
@@ -60,9 +59,9 @@ class StepSummary:
 
 @dataclass(frozen=True, slots=True)
 class GpuConditions:
-    """One look at the GPU; what the driver would not tell is empty or None.
+    """One reading of the GPU's driver. A value that the driver did not return is empty or None.
 
-    `throttle` holds names of `gpu.THROTTLE_REASONS`.
+    `throttle` has names of `gpu.THROTTLE_REASONS`.
     """
 
     throttle: frozenset[str] = frozenset()
@@ -74,8 +73,8 @@ class GpuConditions:
 class RunTiming:
     """One unit of GPU work: one or more requests of one shape, step count and guidance.
 
-    `start_ns` and `end_ns` are the host's, on the thread that owns the model; stages and steps are
-    the run clock's, placed within `error_bound_ns`.
+    `start_ns` and `end_ns` are the host's times on the thread that owns the model. Stages and steps
+    are on the run's clock, placed within `error_bound_ns`.
     """
 
     run_id: str
@@ -90,11 +89,11 @@ class RunTiming:
     error_bound_ns: int = 0
     drift_ns: int = 0
     eager_fallback: bool = False
-    """Something in it was not compiled for its shape and ran eagerly."""
+    """A part of the model was not compiled for this shape and ran eagerly."""
     conditions: tuple[GpuConditions, ...] = ()
-    """What the GPU's driver said while it ran."""
+    """Readings of the GPU's driver during the run."""
     profile: str | None = None
-    """The file its profile is in. Recording it slowed the run, so it says nothing of latency."""
+    """The file of its profile. Profiling slowed the run, so its times are not observed."""
 
     @property
     def duration_ns(self) -> int:
@@ -120,8 +119,8 @@ class RunTiming:
 
 @dataclass(frozen=True, slots=True)
 class GenerationFacts:
-    """What a valid request asked for. Lengths and sizes, never the prompt's text, unless the
-    operator turned `prompt` on."""
+    """The parameters of a valid request: lengths and sizes. `prompt` is set only if the operator
+    turned it on."""
 
     model_name: str
     prompt_length: int
@@ -135,10 +134,10 @@ class GenerationFacts:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a request failed. `message` must be free of user text; the caller sees to that.
+    """Why a request failed. `message` must not contain user text.
 
-    What the caller of the service got wrong (`server_fault` false) is told on its span but does
-    not make the span an error, as the conventions for servers ask.
+    A mistake of the service's caller (`server_fault` false) is recorded on the span, but its status
+    is not an error, as the conventions for servers require.
     """
 
     error_type: str
@@ -164,7 +163,7 @@ class PhaseTiming:
 
 @dataclass(frozen=True, slots=True)
 class WarmupTiming:
-    """The start-up from loading the model to ready, or to where it failed."""
+    """The start-up from loading the model until it was ready or failed."""
 
     start_ns: int
     end_ns: int
@@ -196,7 +195,7 @@ class RequestTiming:
 
     @property
     def unattributed_ns(self) -> int:
-        """What no stage and no run covers: hand-overs between threads and the event loop."""
+        """Time outside all stages and the run: hand-overs between threads and the event loop."""
         covered = sum(stage.duration_ns for stage in self.stages)
         if self.run is not None:
             covered += self.run.duration_ns

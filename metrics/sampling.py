@@ -1,12 +1,13 @@
-"""Which traces are exported, and how likely each was to be.
+"""Which traces are exported, and with which probability.
 
-Two decisions. The head falls when a request arrives: its caller's decision stands, else a ratio of
-the trace ids. The second falls when it has ended: what failed or was slow is kept though the ratio
-said no, as long as a bucket has tokens, for in an incident everything is slow.
+There are two decisions. At the start of a request (head sampling) the caller's decision is
+followed; without one, a ratio of the trace ids decides. At its end (tail sampling) failed and slow
+requests are kept although the ratio dropped them. A token bucket limits these, because everything
+is slow during an incident.
 
-What is kept says with which probability, so that spans can be counted by their weight, 1/p. For a
-request that the rules keep, that is 1, whether or not the ratio had chosen it too: it would have
-been here anyway. So the weights add up to what happened, over any mix of the two.
+Every exported span carries its probability p, so that spans can be counted with the weight 1/p. A
+request that the rules keep has the probability 1, even if the ratio had chosen it: the rules would
+have kept it anyway. So the weights add up to the number of requests, over any mix of the two.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from metrics.records import RequestTiming
 
 ROOT_SPAN = "text-to-image"
 
-# Enough traces of an incident to read it by, and no flood: at 40 spans a request a burst is 800
-# spans, a tenth of the queue, and what follows 8 spans a second.
+# Enough traces to understand an incident: at 40 spans a request the burst is 800 spans, a tenth of
+# the queue, and then 8 spans a second.
 KEPT_BURST = 20
 KEPT_PER_SECOND = 0.2
 
@@ -36,10 +37,11 @@ KeepReason = Literal["failed", "slow", "slow_step"]
 
 @dataclass(frozen=True, slots=True)
 class TraceIdentity:
-    """A request's place in a trace, drawn when it arrives and used when it has ended.
+    """The trace and span id of a request, and the decision on its export.
 
-    `parent` continues a caller's trace; `caller` is a caller that is not trusted to decide for us,
-    and becomes a link. `probability` is that of being exported, given what the caller decided.
+    `parent` is the caller's span, if its trace is continued. `caller` is the span of a caller that
+    is not trusted; it becomes a link. `probability` is that of being exported, given the caller's
+    decision. `may_be_kept` says whether tail sampling may still keep the trace.
     """
 
     trace_id: int
@@ -61,18 +63,18 @@ class TraceIdentity:
 
 @dataclass(frozen=True, slots=True)
 class KeepRules:
-    """What is worth keeping past the ratio: always what failed, and what was slower than this.
+    """Which requests tail sampling keeps: all that failed, and those slower than these limits.
 
     Args:
-        slow_seconds: longest ordinary request, first byte to last.
-        slow_step_ms: longest ordinary denoising step; one slower step is enough.
+        slow_seconds: limit for a request, from its first byte to its last.
+        slow_step_ms: limit for a denoising step; one slower step is enough.
     """
 
     slow_seconds: float | None = None
     slow_step_ms: float | None = None
 
     def reason(self, request: RequestTiming) -> KeepReason | None:
-        """Why a request is worth keeping, or None. What its caller got wrong is no failure."""
+        """Why a request is kept, or None. A mistake of the caller is not a failure."""
         if request.failure is not None and request.failure.server_fault:
             return "failed"
         if self.slow_seconds is not None and request.duration_ns > self.slow_seconds * 1e9:
@@ -88,7 +90,7 @@ class KeepRules:
 
 
 class TokenBucket:
-    """`burst` tokens, refilled at `per_second`; used by one thread."""
+    """`burst` tokens, refilled at `per_second`. For one thread."""
 
     def __init__(
         self,
@@ -110,18 +112,19 @@ class TokenBucket:
         return self._tokens >= 1
 
     def take(self) -> None:
-        """Take a token that is there."""
+        """Take one token. Check `has_token` first."""
         self._tokens -= 1
 
 
-class Sampling:
-    """Both decisions.
+class TraceSampling:
+    """Head and tail sampling.
 
     Args:
-        rate: share of the traces that are exported where nobody decided before.
-        parent_based: whether a caller's decision stands.
-        trust_parent: whether a caller's trace is continued at all; else it becomes a link.
-        keep: the rules by which more is kept, or None: nothing but what the head chose.
+        rate: share of traces to export, where no caller decided.
+        parent_based: whether a caller's decision is followed.
+        trust_parent: whether a caller's trace is continued; otherwise it becomes a link.
+        keep: rules for tail sampling; None: no tail sampling.
+        bucket: limits tail sampling.
     """
 
     def __init__(
@@ -141,8 +144,10 @@ class Sampling:
         self._keep = keep
         self._bucket = bucket or TokenBucket(KEPT_BURST, KEPT_PER_SECOND)
 
-    def decide(self, trace_id: int, span_id: int, caller: SpanContext | None) -> TraceIdentity:
-        """The head decision over a request that has arrived."""
+    def decide_at_start(
+        self, trace_id: int, span_id: int, caller: SpanContext | None
+    ) -> TraceIdentity:
+        """Head sampling, when a request arrives."""
         parent = caller if self.trusts_parent else None
         context = Context()
         if parent is not None:
@@ -155,19 +160,23 @@ class Sampling:
             span_id=span_id,
             exported=result.decision is Decision.RECORD_AND_SAMPLE,
             probability=_callers_probability(parent) if decided_by_caller else self._rate,
-            # An explicit "not sampled" of a caller we trust stays not exported.
+            # The "not sampled" of a trusted caller always holds.
             may_be_kept=self._keep is not None and not decided_by_caller,
             parent=parent,
             caller=None if self.trusts_parent else caller,
         )
 
-    def worth_keeping(self, request: RequestTiming) -> KeepReason | None:
-        """Why a request is worth more than the ratio's word, or None."""
+    def keep_reason(self, request: RequestTiming) -> KeepReason | None:
+        """Why tail sampling wants to keep a request that has ended, or None."""
         return (self._keep or KeepRules()).reason(request)
 
-    def settle(self, identity: TraceIdentity, worth_keeping: bool) -> TraceIdentity:
-        """The decision over a request that has ended. For one thread."""
-        if not (worth_keeping and identity.may_be_kept and self._bucket.has_token):
+    def decide_at_end(self, identity: TraceIdentity, keep: bool) -> TraceIdentity:
+        """Tail sampling, when a request has ended. For one thread.
+
+        Args:
+            keep: whether there is a reason to keep it.
+        """
+        if not (keep and identity.may_be_kept and self._bucket.has_token):
             return identity
         if not identity.exported:
             self._bucket.take()
@@ -175,8 +184,8 @@ class Sampling:
 
 
 def _callers_probability(parent: SpanContext | None) -> float:
-    """What a caller says it sampled with: `th` of the `ot` entry of its tracestate, a threshold of
-    14 hexadecimal digits below which trace ids are rejected. 1 where it says nothing."""
+    """The probability with which the caller sampled: `th` of the `ot` entry of its tracestate, a
+    threshold of 14 hexadecimal digits below which trace ids are rejected. 1 if there is none."""
     entry = "" if parent is None else parent.trace_state.get("ot") or ""
     for field in entry.split(";"):
         name, _, value = field.partition(":")

@@ -1,10 +1,10 @@
 """Span trees: finished records as plain trees, and the one function that emits them.
 
-A tree is data (`SpanNode`) until `emit` turns it into back-dated spans. Children lie inside their
-parents, and siblings do not overlap: spans timed on the GPU's clock are placed on the host's within
-a known error, and `emit` cuts what sticks out by that error. The cut is reported, as
-`inference.clamped_us` and `request.clamped_us`, and so is what no child covers:
-`request.unattributed_ms`.
+A tree is data (`SpanNode`) until `emit` makes back-dated spans of it. Children are inside their
+parents, and siblings do not overlap. Spans timed on the GPU's clock are placed on the host's clock
+within a known error, so they may stick out by that error; `emit` clamps them. The attributes
+`inference.clamped_us` and `request.clamped_us` report the clamping, `request.unattributed_ms` the
+time that no child covers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GATEWAY_SPAN = "prompt-gateway"
 
 @dataclass(frozen=True, slots=True)
 class SpanNode:
-    """A span to be, with its children. Times are Unix nanoseconds."""
+    """A span that is not emitted yet, with its children. Times are Unix nanoseconds."""
 
     name: str
     start_ns: int
@@ -48,22 +48,22 @@ class SpanNode:
     kind: SpanKind = SpanKind.INTERNAL
     links: tuple[Link, ...] = ()
     error: str | None = None
-    """The message of status ERROR; None: the status stays unset."""
+    """The message of status ERROR; None: no status is set."""
     exception: Failure | None = None
     """Recorded as an exception event."""
     clamped_attribute: str | None = None
-    """The attribute that says by how many microseconds children were cut."""
-    says_nothing_clamped: bool = False
-    """Whether that attribute is set where it is 0."""
+    """The attribute with the microseconds by which children were clamped."""
+    reports_zero_clamping: bool = False
+    """Whether that attribute is set even if it is 0."""
 
     @property
     def size(self) -> int:
-        """How many spans the tree has."""
+        """Number of spans in the tree."""
         return 1 + sum(child.size for child in self.children)
 
 
 def emit(tracer: Tracer, context: Context, root: SpanNode) -> None:
-    """Emit a tree: parents start before their children, and end after them.
+    """Emit a tree. Parents start before their children and end after them.
 
     Args:
         context: the root's parent context.
@@ -74,7 +74,7 @@ def emit(tracer: Tracer, context: Context, root: SpanNode) -> None:
 def _emit(
     tracer: Tracer, context: Context, node: SpanNode, lower_ns: int, upper_ns: int
 ) -> tuple[int, int]:
-    """Emit a node cut to [lower_ns, upper_ns]; returns its end, and the ns cut in its tree."""
+    """Emit a node clamped to [lower_ns, upper_ns]; returns its end, and the ns clamped in it."""
     start_ns = min(max(node.start_ns, lower_ns), upper_ns)
     end_ns = min(max(node.end_ns, start_ns), upper_ns)
     span = tracer.start_span(
@@ -90,7 +90,7 @@ def _emit(
     for child in sorted(node.children, key=lambda child: child.start_ns):
         earliest_ns, clamped_in_child = _emit(tracer, inside, child, earliest_ns, end_ns)
         clamped_ns += clamped_in_child
-    if node.clamped_attribute is not None and (clamped_ns or node.says_nothing_clamped):
+    if node.clamped_attribute is not None and (clamped_ns or node.reports_zero_clamping):
         span.set_attribute(node.clamped_attribute, clamped_ns / 1e3)
     if node.exception is not None:
         failure = node.exception
@@ -114,8 +114,8 @@ def request_tree(
     """A request, its stages and its run.
 
     Args:
-        steps: whether every denoising step is a span; `denoise` carries their summary either way.
-        caller: a caller whose trace is not continued, for a link to it.
+        steps: whether every denoising step is a span. `denoise` has their summary in any case.
+        caller: a caller whose trace is not continued; it becomes a link.
     """
     parts = [_stage_node(stage, request.failure) for stage in request.stages]
     if request.run is not None:
@@ -125,7 +125,7 @@ def request_tree(
 
 def gateway_tree(request: RequestTiming, caller: SpanContext | None = None) -> SpanNode:
     """A request as the gateway serves it. Its call to the image app is a tree of its own,
-    `call_node`, for that has an identity of its own."""
+    `call_node`, because the call has its own span id."""
     parts = [_stage_node(stage, request.failure) for stage in request.stages]
     return _root_node(GATEWAY_SPAN, request, parts, caller)
 
@@ -133,7 +133,7 @@ def gateway_tree(request: RequestTiming, caller: SpanContext | None = None) -> S
 def call_node(call: StageTiming, failure: Failure | None, attributes: Attributes) -> SpanNode:
     """A call to another service, the parent of that service's spans.
 
-    To a caller every refusal is an error, as the conventions for clients ask.
+    For a client every refusal is an error, as the conventions require.
     """
     failed = failure if _happened_in(failure, call.start_ns, call.end_ns) else None
     return SpanNode(
@@ -183,7 +183,7 @@ def _stage_node(
     attributes: Attributes | None = None,
     children: tuple[SpanNode, ...] = (),
 ) -> SpanNode:
-    """A stage; the one in which the failure lies has status ERROR, and its parents the event."""
+    """A stage. The stage of the failure has status ERROR; its parents have the exception event."""
     inside = _happened_in(failure, stage.start_ns, stage.end_ns)
     return SpanNode(
         stage.name,
@@ -214,7 +214,7 @@ def _run_node(run: RunTiming, request: RequestTiming, steps: bool) -> SpanNode:
         error=_server_error(failure),
         exception=_server_fault(failure),
         clamped_attribute="inference.clamped_us",
-        says_nothing_clamped=True,
+        reports_zero_clamping=True,
     )
 
 
@@ -226,7 +226,7 @@ def _step_nodes(run: RunTiming) -> tuple[SpanNode, ...]:
             step.end_ns,
             {
                 "inference.step.index": step.index,
-                # The measured duration, whatever clamping does to the drawn one.
+                # The measured duration, without clamping.
                 "inference.step.gpu_ms": step.duration_ns / 1e6,
                 "inference.step.gpu_queue_ms": step.gpu_queue_ns / 1e6,
             },
@@ -271,7 +271,7 @@ def _root_attributes(request: RequestTiming) -> dict[str, AttributeValue]:
         if facts.prompt is not None:
             attributes["prompt.text"] = facts.prompt
     if request.run is None and (reason := slow_reason(request)) is not None:
-        attributes["inference.slow_reason"] = reason  # there is no `inference` span to carry it
+        attributes["inference.slow_reason"] = reason  # there is no `inference` span
     if request.run is not None and request.failure is None:
         attributes["request.unattributed_ms"] = request.unattributed_ns / 1e6
     return attributes
@@ -311,10 +311,10 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, Attribu
 def _gpu_attributes(
     conditions: Sequence[GpuConditions],
 ) -> dict[str, AttributeValue]:
-    """What throttled the GPU during the run, and its slowest clock."""
-    names = sorted(set().union(*(seen.throttle for seen in conditions)))
+    """What throttled the GPU during the run, and its lowest clock."""
+    names = sorted(set().union(*(reading.throttle for reading in conditions)))
     attributes: dict[str, AttributeValue] = {"gpu.throttle_reasons": ",".join(names)}
-    clocks = [seen.sm_clock_mhz for seen in conditions if seen.sm_clock_mhz is not None]
+    clocks = [reading.sm_clock_mhz for reading in conditions if reading.sm_clock_mhz is not None]
     if clocks:
         attributes["gpu.sm_clock_mhz"] = min(clocks)
     highest = conditions[0].max_sm_clock_mhz
@@ -335,7 +335,7 @@ def _error_type(failure: Failure | None) -> Attributes:
 
 
 def _server_fault(failure: Failure | None) -> Failure | None:
-    """The failure, where the service is at fault; a caller's mistake is no error of its span."""
+    """The failure if the service is at fault; a caller's mistake is not an error of the span."""
     return failure if failure is not None and failure.server_fault else None
 
 

@@ -1,8 +1,7 @@
-"""Marks collected while work runs.
+"""Collects marks while work runs.
 
-The thread that owns the model fills a `RunTimeline`, the request's own threads a `RequestTimeline`.
-Neither computes anything while work is under way. `finish()` makes the frozen records of
-`records.py` out of them.
+The thread that owns the model fills a `RunTimeline`, the request's threads a `RequestTimeline`.
+Neither computes anything while work runs. `finish()` makes the frozen records of `records.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from metrics.records import (
 
 
 class Ranges(Protocol):
-    """What shows a run's stages and steps to a profiler that looks on."""
+    """Marks a run's stages and steps for a profiler."""
 
     def stage(self, name: str) -> AbstractContextManager[None]: ...
 
@@ -33,7 +32,7 @@ class Ranges(Protocol):
 
 
 class RunTimeline:
-    """Marks of one run while it works; used by one thread."""
+    """The marks of one run. For one thread."""
 
     def __init__(
         self,
@@ -62,7 +61,7 @@ class RunTimeline:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the enclosed work as a stage; a stage that raises is kept, ended where it raised."""
+        """Time the enclosed work as a stage. A stage that raises is kept and ends there."""
         start = self._clock.mark()
         try:
             with self._ranges.stage(name) if self._ranges else nullcontext():
@@ -71,20 +70,20 @@ class RunTimeline:
             self._stages.append((name, start, self._clock.mark()))
 
     def loop_begins(self) -> None:
-        """The denoising loop is about to start: the start of step 0. N steps need N+1 marks."""
+        """Mark the start of the loop, which is the start of step 0. N steps need N+1 marks."""
         self._step_bounds = [self._clock.mark()]
         if self._ranges:
             self._ranges.step_begins(0)
 
     def step_enqueued(self) -> int:
-        """A step's work has been handed to the device. Returns how many have been so far."""
+        """Mark the end of a step. Returns how many steps have been enqueued."""
         self._step_bounds.append(self._clock.mark())
         if self._ranges:
             self._ranges.step_begins(self.steps_enqueued)
         return self.steps_enqueued
 
     def wait_for_step(self, index: int) -> int:
-        """Block until step `index` has ended on the device; returns its duration in ns."""
+        """Block until step `index` has ended on the device; returns its duration in nanoseconds."""
         start, end = self._step_bounds[index], self._step_bounds[index + 1]
         self._clock.wait(end)
         start_ns, end_ns = self._clock.poll(start), self._clock.poll(end)
@@ -104,12 +103,11 @@ class RunTimeline:
         eager_fallback: bool = False,
         conditions: Sequence[GpuConditions] = (),
     ) -> RunTiming:
-        """Resolve every mark; called once, when all of the run's work is enqueued or has failed.
+        """Resolve every mark and freeze the run's timing. Call it once, at the run's end.
 
-        Waits for the run's last mark, and so for its copy to the host. A device that faults raises
-        here like anywhere else, unless the run has `failed` already: then a device that can no
-        longer answer does not cost the timing, and marks fall back to when the host enqueued
-        them, as the clock's name says.
+        Waits for the run's last mark, and so for its copy to the host. Raises RuntimeError if the
+        device fails. If the run has `failed` already, the marks fall back to the host's times of
+        enqueueing instead, and the clock's name is `host`.
         """
         marks = [mark for _, start, end in self._stages for mark in (start, end)]
         marks += self._step_bounds
@@ -159,10 +157,10 @@ class RunTimeline:
 
 
 class RequestTimeline:
-    """Host moments of one request while it is served.
+    """The stages of one request on the host's clock, while it is served.
 
-    Stages follow one another; they may begin on one thread and end on another, but only one is
-    open at a time.
+    Stages follow one another: one is open at a time. A stage may begin on one thread and end on
+    another.
     """
 
     def __init__(
@@ -177,7 +175,7 @@ class RequestTimeline:
         self._open: tuple[str, int] | None = None
 
     def begin(self, name: str) -> None:
-        """Open a stage now, closing the one before it."""
+        """Close the open stage and open a new one now."""
         self.end()
         self._open = (name, self._monotonic())
 
@@ -198,7 +196,7 @@ class RequestTimeline:
             self.end()
 
     def begin_at_arrival(self, name: str) -> None:
-        """Open the first stage at the request's own start."""
+        """Open the first stage at the request's start."""
         self._open = (name, self._start_ns)
 
     def now_unix_ns(self) -> int:
@@ -226,7 +224,7 @@ class RequestTimeline:
         failure: Failure | None = None,
         image_bytes: int | None = None,
     ) -> RequestTiming:
-        """Close what is open and freeze the request's timing, ending now."""
+        """Close the open stage and freeze the request's timing, which ends now."""
         self.end()
         return RequestTiming(
             endpoint=endpoint,

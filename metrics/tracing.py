@@ -1,13 +1,11 @@
-"""The tracing pipeline: who a request is, and the way its spans take out of the process.
+"""Trace identity and span export.
 
-A private provider passed by hand, never the global one: another library in the process may have
-claimed that (importing fal does), and then nothing would ever be exported. A request's tree is
-built when the request has ended, so the provider itself samples nothing: `identify` draws the ids
-and makes the head decision at the request's start, `settle` has the last word, and `emit` builds
-only what was chosen.
+The provider is private and passed by hand. Another library may have claimed the global one
+(importing fal does), and then nothing would be exported. A request's tree is built after the
+request has ended, so the provider itself samples everything it gets: `identify` draws the ids and
+decides at the start, `decide_at_end` decides at the end, and `emit` builds the chosen trees only.
 
-The books balance: every span that ended was exported, was refused or lost for a reason that is
-counted, or waits.
+Every span is accounted for: it was exported, it was lost with a counted result, or it waits.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from opentelemetry.util.types import Attributes
 from prometheus_client import CollectorRegistry
 
 from metrics.records import RequestTiming
-from metrics.sampling import KeepReason, Sampling, TraceIdentity
+from metrics.sampling import KeepReason, TraceIdentity, TraceSampling
 from metrics.spans import SpanNode, emit
 
 logger = logging.getLogger(__name__)
@@ -52,31 +50,32 @@ SCHEMA_URL = Schemas.V1_44_0.value
 SPANS_PER_REQUEST = 10 + 30
 MOST_SPANS_PER_REQUEST = 10 + 100
 REQUESTS_PER_SECOND = 5
-# A backend that is being redeployed is back within half a minute: until then nothing is lost. What
-# that holds, 8,192 spans of about 1.5 kB, is 12 MB, the most that telemetry ever keeps.
+# While a backend is redeployed, for half a minute, nothing is lost. The queue for that, 8,192 spans
+# of about 1.5 kB, is 12 MB, the most memory that telemetry uses.
 OUTAGE_SECONDS = 30
 MAX_QUEUE_SIZE = 2 ** math.ceil(math.log2(SPANS_PER_REQUEST * REQUESTS_PER_SECOND * OUTAGE_SECONDS))
-# A dozen requests and under 200 kB on the wire, far below every backend's limit; at the highest
-# rate a batch fills in two and a half seconds, so it is the delay that decides when one leaves.
+# A dozen requests and under 200 kB on the wire, far below every backend's limit. At the highest
+# rate a batch fills in two and a half seconds, so the delay below decides when it is exported.
 MAX_EXPORT_BATCH_SIZE = 512
-# How soon a trace can be looked at. It costs at most one small export a second.
+# How soon a trace is visible. It costs at most one small export a second.
 SCHEDULE_DELAY_MILLIS = 1000
 
 PROBABILITY = "sampling.probability"
-"""On every exported span: how likely it was to be exported; 1/p is how many it stands for."""
+"""On every exported span: the probability that it was exported. Its weight is 1/p."""
 
 HONEYCOMB_SAMPLE_RATE = "SampleRate"
-"""The same as Honeycomb reads it, which weighs its counts by it: 1/p as a whole number."""
+"""The weight as Honeycomb reads it: 1/p as an integer."""
 
-SpansSettled = Callable[[str, int], None]
-"""Told a value of `catalogue.SPAN_RESULTS` and how many spans it befell."""
+CountResults = Callable[[str, int], None]
+"""Counts spans by result: a value of `catalogue.SPAN_RESULTS`, and how many spans."""
 
 
 class PresetIds(IdGenerator, Sampler):
-    """What the provider asks when a span starts: gives the ids of the identity in hand to the next
-    root, random ones to the rest, and its probability to all of them.
+    """Gives the next root span the ids of an identity that was drawn before.
 
-    Spans are emitted by one thread at a time (`Tracing.emit` holds a lock), so one slot is enough.
+    The provider calls it when a span starts. All other spans get random ids. Every span gets the
+    identity's probability. One thread at a time emits spans (`Tracing.emit` holds a lock), so one
+    slot is enough.
     """
 
     def __init__(self, honeycomb: bool) -> None:
@@ -85,7 +84,7 @@ class PresetIds(IdGenerator, Sampler):
         self._root: TraceIdentity | None = None
         self._attributes: dict[str, int | float] = {}
 
-    def take(self, identity: TraceIdentity) -> None:
+    def use_for_next_root(self, identity: TraceIdentity) -> None:
         self._root = identity
         self._attributes = {PROBABILITY: identity.probability}
         if self._honeycomb:
@@ -108,7 +107,7 @@ class PresetIds(IdGenerator, Sampler):
         links: Sequence[Link] | None = None,
         trace_state: TraceState | None = None,
     ) -> SamplingResult:
-        """Everything: what is not exported never comes here."""
+        """Sample everything: a trace that is not exported never comes here."""
         parent = trace.get_current_span(parent_context).get_span_context()
         return SamplingResult(
             Decision.RECORD_AND_SAMPLE,
@@ -121,48 +120,48 @@ class PresetIds(IdGenerator, Sampler):
 
 
 class SpanLedger(SpanProcessor):
-    """How many spans have ended, and what became of them. Added up by several threads."""
+    """Accounts for every span: ended, and by result. Safe for several threads."""
 
-    def __init__(self, on_ended: Callable[[int], None], on_settled: SpansSettled) -> None:
+    def __init__(self, on_ended: Callable[[int], None], on_result: CountResults) -> None:
         self._lock = threading.Lock()
         self._on_ended = on_ended
-        self._on_settled = on_settled
+        self._on_result = on_result
         self._closed = False
         self.outstanding = 0
-        """Spans that wait or are on their way."""
+        """Spans in the queue and in the batch on its way."""
 
     def on_end(self, span: ReadableSpan) -> None:
         self._on_ended(1)
         with self._lock:
             self.outstanding += 1
 
-    def never_built(self, count: int, reason: str) -> None:
-        """Spans that would have ended and were given up before."""
+    def count_dropped(self, count: int, reason: str) -> None:
+        """Count spans that were dropped before they were built."""
         self._on_ended(count)
-        self._on_settled(reason, count)
+        self._on_result(reason, count)
 
-    def settle(self, results: Mapping[str, int]) -> None:
-        """Spans that left, by what became of them; too late once the books are closed."""
+    def count_results(self, results: Mapping[str, int]) -> None:
+        """Count spans that left the queue, by result. Does nothing after `close`."""
         with self._lock:
             if self._closed:
                 return
             self.outstanding -= sum(results.values())
         for result, count in results.items():
             if count:
-                self._on_settled(result, count)
+                self._on_result(result, count)
 
     def close(self, reason: str) -> int:
-        """Nothing settles any more; returns how many spans that befell."""
+        """Count all outstanding spans as `reason`; returns how many."""
         with self._lock:
             self._closed = True
             lost, self.outstanding = self.outstanding, 0
         if lost:
-            self._on_settled(reason, lost)
+            self._on_result(reason, lost)
         return lost
 
 
 class _WatchedExporter(SpanExporter):
-    """Enters in the books what became of every batch handed to the exporter it wraps."""
+    """Wraps an exporter and counts the result of every batch."""
 
     def __init__(
         self, exporter: SpanExporter, ledger: SpanLedger, take_rejected: Callable[[], int]
@@ -178,9 +177,11 @@ class _WatchedExporter(SpanExporter):
         finally:
             rejected = min(self._take_rejected(), len(spans))
             if result is SpanExportResult.SUCCESS:
-                self._ledger.settle({"exported": len(spans) - rejected, "rejected": rejected})
+                self._ledger.count_results(
+                    {"exported": len(spans) - rejected, "rejected": rejected}
+                )
             else:
-                self._ledger.settle({"failed": len(spans)})
+                self._ledger.count_results({"failed": len(spans)})
         return result
 
     def shutdown(self) -> None:
@@ -195,11 +196,11 @@ class SpanDestination:
     """Where spans go.
 
     Args:
-        exporter: takes them there.
-        take_rejected: how many spans the backend refused, of batches that it accepted, since it
-            was last asked.
-        honeycomb: whether the backend wants its own sample rate on every span.
-        meter_provider: where the SDK counts its own doings, or None: it does not.
+        exporter: sends them.
+        take_rejected: returns how many spans of accepted batches the backend refused since the last
+            call.
+        honeycomb: whether every span needs Honeycomb's sample rate.
+        meter_provider: for the SDK's metrics of itself; None: it has none.
     """
 
     exporter: SpanExporter
@@ -208,41 +209,68 @@ class SpanDestination:
     meter_provider: MeterProvider | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class BatchSizes:
+    """The batch span processor's queue and batch sizes, in spans, and its delay."""
+
+    queue_size: int = MAX_QUEUE_SIZE
+    export_batch_size: int = MAX_EXPORT_BATCH_SIZE
+    schedule_delay_millis: int = SCHEDULE_DELAY_MILLIS
+
+    @classmethod
+    def chosen(
+        cls,
+        queue_size: int | None = None,
+        export_batch_size: int | None = None,
+        schedule_delay_millis: int | None = None,
+    ) -> BatchSizes:
+        """The sizes given, and the defaults for those that are None."""
+        queue_size = queue_size or MAX_QUEUE_SIZE
+        return cls(
+            queue_size,
+            # The SDK refuses a batch larger than the queue; a small queue means small batches.
+            export_batch_size or min(MAX_EXPORT_BATCH_SIZE, queue_size),
+            schedule_delay_millis or SCHEDULE_DELAY_MILLIS,
+        )
+
+
 class Tracing:
-    """Identities for requests, and a tracer for the spans of those chosen for export.
+    """Draws identities for requests, and exports the trees of the chosen ones.
 
     Args:
-        sampling: which requests are chosen.
-        destination: where spans go, or None: then identities are still drawn (a response and a log
-            line carry a trace id either way) and nothing is exported.
-        resource: what every span is said to come from.
+        sampling: chooses the requests.
+        destination: where spans go. None: nothing is exported, but identities are still drawn,
+            because responses and log lines carry a trace id in any case.
+        resource: describes the process, on every span.
         on_ended: counts spans that ended.
-        on_settled: counts what became of them.
+        on_result: counts spans by result.
+        batches: the batch processor's sizes; None: the defaults.
     """
 
     def __init__(
         self,
-        sampling: Sampling,
+        sampling: TraceSampling,
         destination: SpanDestination | None,
         resource: Resource,
         *,
         on_ended: Callable[[int], None],
-        on_settled: SpansSettled,
+        on_result: CountResults,
         version: str = "",
+        batches: BatchSizes | None = None,
     ) -> None:
         self._sampling = sampling
         self._ids = RandomIdGenerator()
         self._propagator = TraceContextTextMapPropagator()
-        self._ledger = SpanLedger(on_ended, on_settled)
+        self._ledger = SpanLedger(on_ended, on_result)
         self._emitting = threading.Lock()
         self._provider: TracerProvider | None = None
         self._tracer: Tracer | None = None
         self.left_behind = False
-        """Whether a thread still tries to export though the time for it is over."""
+        """Whether a thread still exports although its time at shutdown is over."""
         if destination is not None:
             self._preset_ids = PresetIds(destination.honeycomb)
-            # Shut down by us within a bound: the SDK's own exit hook waits for half a minute on a
-            # dead backend.
+            # `shutdown` is bounded; the SDK's exit hook would wait half a minute for a dead
+            # backend.
             self._provider = TracerProvider(
                 sampler=self._preset_ids,
                 resource=resource,
@@ -252,9 +280,12 @@ class Tracing:
             watched = _WatchedExporter(
                 destination.exporter, self._ledger, destination.take_rejected
             )
-            self._queue_size, batches = _batch_processor(watched, destination.meter_provider)
+            sizes = batches or BatchSizes()
+            self._queue_size = sizes.queue_size
             self._provider.add_span_processor(self._ledger)
-            self._provider.add_span_processor(batches)
+            self._provider.add_span_processor(
+                _batch_processor(watched, sizes, destination.meter_provider)
+            )
             self._tracer = self._provider.get_tracer(SCOPE_NAME, version, schema_url=SCHEMA_URL)
 
     @property
@@ -263,35 +294,34 @@ class Tracing:
 
     @property
     def outstanding(self) -> int:
-        """Spans that wait or are on their way."""
+        """Spans in the queue and in the batch on its way."""
         return self._ledger.outstanding
 
     def identify(self, *carriers: Mapping[str, str]) -> TraceIdentity:
-        """Draw a request's ids and decide on its export.
+        """Draw a request's ids and decide on its export at its start.
 
         Args:
-            carriers: mappings that may hold `traceparent` and `tracestate`, the preferred first.
-                A malformed one is passed over, as the W3C recommendation asks.
+            carriers: mappings that may hold `traceparent` and `tracestate`, in order of precedence.
+                A malformed one is ignored, as the W3C recommendation requires.
         """
-        identity = self._sampling.decide(
+        identity = self._sampling.decide_at_start(
             self._ids.generate_trace_id(), self._ids.generate_span_id(), self._caller(carriers)
         )
         return identity if self.exporting else _never_exported(identity)
 
-    def worth_keeping(self, request: RequestTiming) -> KeepReason | None:
-        """Why a request that has ended is worth more than the ratio's word, or None."""
-        return self._sampling.worth_keeping(request)
+    def keep_reason(self, request: RequestTiming) -> KeepReason | None:
+        """Why tail sampling wants to keep a request that has ended, or None."""
+        return self._sampling.keep_reason(request)
 
-    def settle(self, identity: TraceIdentity, worth_keeping: bool) -> TraceIdentity:
-        """The last word on a request that has ended: whether it is exported, and how likely that
-        was. For one thread."""
-        return self._sampling.settle(identity, worth_keeping)
+    def decide_at_end(self, identity: TraceIdentity, keep: bool) -> TraceIdentity:
+        """Decide on the export of a request that has ended. For one thread."""
+        return self._sampling.decide_at_end(identity, keep)
 
     def emit(self, identity: TraceIdentity, tree: SpanNode) -> bool:
-        """Emit a tree whose root gets the ids of `identity`; returns whether it was queued.
+        """Emit a tree whose root has the ids of `identity`; returns whether it was queued.
 
-        A tree for which the queue has no room is dropped whole. The SDK would drop the oldest spans
-        instead, and leave trees with holes.
+        If the queue has no room, the whole tree is dropped. The SDK would drop the oldest spans
+        instead and leave trees with holes.
         """
         if self._tracer is None or not identity.exported:
             return False
@@ -300,17 +330,17 @@ class Tracing:
             parent = trace.set_span_in_context(trace.NonRecordingSpan(identity.parent), parent)
         with self._emitting:
             if self._ledger.outstanding + tree.size > self._queue_size:
-                self._ledger.never_built(tree.size, "queue_full")
+                self._ledger.count_dropped(tree.size, "queue_full")
                 return False
-            self._preset_ids.take(identity)
+            self._preset_ids.use_for_next_root(identity)
             emit(self._tracer, parent, tree)
         return True
 
     def shutdown(self, budget_seconds: float) -> int:
-        """Export what is queued, for at most `budget_seconds`. Returns how many spans were lost.
+        """Export the queue within `budget_seconds`; returns how many spans were lost.
 
-        The SDK's own flush ignores its time limit, so it runs in a daemon thread that is left
-        behind when the budget is spent.
+        The SDK's flush ignores its time limit, so it runs in a daemon thread that may outlive the
+        budget.
         """
         if self._provider is None:
             return 0
@@ -343,33 +373,24 @@ def _never_exported(identity: TraceIdentity) -> TraceIdentity:
 
 
 def _batch_processor(
-    exporter: SpanExporter, meter_provider: MeterProvider | None
-) -> tuple[int, BatchSpanProcessor]:
-    """The processor and its queue's size: ours where the operator named none; an `OTEL_BSP_*`
-    variable always wins."""
-
-    def chosen(variable: str, ours: int) -> int:
-        return int(os.environ.get(variable) or ours)
-
-    queue_size = chosen("OTEL_BSP_MAX_QUEUE_SIZE", MAX_QUEUE_SIZE)
-    # The SDK refuses a batch larger than the queue; a small queue means small batches.
-    ours = min(MAX_EXPORT_BATCH_SIZE, queue_size)
+    exporter: SpanExporter, sizes: BatchSizes, meter_provider: MeterProvider | None
+) -> BatchSpanProcessor:
     with _self_metrics(meter_provider):
-        return queue_size, BatchSpanProcessor(
+        return BatchSpanProcessor(
             exporter,
-            max_queue_size=queue_size,
-            max_export_batch_size=chosen("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", ours),
-            schedule_delay_millis=chosen("OTEL_BSP_SCHEDULE_DELAY", SCHEDULE_DELAY_MILLIS),
+            max_queue_size=sizes.queue_size,
+            max_export_batch_size=sizes.export_batch_size,
+            schedule_delay_millis=sizes.schedule_delay_millis,
             meter_provider=meter_provider,
         )
 
 
 @contextmanager
 def _self_metrics(meter_provider: MeterProvider | None) -> Iterator[None]:
-    """Within it, parts of the SDK that are made count their own doings on `meter_provider`.
+    """In this context, new parts of the SDK report metrics of themselves to `meter_provider`.
 
-    The SDK knows no other switch than a variable of the environment, read as each part is made. An
-    operator's word stands.
+    The SDK's only switch is an environment variable, which it reads when it creates a part. A value
+    that the operator set is kept.
     """
     name = OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED
     if meter_provider is None or name in os.environ:
@@ -383,8 +404,7 @@ def _self_metrics(meter_provider: MeterProvider | None) -> Iterator[None]:
 
 
 def sdk_metrics(registry: CollectorRegistry) -> MeterProvider:
-    """A provider whose metrics are scraped with `registry`: for the SDK's own health, whose names
-    begin with `otel_sdk_`."""
+    """A provider for the SDK's metrics of itself (`otel_sdk_*`), scraped with `registry`."""
     reader = PrometheusMetricReader(
         disable_target_info=True, scope_info_enabled=False, registry=registry
     )
@@ -392,7 +412,7 @@ def sdk_metrics(registry: CollectorRegistry) -> MeterProvider:
 
 
 def otlp_destination(honeycomb: bool, meter_provider: MeterProvider | None) -> SpanDestination:
-    """The OTLP/HTTP endpoint that the standard `OTEL_EXPORTER_OTLP_*` variables name."""
+    """The OTLP/HTTP endpoint of the standard `OTEL_EXPORTER_OTLP_*` variables."""
     from metrics.otlp import otlp_exporter
 
     with _self_metrics(meter_provider):

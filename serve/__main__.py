@@ -11,7 +11,7 @@ from serve.errors import ConfigurationError
 if TYPE_CHECKING:
     from serve.settings import ServeSettings
 
-DESCRIPTION = "Serve SDXL text-to-image over HTTP. Settings are environment variables; see README."
+DESCRIPTION = "Serve SDXL text-to-image over HTTP. The settings are in docs/settings.md."
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -295,7 +295,7 @@ def _runtime(shapes: Sequence[str]) -> Runtime:
         destination=SpanDestination(Nowhere()),
         resource=build_resource(settings),
         on_ended=runtime.metrics.spans_ended,
-        on_settled=runtime.metrics.spans_settled,
+        on_result=runtime.metrics.span_results,
     )
     runtime.metrics.set_warm_shapes(shapes)
     return runtime

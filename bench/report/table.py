@@ -1,4 +1,4 @@
-"""`python -m bench.report.table`: the README's tables, rendered from the raw results alone.
+"""`python -m bench.report.table`: the tables of docs/performance.md, from the raw results alone.
 
 Ratios come from one run, whose scenarios were timed in interleaved rounds; the interval is a paired
 bootstrap over rounds, seeded, so that the same file gives the same table.
@@ -20,7 +20,7 @@ from bench.report.targets import render as render_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 STACK = ROOT / "bench" / "results" / "h200-2026-11-22-unet-stack.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "bench" / "results"
 FIGURES = ROOT / "bench" / "results" / "cpu-2026-11-24-figures.json"
 
@@ -148,7 +148,7 @@ def render_run(result: BenchResult) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Each table by the name of its place in the README."""
+    """Each table by the name of its place on the page."""
     return {
         "target table": render_targets(RESULTS),
         "bench tables": render_runs(),
@@ -158,7 +158,7 @@ def tables() -> dict[str, str]:
 
 
 def in_place(text: str, name: str) -> tuple[str, str, str]:
-    """The README's text before, in and behind the place called `name`."""
+    """A page's text before, in and behind the place called `name`."""
     before, rest = text.split(f"<!-- {name}: begin -->")
     inside, after = rest.split(f"<!-- {name}: end -->")
     return before, inside.strip(), after
@@ -166,9 +166,11 @@ def in_place(text: str, name: str) -> tuple[str, str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report.table", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the tables into the README")
+    parser.add_argument(
+        "--write", action="store_true", help="put the tables into docs/performance.md"
+    )
     options = parser.parse_args()
-    text = README.read_text()
+    text = PAGE.read_text()
     for name, table in tables().items():
         if f"<!-- {name}: begin -->" in text:
             before, _, after = in_place(text, name)
@@ -176,7 +178,7 @@ def main() -> None:
         if not options.write:
             print(table, end="\n\n")
     if options.write:
-        README.write_text(text)
+        PAGE.write_text(text)
 
 
 if __name__ == "__main__":

@@ -501,7 +501,7 @@ class Runtime:
                     plan.guided,
                     plan.shape,
                 )
-            self._watch.look()  # the GPU has the text to encode
+            self._watch.request_reading()  # the GPU has the text to encode
             with timeline.stage("denoise"):
                 latents = model.denoise(
                     conditioning,
@@ -515,12 +515,12 @@ class Runtime:
                 )
             with timeline.stage("vae_decode"):
                 images = model.decode(latents)
-            self._watch.look()  # all is enqueued, and the GPU as busy as it gets
+            self._watch.request_reading()  # all is enqueued, and the GPU as busy as it gets
             pacer.drain()
             # Waits for the copy to the host.
             run = timeline.finish(
                 eager_fallback=self._count_fallbacks(plan, fallbacks),
-                conditions=self._watch.seen(),
+                conditions=self._watch.readings(),
             )
             for call in calls:
                 call.run = run
@@ -528,7 +528,7 @@ class Runtime:
             failure = self._explain(error)
             run_until_then = None
             if timeline is not None:
-                run_until_then = timeline.finish(failed=True, conditions=self._watch.seen())
+                run_until_then = timeline.finish(failed=True, conditions=self._watch.readings())
             for call in calls:
                 call.run = run_until_then
                 _fail_at_last_stage(call, failure)

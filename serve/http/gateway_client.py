@@ -404,8 +404,8 @@ class Relay:
         self, request: RequestTiming, identity: TraceIdentity, outgoing: _Outgoing | None
     ) -> bool:
         """Whether the gateway's spans are on their way."""
-        kept_for = self.tracing.worth_keeping(request)
-        settled = self.tracing.settle(identity, worth_keeping=kept_for is not None)
+        keep_reason = self.tracing.keep_reason(request)
+        settled = self.tracing.decide_at_end(identity, keep=keep_reason is not None)
         call = request.stage("call")
         own = dataclasses.replace(request, stages=tuple(s for s in request.stages if s is not call))
         queued = settled.exported and self.tracing.emit(settled, gateway_tree(own, settled.caller))

@@ -16,8 +16,8 @@ from metrics.gpu import Gpu
 from metrics.gpu_metrics import GpuMetrics, MemoryUse
 from metrics.peaks import peak_flops
 from metrics.push import MetricsPush
-from metrics.sampling import KeepRules, Sampling
-from metrics.tracing import Tracing, otlp_destination, sdk_metrics
+from metrics.sampling import KeepRules, TraceSampling
+from metrics.tracing import BatchSizes, Tracing, otlp_destination, sdk_metrics
 from serve import __version__
 from serve.settings import ServeSettings
 
@@ -45,12 +45,17 @@ def build_tracing(
         destination=destination,
         resource=resource or build_resource(settings),
         on_ended=metrics.spans_ended,
-        on_settled=metrics.spans_settled,
+        on_result=metrics.span_results,
         version=__version__,
+        batches=BatchSizes.chosen(
+            settings.bsp_max_queue_size,
+            settings.bsp_max_export_batch_size,
+            settings.bsp_schedule_delay,
+        ),
     )
 
 
-def build_sampling(settings: ServeSettings) -> Sampling:
+def build_sampling(settings: ServeSettings) -> TraceSampling:
     """Both decisions: `OTEL_TRACES_SAMPLER` where it is set, else parent-based at the rate.
 
     Always is a ratio of 1 and never one of 0, but whoever says never means it: then nothing is kept
@@ -60,7 +65,7 @@ def build_sampling(settings: ServeSettings) -> Sampling:
     root = sampler.removeprefix("parentbased_")
     rate = {"always_on": 1.0, "always_off": 0.0}.get(root, settings.rate)
     keep = KeepRules(settings.trace_keep_slow_seconds, settings.trace_keep_slow_step_ms)
-    return Sampling(
+    return TraceSampling(
         rate,
         parent_based=sampler.startswith("parentbased_"),
         trust_parent=settings.trace_trust_parent,

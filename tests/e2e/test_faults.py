@@ -40,48 +40,48 @@ class Fault:
     holds: bool = False
 
 
-AGAIN = "tried again for 10 s, then given up"
-ONCE = "given up at once"
+RETRIED = "retried for 10 s, then dropped"
+DROPPED = "dropped at once"
 
 FAULTS = (
     Fault("is healthy", "delivered", "exported"),
-    Fault("refuses connections", AGAIN, "failed", url="http://127.0.0.1:{port}", holds=True),
+    Fault("refuses connections", RETRIED, "failed", url="http://127.0.0.1:{port}", holds=True),
     Fault(
         "accepts and never answers",
-        "given up after 10 s",
+        "dropped after 10 s",
         "failed",
         Answer(seconds=math.inf),
         holds=True,
     ),
     Fault("answers after a second", "delivered", "exported", Answer(seconds=1)),
-    Fault("answers 400", ONCE, "failed", Answer(400)),
-    Fault("answers 401", ONCE, "failed", Answer(401)),
-    Fault("answers 403", ONCE, "failed", Answer(403)),
-    Fault("answers 413", ONCE, "failed", Answer(413)),
+    Fault("answers 400", DROPPED, "failed", Answer(400)),
+    Fault("answers 401", DROPPED, "failed", Answer(401)),
+    Fault("answers 403", DROPPED, "failed", Answer(403)),
+    Fault("answers 413", DROPPED, "failed", Answer(413)),
     Fault(
         "answers 429 with `Retry-After`",
-        "tried again when told to, for 10 s, then given up",
+        "retried after the time it names, for 10 s, then dropped",
         "failed",
         Answer(429, {"Retry-After": "4"}),
         holds=True,
     ),
-    Fault("answers 503", AGAIN, "failed", Answer(503), holds=True),
+    Fault("answers 503", RETRIED, "failed", Answer(503), holds=True),
     Fault(
         "answers 302",
-        "not followed, given up at once",
+        "not followed, dropped at once",
         "failed",
         Answer(302, {"Location": "/other"}),
     ),
     Fault(
-        "takes a batch but for some spans",
+        "accepts a batch except for some spans",
         "the rest delivered",
         "rejected",
         Answer(rejected=1),
     ),
-    Fault("has a certificate nobody vouches for", ONCE, "failed", tls=True),
+    Fault("has a certificate that no trusted authority signed", DROPPED, "failed", tls=True),
     Fault(
         "has a name that does not resolve",
-        AGAIN,
+        RETRIED,
         "failed",
         url="http://backend.invalid:4318",
         holds=True,
@@ -322,14 +322,15 @@ def test_under_fals_runtime() -> None:
             assert ("spans were not exported" in output) == served.fault.holds, output
 
 
-def test_the_readmes_table_is_this_one() -> None:
-    readme = (ROOT / "README.md").read_text()
-    shown = readme.split("<!-- faults: begin -->")[1].split("<!-- faults: end -->")[0]
+@pytest.mark.docs
+def test_the_documented_table_is_this_one() -> None:
+    page = (ROOT / "docs" / "tracing.md").read_text()
+    shown = page.split("<!-- faults: begin -->")[1].split("<!-- faults: end -->")[0]
     assert shown.strip() == rendered().strip()
 
 
 def rendered() -> str:
-    """The table as the README shows it."""
+    """The table as docs/tracing.md shows it."""
     rows = [
         f"| {f.backend} | {f.told} | `{f.result}` | {'`shutdown`' if f.holds else 'nothing'} |"
         for f in FAULTS

@@ -44,6 +44,7 @@ def wait_for_output(process: ServerProcess, text: str, seconds: float = START_SE
         time.sleep(0.05)
 
 
+@pytest.mark.docs
 def test_the_documents_table_is_what_is_asserted() -> None:
     assert sorted(documented_rows()) == sorted(ROWS)
 

@@ -228,6 +228,7 @@ def test_scrape_configs_are_valid(name: str) -> None:
     promtool("check", "config", "--syntax-only", name)
 
 
+@pytest.mark.docs
 def test_every_alert_says_what_it_is_and_where_to_read_on() -> None:
     runbook = (ROOT / "docs" / "runbook.md").read_text()
     paragraphs = dict(re.findall(r"^### (\w+)\n\n(.+?)(?=\n#|\Z)", runbook, re.M | re.S))

@@ -1,9 +1,11 @@
-"""The README's picture of a trace: drawn from exported spans, and of the tree that is exported."""
+"""The README's picture of a trace: it shows the spans that the service exports."""
 
 from __future__ import annotations
 
 import re
 from xml.etree import ElementTree
+
+import pytest
 
 from tests.e2e.trace_picture import PICTURE, draw
 from tests.e2e.transcript import README, in_readme
@@ -43,7 +45,7 @@ SPANS = [
 ]
 
 
-def test_every_span_is_a_bar_where_it_lay() -> None:
+def test_each_span_is_a_bar_at_its_time() -> None:
     picture = ElementTree.fromstring(draw(SPANS))
     bars = {bar.findtext(f"{SVG}title"): bar for bar in picture.iter(f"{SVG}rect")}
     assert list(bars) == [
@@ -65,7 +67,8 @@ def test_every_span_is_a_bar_where_it_lay() -> None:
     assert "100.0 ms" in texts
 
 
-def test_the_picture_in_the_readme_is_of_the_tree_that_is_exported() -> None:
+@pytest.mark.docs
+def test_the_picture_in_the_readme_shows_the_exported_spans() -> None:
     assert str(PICTURE.relative_to(README.parent)) in README.read_text()
     picture = ElementTree.fromstring(PICTURE.read_text())
     drawn = [text.text or "" for text in picture.iter(f"{SVG}text")]

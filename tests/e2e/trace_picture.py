@@ -1,7 +1,7 @@
-"""A trace as a picture, drawn from exported spans: `python -m tests.e2e.trace_picture` serves one
-request, draws what a real OTLP/HTTP endpoint received for it, and writes docs/images/trace.svg.
+"""Draws a trace: `python -m tests.e2e.trace_picture` writes docs/images/trace.svg.
 
-One row a span, in the order of the tree; the steps of a run share a row, for they never overlap.
+It serves one request and draws the spans that a real OTLP/HTTP endpoint received. Each span has a
+row, in the order of the tree. The steps of a run share a row, because they never overlap.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REQUEST = {
 
 WIDTH, NAMES, TIMES, ROW, HEAD = 960, 170, 80, 22, 34
 
-# Legible on white and on black, and told apart by those who see no red and green.
+# Readable on white and on black, and distinguishable with red-green blindness.
 COLOURS = {
     "text-to-image": "#8c8c8c",
     "inference": "#6f7fb5",
@@ -36,7 +36,7 @@ OTHER = "#c9852b"
 
 @dataclass(frozen=True)
 class Axis:
-    """Where a moment of the trace lies in the picture."""
+    """The position of a moment of the trace in the picture."""
 
     start_ns: int
     total_ns: int
@@ -91,20 +91,20 @@ def _rows(spans: list[ReceivedSpan], root: ReceivedSpan) -> list[tuple[int, list
 
 def _bar(span: ReceivedSpan, axis: Axis, y: int, dimmed: bool) -> str:
     milliseconds = (span.end_ns - span.start_ns) / 1e6
-    told = f"{span.name}: {milliseconds:.2f} ms"
+    label = f"{span.name}: {milliseconds:.2f} ms"
     if "inference.step.index" in span.attributes:
-        told = f"step {span.attributes['inference.step.index']}: {milliseconds:.2f} ms"
+        label = f"step {span.attributes['inference.step.index']}: {milliseconds:.2f} ms"
     left, right = axis.x(span.start_ns), axis.x(span.end_ns)
     opacity = "0.55" if dimmed else "1"
     return (
         f'<rect x="{left:.1f}" y="{y + 4}" width="{max(1, right - left):.1f}" height="{ROW - 8}" '
         f'rx="2" fill="{COLOURS.get(span.name, OTHER)}" fill-opacity="{opacity}">'
-        f"<title>{escape(told)}</title></rect>"
+        f"<title>{escape(label)}</title></rect>"
     )
 
 
 def _ruler(axis: Axis, height: int) -> list[str]:
-    """A line every so many milliseconds, nine of them at most."""
+    """At most nine lines, at round numbers of milliseconds."""
     total_ms = axis.total_ns / 1e6
     rounds = (digit * 10**power for power in range(6) for digit in (1, 2, 5))
     step_ms = next(step for step in rounds if total_ms / step < 9)
@@ -124,7 +124,7 @@ def main() -> None:
         self_hosted(settings | {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp.url}) as server,
     ):
         server.wait_until_ready(240)
-        for _ in range(3):  # caches fill
+        for _ in range(3):  # fills caches
             answer = httpx.post(server.url, json=REQUEST, timeout=120)
         answer.raise_for_status()
         PICTURE.write_text(draw(otlp.wait_for_trace(answer.json()["trace_id"])))

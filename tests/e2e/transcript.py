@@ -1,6 +1,6 @@
-"""One real request as the README shows it: `python -m tests.e2e.transcript` writes it there.
+"""The README's example request: `python -m tests.e2e.transcript` writes it there.
 
-The response comes from a server process, the tree from what a real OTLP/HTTP endpoint received.
+A server process gives the response; the tree is what a real OTLP/HTTP endpoint received.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REQUEST = {
 
 
 def record() -> str:
-    """Serve one request and tell it as Markdown."""
+    """Serve one request; returns its transcript as Markdown."""
     with (
         otlp_endpoint() as otlp,
         self_hosted(
@@ -32,7 +32,7 @@ def record() -> str:
         ) as server,
     ):
         server.wait_until_ready(240)
-        httpx.post(server.url, json=REQUEST, timeout=120)  # caches fill
+        httpx.post(server.url, json=REQUEST, timeout=120)  # fills caches
         answer = httpx.post(server.url, json=REQUEST, timeout=120)
         answer.raise_for_status()
         body = answer.json()
@@ -58,7 +58,8 @@ def record() -> str:
 
 
 def tree_with_times(spans: list[ReceivedSpan]) -> list[str]:
-    """The tree of one trace, a line a span: its start after the root's, its duration."""
+    """The tree of one trace, one line a span: its start after the root's start, and its
+    duration."""
     root = next(span for span in spans if span.name == "text-to-image")
     lines = []
 
@@ -66,7 +67,7 @@ def tree_with_times(spans: list[ReceivedSpan]) -> list[str]:
         start_ms = (span.start_ns - root.start_ns) / 1e6
         duration_ms = (span.end_ns - span.start_ns) / 1e6
         name = "  " * depth + span.name
-        lines.append(f"{name:<22} {start_ms:>8.2f} ms {duration_ms:>8.2f} ms{_told(span)}")
+        lines.append(f"{name:<22} {start_ms:>8.2f} ms {duration_ms:>8.2f} ms{_attributes(span)}")
         children = [s for s in spans if s.parent_span_id == span.span_id]
         for child in sorted(children, key=lambda s: (s.start_ns, s.end_ns)):
             add(child, depth + 1)
@@ -75,7 +76,7 @@ def tree_with_times(spans: list[ReceivedSpan]) -> list[str]:
     return lines
 
 
-_TOLD = {
+_SHOWN_ATTRIBUTES = {
     "text-to-image": ("http.response.status_code", "request.unattributed_ms"),
     "inference": ("run.id", "inference.clock"),
     "denoise": ("inference.step.median_ms", "inference.step.slowest_index"),
@@ -83,9 +84,9 @@ _TOLD = {
 }
 
 
-def _told(span: ReceivedSpan) -> str:
+def _attributes(span: ReceivedSpan) -> str:
     pairs = []
-    for key in _TOLD.get(span.name, ()):
+    for key in _SHOWN_ATTRIBUTES.get(span.name, ()):
         value = span.attributes[key]
         if isinstance(value, float):
             value = round(value, 2)
@@ -104,7 +105,7 @@ def _round(timings: dict[str, object]) -> None:
 
 
 def shape(text: str) -> str:
-    """A transcript without what differs from run to run."""
+    """A transcript without the values that differ from run to run."""
     text = re.sub(r"data:image/jpeg;base64,[^\"]*", "data", text)
     text = re.sub(r"\b[0-9a-f]{8,32}(\.\.\.)?", "id", text)
     text = re.sub(r"\d+(\.\d+)?", "0", text)
@@ -112,7 +113,7 @@ def shape(text: str) -> str:
 
 
 def in_readme() -> str:
-    """The transcript that the README shows."""
+    """The transcript in the README."""
     return README.read_text().split(BEGIN)[1].split(END)[0].strip()
 
 

@@ -47,9 +47,9 @@ def work(seconds: float) -> None:
 def test_figures_of_a_busy_gpu(shown: tuple[GenerationMetrics, GpuMetrics, Gpu]) -> None:
     metrics, collector, gpu = shown
     work(0.2)
-    collector.look()
+    collector.read()
     work(2.0)
-    collector.look()
+    collector.read()
     assert value(metrics, "info", name=gpu.identity["hw.name"], uuid=gpu.identity["hw.id"]) == 1
     held = 8192 * 8192 * 2
     allocated, reserved = (
@@ -79,11 +79,11 @@ def test_a_look_is_cheap_and_a_peak_is_known(
     shown: tuple[GenerationMetrics, GpuMetrics, Gpu],
 ) -> None:
     _, collector, gpu = shown
-    collector.look()
+    collector.read()
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        collector.look()
+        collector.read()
         seconds.append(time.perf_counter() - start)
     # Every five seconds, off the request's path: a hundredth of that would still be too much.
     assert sorted(seconds)[10] < 0.05

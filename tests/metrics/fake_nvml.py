@@ -1,4 +1,4 @@
-"""A driver to put in pynvml's place: some GPUs whose conditions a test sets."""
+"""A fake of pynvml: some GPUs whose conditions a test sets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FakeGpu:
 
 
 class FakeNvml:
-    """The part of `pynvml` that is used."""
+    """The part of `pynvml` that the service uses."""
 
     NVMLError = NVMLError
     NVML_CLOCK_SM = 1

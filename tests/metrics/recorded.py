@@ -1,7 +1,7 @@
-"""A day of a service on a GPU that never was, as the catalogue tells it minute by minute.
+"""A day of metrics from a made-up service on a GPU, one sample a minute.
 
-What a machine without a GPU cannot measure, and a past that a test cannot wait for. The samples are
-written by the service's own metrics and collector, so a name that changes there changes here.
+A machine without a GPU cannot measure them, and a test cannot wait a day. The service's own metrics
+and collector write the samples, so a name that changes there changes here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.metrics.timings import FACTS, START_NS, request_timing, run_timing
 
 SHAPE = "1024x1024"
 
-# What fal's documentation says its endpoint tells; all of it are gauges.
+# The metrics of fal's endpoint according to its documentation; all are gauges.
 FAL = """
 fal_app_runners{application="owner/sdxl",state="running",machine_type="GPU-H100"} 1
 fal_app_runners{application="owner/sdxl",state="pending",machine_type="GPU-H100"} 0
@@ -42,7 +42,7 @@ fal_app_request_latency{application="owner/sdxl",le="+Inf"} 50
 """
 
 
-# What Prometheus adds to a scrape, and what the OpenTelemetry SDK tells of itself.
+# Metrics that Prometheus adds to a scrape, and the OpenTelemetry SDK's metrics of itself.
 BESIDE = {
     "up": 1,
     "scrape_duration_seconds": 0.02,
@@ -52,7 +52,7 @@ BESIDE = {
 
 
 def declared_service(registry: CollectorRegistry) -> GenerationMetrics:
-    """Metrics as the runtime declares them, on a GPU that the driver's stand-in has."""
+    """The metrics as the runtime declares them, on a GPU of the fake driver."""
     metrics = GenerationMetrics(
         registry,
         endpoints=ENDPOINTS,
@@ -68,7 +68,7 @@ def declared_service(registry: CollectorRegistry) -> GenerationMetrics:
             lambda: MemoryUse(10 * 2**30, 12 * 2**30, 11 * 2**30),
             lambda: metrics.fault("nvml"),
         )
-    collector.look()
+    collector.read()
     metrics.show(collector)
     peak = peak_flops(gpu.name)
     assert peak is not None
@@ -84,7 +84,7 @@ def declared_service(registry: CollectorRegistry) -> GenerationMetrics:
 
 
 def observe_some(metrics: GenerationMetrics, random: Random) -> None:
-    """A minute's traffic: twenty images, and now and then something else."""
+    """A minute's traffic: twenty images and some failures."""
     facts = dataclasses.replace(FACTS, width=1024, height=1024, num_inference_steps=20)
     for _ in range(20):
         steps = tuple(random.uniform(29, 31) for _ in range(20))
@@ -92,7 +92,7 @@ def observe_some(metrics: GenerationMetrics, random: Random) -> None:
         request = request_timing(run=run, facts=facts)
         end_ns = request.start_ns + round(random.uniform(0.8, 3.2) * 1e9)
         metrics.observe_request(dataclasses.replace(request, end_ns=end_ns), None)
-    metrics.spans_settled("exported", 400)
+    metrics.span_results("exported", 400)
     metrics.pushed("exported")
     for error_type, outcome in (("queue_full", "rejected"), ("client_gone", "cancelled")):
         failure = Failure(error_type, "X", "x", START_NS)
@@ -120,7 +120,7 @@ def samples(end: int, minutes: int) -> Iterator[str]:
 
 
 def exposition() -> str:
-    """What a scrape of such a service renders, as Prometheus text."""
+    """A scrape of such a service as Prometheus text."""
     registry = CollectorRegistry()
     observe_some(declared_service(registry), Random(0))
     return render(registry, "")[0].decode()

@@ -12,13 +12,13 @@ from metrics import buckets
 @pytest.mark.parametrize(
     "family", ["REQUEST", "QUEUE", "STAGE", "STEP", "GPU_QUEUE", "IMAGE_BYTES"]
 )
-def test_every_family_rises(family: str) -> None:
+def test_every_family_is_ascending(family: str) -> None:
     bounds = getattr(buckets, family)
     assert bounds == buckets.checked(bounds)
     assert len(bounds) <= 40
 
 
-def test_step_buckets_are_fine_where_a_tenth_is_an_incident() -> None:
+def test_step_buckets_are_fine_where_a_tenth_matters() -> None:
     for lower, upper in pairwise(buckets.STEP):
         ratio = upper / lower
         if lower >= 0.015 and upper <= 0.070:
@@ -56,17 +56,17 @@ def test_geometric_refuses_nonsense() -> None:
         buckets.geometric(1, 1, 2)
 
 
-def test_a_list_is_read_as_it_is_written() -> None:
+def test_a_list_is_parsed() -> None:
     assert buckets.parse("0.1, 0.25,1") == (0.1, 0.25, 1.0)
 
 
 @pytest.mark.parametrize("wrong", ["", "a", "0.1,", "0.2,0.1", "1e999", "nan"])
-def test_a_wrong_text_is_no_list(wrong: str) -> None:
+def test_a_wrong_text_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"bucket|convert"):
         buckets.parse(wrong)
 
 
-def test_a_list_is_bounded_for_the_scrapes_sake() -> None:
+def test_a_list_has_a_largest_length() -> None:
     most = ",".join(str(bound) for bound in range(1, buckets.MOST_BOUNDS + 1))
     assert len(buckets.parse(most)) == buckets.MOST_BOUNDS
     with pytest.raises(ValueError, match="at most 60"):

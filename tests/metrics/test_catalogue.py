@@ -121,7 +121,7 @@ def failing(error_type: str, outcome: str = "error", **changes: Any) -> Any:
     return dataclasses.replace(timing, **changes)
 
 
-def test_a_rejection_is_a_request_that_no_work_was_done_for(metrics: GenerationMetrics) -> None:
+def test_a_rejection_is_a_request_without_any_work(metrics: GenerationMetrics) -> None:
     metrics.observe_request(failing("queue_full", "rejected", run=None), None)
     metrics.observe_request(failing("deadline_exceeded", run=None), None)
     metrics.observe_request(failing("deadline_exceeded"), None)  # midway
@@ -135,7 +135,9 @@ def test_what_is_not_finite_is_counted(metrics: GenerationMetrics) -> None:
     assert value(metrics, "sdxl_non_finite_outputs_total") == 1
 
 
-def test_a_client_that_leaves_is_counted_by_what_was_going_on(metrics: GenerationMetrics) -> None:
+def test_a_cancelled_request_is_counted_by_when_it_was_cancelled(
+    metrics: GenerationMetrics,
+) -> None:
     metrics.observe_request(failing("internal", "cancelled", run=None), None)
     during = failing("internal", "cancelled")
     before_encoding = [s for s in during.stages if s.name in ("receive", "queue")]
@@ -176,7 +178,8 @@ def test_flops_and_seconds_count_the_same_runs(metrics: GenerationMetrics) -> No
     took = value(metrics, seconds)
     run = run_timing(START_NS)
     assert took == pytest.approx((run.stages[-1].end_ns - run.stages[0].start_ns) / 1e9)
-    # Without guidance half of the batch, and only what was done: no decoding of a run that failed.
+    # Without guidance half of the batch, and only the work that was done: a failed run has no
+    # decode.
     half = dataclasses.replace(run, guidance=False, stages=run.stages[:2])
     metrics.observe_request(request_timing(run=half), None)
     assert value(metrics, flops) == 1310 + 5 + 3 * 50
@@ -189,7 +192,7 @@ def test_flops_and_seconds_count_the_same_runs(metrics: GenerationMetrics) -> No
     assert value(metrics, flops) == 1465 + 2 * 1310
 
 
-def test_a_peak_is_told_where_it_is_known(metrics: GenerationMetrics) -> None:
+def test_a_peak_is_exposed_if_it_is_known(metrics: GenerationMetrics) -> None:
     assert value(metrics, "sdxl_peak_flops_per_second") is None
     metrics.set_peak_flops(989e12)
     assert value(metrics, "sdxl_peak_flops_per_second") == 989e12
@@ -202,12 +205,12 @@ def test_counters_exist_before_their_first_event(metrics: GenerationMetrics) -> 
     assert value(metrics, "sdxl_build_info", version="1") == 1
 
 
-def test_gauges_follow(metrics: GenerationMetrics) -> None:
+def test_gauges_show_the_latest_value(metrics: GenerationMetrics) -> None:
     metrics.request_received()
     metrics.set_waiting(3)
     metrics.set_ready(True)
     metrics.set_warmup_phase("compile", 1.5)
-    metrics.spans_settled("queue_full", 4)
+    metrics.span_results("queue_full", 4)
     metrics.upload_fell_back()
     metrics.prompt_truncated()
     metrics.record_failed()
@@ -224,7 +227,7 @@ def test_gauges_follow(metrics: GenerationMetrics) -> None:
 
 
 def test_the_second_service_of_a_process_keeps_its_metrics_to_itself() -> None:
-    """The shared scrape stays whole, and each service's own tells what it did."""
+    """The shared scrape stays valid, and each service's own scrape has its own metrics."""
     registry = CollectorRegistry()
     first, second = declared(registry), declared(registry)
     second.observe_request(request_timing(), EXEMPLAR)
@@ -247,7 +250,7 @@ def test_a_name_taken_by_a_library_does_not_break_the_service() -> None:
 
 
 class Broken:
-    """Tells a metric until it breaks."""
+    """Shows a metric until it breaks."""
 
     broken = False
 
@@ -281,7 +284,7 @@ def test_a_collector_that_raises_is_left_out_and_counted(metrics: GenerationMetr
     ("wrong_ns", "fault"),
     [(-5, "negative_value"), (float("nan"), "not_a_number"), (float("inf"), "not_a_number")],
 )
-def test_a_clock_that_is_wrong_is_counted_and_spoils_no_sum(
+def test_a_wrong_duration_is_counted_and_not_summed(
     metrics: GenerationMetrics, wrong_ns: float, fault: str
 ) -> None:
     metrics.set_flops("128x96", RunFlops(1, 1, 1))
@@ -300,8 +303,8 @@ def test_a_clock_that_is_wrong_is_counted_and_spoils_no_sum(
     )
     stages = tuple(wrong(stage) for stage in good.stages)
     metrics.observe_request(dataclasses.replace(wrong(good), stages=stages, run=run), EXEMPLAR)
-    # The request, its five stages, the run's three, its steps and their queue times, and perhaps
-    # its time.
+    # The request, its five stages, the run's three, its steps and their queue times, and possibly
+    # its seconds.
     assert value(metrics, "sdxl_telemetry_faults_total", fault=fault) == pytest.approx(16, abs=1)
     metrics.observe_request(good, EXEMPLAR)
     for name in ("sdxl_request_duration_seconds", "sdxl_stage_duration_seconds"):
@@ -365,7 +368,7 @@ def series(metrics: GenerationMetrics) -> int:
     return sum(len(family.samples) for family in metrics.registry.collect())
 
 
-def test_a_profiled_request_is_counted_and_its_times_are_observed_nowhere(
+def test_a_profiled_request_is_counted_and_its_times_are_not_observed(
     metrics: GenerationMetrics,
 ) -> None:
     metrics.set_budget(Budget(1, 0.1, 128 * 96))
@@ -380,7 +383,9 @@ def test_a_profiled_request_is_counted_and_its_times_are_observed_nowhere(
     assert value(metrics, "sdxl_run_seconds_total") == 0
 
 
-def test_why_a_request_was_slow_is_counted_as_its_trace_says(metrics: GenerationMetrics) -> None:
+def test_the_slow_reason_of_a_request_is_counted_as_in_its_trace(
+    metrics: GenerationMetrics,
+) -> None:
     run = dataclasses.replace(run_timing(START_NS), eager_fallback=True)
     request = request_timing(run=run)
     assert slow_reason(request) == "eager_fallback"

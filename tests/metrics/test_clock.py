@@ -1,4 +1,4 @@
-"""Clocks: exact against fakes; the CUDA one's real hardware test is under tests/gpu."""
+"""Clocks, exact against fakes. The CUDA clock's test on hardware is in tests/gpu."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Ticker:
 
 
 class FakeDevice:
-    """A stream in order: events happen when the test says the device got to them."""
+    """A stream in order: the test says when the device reaches an event."""
 
     def __init__(self, host: Ticker, offset_ns: int = 0) -> None:
         self.host = host
@@ -49,7 +49,7 @@ class FakeEvent:
         self.device.host.now_ns = max(self.device.host.now_ns, self.happens_ns)
 
     def elapsed_time(self, end: FakeEvent) -> float:
-        # As CUDA does it: a float32 of milliseconds.
+        # As in CUDA: a float32 of milliseconds.
         return float(np.float32((end.happens_ns - self.happens_ns) / 1e6))
 
 
@@ -61,7 +61,7 @@ def test_wall_anchor_is_centred_and_converts() -> None:
     assert anchor.to_unix(150) == 4_950
 
 
-def test_host_marks_happen_when_asked_for() -> None:
+def test_host_marks_happen_at_the_call() -> None:
     ticker = Ticker()
     clock = HostClock(ticker)
     clock.begin()
@@ -87,7 +87,7 @@ def test_a_mark_that_has_not_happened_polls_as_none_and_never_blocks() -> None:
     assert clock.poll(mark) == mark.enqueued_ns + 5_000_000
 
 
-def test_wait_blocks_until_the_device_is_there() -> None:
+def test_wait_blocks_until_the_device_reaches_the_mark() -> None:
     host = Ticker()
     device = FakeDevice(host)
     clock = CudaEventClock(device.new_event, host)
@@ -120,7 +120,7 @@ def test_resolving_places_marks_behind_the_host_and_synchronises_once() -> None:
     assert abs(resolved.drift_ns) < 1_000
 
 
-def test_a_late_host_shows_as_drift_and_not_as_device_time() -> None:
+def test_a_late_host_is_drift_and_not_device_time() -> None:
     host = Ticker()
     device = FakeDevice(host)
     clock = CudaEventClock(device.new_event, host)

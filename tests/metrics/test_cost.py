@@ -1,7 +1,6 @@
-"""What telling costs: limits that a busy machine keeps. `python -m bench micro` measures it.
+"""Telemetry overhead: limits that also hold on a busy machine. `python -m bench micro` measures it.
 
-Time is the thread's own on the processor, the least of several: what others take of the machine
-shows in neither.
+The time is the thread's own CPU time, the least of several, so other processes do not affect it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def least_cpu_seconds(work: Callable[[], object], times: int) -> float:
         work()
         return time.thread_time() - start
 
-    # Coverage's tracer would be most of what is measured.
+    # Coverage's tracer would take most of the time.
     tracer = sys.gettrace()
     sys.settrace(None)
     try:
@@ -64,19 +63,19 @@ def populated() -> GenerationMetrics:
     return metrics
 
 
-def test_a_scrape_is_small_and_quick(populated: GenerationMetrics) -> None:
+def test_a_scrape_is_small_and_fast(populated: GenerationMetrics) -> None:
     body, _ = render(populated.registry, OPENMETRICS)
     assert body.count(b" # {") > 200
     assert len(body) < 300_000
-    # 20 ms on a quiet core; twice that on one whose other half is somebody else's.
+    # 20 ms on an idle core; twice that on a core whose other hyperthread is busy.
     seconds = least_cpu_seconds(lambda: render(populated.registry, OPENMETRICS), 10)
     assert seconds < 0.040
 
 
-def test_a_request_is_recorded_in_no_time(populated: GenerationMetrics) -> None:
+def test_recording_a_request_is_fast(populated: GenerationMetrics) -> None:
     run = dataclasses.replace(run_timing(START_NS, (30.0,) * 30), shape=str(DEMO_SHAPES[0]))
     request = request_timing(run=run)
     exemplar = {"trace_id": "a" * 32, "span_id": "b" * 16}
-    # 200 us on a quiet core, with 30 steps, their queue times and nine other observations.
+    # 200 us on an idle core, with 30 steps, their queue times and nine other observations.
     seconds = least_cpu_seconds(lambda: populated.observe_request(request, exemplar), 200)
     assert seconds < 0.000_400

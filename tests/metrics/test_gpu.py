@@ -74,7 +74,7 @@ def test_without_binding_or_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPat
         (0xFFF, set(THROTTLE_REASONS)),
     ],
 )
-def test_conditions_name_what_holds_the_gpu_back(
+def test_conditions_name_what_throttles_the_gpu(
     monkeypatch: pytest.MonkeyPatch, reasons: int, names: set[str]
 ) -> None:
     fake = FakeGpu(reasons=reasons, sm_clock_mhz=1200)
@@ -92,7 +92,7 @@ def test_a_driver_that_does_not_answer_is_counted_and_raises_nowhere() -> None:
     assert gpu.failures == 3
 
 
-def test_the_bits_are_the_bindings() -> None:
+def test_the_reason_bits_match_the_binding() -> None:
     pynvml = pytest.importorskip("pynvml")
     bits = {
         "power_cap": pynvml.nvmlClocksEventReasonSwPowerCap,

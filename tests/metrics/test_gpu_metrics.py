@@ -1,4 +1,4 @@
-"""The GPU as metrics, against a driver that answers, lacks something, fails midway or hangs."""
+"""The GPU's metrics, against a driver that answers, lacks a figure, fails later or hangs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEMORY = MemoryUse(allocated=10 * 2**30, reserved=12 * 2**30, peak=11 * 2**30)
 
 
 class Shown:
-    """A service's metrics with a GPU's among them."""
+    """A service's metrics with a GPU's."""
 
     def __init__(self, gpu: FakeGpu, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "pynvml", nvml)
@@ -61,8 +61,8 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
     return Shown(gpu, FakeNvml(gpu), monkeypatch)
 
 
-def test_everything_a_gpu_tells(shown: Shown) -> None:
-    shown.collector.look()
+def test_every_figure_of_a_gpu(shown: Shown) -> None:
+    shown.collector.read()
     assert shown.value("info", name="NVIDIA H100", uuid=shown.gpu.uuid) == 1
     assert shown.value("memory_allocated_bytes") == MEMORY.allocated
     assert shown.value("memory_reserved_bytes") == MEMORY.reserved
@@ -92,20 +92,20 @@ def test_without_a_gpu_everything_is_absent_and_not_zero() -> None:
     assert b"sdxl_gpu" not in body
 
 
-def test_without_the_binding_torchs_memory_is_told() -> None:
+def test_without_the_binding_torchs_memory_is_shown() -> None:
     metrics = declared(CollectorRegistry())
     metrics.show(GpuMetrics(None, lambda: MEMORY, lambda: metrics.fault("nvml")))
     names = {family.name for family in metrics.registry.collect()}
-    told = {name for name in names if name.startswith("sdxl_gpu")}
+    shown = {name for name in names if name.startswith("sdxl_gpu")}
     kinds = ("allocated", "reserved", "peak")
-    assert told == {f"sdxl_gpu_memory_{kind}_bytes" for kind in kinds}
+    assert shown == {f"sdxl_gpu_memory_{kind}_bytes" for kind in kinds}
 
 
 def test_what_a_gpu_does_not_have_is_absent_and_no_fault(shown: Shown) -> None:
     shown.gpu.has_gpm = False
     shown.gpu.silent.add("nvmlDeviceGetUtilizationRates")
-    shown.collector.look()
-    shown.collector.look()
+    shown.collector.read()
+    shown.collector.read()
     missing = {"tensor_activity_ratio", "sm_activity_ratio", "utilization_ratio"}
     assert missing.isdisjoint(shown.names())
     assert "power_watts" in shown.names()
@@ -113,9 +113,9 @@ def test_what_a_gpu_does_not_have_is_absent_and_no_fault(shown: Shown) -> None:
 
 
 def test_a_driver_that_fails_midway_is_counted_and_leaves_the_rest(shown: Shown) -> None:
-    shown.collector.look()
+    shown.collector.read()
     shown.gpu.silent |= {"nvmlDeviceGetPowerUsage", "nvmlGpmMetricsGet"}
-    shown.collector.look()
+    shown.collector.read()
     assert shown.faults == 2
     assert "power_watts" not in shown.names()
     assert "tensor_activity_ratio" not in shown.names()
@@ -123,37 +123,37 @@ def test_a_driver_that_fails_midway_is_counted_and_leaves_the_rest(shown: Shown)
     body, _ = render(shown.metrics.registry, OPENMETRICS)
     assert list(text_string_to_metric_families(body.decode()))
     shown.gpu.silent.clear()
-    shown.collector.look()
+    shown.collector.read()
     assert shown.value("power_watts") == 650
     assert shown.value("tensor_activity_ratio") == pytest.approx(0.6)
     assert shown.nvml.samples_held == 1
 
 
-def test_samples_of_activity_are_given_back(shown: Shown) -> None:
+def test_samples_of_activity_are_freed(shown: Shown) -> None:
     for _ in range(5):
-        shown.collector.look()
+        shown.collector.read()
     assert shown.nvml.samples_held == 1
     shown.gpu.silent.add("nvmlGpmSampleGet")
-    shown.collector.look()
+    shown.collector.read()
     assert shown.nvml.samples_held == 1
 
 
 def test_a_binding_that_raises_anything_breaks_nothing(
     shown: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown.collector.look()
+    shown.collector.read()
 
     def broken(*_: Any) -> Any:
         raise OSError("the library went away")
 
     monkeypatch.setattr(shown.nvml, "nvmlDeviceGetTemperatureV", broken, raising=False)
-    shown.collector.look()
+    shown.collector.read()
     assert "temperature_celsius" not in shown.names()
     assert shown.faults == 1
 
 
-def test_an_old_reading_says_nothing_about_now(shown: Shown) -> None:
-    shown.collector.look()
+def test_a_stale_reading_is_not_shown(shown: Shown) -> None:
+    shown.collector.read()
     shown.now += 60
     assert shown.value("power_watts") is None
     assert shown.value("memory_allocated_bytes") == MEMORY.allocated
@@ -170,7 +170,7 @@ def watching(shown: Shown) -> Iterator[Shown]:
     assert not shown.collector._thread.is_alive()
 
 
-def test_a_driver_that_hangs_costs_a_scrape_nothing(
+def test_a_driver_that_hangs_does_not_delay_a_scrape(
     watching: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging, released = threading.Event(), threading.Event()
@@ -192,7 +192,7 @@ def test_a_driver_that_hangs_costs_a_scrape_nothing(
     released.set()
 
 
-def test_the_thread_looks_at_once_and_lets_its_samples_go(watching: Shown) -> None:
+def test_the_thread_reads_at_once_and_frees_its_samples(watching: Shown) -> None:
     watching.collector.start()
     watching.collector.start()
     for _ in range(1000):

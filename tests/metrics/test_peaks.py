@@ -40,10 +40,10 @@ def test_a_gpu_is_known_by_its_name(name: str, tflops: float) -> None:
         "NVIDIA GeForce RTX 4090 D",
     ],
 )
-def test_no_figure_is_better_than_another_gpus(name: str) -> None:
+def test_an_unknown_gpu_has_no_peak(name: str) -> None:
     assert peak_flops(name) is None
 
 
-def test_what_the_operator_states_goes_before_the_table() -> None:
+def test_the_operators_value_overrides_the_table() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", 500) == 500e12
     assert peak_flops("", 2.5) == 2.5e12

@@ -58,7 +58,7 @@ def point(push: list[ReceivedPoint], name: str, **attributes: str) -> ReceivedPo
     return found
 
 
-def test_a_push_says_what_a_scrape_says(endpoint: OtlpEndpoint) -> None:
+def test_a_push_has_the_values_of_a_scrape(endpoint: OtlpEndpoint) -> None:
     metrics = metrics_of_one_request()
     assert pushing(metrics, endpoint.url).push()
     [push] = endpoint.pushes
@@ -86,7 +86,7 @@ def test_a_push_says_what_a_scrape_says(endpoint: OtlpEndpoint) -> None:
         assert sorted(pushed) == sorted(series), family.name
 
 
-def test_delta_tells_what_happened_since_the_last_push_that_arrived(
+def test_a_delta_is_since_the_last_push_that_arrived(
     endpoint: OtlpEndpoint,
 ) -> None:
     metrics = metrics_of_one_request()
@@ -117,7 +117,7 @@ def test_delta_tells_what_happened_since_the_last_push_that_arrived(
         assert metrics.registry.get_sample_value("sdxl_otlp_pushes_total", labels) == count
 
 
-def test_a_clock_that_steps_back_makes_no_interval_end_before_it_began(
+def test_an_interval_does_not_end_before_its_start_if_the_clock_steps_back(
     endpoint: OtlpEndpoint,
 ) -> None:
     metrics = metrics_of_one_request()
@@ -143,7 +143,7 @@ def test_it_pushes_by_itself_and_once_more_at_the_end(endpoint: OtlpEndpoint) ->
     assert point(endpoint.pushes[-1], "sdxl_images").value == 2
 
 
-def test_a_dead_backend_costs_a_count_and_a_bounded_end() -> None:
+def test_pushes_to_a_dead_backend_are_counted_and_the_end_is_bounded() -> None:
     metrics = metrics_of_one_request()
     push = pushing(metrics, f"http://127.0.0.1:{free_port()}", period_seconds=0.01)
     push.start()
@@ -157,7 +157,7 @@ def test_a_dead_backend_costs_a_count_and_a_bounded_end() -> None:
     assert time.monotonic() - start < 5
 
 
-def test_an_end_without_a_start_is_none() -> None:
+def test_an_end_without_a_start_does_nothing() -> None:
     pushing(metrics_of_one_request(), "http://127.0.0.1:1").end(1)
 
 
@@ -169,7 +169,7 @@ def test_an_end_without_a_start_is_none() -> None:
         (Answer(status=307, headers={"Location": "http://127.0.0.1:9/"}), "failed"),
     ],
 )
-def test_what_a_backend_thinks_of_it_is_counted(answer: Answer, result: str) -> None:
+def test_pushes_are_counted_by_the_backends_answer(answer: Answer, result: str) -> None:
     metrics = metrics_of_one_request()
     with otlp_endpoint(answer) as endpoint:
         assert pushing(metrics, endpoint.url).push() is (result == "partial")

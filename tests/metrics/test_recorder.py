@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from metrics.catalogue import GenerationMetrics
 from metrics.recorder import Recorder, StepSpans
 from metrics.records import Failure, WarmupTiming
-from metrics.sampling import KeepRules, Sampling
+from metrics.sampling import KeepRules, TraceSampling
 from metrics.tracing import SpanDestination, Tracing
 from tests.metrics.timings import START_NS, request_timing
 
@@ -31,11 +31,11 @@ def recorder(
     )
     exporter = InMemorySpanExporter()
     tracing = Tracing(
-        Sampling(rate, keep=KeepRules()),
+        TraceSampling(rate, keep=KeepRules()),
         SpanDestination(exporter),
         Resource.create({}),
         on_ended=metrics.spans_ended,
-        on_settled=metrics.spans_settled,
+        on_result=metrics.span_results,
     )
     return Recorder(tracing, metrics, steps), tracing, exporter, registry
 
@@ -77,7 +77,7 @@ def test_a_failure_to_record_is_counted_and_raises_nowhere(
     assert "could not be recorded" in caplog.text
 
 
-def test_what_comes_after_the_end_is_counted() -> None:
+def test_a_request_after_the_end_is_counted() -> None:
     rec, tracing, _, registry = recorder()
     rec.close(5)
     rec.record(request_timing(), tracing.identify())
@@ -93,7 +93,7 @@ def test_the_warm_up_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_a_failed_request_is_exported_once_whatever_the_ratio_said(rate: float) -> None:
+def test_a_failed_request_is_exported_once_whatever_the_ratio(rate: float) -> None:
     rec, tracing, exporter, registry = recorder(rate)
     identity = tracing.identify()
     rec.record(request_timing(failure=FAILED, status_code=500, outcome="error"), identity)
@@ -109,7 +109,7 @@ def test_a_failed_request_is_exported_once_whatever_the_ratio_said(rate: float) 
     assert ended == len(exporter.get_finished_spans())
 
 
-def test_a_refused_request_is_no_failure_of_ours() -> None:
+def test_a_refused_request_is_not_kept_as_a_failure() -> None:
     rec, tracing, exporter, _ = recorder(rate=0.0)
     refused = replace(FAILED, server_fault=False)
     rec.record(request_timing(failure=refused, status_code=429), tracing.identify())
@@ -117,8 +117,8 @@ def test_a_refused_request_is_no_failure_of_ours() -> None:
     assert exporter.get_finished_spans() == ()
 
 
-def test_a_weighted_count_of_what_arrived_is_what_was_served() -> None:
-    """300 requests of which a tenth failed; the bucket keeps 20 of them past the ratio."""
+def test_the_weights_of_exported_traces_add_up_to_the_requests() -> None:
+    """300 requests of which a tenth failed; the bucket keeps 20 of them despite the ratio."""
     rec, tracing, exporter, registry = recorder(rate=0.3, steps="summary")
     count = 300
     for number in range(count):
@@ -127,7 +127,7 @@ def test_a_weighted_count_of_what_arrived_is_what_was_served() -> None:
     rec.close(20)
     roots = [span for span in exporter.get_finished_spans() if span.name == "text-to-image"]
     weighted = sum(1 / probability(root) for root in roots)
-    # Five standard deviations of those that the ratio decided over.
+    # Five standard deviations of the requests that the ratio decided.
     assert weighted == pytest.approx(count, abs=5 * (count * 0.7 / 0.3) ** 0.5)
     kept = [root for root in roots if (root.attributes or {}).get("error.type")]
     assert {probability(root) for root in kept} <= {0.3, 1.0}
@@ -151,7 +151,9 @@ def probability(span: ReadableSpan) -> float:
         ("summary", Failure("internal", "E", "m", START_NS), 0),
     ],
 )
-def test_whose_steps_are_spans(steps: StepSpans, failure: Failure | None, seen: int) -> None:
+def test_which_requests_have_step_spans(
+    steps: StepSpans, failure: Failure | None, seen: int
+) -> None:
     rec, tracing, exporter, _ = recorder(steps=steps)
     rec.record(request_timing(failure=failure), tracing.identify())
     rec.close(5)
@@ -170,7 +172,7 @@ def test_a_request_with_a_reason_to_be_slow_shows_its_steps() -> None:
     assert "denoise_step" in {span.name for span in exporter.get_finished_spans()}
 
 
-def test_a_start_that_failed_is_kept() -> None:
+def test_a_failed_start_is_kept() -> None:
     rec, _, exporter, _ = recorder(rate=0.0)
     rec.record_warmup(WarmupTiming(START_NS, START_NS + 1, ()), {})
     rec.record_warmup(WarmupTiming(START_NS, START_NS + 1, (), FAILED), {"model.name": "demo"})
@@ -179,7 +181,7 @@ def test_a_start_that_failed_is_kept() -> None:
     assert (span.attributes or {})["error.type"] == "internal"
 
 
-def test_an_exemplar_leads_to_a_trace_that_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exemplar_leads_to_an_exported_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, str] | None] = []
     monkeypatch.setattr(
         GenerationMetrics, "observe_request", lambda self, request, exemplar: seen.append(exemplar)

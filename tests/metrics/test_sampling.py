@@ -1,4 +1,4 @@
-"""Both decisions over a trace, and that what is kept can be counted."""
+"""Head and tail sampling, and the weights of exported traces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from opentelemetry.trace import SpanContext, TraceFlags, TraceState
 
 from metrics.records import Failure
-from metrics.sampling import KeepRules, Sampling, TokenBucket, TraceIdentity
+from metrics.sampling import KeepRules, TokenBucket, TraceIdentity, TraceSampling
 from tests.metrics.timings import START_NS, request_timing
 
 FAILED = Failure("internal", "E", "m", START_NS)
@@ -36,8 +36,10 @@ def caller(sampled: bool, tracestate: str = "") -> SpanContext:
     )
 
 
-def decided(sampling: Sampling, parent: SpanContext | None = None) -> TraceIdentity:
-    return sampling.decide(random.getrandbits(128) or 1, random.getrandbits(64) or 1, parent)
+def decided(sampling: TraceSampling, parent: SpanContext | None = None) -> TraceIdentity:
+    return sampling.decide_at_start(
+        random.getrandbits(128) or 1, random.getrandbits(64) or 1, parent
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def decided(sampling: Sampling, parent: SpanContext | None = None) -> TraceIdent
         (KeepRules(slow_step_ms=12), None),  # its slowest step takes 12 ms
     ],
 )
-def test_slow_is_slower_than_said(rules: KeepRules, expected: str | None) -> None:
+def test_slow_is_slower_than_the_limit(rules: KeepRules, expected: str | None) -> None:
     request = request_timing()
     assert request.duration_ns == 51_000_000
     assert rules.reason(request) == expected
@@ -62,41 +64,41 @@ def test_a_failure_is_kept_and_a_refusal_is_not() -> None:
     assert KeepRules(slow_step_ms=1).reason(replace(request_timing(), run=None)) is None
 
 
-def test_what_is_worth_it_is_kept_though_the_ratio_said_no() -> None:
-    sampling = Sampling(0.0, keep=KeepRules())
+def test_a_request_with_a_keep_reason_is_kept_despite_the_ratio() -> None:
+    sampling = TraceSampling(0.0, keep=KeepRules())
     identity = decided(sampling)
     assert not identity.exported
-    assert not sampling.settle(identity, worth_keeping=False).exported
-    kept = sampling.settle(identity, worth_keeping=True)
+    assert not sampling.decide_at_end(identity, keep=False).exported
+    kept = sampling.decide_at_end(identity, keep=True)
     assert kept == replace(identity, exported=True, probability=1.0)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 @pytest.mark.parametrize("sampled", [True, False])
-def test_a_trusted_caller_is_obeyed_both_ways(rate: float, sampled: bool) -> None:
-    sampling = Sampling(rate, keep=KeepRules())
+def test_a_trusted_callers_decision_is_followed(rate: float, sampled: bool) -> None:
+    sampling = TraceSampling(rate, keep=KeepRules())
     identity = decided(sampling, caller(sampled))
     assert identity.exported == sampled
     assert (identity.trace_id, identity.parent) == (0xABC, caller(sampled))
-    assert sampling.settle(identity, worth_keeping=True).exported == sampled
+    assert sampling.decide_at_end(identity, keep=True).exported == sampled
 
 
 def test_a_sampler_that_is_not_parent_based_decides_by_itself() -> None:
-    identity = decided(Sampling(1.0, parent_based=False), caller(sampled=False))
+    identity = decided(TraceSampling(1.0, parent_based=False), caller(sampled=False))
     assert identity.exported
     assert identity.trace_id == 0xABC
-    assert not decided(Sampling(0.0, parent_based=False), caller(sampled=True)).exported
+    assert not decided(TraceSampling(0.0, parent_based=False), caller(sampled=True)).exported
 
 
 @pytest.mark.parametrize("sampled", [True, False])
 def test_a_caller_that_is_not_trusted_decides_nothing(sampled: bool) -> None:
-    sampling = Sampling(0.0, trust_parent=False, keep=KeepRules())
+    sampling = TraceSampling(0.0, trust_parent=False, keep=KeepRules())
     identity = decided(sampling, caller(sampled))
     assert identity.trace_id != 0xABC
     assert identity.parent is None
     assert identity.caller == caller(sampled)
     assert not identity.exported
-    assert sampling.settle(identity, worth_keeping=True).exported
+    assert sampling.decide_at_end(identity, keep=True).exported
 
 
 @pytest.mark.parametrize(
@@ -114,16 +116,16 @@ def test_a_caller_that_is_not_trusted_decides_nothing(sampled: bool) -> None:
     ],
 )
 def test_a_callers_own_probability_is_carried_on(tracestate: str, probability: float) -> None:
-    identity = decided(Sampling(0.3), caller(True, tracestate))
+    identity = decided(TraceSampling(0.3), caller(True, tracestate))
     assert identity.probability == pytest.approx(probability)
 
 
 def test_the_bucket_bounds_what_an_incident_keeps() -> None:
     clock = Seconds()
-    sampling = Sampling(0.0, keep=KeepRules(), bucket=TokenBucket(3, 0.5, clock))
+    sampling = TraceSampling(0.0, keep=KeepRules(), bucket=TokenBucket(3, 0.5, clock))
 
     def kept(count: int) -> int:
-        return sum(sampling.settle(decided(sampling), True).exported for _ in range(count))
+        return sum(sampling.decide_at_end(decided(sampling), True).exported for _ in range(count))
 
     assert kept(10) == 3
     clock.now += 2
@@ -136,25 +138,25 @@ def test_the_bucket_bounds_what_an_incident_keeps() -> None:
     assert kept(10) == 3
 
 
-def test_what_the_ratio_chose_costs_no_token_and_is_exported_once() -> None:
-    sampling = Sampling(1.0, keep=KeepRules(), bucket=TokenBucket(1, 0, Seconds()))
+def test_a_trace_that_the_ratio_chose_costs_no_token() -> None:
+    sampling = TraceSampling(1.0, keep=KeepRules(), bucket=TokenBucket(1, 0, Seconds()))
     for _ in range(5):
         identity = decided(sampling)
-        settled = sampling.settle(identity, worth_keeping=True)
+        settled = sampling.decide_at_end(identity, keep=True)
         assert settled == identity
     assert settled.probability == 1.0
 
 
-def test_without_a_token_the_ratios_word_and_weight_stand() -> None:
-    sampling = Sampling(0.5, keep=KeepRules(), bucket=TokenBucket(0, 0, Seconds()))
+def test_without_a_token_the_ratios_decision_and_weight_hold() -> None:
+    sampling = TraceSampling(0.5, keep=KeepRules(), bucket=TokenBucket(0, 0, Seconds()))
     identity = decided(sampling)
-    assert sampling.settle(identity, worth_keeping=True) == identity
+    assert sampling.decide_at_end(identity, keep=True) == identity
     assert identity.probability == 0.5
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.25, 1.0])
 def test_the_ratio_holds(rate: float) -> None:
-    sampling = Sampling(rate)
+    sampling = TraceSampling(rate)
     count = 20_000
     chosen = sum(decided(sampling).exported for _ in range(count))
     assert chosen / count == pytest.approx(rate, abs=5 * (rate * (1 - rate) / count) ** 0.5)
@@ -162,22 +164,22 @@ def test_the_ratio_holds(rate: float) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 200, 10**9])
 def test_weights_add_up_over_any_mix(tokens: int) -> None:
-    """Requests of which a tenth failed, of which a bucket keeps none, some or all."""
+    """A tenth of the requests failed, and the bucket keeps none, some or all of these."""
     generator = random.Random(7)
     rate, count = 0.2, 20_000
     clock = Seconds()
-    sampling = Sampling(rate, keep=KeepRules(), bucket=TokenBucket(tokens, 0.05, clock))
+    sampling = TraceSampling(rate, keep=KeepRules(), bucket=TokenBucket(tokens, 0.05, clock))
     weights = {True: 0.0, False: 0.0}
     truth = {True: 0, False: 0}
     for _ in range(count):
         clock.now += 1
         failed = generator.random() < 0.1
         truth[failed] += 1
-        settled = sampling.settle(decided(sampling), worth_keeping=failed)
+        settled = sampling.decide_at_end(decided(sampling), keep=failed)
         if settled.exported:
             weights[failed] += 1 / settled.probability
     for failed, true_count in truth.items():
-        # Five standard deviations of a count of which each was there with the rate or surely.
+        # Five standard deviations; each request was exported with the rate's probability or surely.
         deviation = (true_count * (1 - rate) / rate) ** 0.5
         assert weights[failed] == pytest.approx(true_count, abs=5 * deviation)
     if tokens == 10**9:
@@ -189,7 +191,7 @@ def test_weights_add_up_over_any_mix(tokens: int) -> None:
     st.integers(1, 10),
     st.floats(0.01, 5),
 )
-def test_a_bucket_never_gives_more_than_it_was_given(
+def test_a_bucket_never_gives_more_than_its_tokens(
     events: list[tuple[float, bool]], burst: int, per_second: float
 ) -> None:
     clock = Seconds()

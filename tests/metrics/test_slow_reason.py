@@ -1,4 +1,4 @@
-"""Why a request was slow: what each reason takes, and what takes precedence."""
+"""Why a request was slow: the condition of each reason, and which comes first."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def run_on(clock: str = "cuda", enqueue_ms: Callable[[int], float] = lambda _: 2
         timeline.loop_begins()
         for index in range(STEPS):
             host.now_ns += round(enqueue_ms(index) * MS)
-            # The device works through what it is given, in order: it ends a step's time after the
-            # later of the step before it and the last of the step's own kernels.
+            # The device works in order. It ends a step after the later of two moments, the end of
+            # the step before and the enqueueing of the step's last kernel, plus the step's time.
             free_ns = max(free_ns + STEP_MS * MS, host.now_ns)
             device.lag_ns = max(0, free_ns - host.now_ns)
             if clock == "host":
@@ -53,7 +53,7 @@ def request_of(run: RunTiming | None, **stage_ms: float) -> RequestTiming:
     return replace(request_timing(), stages=stages, run=run)
 
 
-def test_a_fed_gpu_is_no_reason() -> None:
+def test_a_gpu_with_a_full_queue_is_no_reason() -> None:
     run = run_on()
     assert min(step.gpu_queue_ns for step in run.steps[2:]) > STEP_MS * MS
     assert slow_reason(request_of(run)) is None
@@ -71,7 +71,7 @@ def test_one_long_stall_of_the_host_starves_it_too() -> None:
     assert slow_reason(request_of(stalled)) == "host_starved"
 
 
-def test_a_step_that_was_slow_on_a_fed_gpu_is_not_the_hosts_fault() -> None:
+def test_a_slow_step_with_a_full_queue_is_not_the_hosts_fault() -> None:
     run = run_on()
     at = run.steps[6]
     slow = replace(at, end_ns=at.end_ns + 300 * MS)
@@ -102,7 +102,7 @@ def test_a_queue_time_within_the_clocks_error_is_none() -> None:
         (GpuConditions(frozenset({"hardware_thermal"})), "gpu_throttled"),
     ],
 )
-def test_a_gpu_that_is_held_back(conditions: GpuConditions, expected: str | None) -> None:
+def test_a_throttled_gpu(conditions: GpuConditions, expected: str | None) -> None:
     run = replace(run_on(), conditions=(GpuConditions(), conditions))
     assert slow_reason(request_of(run)) == expected
 

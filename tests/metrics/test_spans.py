@@ -1,4 +1,4 @@
-"""The tree: names, bounds, failures. Property tests over generated timings."""
+"""The span tree: names, bounds, failures. Property tests over generated timings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def parent_name(spans: list[ReadableSpan], span: ReadableSpan) -> str | None:
 
 
 def assert_nested(spans: list[ReadableSpan]) -> None:
-    """Nothing leaves its parent, and siblings do not overlap."""
+    """Assert that children are inside their parents and siblings do not overlap."""
     by_id = {span.context.span_id: span for span in spans if span.context}
     children: dict[int, list[ReadableSpan]] = {}
     for span in spans:
@@ -125,13 +125,13 @@ def test_attributes_of_the_root_and_the_run() -> None:
     assert step["inference.step.gpu_ms"] == 10
 
 
-def test_the_prompt_is_recorded_only_where_the_operator_said_so() -> None:
+def test_the_prompt_is_recorded_only_if_turned_on() -> None:
     facts = dataclasses.replace(FACTS, prompt="a red circle")
     root = named(emitted(request_timing(facts=facts)), "text-to-image")
     assert dict(root.attributes or {})["prompt.text"] == "a red circle"
 
 
-def test_a_server_fault_marks_the_path_to_where_it_fell() -> None:
+def test_a_server_fault_marks_the_path_to_its_stage() -> None:
     run = run_timing(START_NS + 3 * MS)
     denoise = run.stage("denoise")
     assert denoise is not None
@@ -147,7 +147,7 @@ def test_a_server_fault_marks_the_path_to_where_it_fell() -> None:
     assert dict(event.attributes or {})["exception.type"] == "OutOfMemoryError"
 
 
-def test_a_callers_fault_is_told_but_is_no_error_of_ours() -> None:
+def test_a_callers_fault_is_recorded_without_an_error_status() -> None:
     failure = Failure("queue_full", "QueueFull", "full", START_NS + MS, server_fault=False)
     spans = emitted(request_timing(failure=failure, status_code=429, outcome="rejected"))
     assert {s.status.status_code for s in spans} == {StatusCode.UNSET}
@@ -193,7 +193,7 @@ def test_a_caller_that_is_not_trusted_is_a_link() -> None:
     assert not named(emitted(request_timing()), "text-to-image").links
 
 
-def test_the_run_says_what_the_gpu_went_through() -> None:
+def test_the_run_has_the_gpus_conditions() -> None:
     run = dataclasses.replace(
         run_timing(START_NS + 3 * MS),
         eager_fallback=True,
@@ -202,12 +202,12 @@ def test_the_run_says_what_the_gpu_went_through() -> None:
             GpuConditions(frozenset({"thermal", "power_cap"}), 1200, 1980),
         ),
     )
-    told = dict(named(emitted(request_timing(run=run)), "inference").attributes or {})
-    assert told["gpu.throttle_reasons"] == "power_cap,thermal"
-    assert told["gpu.sm_clock_mhz"] == 1200
-    assert told["gpu.sm_clock_max_mhz"] == 1980
-    assert told["inference.eager_fallback"] is True
-    assert told["inference.slow_reason"] == "eager_fallback"
+    attributes = dict(named(emitted(request_timing(run=run)), "inference").attributes or {})
+    assert attributes["gpu.throttle_reasons"] == "power_cap,thermal"
+    assert attributes["gpu.sm_clock_mhz"] == 1200
+    assert attributes["gpu.sm_clock_max_mhz"] == 1980
+    assert attributes["inference.eager_fallback"] is True
+    assert attributes["inference.slow_reason"] == "eager_fallback"
     plain = dict(named(emitted(request_timing()), "inference").attributes or {})
     assert not {"gpu.throttle_reasons", "inference.slow_reason"} & plain.keys()
 
@@ -246,7 +246,7 @@ moments = st.integers(START_NS - 100 * MS, START_NS + 200 * MS)
 
 @st.composite
 def intervals(draw: st.DrawFn) -> tuple[int, int]:
-    """Two moments in order, which may lie anywhere: clocks disagree, runs fail midway."""
+    """Two moments in order, anywhere: clocks disagree, runs fail midway."""
     first, second = sorted((draw(moments), draw(moments)))
     return first, second
 

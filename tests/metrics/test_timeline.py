@@ -80,7 +80,7 @@ def test_a_failed_run_keeps_the_work_that_ran() -> None:
     assert run.stages[1].duration_ns == 10
 
 
-def test_a_device_that_no_longer_answers_does_not_cost_the_timing() -> None:
+def test_a_lost_device_does_not_lose_the_timing() -> None:
     host = Ticker()
     device = FakeDevice(host)
     clock = CudaEventClock(device.new_event, host)
@@ -99,7 +99,7 @@ def test_a_device_that_no_longer_answers_does_not_cost_the_timing() -> None:
     assert run.stages[0].duration_ns == 1_000
 
 
-def test_waiting_for_a_step_tells_its_duration() -> None:
+def test_waiting_for_a_step_returns_its_duration() -> None:
     host = Ticker()
     device = FakeDevice(host)
     timeline = run_timeline(CudaEventClock(device.new_event, host), host)
@@ -137,7 +137,7 @@ def test_request_stages_follow_one_another() -> None:
 
 
 def test_unattributed_time_is_what_nothing_covers() -> None:
-    # Between the run and the image encoding lies 1 ms in the fixture, and nowhere else.
+    # The fixture has 1 ms between the run and the image encoding, and no other gap.
     assert request_timing().unattributed_ns == 1_000_000
 
 
@@ -145,7 +145,7 @@ def test_a_stepped_system_clock_moves_a_request_as_a_whole() -> None:
     ticker = Ticker()
     timeline = RequestTimeline(WallAnchor(unix_ns=500_000, monotonic_ns=ticker.now_ns), ticker)
     ticker.now_ns += 100
-    # Whatever time.time_ns() says now, the request's own anchor stands.
+    # The request's own anchor counts, whatever time.time_ns() returns now.
     assert timeline.now_unix_ns() == 500_100
 
 
@@ -155,16 +155,16 @@ class Aborted(Exception):
 
 @dataclass(frozen=True)
 class Script:
-    """A run as it might go: what the host and the device take over each piece of work, in us."""
+    """A made-up run: the time of the host and of the device for each piece of work, in us."""
 
     clock: str
     text_us: tuple[int, int]
     steps_us: tuple[tuple[int, int], ...]
     decode_us: tuple[int, int]
     late_us: int
-    """How late the host comes back to ask."""
+    """How late the host resolves the marks."""
     fails_after: int | None
-    """The piece of work behind which the run fails."""
+    """The piece of work after which the run fails."""
 
 
 works = st.tuples(st.integers(0, 5_000), st.integers(0, 80_000))
@@ -180,7 +180,7 @@ scripts = st.builds(
 
 
 def play(script: Script) -> tuple[RequestTiming, list[int]]:
-    """The request of a scripted run, and what each of its steps truly took."""
+    """The request of a scripted run, and the true time of each of its steps."""
     host = Ticker()
     device = FakeDevice(host)
     clock = HostClock(host)
@@ -238,7 +238,7 @@ def play(script: Script) -> tuple[RequestTiming, list[int]]:
             host.now_ns += 500
     with request.stage("respond"):
         host.now_ns += 500
-    told = request.finish(
+    finished = request.finish(
         endpoint="/",
         method="POST",
         status_code=500 if failed else 200,
@@ -246,7 +246,7 @@ def play(script: Script) -> tuple[RequestTiming, list[int]]:
         run=timing,
         failure=failure,
     )
-    return told, truth
+    return finished, truth
 
 
 def assert_true(script: Script) -> None:
@@ -261,21 +261,21 @@ def assert_true(script: Script) -> None:
     spans = emitted(request)
     assert_nested(spans)
     assert sum(span.name == "denoise_step" for span in spans) == len(truth)
-    # What is cut off is no more than the clock says it may be wrong by, at every end of a span.
+    # The clamping is at most the clock's error bound, at each end of a span.
     cut_ns = dict(named(spans, "inference").attributes or {})["inference.clamped_us"] * 1e3  # type: ignore[operator]
     assert cut_ns <= (run.error_bound_ns + 200) * 2 * len(spans)
 
 
 @given(scripts)
 @settings(max_examples=500, deadline=None)
-def test_any_run_is_told_as_it_was_on_either_clock(script: Script) -> None:
+def test_the_record_of_any_run_is_true_on_either_clock(script: Script) -> None:
     assert_true(script)
 
 
 @pytest.mark.slow
 @given(scripts)
 @settings(max_examples=10_000, deadline=None)
-def test_any_of_many_runs_is_told_as_it_was(script: Script) -> None:
+def test_the_records_of_many_runs_are_true(script: Script) -> None:
     assert_true(script)
 
 

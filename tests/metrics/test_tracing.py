@@ -1,4 +1,4 @@
-"""Identities, head decisions, export and shutdown, with the SDK's real processor."""
+"""Trace identity, head sampling, export and shutdown, with the SDK's real processor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import CollectorRegistry
 
 from metrics.catalogue import SPAN_RESULTS, render
-from metrics.sampling import KeepRules, Sampling, TraceIdentity
+from metrics.sampling import KeepRules, TraceIdentity, TraceSampling
 from metrics.spans import SpanNode, request_tree
 from metrics.tracing import (
     HONEYCOMB_SAMPLE_RATE,
@@ -29,6 +29,7 @@ from metrics.tracing import (
     MOST_SPANS_PER_REQUEST,
     PROBABILITY,
     SPANS_PER_REQUEST,
+    BatchSizes,
     SpanDestination,
     Tracing,
     sdk_metrics,
@@ -40,23 +41,27 @@ UNSAMPLED_PARENT = PARENT[:-2] + "00"
 
 
 def tracing(
-    exporter: SpanExporter | None, rate: float = 1.0, **destination: Any
+    exporter: SpanExporter | None,
+    rate: float = 1.0,
+    batches: BatchSizes | None = None,
+    **destination: Any,
 ) -> tuple[Tracing, Counter[str]]:
-    """A pipeline, and its books: spans by what became of them, and all that ended."""
-    books: Counter[str] = Counter()
+    """A pipeline, and its counts: spans by result, and all that ended."""
+    counts: Counter[str] = Counter()
 
-    def on_settled(result: str, count: int) -> None:
+    def on_result(result: str, count: int) -> None:
         assert result in SPAN_RESULTS
-        books[result] += count
+        counts[result] += count
 
     pipeline = Tracing(
-        Sampling(rate, keep=KeepRules()),
+        TraceSampling(rate, keep=KeepRules()),
         None if exporter is None else SpanDestination(exporter, **destination),
         Resource.create({}),
-        on_ended=lambda count: books.update(ended=count),
-        on_settled=on_settled,
+        on_ended=lambda count: counts.update(ended=count),
+        on_result=on_result,
+        batches=batches,
     )
-    return pipeline, books
+    return pipeline, counts
 
 
 def emit_two(pipeline: Tracing, identity: TraceIdentity | None = None) -> bool:
@@ -85,16 +90,16 @@ def test_a_callers_context_is_continued() -> None:
     assert child.parent.span_id == identity.span_id
 
 
-def test_an_unsampled_caller_is_obeyed() -> None:
+def test_an_unsampled_callers_decision_is_followed() -> None:
     exporter = InMemorySpanExporter()
-    pipeline, books = tracing(exporter)
+    pipeline, counts = tracing(exporter)
     identity = pipeline.identify({"traceparent": UNSAMPLED_PARENT})
     assert not identity.exported
     assert identity.trace_id_hex == PARENT[3:35]
     emit_two(pipeline, identity)
     assert pipeline.shutdown(5) == 0
     assert exporter.get_finished_spans() == ()
-    assert books == {}
+    assert counts == {}
 
 
 @given(st.text(max_size=80))
@@ -133,7 +138,7 @@ def test_the_ratio_holds(rate: float) -> None:
     pipeline.shutdown(1)
 
 
-def test_the_global_provider_plays_no_part() -> None:
+def test_the_global_provider_is_not_used() -> None:
     from opentelemetry import trace
 
     before = trace.get_tracer_provider()
@@ -157,23 +162,23 @@ class SilentExporter(SpanExporter):
         return SpanExportResult.FAILURE
 
 
-def test_shutdown_is_bounded_and_says_what_was_lost(caplog: pytest.LogCaptureFixture) -> None:
+def test_shutdown_is_bounded_and_logs_what_was_lost(caplog: pytest.LogCaptureFixture) -> None:
     exporter = SilentExporter()
-    pipeline, books = tracing(exporter)
+    pipeline, counts = tracing(exporter)
     for _ in range(3):
         emit_two(pipeline)
     start = time.monotonic()
     lost = pipeline.shutdown(0.3)
     assert time.monotonic() - start < 2
     assert lost == 6
-    assert books == {"ended": 6, "shutdown": 6}
+    assert counts == {"ended": 6, "shutdown": 6}
     assert [r.message for r in caplog.records if "spans were not exported" in r.message] == [
         "6 spans were not exported within the 0.3 s allowed at shutdown"
     ]
     assert pipeline.left_behind
     exporter.released.set()
     exporter.answered.wait(5)
-    assert books == {"ended": 6, "shutdown": 6}  # what is told too late is not told twice
+    assert counts == {"ended": 6, "shutdown": 6}  # a late result is not counted twice
 
 
 class RaisingExporter(SpanExporter):
@@ -182,16 +187,15 @@ class RaisingExporter(SpanExporter):
 
 
 def test_a_failing_exporter_is_counted(caplog: pytest.LogCaptureFixture) -> None:
-    pipeline, books = tracing(RaisingExporter())
+    pipeline, counts = tracing(RaisingExporter())
     emit_two(pipeline)
     assert pipeline.shutdown(5) == 0
-    assert books == {"ended": 2, "failed": 2}
+    assert counts == {"ended": 2, "failed": 2}
 
 
-def test_the_operators_batch_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "100")
+def test_the_operators_batch_settings_win() -> None:
     exporter = InMemorySpanExporter()
-    pipeline, _ = tracing(exporter)
+    pipeline, _ = tracing(exporter, batches=BatchSizes.chosen(queue_size=100))
     for _ in range(40):
         emit_two(pipeline)
     pipeline.shutdown(5)
@@ -212,7 +216,7 @@ def test_ids_of_one_trace_do_not_leak_into_the_next() -> None:
     assert roots == [identity.span_id for identity in identities]
 
 
-def test_the_batch_sizes_are_what_requests_come_to() -> None:
+def test_the_batch_sizes_follow_from_the_requests() -> None:
     assert (
         request_tree(request_timing(run=run_timing(START_NS, (10,) * 30))).size == SPANS_PER_REQUEST
     )
@@ -223,7 +227,7 @@ def test_the_batch_sizes_are_what_requests_come_to() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.25, 1.0])
-def test_every_span_says_how_likely_it_was(rate: float) -> None:
+def test_every_span_has_its_probability(rate: float) -> None:
     exporter = InMemorySpanExporter()
     pipeline, _ = tracing(exporter, rate, honeycomb=True)
     while not emit_two(pipeline):
@@ -235,7 +239,7 @@ def test_every_span_says_how_likely_it_was(rate: float) -> None:
         assert span.attributes[HONEYCOMB_SAMPLE_RATE] == round(1 / rate)
 
 
-def test_honeycombs_rate_is_for_honeycomb() -> None:
+def test_only_honeycomb_gets_its_sample_rate() -> None:
     exporter = InMemorySpanExporter()
     pipeline, _ = tracing(exporter)
     emit_two(pipeline)
@@ -244,24 +248,21 @@ def test_honeycombs_rate_is_for_honeycomb() -> None:
         assert set(span.attributes or {}) == {PROBABILITY}
 
 
-def test_a_full_queue_gives_up_whole_trees_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "110")
-    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "20")
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "1")
+def test_a_full_queue_drops_whole_trees_and_counts_them() -> None:
     exporter = SilentExporter()
-    pipeline, books = tracing(exporter)
+    pipeline, counts = tracing(exporter, batches=BatchSizes(110, 20, 1))
     handed_over = sum(emit_two(pipeline) for _ in range(100))
     assert handed_over == 55  # what waits and what is on its way never exceed the queue's size
     assert pipeline.outstanding == 110
-    assert books == {"ended": 200, "queue_full": 90}
+    assert counts == {"ended": 200, "queue_full": 90}
     exporter.released.set()
     assert pipeline.shutdown(10) == 0
-    assert books == {"ended": 200, "queue_full": 90, "failed": 110}
+    assert counts == {"ended": 200, "queue_full": 90, "failed": 110}
 
 
 def test_memory_is_bounded_whatever_the_backend_does() -> None:
     exporter = SilentExporter()
-    pipeline, books = tracing(exporter)
+    pipeline, counts = tracing(exporter)
     request = request_timing(run=run_timing(START_NS, (10,) * 30))
 
     def emit(count: int) -> None:
@@ -278,27 +279,27 @@ def test_memory_is_bounded_whatever_the_backend_does() -> None:
     assert full < 40e6
     assert after - full < 1e6
     assert peak - full < 1e6
-    assert books["ended"] == 3300 * SPANS_PER_REQUEST
+    assert counts["ended"] == 3300 * SPANS_PER_REQUEST
     exporter.released.set()
     pipeline.shutdown(0.1)
 
 
-def test_a_partial_success_is_booked_as_what_it_is() -> None:
-    pipeline, books = tracing(InMemorySpanExporter(), take_rejected=iter((1, 0)).__next__)
+def test_the_rejected_spans_of_a_partial_success_are_counted() -> None:
+    pipeline, counts = tracing(InMemorySpanExporter(), take_rejected=iter((1, 0)).__next__)
     emit_two(pipeline)
     pipeline.shutdown(5)
-    assert books == {"ended": 2, "exported": 1, "rejected": 1}
+    assert counts == {"ended": 2, "exported": 1, "rejected": 1}
 
 
-def test_the_sdks_own_metrics_reach_the_registry_and_nothing_else_does(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_sdks_own_metrics_reach_the_registry_and_nothing_else_does() -> None:
     from opentelemetry.metrics import get_meter_provider
 
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "60000")
     before = get_meter_provider()
     registry = CollectorRegistry()
-    pipeline, _ = tracing(InMemorySpanExporter(), meter_provider=sdk_metrics(registry))
+    batches = BatchSizes(schedule_delay_millis=60_000)
+    pipeline, _ = tracing(
+        InMemorySpanExporter(), batches=batches, meter_provider=sdk_metrics(registry)
+    )
     emit_two(pipeline)
 
     def scraped(name: str) -> float:

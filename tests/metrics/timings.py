@@ -1,4 +1,4 @@
-"""Finished timings for tests of what tells of them."""
+"""Finished timings for the tests of spans and metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FACTS = GenerationFacts("demo", 12, 3, 5.0, 128, 96, 7)
 
 
 def run_timing(start_ns: int, step_ms: tuple[float, ...] = (10, 12, 11)) -> RunTiming:
-    """A run with 2 ms of text encoding before its steps and 5 ms of decoding behind them."""
+    """A run with 2 ms of text encoding before its steps and 5 ms of decoding after them."""
     at = start_ns + 1 * MS
     text = StageTiming("text_encode", at, at + 2 * MS)
     denoise_start = at = text.end_ns + MS

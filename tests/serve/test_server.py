@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from metrics.records import RequestTiming
-from metrics.sampling import Sampling, TraceIdentity
+from metrics.sampling import TraceIdentity, TraceSampling
 from serve import server
 from serve.engine.runtime import Runtime
 from serve.engine.startup import State
@@ -118,7 +118,7 @@ def test_a_caller_that_is_not_trusted_is_linked_to(
     linked: str,
 ) -> None:
     identities: list[TraceIdentity] = []
-    monkeypatch.setattr(runtime.tracing, "_sampling", Sampling(trust_parent=False))
+    monkeypatch.setattr(runtime.tracing, "_sampling", TraceSampling(trust_parent=False))
     monkeypatch.setattr(
         runtime.recorder, "record", lambda timing, identity: identities.append(identity)
     )

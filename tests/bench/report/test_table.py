@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 
 from bench.harness.result_file import NotRun
-from bench.report.table import README, in_place, is_shown, ratio_interval, render_run, tables
+from bench.report.table import PAGE, in_place, is_shown, ratio_interval, render_run, tables
 from tests.bench.made_up import GPU, result, scenario
 
 
-@pytest.mark.parametrize("name", ["gpu table", "cpu table", "bench tables"])
-def test_the_readme_shows_what_the_results_say(name: str) -> None:
-    assert in_place(README.read_text(), name)[1] == tables()[name]
+@pytest.mark.docs
+@pytest.mark.parametrize("name", ["gpu table", "target table", "cpu table", "bench tables"])
+def test_the_page_shows_what_the_results_say(name: str) -> None:
+    assert in_place(PAGE.read_text(), name)[1] == tables()[name]
 
 
 def test_a_ratio_lies_in_its_interval() -> None:
@@ -55,7 +56,7 @@ def test_a_run_is_one_table_in_the_order_of_its_stack() -> None:
     assert "not accuracy-qualified" in render_run(random_weights)
 
 
-def test_a_full_size_model_on_a_cpu_is_not_in_the_readme() -> None:
+def test_a_full_size_model_on_a_cpu_is_not_on_the_page() -> None:
     measured = result(scenario("documented", [20.0] * 3))
     assert is_shown(measured)
     work = replace(measured.workload, model="random:sdxl-base")

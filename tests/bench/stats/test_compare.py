@@ -287,6 +287,7 @@ def test_stages_can_be_asked_for(tmp_path: Path, capsys: Capture) -> None:
     assert encode["reason"] == "image_encode was not measured on both"
 
 
+@pytest.mark.docs
 def test_the_documented_comparison_is_that_of_its_file(capsys: Capture) -> None:
     assert main(["compare", str(NO_CHANGE)]) == 0
     page = (NO_CHANGE.parents[2] / "docs" / "bench.md").read_text()

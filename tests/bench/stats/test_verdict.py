@@ -76,6 +76,7 @@ def test_one_commit_against_itself_on_a_machine_that_others_used() -> None:
     assert rates.wrong_way == 0
 
 
+@pytest.mark.docs
 def test_the_documented_rates_are_those_on_record() -> None:
     recorded = [Rates(**row) for row in json.loads(error_rates.OUT.read_text())["rates"]]
     page = (error_rates.OUT.parents[2] / "docs" / "bench.md").read_text()

@@ -22,7 +22,7 @@ from opentelemetry.trace import SpanContext, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import CollectorRegistry, generate_latest
 
-from metrics.sampling import Sampling
+from metrics.sampling import TraceSampling
 from serve.http import gateway_client as relay_module
 from serve.http.asgi import install
 from serve.http.gateway_client import Relay, Target, _threshold, tidy_prompt
@@ -210,7 +210,7 @@ def test_how_likely_it_was_sampled_is_told_further_on(
         ask(image_app)
         told = image_app.asked[-1][1]["trace_context"]
     assert told["tracestate"] == "ot=th:4"
-    caller = Sampling(1.0).decide(0, 0, _span_context(told))
+    caller = TraceSampling(1.0).decide_at_start(0, 0, _span_context(told))
     assert caller.probability == 0.75
     probabilities = {span.attributes["sampling.probability"] for span in otlp.spans}
     assert probabilities == {0.75}
@@ -225,7 +225,7 @@ def _span_context(carrier: dict[str, str]) -> SpanContext:
 def test_a_probability_comes_back_as_it_was_told(probability: float) -> None:
     state = {"traceparent": "00-" + "1" * 32 + "-" + "2" * 16 + "-01"}
     state["tracestate"] = "ot=" + _threshold(probability)
-    told = Sampling(1.0).decide(0, 0, _span_context(state)).probability
+    told = TraceSampling(1.0).decide_at_start(0, 0, _span_context(state)).probability
     assert told == pytest.approx(probability, abs=1e-15)
 
 

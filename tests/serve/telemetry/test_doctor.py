@@ -919,11 +919,12 @@ def test_the_command_says_ok_problem_or_wrong_settings() -> None:
         assert all(len(line) <= 100 for line in result.stdout.splitlines())
 
 
-README = Path(__file__).resolve().parents[3] / "README.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "tracing.md"
 
 
-def test_the_readme_shows_what_the_doctor_says() -> None:
-    block = README.read_text().split("<!-- doctor: begin -->\n```console\n")[1]
+@pytest.mark.docs
+def test_the_documentation_shows_what_the_doctor_says() -> None:
+    block = PAGE.read_text().split("<!-- doctor: begin -->\n```console\n")[1]
     *lines, _ = block.split("```\n<!-- doctor: end -->")[0].split("\n")
     exports = [line.removeprefix("$ export ") for line in lines if line.startswith("$ export ")]
     environment = {

@@ -46,13 +46,13 @@ def test_the_standard_samplers(
     values = {"OTEL_TRACES_SAMPLER": sampler, "OTEL_TRACES_SAMPLER_ARG": argument}
     sampling = build_sampling(ServeSettings.model_validate(values))
     assert sampling.sampler.get_description().startswith(description)
-    kept = sampling.settle(sampling.decide(2**128 - 1, 1, None), worth_keeping=True).exported
+    kept = sampling.decide_at_end(sampling.decide_at_start(2**128 - 1, 1, None), keep=True).exported
     assert kept == (sampler not in ("always_off", "parentbased_always_off"))
 
 
 def test_fals_rate_is_the_ratio() -> None:
     sampling = build_sampling(ServeSettings.model_validate({"OTEL_SAMPLE_RATE": 0.0}))
-    assert not sampling.decide(1, 1, None).exported
+    assert not sampling.decide_at_start(1, 1, None).exported
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The families of metrics, by what they are about: requests, runs, the process."""

@@ -1,0 +1,184 @@
+"""Metrics of requests: durations, images, failures, the latency budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from metrics.buckets import BucketFamilies
+from metrics.budget import Budget
+from metrics.families.observing import CountFault, Exemplar, labelled, observe
+from metrics.records import RequestTiming
+from metrics.slow_reason import SLOW_REASONS, slow_reason
+
+OTHER_ENDPOINT = "other"
+"""The label of an endpoint that the server did not declare."""
+
+CANCELLED_DURING = ("waiting", "running", "answering")
+"""When a client disconnected: before its run, during it, or after the image was drawn."""
+
+BUDGET_RESULTS = ("within", "over")
+
+
+class RequestMetrics:
+    """Durations, results and failures of requests."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        families: BucketFamilies,
+        count_fault: CountFault,
+        endpoints: Sequence[str],
+        outcomes: Sequence[str],
+        error_types: Sequence[str],
+        rejections: Sequence[str],
+    ) -> None:
+        self._count_fault = count_fault
+        self._error_types = frozenset(error_types)
+        self._rejections = frozenset(rejections)
+        self.budget: Budget | None = None
+
+        duration = Histogram(
+            "sdxl_request_duration_seconds",
+            "Time from a request's first byte read to its response's last byte written.",
+            ("endpoint", "outcome"),
+            registry=registry,
+            buckets=families.request,
+        )
+        self._durations = {
+            (endpoint, outcome): duration.labels(endpoint, outcome)
+            for endpoint in (*endpoints, OTHER_ENDPOINT)
+            for outcome in dict.fromkeys((*outcomes, "error"))
+        }
+        self._queue_duration = Histogram(
+            "sdxl_queue_duration_seconds",
+            "Time a request waited for the thread that owns the model.",
+            registry=registry,
+            buckets=families.queue,
+        )
+        self._image_bytes = Histogram(
+            "sdxl_image_bytes",
+            "Size of an encoded image that was returned.",
+            registry=registry,
+            buckets=families.image_bytes,
+        )
+        self.in_flight = Gauge(
+            "sdxl_requests_in_flight",
+            "Requests received and not yet answered.",
+            registry=registry,
+        )
+        self.waiting = Gauge(
+            "sdxl_requests_waiting",
+            "Requests waiting for the thread that owns the model.",
+            registry=registry,
+        )
+        self._images = Counter("sdxl_images", "Images returned.", registry=registry)
+        self._errors = labelled(
+            Counter(
+                "sdxl_errors",
+                "Requests that failed, by type of error.",
+                ("error_type",),
+                registry=registry,
+            ),
+            (*error_types, "internal"),
+        )
+        self._rejected = labelled(
+            Counter(
+                "sdxl_rejections",
+                "Requests refused before any work was done for them, by reason.",
+                ("reason",),
+                registry=registry,
+            ),
+            rejections,
+        )
+        self._cancelled = labelled(
+            Counter(
+                "sdxl_cancelled",
+                "Requests whose client disconnected, by when.",
+                ("during",),
+                registry=registry,
+            ),
+            CANCELLED_DURING,
+        )
+        self._slow = labelled(
+            Counter(
+                "sdxl_slow_requests",
+                "Requests that were slow for a reason that the service knows, by reason.",
+                ("reason",),
+                registry=registry,
+            ),
+            SLOW_REASONS,
+        )
+        self._budgeted = labelled(
+            Counter(
+                "sdxl_request_budget",
+                "Answered requests within and over the latency budget for their shape and steps.",
+                ("result",),
+                registry=registry,
+            ),
+            BUDGET_RESULTS,
+        )
+        self._non_finite_outputs = Counter(
+            "sdxl_non_finite_outputs",
+            "Runs whose pixels were not finite.",
+            registry=registry,
+        )
+        self.upload_fallbacks = Counter(
+            "sdxl_upload_fallbacks",
+            "Images returned inline because their upload failed.",
+            registry=registry,
+        )
+        self.truncated_prompts = Counter(
+            "sdxl_truncated_prompts",
+            "Requests whose prompt a text encoder cut.",
+            registry=registry,
+        )
+
+    def count(self, request: RequestTiming) -> None:
+        if request.failure is not None:
+            self._count_failure(request, request.failure.error_type)
+        elif request.outcome == "ok" and request.run is not None:
+            self._images.inc()
+
+    def observe(self, request: RequestTiming, exemplar: Exemplar) -> None:
+        seconds = request.duration_ns / 1e9
+        duration = self._durations.get((request.endpoint, request.outcome))
+        if duration is None:
+            known = (request.endpoint, "error") in self._durations
+            endpoint = request.endpoint if known else OTHER_ENDPOINT
+            duration = self._durations.get((endpoint, request.outcome))
+            duration = duration or self._durations[endpoint, "error"]
+        observe(duration, seconds, exemplar, self._count_fault)
+        if (queue := request.stage("queue")) is not None:
+            observe(self._queue_duration, queue.duration_ns / 1e9, exemplar, self._count_fault)
+        if (reason := slow_reason(request)) is not None:
+            self._slow[reason].inc(1, exemplar)
+        if request.failure is None and request.outcome == "ok" and request.run is not None:
+            if request.image_bytes is not None:
+                observe(self._image_bytes, request.image_bytes, exemplar, self._count_fault)
+            self._count_budget(request, seconds, exemplar)
+
+    def _count_failure(self, request: RequestTiming, error_type: str) -> None:
+        known = error_type in self._error_types
+        self._errors[error_type if known else "internal"].inc()
+        if error_type in self._rejections and request.run is None:
+            self._rejected[error_type].inc()
+        if error_type == "non_finite_output":
+            self._non_finite_outputs.inc()
+        if request.outcome == "cancelled":
+            self._cancelled[_cancelled_during(request)].inc()
+
+    def _count_budget(self, request: RequestTiming, seconds: float, exemplar: Exemplar) -> None:
+        facts = request.facts
+        if self.budget is None or facts is None:
+            return
+        allowed = self.budget.seconds(facts.width, facts.height, facts.num_inference_steps)
+        # NaN is over.
+        self._budgeted["within" if seconds <= allowed else "over"].inc(1, exemplar)
+
+
+def _cancelled_during(request: RequestTiming) -> str:
+    if request.run is None:
+        return "waiting"
+    return "running" if request.stage("image_encode") is None else "answering"
