@@ -43,7 +43,7 @@ class Recorder:
 
     def record(self, request: RequestTiming, identity: TraceIdentity) -> None:
         """Hand over a finished request; returns at once."""
-        self._submit(lambda: self._record(request, identity))
+        self.submit(lambda: self._record(request, identity))
 
     def record_warmup(self, warmup: WarmupTiming, attributes: Attributes) -> None:
         """Hand over a finished start-up as a trace of its own; returns at once."""
@@ -55,7 +55,7 @@ class Recorder:
             if settled.exported:
                 self._tracing.emit(settled, warmup_tree(warmup, attributes))
 
-        self._submit(record)
+        self.submit(record)
 
     def close(self, budget_seconds: float, on_recorded: Callable[[], None] = lambda: None) -> int:
         """Record what was handed over and shut tracing down, within the budget.
@@ -89,7 +89,9 @@ class Recorder:
             exemplar = {"trace_id": identity.trace_id_hex, "span_id": identity.span_id_hex}
         self._metrics.observe_request(request, exemplar)
 
-    def _submit(self, work: Callable[[], None]) -> None:
+    def submit(self, work: Callable[[], None]) -> None:
+        """Run `work` on the recorder's thread; what it raises is counted and logged."""
+
         def guarded() -> None:
             try:
                 work()

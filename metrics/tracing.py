@@ -208,6 +208,31 @@ class SpanDestination:
     meter_provider: MeterProvider | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class BatchSizes:
+    """The batch span processor's queue and batch sizes, in spans, and its delay."""
+
+    queue_size: int = MAX_QUEUE_SIZE
+    export_batch_size: int = MAX_EXPORT_BATCH_SIZE
+    schedule_delay_millis: int = SCHEDULE_DELAY_MILLIS
+
+    @classmethod
+    def chosen(
+        cls,
+        queue_size: int | None = None,
+        export_batch_size: int | None = None,
+        schedule_delay_millis: int | None = None,
+    ) -> BatchSizes:
+        """The sizes given, and the defaults for those that are None."""
+        queue_size = queue_size or MAX_QUEUE_SIZE
+        return cls(
+            queue_size,
+            # The SDK refuses a batch larger than the queue; a small queue means small batches.
+            export_batch_size or min(MAX_EXPORT_BATCH_SIZE, queue_size),
+            schedule_delay_millis or SCHEDULE_DELAY_MILLIS,
+        )
+
+
 class Tracing:
     """Identities for requests, and a tracer for the spans of those chosen for export.
 
@@ -218,6 +243,7 @@ class Tracing:
         resource: what every span is said to come from.
         on_ended: counts spans that ended.
         on_settled: counts what became of them.
+        batches: the batch processor's sizes; the defaults unless given.
     """
 
     def __init__(
@@ -229,6 +255,7 @@ class Tracing:
         on_ended: Callable[[int], None],
         on_settled: SpansSettled,
         version: str = "",
+        batches: BatchSizes | None = None,
     ) -> None:
         self._sampling = sampling
         self._ids = RandomIdGenerator()
@@ -252,9 +279,12 @@ class Tracing:
             watched = _WatchedExporter(
                 destination.exporter, self._ledger, destination.take_rejected
             )
-            self._queue_size, batches = _batch_processor(watched, destination.meter_provider)
+            sizes = batches or BatchSizes()
+            self._queue_size = sizes.queue_size
             self._provider.add_span_processor(self._ledger)
-            self._provider.add_span_processor(batches)
+            self._provider.add_span_processor(
+                _batch_processor(watched, sizes, destination.meter_provider)
+            )
             self._tracer = self._provider.get_tracer(SCOPE_NAME, version, schema_url=SCHEMA_URL)
 
     @property
@@ -343,23 +373,14 @@ def _never_exported(identity: TraceIdentity) -> TraceIdentity:
 
 
 def _batch_processor(
-    exporter: SpanExporter, meter_provider: MeterProvider | None
-) -> tuple[int, BatchSpanProcessor]:
-    """The processor and its queue's size: ours where the operator named none; an `OTEL_BSP_*`
-    variable always wins."""
-
-    def chosen(variable: str, ours: int) -> int:
-        return int(os.environ.get(variable) or ours)
-
-    queue_size = chosen("OTEL_BSP_MAX_QUEUE_SIZE", MAX_QUEUE_SIZE)
-    # The SDK refuses a batch larger than the queue; a small queue means small batches.
-    ours = min(MAX_EXPORT_BATCH_SIZE, queue_size)
+    exporter: SpanExporter, sizes: BatchSizes, meter_provider: MeterProvider | None
+) -> BatchSpanProcessor:
     with _self_metrics(meter_provider):
-        return queue_size, BatchSpanProcessor(
+        return BatchSpanProcessor(
             exporter,
-            max_queue_size=queue_size,
-            max_export_batch_size=chosen("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", ours),
-            schedule_delay_millis=chosen("OTEL_BSP_SCHEDULE_DELAY", SCHEDULE_DELAY_MILLIS),
+            max_queue_size=sizes.queue_size,
+            max_export_batch_size=sizes.export_batch_size,
+            schedule_delay_millis=sizes.schedule_delay_millis,
             meter_provider=meter_provider,
         )
 

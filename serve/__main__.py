@@ -37,9 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_settings()
         if options.command == "doctor":
             return _doctor(settings, options)
+        from serve.engine.call import current_call
         from serve.telemetry.logs import configure_logging
 
-        configure_logging(settings.log_format)
+        configure_logging(settings.log_format, current_call.get)
         from serve.server import run
 
         return run(settings, options.host, options.port)

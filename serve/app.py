@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from serve.engine.images import Upload
     from serve.engine.runtime import Runtime
-    from serve.http.asgi import Service
+    from serve.http.service import Service
     from serve.schema import ImageFormat
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
         """
         from prometheus_client import CollectorRegistry
 
+        from serve.engine.call import current_call
         from serve.engine.runtime import build_runtime
         from serve.settings import load_settings
         from serve.telemetry.logs import configure_logging
@@ -69,7 +70,7 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
         settings = load_settings()
         if settings.cache_dir is None and KEPT.is_dir():
             settings = settings.model_copy(update={"cache_dir": KEPT / "stepspan"})
-        configure_logging(settings.log_format)
+        configure_logging(settings.log_format, current_call.get)
         registry = CollectorRegistry()
         runtime = build_runtime(settings, registry, build_upload())
         show_on_metrics_port(registry)
@@ -89,7 +90,7 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
     @fal.endpoint("/")  # type: ignore[untyped-decorator]
     async def generate(self, request: TextToImageRequest) -> TextToImageResponse:
         """Text to image."""
-        from serve.http.asgi import text_to_image
+        from serve.http.endpoints import text_to_image
 
         # The annotation is the schema that fal publishes; the body is serialised already.
         return await text_to_image(self._started(), request)  # type: ignore[return-value]
@@ -97,7 +98,7 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
     @fal.endpoint("/stream")  # type: ignore[untyped-decorator]
     async def stream(self, request: TextToImageRequest) -> TextToImageResponse:
         """The same as server-sent events: `queued`, `step`, `image` or `error`."""
-        from serve.http.asgi import text_to_image_stream
+        from serve.http.server_sent_events import text_to_image_stream
 
         return await text_to_image_stream(self._started(), request)  # type: ignore[return-value]
 
@@ -137,7 +138,7 @@ def replace_fals_handlers(app: FastAPI, service: Callable[[], Service | None]) -
     """Put our middleware, error table and GET endpoints in place of fal's."""
     from fastapi.middleware.cors import CORSMiddleware
 
-    from serve.http.asgi import install
+    from serve.http.endpoints import install
 
     # fal would let any web page read answers; whoever wants that puts it in front.
     cors: object = CORSMiddleware

@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import ConfigurationError, ModelError
-from serve.http.asgi import install, metrics_endpoint, text_to_image, text_to_image_stream
+from serve.http.endpoints import install, metrics_endpoint, text_to_image
+from serve.http.server_sent_events import text_to_image_stream
 from serve.schema import TextToImageRequest, TextToImageResponse
 from serve.settings import ServeSettings
 from serve.telemetry.profiling import MAX_PROFILES

@@ -87,6 +87,14 @@ def key_owner(header: str) -> Backend | None:
     return next((backend for backend in BACKENDS if backend.header == header), None)
 
 
+def endpoints_of(backend: Backend) -> str:
+    """The OTLP endpoints of a backend, one a region, as a text."""
+    first: dict[str, str] = {}
+    for region in backend.regions:  # a region's newest name comes first
+        first.setdefault(region.name, backend.base_url(region.host))
+    return ", ".join(f"{url} ({name})" if name else url for name, url in first.items())
+
+
 def _new_relic_key(key: str, region: str, _others: frozenset[str]) -> KeyRemark | None:
     if key.startswith("NRAK-"):
         return KeyRemark("is a user key; spans need an ingest license key")

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from serve.engine.call import Call
+from metrics.records import RunTiming
 from serve.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,12 @@ MAX_PROFILE_BYTES = 512 * 1024 * 1024
 """How large they may be together: what a disk that holds a model has to spare."""
 
 _PROFILE_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{8}\.json\.gz")
+
+
+class ProfiledCall(Protocol):
+    """A call whose run may have been profiled."""
+
+    run: RunTiming | None
 
 
 class Profiling:
@@ -95,7 +101,7 @@ class Profiling:
         assert self._folder is not None
         return [path.name for path in _profiles_in(self._folder)]
 
-    def run(self, run: Callable[[], T], run_id: str, calls: Sequence[Call]) -> T:
+    def run(self, run: Callable[[], T], run_id: str, calls: Sequence[ProfiledCall]) -> T:
         """Run `run`, profiled if it is its turn, and note the profile's name in the timing of the
         calls it was for. A profiler that cannot start costs a log line and no request."""
         with self._lock:

@@ -29,6 +29,7 @@ from metrics.tracing import (
     MOST_SPANS_PER_REQUEST,
     PROBABILITY,
     SPANS_PER_REQUEST,
+    BatchSizes,
     SpanDestination,
     Tracing,
     sdk_metrics,
@@ -40,7 +41,10 @@ UNSAMPLED_PARENT = PARENT[:-2] + "00"
 
 
 def tracing(
-    exporter: SpanExporter | None, rate: float = 1.0, **destination: Any
+    exporter: SpanExporter | None,
+    rate: float = 1.0,
+    batches: BatchSizes | None = None,
+    **destination: Any,
 ) -> tuple[Tracing, Counter[str]]:
     """A pipeline, and its books: spans by what became of them, and all that ended."""
     books: Counter[str] = Counter()
@@ -55,6 +59,7 @@ def tracing(
         Resource.create({}),
         on_ended=lambda count: books.update(ended=count),
         on_settled=on_settled,
+        batches=batches,
     )
     return pipeline, books
 
@@ -188,10 +193,9 @@ def test_a_failing_exporter_is_counted(caplog: pytest.LogCaptureFixture) -> None
     assert books == {"ended": 2, "failed": 2}
 
 
-def test_the_operators_batch_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "100")
+def test_the_operators_batch_settings_win() -> None:
     exporter = InMemorySpanExporter()
-    pipeline, _ = tracing(exporter)
+    pipeline, _ = tracing(exporter, batches=BatchSizes.chosen(queue_size=100))
     for _ in range(40):
         emit_two(pipeline)
     pipeline.shutdown(5)
@@ -244,12 +248,9 @@ def test_honeycombs_rate_is_for_honeycomb() -> None:
         assert set(span.attributes or {}) == {PROBABILITY}
 
 
-def test_a_full_queue_gives_up_whole_trees_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "110")
-    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "20")
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "1")
+def test_a_full_queue_gives_up_whole_trees_and_says_so() -> None:
     exporter = SilentExporter()
-    pipeline, books = tracing(exporter)
+    pipeline, books = tracing(exporter, batches=BatchSizes(110, 20, 1))
     handed_over = sum(emit_two(pipeline) for _ in range(100))
     assert handed_over == 55  # what waits and what is on its way never exceed the queue's size
     assert pipeline.outstanding == 110
@@ -290,15 +291,15 @@ def test_a_partial_success_is_booked_as_what_it_is() -> None:
     assert books == {"ended": 2, "exported": 1, "rejected": 1}
 
 
-def test_the_sdks_own_metrics_reach_the_registry_and_nothing_else_does(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_sdks_own_metrics_reach_the_registry_and_nothing_else_does() -> None:
     from opentelemetry.metrics import get_meter_provider
 
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "60000")
     before = get_meter_provider()
     registry = CollectorRegistry()
-    pipeline, _ = tracing(InMemorySpanExporter(), meter_provider=sdk_metrics(registry))
+    batches = BatchSizes(schedule_delay_millis=60_000)
+    pipeline, _ = tracing(
+        InMemorySpanExporter(), batches=batches, meter_provider=sdk_metrics(registry)
+    )
     emit_two(pipeline)
 
     def scraped(name: str) -> float:

@@ -31,7 +31,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from serve.errors import ConfigurationError
 from serve.settings import load_settings
 from serve.telemetry.backends import BACKENDS, DATADOG, GRAFANA, HONEYCOMB, NEW_RELIC, Backend
-from serve.telemetry.doctor import Finding, Verdict, destination_of, examine, run, send
+from serve.telemetry.doctor import run
+from serve.telemetry.finding import Finding, Severity
+from serve.telemetry.settings_checks import check_settings
+from serve.telemetry.trace_endpoint import trace_endpoint
+from serve.telemetry.trial_export import send_trial_trace
 from tests.support.otlp_endpoint import otlp_endpoint, tree
 from tests.support.processes import clean_environment
 
@@ -72,15 +76,15 @@ def examined(
 ) -> list[Finding]:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    return examine(load_settings(), backend)
+    return check_settings(load_settings(), backend)
 
 
 def problems(findings: list[Finding]) -> list[Finding]:
-    return [finding for finding in findings if finding.verdict is Verdict.PROBLEM]
+    return [finding for finding in findings if finding.severity is Severity.PROBLEM]
 
 
 def said(findings: list[Finding]) -> str:
-    return "\n".join(f"{f.verdict} {f.subject} {f.text} -> {f.advice}" for f in findings)
+    return "\n".join(f"{f.severity} {f.subject} {f.text} -> {f.advice}" for f in findings)
 
 
 # Settings that are right
@@ -94,7 +98,7 @@ def test_every_region_as_its_documentation_writes_it_is_right(
         host = region.host.replace("*", "prod-eu-west-2")
         headers = GOOD.get(host, DATADOG_HEADERS)
         findings = examined(monkeypatch, **{ENDPOINT: backend.base_url(host), HEADERS: headers})
-        assert {finding.verdict for finding in findings} == {Verdict.OK}, said(findings)
+        assert {finding.severity for finding in findings} == {Severity.OK}, said(findings)
         [named] = [finding for finding in findings if finding.subject == "backend"]
         assert named.text == ", ".join(part for part in (backend.name, region.name) if part)
 
@@ -118,7 +122,7 @@ def test_the_seven_endpoints_of_fals_documentation_are_known() -> None:
 
 def test_any_other_endpoint_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = examined(monkeypatch, **{ENDPOINT: "http://127.0.0.1:4318"})
-    assert {finding.verdict for finding in findings} == {Verdict.OK}
+    assert {finding.severity for finding in findings} == {Severity.OK}
     assert "spans go to http://127.0.0.1:4318/v1/traces" in said(findings)
 
 
@@ -148,7 +152,7 @@ def test_the_destination_is_the_exporters_own(
         monkeypatch.setenv(name, value)
     exporter = OTLPSpanExporter()
     client = exporter._client
-    destination = destination_of(load_settings())
+    destination = trace_endpoint(load_settings())
     assert destination is not None
     assert destination.url == exporter._endpoint
     assert destination.headers.items() <= client._headers.items()
@@ -370,7 +374,7 @@ def test_what_may_be_meant_is_noted_and_no_problem(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], note: str
 ) -> None:
     findings = examined(monkeypatch, **environment)
-    assert any(f.verdict is Verdict.NOTE and note in f.text for f in findings), said(findings)
+    assert any(f.severity is Severity.NOTE and note in f.text for f in findings), said(findings)
     assert not problems(findings), said(findings)
 
 
@@ -469,7 +473,7 @@ def sent(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    [finding] = send(load_settings(), backend)
+    [finding] = send_trial_trace(load_settings(), backend)
     return finding
 
 
@@ -478,7 +482,7 @@ def test_a_small_trace_arrives_and_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("OTEL_SERVICE_NAME", "patient")
         finding = sent(monkeypatch, otlp.url, **{HEADERS: "api-key=0123456789"})
         spans = otlp.wait_for(lambda spans: len(spans) == 2)
-    assert finding.verdict is Verdict.OK
+    assert finding.severity is Severity.OK
     assert "200 after" in finding.text
     assert finding.text.endswith(f"2 spans were taken; look for trace {spans[0].trace_id}")
     assert tree(spans) == "doctor\n  checkup"
@@ -495,23 +499,23 @@ def partial(rejected: int, message: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("backend", "answer", "verdict", "words", "advice"),
+    ("backend", "answer", "severity", "words", "advice"),
     [
         # Datadog accepts with 202 and an empty body.
-        (DATADOG, (202, b"", ""), Verdict.OK, "202 after", ""),
-        (NEW_RELIC, (200, b"{}", "application/json"), Verdict.OK, "2 spans were taken", ""),
-        (HONEYCOMB, (200, partial(0, ""), PROTOBUF), Verdict.OK, "2 spans were taken", ""),
+        (DATADOG, (202, b"", ""), Severity.OK, "202 after", ""),
+        (NEW_RELIC, (200, b"{}", "application/json"), Severity.OK, "2 spans were taken", ""),
+        (HONEYCOMB, (200, partial(0, ""), PROTOBUF), Severity.OK, "2 spans were taken", ""),
         (
             HONEYCOMB,
             (200, partial(0, "attribute `a` is deprecated"), PROTOBUF),
-            Verdict.NOTE,
+            Severity.NOTE,
             'with a warning ("attribute `a` is deprecated")',
             "",
         ),
         (
             HONEYCOMB,
             (200, partial(1, "too old"), PROTOBUF),
-            Verdict.PROBLEM,
+            Severity.PROBLEM,
             '1 of 2 spans were refused ("too old")',
             "",
         ),
@@ -522,48 +526,48 @@ def partial(rejected: int, message: str) -> bytes:
                 b'{"partialSuccess": {"rejectedSpans": "2", "errorMessage": "ingestion limit"}}',
                 "application/json",
             ),
-            Verdict.PROBLEM,
+            Severity.PROBLEM,
             '2 of 2 spans were refused ("ingestion limit")',
             "",
         ),
-        (None, (200, b"\xff\xff", PROTOBUF), Verdict.OK, "2 spans were taken", ""),
-        (None, (200, b"[1]", "application/json"), Verdict.OK, "2 spans were taken", ""),
+        (None, (200, b"\xff\xff", PROTOBUF), Severity.OK, "2 spans were taken", ""),
+        (None, (200, b"[1]", "application/json"), Severity.OK, "2 spans were taken", ""),
         (
             None,
             (200, b"<html>Welcome</html>", "text/html; charset=utf-8"),
-            Verdict.PROBLEM,
+            Severity.PROBLEM,
             "a web page, so what answers is no OTLP endpoint",
             "OTEL_EXPORTER_OTLP_ENDPOINT",
         ),
         (
             None,
             (302, b"", ""),
-            Verdict.PROBLEM,
+            Severity.PROBLEM,
             "a redirect to https://login.example.test, which is not followed",
             "",
         ),
-        (None, (400, b"", ""), Verdict.PROBLEM, "was not understood", "OTLP/HTTP"),
-        (None, (401, b"", ""), Verdict.PROBLEM, "the key is missing, wrong", HEADERS),
-        (None, (404, b"404 page not found", "text/plain"), Verdict.PROBLEM, "nothing takes", ""),
-        (None, (415, b"", ""), Verdict.PROBLEM, "protobuf is not taken", ""),
-        (None, (418, b"", ""), Verdict.PROBLEM, "418 after", "documentation"),
-        (None, (500, b"", ""), Verdict.PROBLEM, "is in trouble", "later"),
-        (NEW_RELIC, (403, b"", ""), Verdict.PROBLEM, "no ingest license key", "nr-data.net:4318"),
+        (None, (400, b"", ""), Severity.PROBLEM, "was not understood", "OTLP/HTTP"),
+        (None, (401, b"", ""), Severity.PROBLEM, "the key is missing, wrong", HEADERS),
+        (None, (404, b"404 page not found", "text/plain"), Severity.PROBLEM, "nothing takes", ""),
+        (None, (415, b"", ""), Severity.PROBLEM, "protobuf is not taken", ""),
+        (None, (418, b"", ""), Severity.PROBLEM, "418 after", "documentation"),
+        (None, (500, b"", ""), Severity.PROBLEM, "is in trouble", "later"),
+        (NEW_RELIC, (403, b"", ""), Severity.PROBLEM, "no ingest license key", "nr-data.net:4318"),
         (
             DATADOG,
             (403, b'{"errors":["Forbidden"]}', "application/json"),
-            Verdict.PROBLEM,
+            Severity.PROBLEM,
             "not of the key's site",
             "https://otlp.us5.datadoghq.com (US5)",
         ),
-        (DATADOG, (413, b"", ""), Verdict.PROBLEM, "too large", "Datadog takes 3.2 MB"),
-        (GRAFANA, (401, b"", ""), Verdict.PROBLEM, "do not belong together", "Basic%20"),
-        (GRAFANA, (403, b"", ""), Verdict.PROBLEM, "traces:write", ""),
-        (GRAFANA, (404, b"", ""), Verdict.PROBLEM, "below /otlp", "/otlp"),
+        (DATADOG, (413, b"", ""), Severity.PROBLEM, "too large", "Datadog takes 3.2 MB"),
+        (GRAFANA, (401, b"", ""), Severity.PROBLEM, "do not belong together", "Basic%20"),
+        (GRAFANA, (403, b"", ""), Severity.PROBLEM, "traces:write", ""),
+        (GRAFANA, (404, b"", ""), Severity.PROBLEM, "below /otlp", "/otlp"),
         (
             HONEYCOMB,
             (401, b'{"error":"unknown API key - check your credentials"}', "application/json"),
-            Verdict.PROBLEM,
+            Severity.PROBLEM,
             "unknown in this region",
             "https://api.eu1.honeycomb.io (EU)",
         ),
@@ -573,7 +577,7 @@ def test_an_answer_is_put_into_words(
     monkeypatch: pytest.MonkeyPatch,
     backend: Backend | None,
     answer: tuple[int, bytes, str],
-    verdict: Verdict,
+    severity: Severity,
     words: str,
     advice: str,
 ) -> None:
@@ -581,7 +585,7 @@ def test_an_answer_is_put_into_words(
     location = "https://login.example.test/?next=secret" if status == 302 else ""
     with answering(status, body, content_type, Location=location) as server:
         finding = sent(monkeypatch, server.url, backend)
-    assert (finding.verdict, finding.subject) == (verdict, "answer")
+    assert (finding.severity, finding.subject) == (severity, "answer")
     assert finding.text.startswith(str(status))
     assert words in finding.text
     assert advice in finding.advice
@@ -709,7 +713,7 @@ def test_a_certificate_that_nobody_vouches_for(
     assert "no trusted connection" in refused.text
     assert "self-signed certificate" in refused.text
     assert "OTEL_EXPORTER_OTLP_CERTIFICATE" in refused.advice
-    assert vouched.verdict is Verdict.OK
+    assert vouched.severity is Severity.OK
 
 
 def test_a_proxy_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -718,7 +722,7 @@ def test_a_proxy_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, "http://someone:hunter2hunter2@127.0.0.1:9")
-    [finding] = send(load_settings())
+    [finding] = send_trial_trace(load_settings())
     assert "the proxy lets nothing through" in finding.text
     assert finding.advice.endswith("through the proxy 127.0.0.1.")
 
