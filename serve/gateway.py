@@ -53,7 +53,7 @@ class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not follow
     async def generate(self, request: PromptRequest) -> TextToImageResponse:
         """Text to image; the prompt is tidied first."""
         assert self._client is not None  # fal opens the port after setup
-        # The annotation is the schema that fal publishes; the body is serialised already.
+        # fal publishes the annotation as the schema. The response is already serialised.
         return await self._client.generate(request)  # type: ignore[return-value]
 
     def handle_exit(self) -> None:
