@@ -63,7 +63,7 @@ def _doctor(settings: ServeSettings, options: argparse.Namespace) -> int:
             names = ", ".join(backend.name for backend in BACKENDS)
             raise ConfigurationError(f"--backend {options.backend!r} is not known: {names} are.")
     width = min(100, shutil.get_terminal_size().columns)
-    return run(settings, print, sends=not options.no_send, stand_in_for=backend, width=width)
+    return run(settings, print, sends=not options.no_send, treat_as=backend, width=width)
 
 
 def _plain(name: str) -> str:

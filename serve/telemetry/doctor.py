@@ -23,14 +23,14 @@ def run(
     print_line: Callable[[str], None],
     *,
     sends: bool = True,
-    stand_in_for: Backend | None = None,
+    treat_as: Backend | None = None,
     width: int = 100,
 ) -> int:
     """Check the settings, and send a trace unless told not to. Print the findings.
 
     Args:
         sends: whether to send a trace.
-        stand_in_for: the backend that the endpoint forwards to, if its host does not show it.
+        treat_as: the backend that the endpoint forwards to, if its host does not show it.
         width: the longest line printed.
 
     Returns the exit status: 0, or 1 if there is a problem.
@@ -45,9 +45,9 @@ def run(
             print_line(_lines(finding, "" if plain else finding.severity.value, width))
         return len(wrong)
 
-    problems = report(check_settings(settings, stand_in_for))
+    problems = report(check_settings(settings, treat_as))
     if sends:
-        problems += report(send_trial_trace(settings, stand_in_for))
+        problems += report(send_trial_trace(settings, treat_as))
     unsent = "" if sends else " Nothing was sent."
     if problems:
         count = "one problem" if problems == 1 else f"{problems} problems"

@@ -45,7 +45,7 @@ class ResponseExplainer:
                 Severity.PROBLEM,
                 "answer",
                 f"{said}: a redirect{to}, which is not followed; spans would be lost",
-                f"Name the address that takes the spans in {self._endpoint.variable}.",
+                f"Put the URL that accepts spans into {self._endpoint.variable}.",
             )
         means, advice = self._refusal(response)
         quoted = self._quoted(response)
@@ -59,7 +59,7 @@ class ResponseExplainer:
             return Finding(
                 Severity.PROBLEM,
                 "answer",
-                f"{said}: a web page, so what answers is no OTLP endpoint though it says yes",
+                f"{said}: a web page, so this is not an OTLP endpoint despite the status",
                 f"Check host and path of {self._endpoint.variable}.",
             )
         rejected, message = _partial_success(response, kind)
@@ -68,13 +68,13 @@ class ResponseExplainer:
                 Severity.PROBLEM,
                 "answer",
                 f"{said}: {rejected} of {spans} spans were refused{self._quote(message)}",
-                "Change what the backend names.",
+                "Correct what the backend's message names.",
             )
         warned = f", with a warning{self._quote(message)}" if message else ""
         return Finding(
             Severity.NOTE if message else Severity.OK,
             "answer",
-            f"{said}: {spans} spans were taken{warned}; look for trace {trace_id}",
+            f"{said}: {spans} spans were accepted{warned}; look for trace {trace_id}",
         )
 
     def _refusal(self, response: requests.Response) -> tuple[str, str]:
@@ -97,30 +97,30 @@ class ResponseExplainer:
                     f"Check {self._endpoint.headers_variable}.",
                 )
             case 404 | 405:
-                return "nothing takes spans at that path", f"Check the path of {variable}."
+                return "there is no OTLP endpoint at that path", f"Check the path of {variable}."
             case 413:
                 limit = ""
                 if backend is not None and backend.max_bytes is not None:
-                    limit = f" {backend.name} takes {backend.max_bytes / 1e6:g} MB."
+                    limit = f" {backend.name} accepts {backend.max_bytes / 1e6:g} MB."
                 return "the export is too large", f"Lower OTEL_BSP_MAX_EXPORT_BATCH_SIZE.{limit}"
             case 415:
                 return (
-                    "protobuf is not taken there",
+                    "the endpoint does not accept protobuf",
                     f"Check that {variable} names an OTLP/HTTP endpoint.",
                 )
             case 429:
                 wait = response.headers.get("Retry-After", "")
                 after = f" for {wait} s" if wait.isdigit() else ""
                 return (
-                    f"the backend takes no more{after}: a limit of the account is reached",
+                    f"the backend accepts no more{after}: a limit of the account is reached",
                     "Wait, lower OTEL_SAMPLE_RATE, or raise the limit there.",
                 )
             case _ if status >= 500:
                 return (
-                    "the backend, or a proxy before it, is in trouble",
-                    "Try again later; its status page may know.",
+                    "the backend failed, or a proxy in front of it",
+                    "Try again later; see its status page.",
                 )
-        return "refused", "See what the endpoint's documentation says of this status."
+        return "refused", "See the endpoint's documentation about this status."
 
     def _quoted(self, response: requests.Response) -> str:
         """The text of an error response, fit to be shown; empty unless it is text or JSON."""
@@ -204,22 +204,24 @@ def explain_no_response(
         proxied = f" The connection goes through the proxy {urlsplit(proxy).hostname}."
     reason = getattr(error.args[0], "reason", None) if error is not None and error.args else None
     if isinstance(error, requests.exceptions.ProxyError):
-        text, advice = "the proxy lets nothing through", "Check HTTPS_PROXY and NO_PROXY."
+        text, advice = "the proxy made no connection", "Check HTTPS_PROXY and NO_PROXY."
     elif isinstance(error, requests.exceptions.SSLError):
         detail = _certificate_error(reason)
         text = f"no trusted connection to {where}{detail}"
         advice = (
             "A certificate authority of your own goes into OTEL_EXPORTER_OTLP_CERTIFICATE; an "
-            "endpoint without TLS is named with http://."
+            "endpoint without TLS has an http:// URL."
         )
     elif isinstance(reason, NameResolutionError):
         text, advice = f"there is no host {host}", f"Check {endpoint.variable}."
     elif isinstance(error, requests.exceptions.ConnectTimeout):
         text = f"{where} did not accept a connection in {seconds:.0f} s"
-        advice = "A firewall may drop it; check the host and what may leave this network."
+        advice = (
+            "A firewall may drop the packets; check the host and this network's outgoing rules."
+        )
     elif isinstance(error, requests.exceptions.ReadTimeout) or error is None:
-        text = f"{where} accepted the spans and said nothing for {seconds:.0f} s"
-        advice = "Check that it takes OTLP/HTTP; else allow it longer, OTEL_EXPORTER_OTLP_TIMEOUT."
+        text = f"{where} accepted the spans and sent no response for {seconds:.0f} s"
+        advice = "Check that it accepts OTLP/HTTP; if it is slow, raise OTEL_EXPORTER_OTLP_TIMEOUT."
     elif reason is not None:
         text = f"nothing listens at {where}"
         advice = f"Check {endpoint.variable}, and that the endpoint is up."

@@ -28,11 +28,11 @@ SPAN_BYTES = 400
 """An upper estimate of an encoded span: 190 bytes measured, over a request of 30 steps."""
 
 
-def check_settings(settings: ServeSettings, stand_in_for: Backend | None = None) -> list[Finding]:
+def check_settings(settings: ServeSettings, treat_as: Backend | None = None) -> list[Finding]:
     """Check the settings against what the backend needs.
 
     Args:
-        stand_in_for: the backend that the endpoint forwards to, if its host does not show it.
+        treat_as: the backend that the endpoint forwards to, if its host does not show it.
     """
     findings = list(_check_switches(settings))
     endpoint = trace_endpoint(settings)
@@ -41,15 +41,15 @@ def check_settings(settings: ServeSettings, stand_in_for: Backend | None = None)
             Finding(
                 Severity.PROBLEM,
                 "endpoint",
-                "none is named, so no span is exported",
+                "none is set, so no span is exported",
                 f"Set OTEL_EXPORTER_OTLP_ENDPOINT: {_known_endpoints()}; or any other endpoint "
-                "that takes OTLP over HTTP.",
+                "that accepts OTLP over HTTP.",
             )
         )
         return findings
-    backend = stand_in_for or backend_of(endpoint.host)
+    backend = treat_as or backend_of(endpoint.host)
     region = None if backend is None else backend.region_of(endpoint.host)
-    findings += _check_endpoint(endpoint, backend, region, stand_in_for is not None)
+    findings += _check_endpoint(endpoint, backend, region, treat_as is not None)
     findings += _check_headers(endpoint, backend, region)
     findings += _check_timeout(endpoint)
     findings += _check_certificate(settings)
@@ -78,7 +78,7 @@ def _known_endpoints() -> str:
 
 
 def _check_endpoint(
-    endpoint: TraceEndpoint, backend: Backend | None, region: Region | None, stands_in: bool
+    endpoint: TraceEndpoint, backend: Backend | None, region: Region | None, treated: bool
 ) -> Iterator[Finding]:
     yield Finding(Severity.OK, "endpoint", f"{endpoint.variable}: spans go to {endpoint.shown}")
     yield from _check_form(endpoint, backend, region)
@@ -86,14 +86,14 @@ def _check_endpoint(
         yield Finding(
             Severity.OK, "backend", f"{endpoint.host}, an OTLP/HTTP endpoint like any other"
         )
-    elif stands_in:
-        yield Finding(Severity.OK, "backend", f"{endpoint.host} stands in for {backend.name}")
+    elif treated:
+        yield Finding(Severity.OK, "backend", f"{endpoint.host} is treated as {backend.name}")
     elif region is None:
         yield Finding(
             Severity.PROBLEM,
             "backend",
-            f"{endpoint.host} is {backend.name}'s and takes no OTLP",
-            f"Endpoints that do: {endpoints_of(backend)}.",
+            f"{endpoint.host} belongs to {backend.name} and does not accept OTLP",
+            f"Endpoints that accept it: {endpoints_of(backend)}.",
         )
     else:
         place = ", ".join(part for part in (backend.name, region.name) if part)
@@ -113,12 +113,12 @@ def _check_form(
         yield Finding(
             Severity.PROBLEM,
             "endpoint",
-            "it holds a user's name or password, which ends up in logs and error texts",
+            "it contains a user name or password, which logs and error texts would show",
             f"Put it into {endpoint.headers_variable}, as Authorization=Basic%20<base64>.",
         )
     local = _is_local(endpoint.host)
     if parts.scheme == "http" and region is not None:
-        yield Finding(Severity.PROBLEM, "endpoint", "http:// is not served there", change)
+        yield Finding(Severity.PROBLEM, "endpoint", "this host accepts https:// only", change)
     elif parts.scheme == "http" and not local and endpoint.headers:
         yield Finding(
             Severity.NOTE,
@@ -128,18 +128,18 @@ def _check_form(
         )
     port = parts.port or (443 if parts.scheme == "https" else 80)
     if region is not None and backend is not None and port not in backend.ports:
-        takes = " and ".join(map(str, sorted(backend.ports)))
+        accepted = " and ".join(map(str, sorted(backend.ports)))
         yield Finding(
             Severity.PROBLEM,
             "endpoint",
-            f"port {port} takes no OTLP/HTTP there, {takes} do",
+            f"this host accepts OTLP/HTTP on port {accepted}, not on {port}",
             change,
         )
     elif region is None and port == 4317:
         yield Finding(
             Severity.PROBLEM,
             "endpoint",
-            "port 4317 is by convention OTLP's gRPC, which is not spoken here",
+            "port 4317 is by convention OTLP over gRPC; spans are sent over HTTP",
             "Name the port for OTLP/HTTP, by convention 4318.",
         )
 
@@ -151,7 +151,7 @@ def _check_path(endpoint: TraceEndpoint, backend: Backend | None, change: str) -
         yield Finding(
             Severity.PROBLEM,
             "endpoint",
-            f"{TRACES_PATH} is appended to {name} and stands there already, so it stands twice",
+            f"{TRACES_PATH} is appended to {name}, which ends in it, so the path has it twice",
             change or f"Remove {TRACES_PATH} from {name}.",
         )
     elif not path.endswith(TRACES_PATH):
@@ -159,15 +159,15 @@ def _check_path(endpoint: TraceEndpoint, backend: Backend | None, change: str) -
         yield Finding(
             Severity.NOTE if backend is None else Severity.PROBLEM,
             "endpoint",
-            f"{name} is used as it stands, and does not end in {TRACES_PATH}",
+            f"{name} is used unchanged, and does not end in {TRACES_PATH}",
             f"Append {TRACES_PATH}, or name it without in OTEL_EXPORTER_OTLP_ENDPOINT.",
         )
     elif backend is not None and base != backend.path:
-        expected = f"{backend.path or 'nothing'} before {TRACES_PATH}"
         yield Finding(
             Severity.PROBLEM,
             "endpoint",
-            f"the path has {shown_path(base) or 'nothing'} where {backend.name} wants {expected}",
+            f"before {TRACES_PATH} the path has {shown_path(base) or 'nothing'}; "
+            f"{backend.name} needs {backend.path or 'nothing'}",
             change or f"Make the path {backend.path}{TRACES_PATH}.",
         )
 
@@ -199,7 +199,7 @@ def _check_headers(
             yield Finding(
                 Severity.PROBLEM,
                 "header",
-                f"{_shown_name(name, value)} holds a placeholder",
+                f"{_shown_name(name, value)} contains a placeholder",
                 "Put the key in its place.",
             )
         owner = key_owner(name)
@@ -207,7 +207,7 @@ def _check_headers(
             yield Finding(
                 Severity.PROBLEM,
                 "header",
-                f"{name} is how {owner.name} takes a key, not {backend.name}",
+                f"{name} is the header of {owner.name}'s key, not of {backend.name}'s",
                 f"Set {variable}={backend.header_form()}",
             )
     if backend is None:
@@ -217,7 +217,7 @@ def _check_headers(
         yield Finding(
             Severity.PROBLEM,
             "header",
-            f"there is no {backend.header}, which holds {backend.name}'s key",
+            f"there is no {backend.header}, the header of {backend.name}'s key",
             f"Set {variable}={backend.header_form()}",
         )
         return
@@ -226,7 +226,7 @@ def _check_headers(
         yield Finding(
             Severity.PROBLEM if remark.certain else Severity.NOTE,
             "header",
-            f"what {backend.header} holds {remark.text}",
+            f"the value of {backend.header} {remark.text}",
             f"Set {variable}={backend.header_form()}" if remark.certain else "",
         )
     for name, (value, missing) in backend.wanted.items():
@@ -265,14 +265,14 @@ def _check_encoding(endpoint: TraceEndpoint) -> Iterator[Finding]:
             yield Finding(
                 Severity.PROBLEM,
                 "header",
-                f"{shown} is sent undecoded: its value is percent-encoded, but for a space",
+                f"{shown} is sent without decoding: its value is percent-encoded, but has a space",
                 "Write that space as %20.",
             )
         elif " " in value:
             yield Finding(
                 Severity.NOTE,
                 "header",
-                f"{shown} has a space in its value, which not every SDK and tool takes",
+                f"{shown} has a space in its value, which not every SDK and tool accepts",
                 "Write it as %20.",
             )
 
@@ -318,7 +318,7 @@ def _check_protocol(settings: ServeSettings) -> Iterator[Finding]:
         yield Finding(
             Severity.NOTE,
             "protocol",
-            f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol} is not heeded: spans go as http/protobuf",
+            f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol} has no effect: spans go as http/protobuf",
             "The endpoint must be one for OTLP/HTTP.",
         )
 
@@ -331,8 +331,8 @@ def _check_batch_size(settings: ServeSettings, backend: Backend) -> Iterator[Fin
         yield Finding(
             Severity.PROBLEM,
             "batches",
-            f"one can be of {most / 1e6:.1f} MB; "
-            f"{backend.name} takes {backend.max_bytes / 1e6:g} MB",
+            f"one can have {most / 1e6:.1f} MB; "
+            f"{backend.name} accepts {backend.max_bytes / 1e6:g} MB",
             f"Set OTEL_BSP_MAX_EXPORT_BATCH_SIZE to {backend.max_bytes // SPAN_BYTES} or less",
         )
 
@@ -344,7 +344,7 @@ def _check_pushed_metrics(settings: ServeSettings, backend: Backend) -> Iterator
         yield Finding(
             Severity.PROBLEM,
             "metrics",
-            f"{backend.name} takes metrics only as differences",
+            f"{backend.name} accepts metrics only as deltas",
             "Set OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=delta",
         )
 

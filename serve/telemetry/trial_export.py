@@ -63,12 +63,12 @@ class _ObservingAdapter(HTTPAdapter):
         return response
 
 
-def send_trial_trace(settings: ServeSettings, stand_in_for: Backend | None = None) -> list[Finding]:
+def send_trial_trace(settings: ServeSettings, treat_as: Backend | None = None) -> list[Finding]:
     """Send a trace of two spans through the service's own exporter, and explain the response."""
     endpoint = trace_endpoint(settings)
     if endpoint is None:
         return []
-    backend = stand_in_for or backend_of(endpoint.host)
+    backend = treat_as or backend_of(endpoint.host)
     exchange = _Exchange()
     exporter, session = otlp_exporter()
     for scheme in ("http://", "https://"):

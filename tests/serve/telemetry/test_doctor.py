@@ -169,58 +169,58 @@ def test_the_destination_is_the_exporters_own(
         # The endpoint's form.
         (
             {ENDPOINT: "https://otlp.nr-data.net:4318/v1/traces"},
-            "stands there already, so it stands twice",
+            "which ends in it, so the path has it twice",
             "OTEL_EXPORTER_OTLP_ENDPOINT=https://otlp.nr-data.net:4318",
         ),
         (
             {TRACES_ENDPOINT: "https://otlp.nr-data.net:4318"},
-            "is used as it stands, and does not end in /v1/traces",
+            "is used unchanged, and does not end in /v1/traces",
             "Append /v1/traces",
         ),
         (
             {ENDPOINT: "http://otlp.nr-data.net:4318"},
-            "http:// is not served there",
+            "this host accepts https:// only",
             "=https://otlp.nr-data.net:4318",
         ),
         (
             {ENDPOINT: "https://otlp.datadoghq.com:4318"},
-            "port 4318 takes no OTLP/HTTP there, 443 do",
+            "this host accepts OTLP/HTTP on port 443, not on 4318",
             "=https://otlp.datadoghq.com",
         ),
         (
             {ENDPOINT: "https://otlp-gateway-prod-us-east-0.grafana.net"},
-            "the path has nothing where Grafana Cloud wants /otlp before /v1/traces",
+            "before /v1/traces the path has nothing; Grafana Cloud needs /otlp",
             "=https://otlp-gateway-prod-us-east-0.grafana.net/otlp",
         ),
         (
             {ENDPOINT: "https://api.honeycomb.io/otlp"},
-            "the path has /otlp where Honeycomb wants nothing before /v1/traces",
+            "before /v1/traces the path has /otlp; Honeycomb needs nothing",
             "=https://api.honeycomb.io",
         ),
         (
             {ENDPOINT: "http://127.0.0.1:4317"},
-            "port 4317 is by convention OTLP's gRPC",
+            "port 4317 is by convention OTLP over gRPC",
             "4318",
         ),
         (
             {ENDPOINT: "http://me:hunter2hunter2@127.0.0.1:4318"},
-            "holds a user's name or password",
+            "contains a user name or password",
             "Authorization=Basic%20",
         ),
         # The backend's other hosts.
         (
             {ENDPOINT: "https://api.datadoghq.com"},
-            "api.datadoghq.com is Datadog's and takes no OTLP",
+            "api.datadoghq.com belongs to Datadog and does not accept OTLP",
             "https://otlp.us3.datadoghq.com (US3)",
         ),
         (
             {ENDPOINT: "https://log-api.eu.newrelic.com"},
-            "is New Relic's and takes no OTLP",
+            "belongs to New Relic and does not accept OTLP",
             "https://otlp.eu01.nr-data.net:4318 (EU)",
         ),
         (
             {ENDPOINT: "https://mystack.grafana.net/tempo"},
-            "is Grafana Cloud's and takes no OTLP",
+            "belongs to Grafana Cloud and does not accept OTLP",
             "https://otlp-gateway-<zone>.grafana.net/otlp",
         ),
         # Keys.
@@ -231,7 +231,7 @@ def test_the_destination_is_the_exporters_own(
         ),
         (
             {ENDPOINT: "https://otlp.nr-data.net:4318", HEADERS: DATADOG_HEADERS},
-            "dd-api-key is how Datadog takes a key, not New Relic",
+            "dd-api-key is the header of Datadog's key, not of New Relic's",
             "api-key=<ingest license key>",
         ),
         (
@@ -287,7 +287,7 @@ def test_the_destination_is_the_exporters_own(
         # Headers of any backend.
         (
             {ENDPOINT: "http://127.0.0.1:1", HEADERS: f"Authorization=Basic {'abc' * 9}%3D"},
-            "authorization is sent undecoded",
+            "authorization is sent without decoding",
             "%20",
         ),
         (
@@ -295,11 +295,11 @@ def test_the_destination_is_the_exporters_own(
             "api-key is sent with the quotation marks",
             "Remove",
         ),
-        ({ENDPOINT: "http://127.0.0.1:1", HEADERS: "a=<API_KEY>"}, "a holds a placeholder", ""),
+        ({ENDPOINT: "http://127.0.0.1:1", HEADERS: "a=<API_KEY>"}, "a contains a placeholder", ""),
         ({ENDPOINT: "http://127.0.0.1:1", HEADERS: "a=${DD_API_KEY}"}, "a placeholder", ""),
         ({ENDPOINT: "http://127.0.0.1:1", HEADERS: "api-key="}, "has no value", "NAME=VALUE"),
         # The rest.
-        ({}, "none is named, so no span is exported", "New Relic https://otlp.nr-data.net:4318;"),
+        ({}, "none is set, so no span is exported", "New Relic https://otlp.nr-data.net:4318;"),
         (
             {ENDPOINT: "http://127.0.0.1:1", "ENABLE_TRACING": "false"},
             "ENABLE_TRACING=false turns it off",
@@ -325,7 +325,7 @@ def test_the_destination_is_the_exporters_own(
                 HEADERS: GOOD["otlp.nr-data.net"],
                 "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "4000",
             },
-            "can be of 1.6 MB; New Relic takes 1 MB",
+            "can have 1.6 MB; New Relic accepts 1 MB",
             "OTEL_BSP_MAX_EXPORT_BATCH_SIZE to 2500 or less",
         ),
     ],
@@ -367,7 +367,7 @@ def test_what_is_wrong_is_told_with_what_to_do(
         ({TRACES_ENDPOINT: "http://127.0.0.1:4318/spans"}, "does not end in /v1/traces"),
         ({ENDPOINT: "http://127.0.0.1:1", "OTEL_SAMPLE_RATE": "0"}, "no trace is exported"),
         ({ENDPOINT: "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_TIMEOUT": "0.5"}, "takes longer"),
-        ({ENDPOINT: "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "not heeded"),
+        ({ENDPOINT: "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "has no effect"),
     ],
 )
 def test_what_may_be_meant_is_noted_and_no_problem(
@@ -385,7 +385,7 @@ def test_datadogs_metrics_are_differences(monkeypatch: pytest.MonkeyPatch) -> No
         "SDXL_OTLP_METRICS": "true",
     }
     cumulative = examined(monkeypatch, **datadog)
-    assert "takes metrics only as differences" in said(problems(cumulative))
+    assert "accepts metrics only as deltas" in said(problems(cumulative))
     preference = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
     assert not problems(examined(monkeypatch, **datadog, **{preference: "DELTA"}))
 
@@ -484,7 +484,7 @@ def test_a_small_trace_arrives_and_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         spans = otlp.wait_for(lambda spans: len(spans) == 2)
     assert finding.severity is Severity.OK
     assert "200 after" in finding.text
-    assert finding.text.endswith(f"2 spans were taken; look for trace {spans[0].trace_id}")
+    assert finding.text.endswith(f"2 spans were accepted; look for trace {spans[0].trace_id}")
     assert tree(spans) == "doctor\n  checkup"
     assert spans[0].resource["service.name"] == "patient"
     assert otlp.headers[0]["api-key"] == "0123456789"
@@ -503,8 +503,8 @@ def partial(rejected: int, message: str) -> bytes:
     [
         # Datadog accepts with 202 and an empty body.
         (DATADOG, (202, b"", ""), Severity.OK, "202 after", ""),
-        (NEW_RELIC, (200, b"{}", "application/json"), Severity.OK, "2 spans were taken", ""),
-        (HONEYCOMB, (200, partial(0, ""), PROTOBUF), Severity.OK, "2 spans were taken", ""),
+        (NEW_RELIC, (200, b"{}", "application/json"), Severity.OK, "2 spans were accepted", ""),
+        (HONEYCOMB, (200, partial(0, ""), PROTOBUF), Severity.OK, "2 spans were accepted", ""),
         (
             HONEYCOMB,
             (200, partial(0, "attribute `a` is deprecated"), PROTOBUF),
@@ -530,13 +530,13 @@ def partial(rejected: int, message: str) -> bytes:
             '2 of 2 spans were refused ("ingestion limit")',
             "",
         ),
-        (None, (200, b"\xff\xff", PROTOBUF), Severity.OK, "2 spans were taken", ""),
-        (None, (200, b"[1]", "application/json"), Severity.OK, "2 spans were taken", ""),
+        (None, (200, b"\xff\xff", PROTOBUF), Severity.OK, "2 spans were accepted", ""),
+        (None, (200, b"[1]", "application/json"), Severity.OK, "2 spans were accepted", ""),
         (
             None,
             (200, b"<html>Welcome</html>", "text/html; charset=utf-8"),
             Severity.PROBLEM,
-            "a web page, so what answers is no OTLP endpoint",
+            "a web page, so this is not an OTLP endpoint",
             "OTEL_EXPORTER_OTLP_ENDPOINT",
         ),
         (
@@ -548,10 +548,16 @@ def partial(rejected: int, message: str) -> bytes:
         ),
         (None, (400, b"", ""), Severity.PROBLEM, "was not understood", "OTLP/HTTP"),
         (None, (401, b"", ""), Severity.PROBLEM, "the key is missing, wrong", HEADERS),
-        (None, (404, b"404 page not found", "text/plain"), Severity.PROBLEM, "nothing takes", ""),
-        (None, (415, b"", ""), Severity.PROBLEM, "protobuf is not taken", ""),
+        (
+            None,
+            (404, b"404 page not found", "text/plain"),
+            Severity.PROBLEM,
+            "no OTLP endpoint at that path",
+            "",
+        ),
+        (None, (415, b"", ""), Severity.PROBLEM, "does not accept protobuf", ""),
         (None, (418, b"", ""), Severity.PROBLEM, "418 after", "documentation"),
-        (None, (500, b"", ""), Severity.PROBLEM, "is in trouble", "later"),
+        (None, (500, b"", ""), Severity.PROBLEM, "the backend failed", "later"),
         (NEW_RELIC, (403, b"", ""), Severity.PROBLEM, "no ingest license key", "nr-data.net:4318"),
         (
             DATADOG,
@@ -560,7 +566,7 @@ def partial(rejected: int, message: str) -> bytes:
             "not of the key's site",
             "https://otlp.us5.datadoghq.com (US5)",
         ),
-        (DATADOG, (413, b"", ""), Severity.PROBLEM, "too large", "Datadog takes 3.2 MB"),
+        (DATADOG, (413, b"", ""), Severity.PROBLEM, "too large", "Datadog accepts 3.2 MB"),
         (GRAFANA, (401, b"", ""), Severity.PROBLEM, "do not belong together", "Basic%20"),
         (GRAFANA, (403, b"", ""), Severity.PROBLEM, "traces:write", ""),
         (GRAFANA, (404, b"", ""), Severity.PROBLEM, "below /otlp", "/otlp"),
@@ -599,7 +605,7 @@ def test_a_backend_that_wants_us_to_wait(monkeypatch: pytest.MonkeyPatch) -> Non
     with answering(429, Retry_After="120") as server:
         finding = sent(monkeypatch, server.url)
     assert finding.text.startswith("429 after")
-    assert "takes no more for 120 s" in finding.text
+    assert "accepts no more for 120 s" in finding.text
     assert "OTEL_SAMPLE_RATE" in finding.advice
 
 
@@ -667,7 +673,7 @@ def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     with speaking(lambda _: over.wait(10) and None) as port:
         finding = sent(monkeypatch, f"http://127.0.0.1:{port}", OTEL_EXPORTER_OTLP_TIMEOUT="0.5")
         over.set()
-    assert "accepted the spans and said nothing" in finding.text
+    assert "accepted the spans and sent no response" in finding.text
     assert "OTEL_EXPORTER_OTLP_TIMEOUT" in finding.advice
 
 
@@ -723,7 +729,7 @@ def test_a_proxy_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, "http://someone:hunter2hunter2@127.0.0.1:9")
     [finding] = send_trial_trace(load_settings())
-    assert "the proxy lets nothing through" in finding.text
+    assert "the proxy made no connection" in finding.text
     assert finding.advice.endswith("through the proxy 127.0.0.1.")
 
 
@@ -901,7 +907,7 @@ def test_the_command_says_ok_problem_or_wrong_settings() -> None:
         ok = doctor({ENDPOINT: server.url, HEADERS: DATADOG_HEADERS}, "--backend", "datadog")
     assert ok.returncode == 0, ok.stdout + ok.stderr
     assert ok.stdout.endswith("\nSpans arrive.\n")
-    assert "127.0.0.1 stands in for Datadog" in ok.stdout
+    assert "127.0.0.1 is treated as Datadog" in ok.stdout
 
     with answering(403) as server:
         refused = doctor({ENDPOINT: server.url}, "--backend", "grafana cloud")

@@ -1,0 +1,213 @@
+"""The doctor's command, and that nothing it prints has a secret in it."""
+
+from __future__ import annotations
+
+
+# Secrets
+
+SECRET = "s3cr3t/Sh0uld+Never=BeSeen"
+
+
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **more: Any) -> str:
+    """All that the doctor says, and all that a library says beside it."""
+    lines: list[str] = []
+    run(load_settings(), lines.append, **more)
+    captured = capsys.readouterr()
+    return "\n".join(lines) + captured.out + captured.err
+
+
+def pieces(secret: str, length: int = 6) -> list[str]:
+    return [secret[at : at + length] for at in range(len(secret) - length + 1)]
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+@pytest.mark.parametrize(
+    "echo",
+    [
+        "key {value} is unknown",
+        '{{"error": "unknown key {value}", "header": "{raw}"}}',
+        "credentials {decoded} do not match",
+        "key {start}... is unknown, it ends in {end}",
+        "{escaped}",
+        "\x1b[2J{value}\n\n{value}",
+    ],
+)
+def test_a_backend_that_quotes_the_key_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    echo: str,
+    status: int,
+) -> None:
+    caplog.set_level("DEBUG")
+    encoded = base64.b64encode(f"12345:{SECRET}".encode()).decode()
+    raw = f"Basic%20{encoded}"
+    body = echo.format(
+        value=encoded,
+        raw=raw,
+        decoded=f"12345:{SECRET}",
+        start=encoded[:9],
+        end=encoded[-9:],
+        escaped=encoded.replace("/", "\\/"),
+    )
+    kind = "application/json" if body.startswith("{") else "text/plain"
+    answer: bytes | str = body
+    if status == 200:
+        answer, kind = partial(2, body), PROTOBUF
+    with answering(status, answer, kind) as server:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv(ENDPOINT, server.url)
+        monkeypatch.setenv(HEADERS, f"Authorization={raw},x-scope={SECRET}")
+        shown = told(monkeypatch, capsys, width=10_000) + caplog.text
+    for piece in [*pieces(SECRET), *pieces(encoded)]:
+        assert piece not in shown, shown
+    assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        f"api-key={SECRET}",
+        f"api-key='{SECRET}'",
+        f"Authorization=Bearer {SECRET}%3D",
+        f"{SECRET.replace('/', '').replace('+', '')}=",  # a key where a name is to be
+        "c2VjcmV0U2hvdWxkTmV2ZXJCZVNlZW4=",
+        "c2VjcmV0U2hvdWxkTmV2ZXJCZVNlZW==",
+    ],
+)
+def test_no_header_is_shown_whatever_is_wrong_with_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], headers: str
+) -> None:
+    monkeypatch.setenv(ENDPOINT, "https://otlp.nr-data.net:4318")
+    monkeypatch.setenv(HEADERS, headers)
+    shown = told(monkeypatch, capsys, sends=False).lower()
+    for piece in [*pieces("s3cr3t/sh0uld+never"), *pieces("c2vjcmv0u2hvdwxktmv2zxjczvnlzw")]:
+        assert piece not in shown, shown
+
+
+def test_an_endpoints_password_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ENDPOINT, "http://someone:hunter2hunter2@127.0.0.1:9/?token=hunter2hunter2")
+    assert "hunter2" not in told(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "api.honeycomb.io"])
+def test_a_key_in_an_endpoints_path_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str
+) -> None:
+    monkeypatch.setenv(ENDPOINT, f"https://{host}/in/0123456789abcdef")
+    shown = told(monkeypatch, capsys, sends=False)
+    assert "/in/***" in shown
+    assert "456789" not in shown
+
+
+@pytest.mark.parametrize("url", ["http://host:99999", "https://[::1", "http://host:port"])
+def test_what_is_no_url_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    with pytest.raises(ConfigurationError, match="OTEL_EXPORTER_OTLP_ENDPOINT is no URL"):
+        examined(monkeypatch, **{ENDPOINT: url})
+
+
+# A host of every backend and none, with what may be typed around it.
+HOSTS = st.sampled_from(
+    [r.host.replace("*", "a") for b in BACKENDS for r in b.regions] + ["localhost", "grafana.net"]
+)
+ENDPOINTS = st.builds(
+    "{}://{}{}{}".format,
+    st.sampled_from(["http", "https"]),
+    HOSTS,
+    st.sampled_from(["", ":4317", ":443", ":99999", ":"]),
+    st.text("/v1tracesotlp?#%@:[]", max_size=12),
+)
+SOME_HEADERS = st.dictionaries(
+    st.sampled_from([backend.header for backend in BACKENDS] + ["a", "x-b"]),
+    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60),
+    max_size=3,
+)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(endpoint=ENDPOINTS, headers=SOME_HEADERS, traces=st.booleans())
+def test_whatever_is_set_is_examined_or_refused_and_nothing_of_a_key_shown(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str, headers: dict[str, str], traces: bool
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv(TRACES_ENDPOINT if traces else ENDPOINT, endpoint)
+        patch.setenv(HEADERS, ",".join(f"{name}={value}" for name, value in headers.items()))
+        lines: list[str] = []
+        try:
+            status = run(load_settings(), lines.append, sends=False)
+        except ConfigurationError as refused:
+            lines.append(str(refused))
+        else:
+            assert status in (0, 1)
+            assert (status == 1) == any(line.startswith("problem") for line in lines)
+        shown = "\n".join(lines)
+        for value in headers.values():
+            for piece in pieces(value.strip(), 9):
+                assert piece in endpoint or piece not in shown or not piece.strip("= ")
+
+
+@pytest.mark.parametrize("header", ['a="quoted"', "a=x;y", "a=ü", "key:hunter2", "a b=hunter2"])
+def test_what_the_exporter_would_leave_out_is_refused_at_the_start(
+    header: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = doctor({ENDPOINT: "http://127.0.0.1:9", HEADERS: header})
+    assert result.returncode == 2
+    assert "OTEL_EXPORTER_OTLP_HEADERS is not allowed as it is" in result.stderr
+    assert header.partition("=")[2] not in result.stdout + result.stderr or "=" not in header
+
+
+# The command
+
+
+def doctor(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serve", "doctor", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=clean_environment({"COLUMNS": "100", "NO_PROXY": "127.0.0.1", **environment}),
+    )
+
+
+def test_the_command_says_ok_problem_or_wrong_settings() -> None:
+    with answering(202) as server:
+        ok = doctor({ENDPOINT: server.url, HEADERS: DATADOG_HEADERS}, "--backend", "datadog")
+    assert ok.returncode == 0, ok.stdout + ok.stderr
+    assert ok.stdout.endswith("\nSpans arrive.\n")
+    assert "127.0.0.1 is treated as Datadog" in ok.stdout
+
+    with answering(403) as server:
+        refused = doctor({ENDPOINT: server.url}, "--backend", "grafana cloud")
+        unsent = doctor({ENDPOINT: server.url}, "--no-send")
+    assert refused.returncode == 1
+    assert "Spans will not arrive as they should: 3 problems." in refused.stdout
+    assert unsent.returncode == 0
+    assert unsent.stdout.endswith("\nNothing is wrong with the settings. Nothing was sent.\n")
+    assert len(server.received) == 1
+
+    wrong = doctor({"OTEL_EXPORTER_OTLP_TIMEOUT": "10000"})
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "not milliseconds" in wrong.stderr
+    unknown = doctor({}, "--backend", "nagios")
+    assert unknown.returncode == 2
+    assert "New Relic, Datadog, Grafana Cloud, Honeycomb are." in unknown.stderr
+    for result in (ok, refused, unsent):
+        assert result.stderr == ""
+        assert all(len(line) <= 100 for line in result.stdout.splitlines())
+
+
+README = Path(__file__).resolve().parents[3] / "README.md"
+
+
+def test_the_readme_shows_what_the_doctor_says() -> None:
+    block = README.read_text().split("<!-- doctor: begin -->\n```console\n")[1]
+    *lines, _ = block.split("```\n<!-- doctor: end -->")[0].split("\n")
+    exports = [line.removeprefix("$ export ") for line in lines if line.startswith("$ export ")]
+    environment = {
+        name: value.strip('"') for name, _, value in (line.partition("=") for line in exports)
+    }
+    command = lines.index("$ python -m serve doctor --no-send")
+    assert "\n".join(lines[command + 1 :]) == doctor(environment, "--no-send").stdout.rstrip("\n")
