@@ -1,8 +1,9 @@
-"""What the tests of the doctor share: settings, keys, and an endpoint that answers as told."""
+"""What the doctor's tests share: settings, keys, and an endpoint that answers as told."""
 
 from __future__ import annotations
 
 import base64
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from serve.telemetry.finding import Finding, Severity
 from serve.telemetry.settings_checks import check_settings
 from serve.telemetry.trial_export import send_trial_trace
 
+ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 TRACES_ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 HEADERS = "OTEL_EXPORTER_OTLP_HEADERS"
 
@@ -45,6 +47,12 @@ GOOD = {
 DATADOG_HEADERS = f"dd-api-key={KEYS['Datadog']},compute_stats=true"
 
 PROTOBUF = "application/x-protobuf"
+
+
+def clean_environment_of_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SDXL_", "OTEL_")) or name == "ENABLE_TRACING":
+            monkeypatch.delenv(name)
 
 
 def examined(

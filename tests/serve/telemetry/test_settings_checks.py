@@ -1,9 +1,35 @@
-"""The doctor's checks of the settings, with the backends' real hosts, unsent."""
+"""The doctor's checks of the settings, with the backends' real hosts, without sending."""
 
 from __future__ import annotations
 
+import base64
 
-from tests.serve.telemetry.doctor_cases import *
+import pytest
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+from serve.settings import load_settings
+from serve.telemetry.backends import BACKENDS, Backend
+from serve.telemetry.finding import Severity
+from serve.telemetry.trace_endpoint import trace_endpoint
+from tests.serve.telemetry.doctor_cases import (
+    DATADOG_HEADERS,
+    ENDPOINT,
+    GOOD,
+    GRAFANA_BASIC,
+    HEADERS,
+    KEYS,
+    TRACES_ENDPOINT,
+    clean_environment_of_settings,
+    examined,
+    problems,
+    said,
+)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean_environment_of_settings(monkeypatch)
+
 
 # Settings that are right
 

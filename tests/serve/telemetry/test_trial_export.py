@@ -1,6 +1,42 @@
-"""The doctor's trial export to loopback endpoints that respond as the backends do, or do not."""
+"""The doctor's trial export to loopback endpoints that respond as the backends do, or not at all."""
 
 from __future__ import annotations
+
+import gzip
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+)
+
+from serve.settings import load_settings
+from serve.telemetry.backends import DATADOG, GRAFANA, HONEYCOMB, NEW_RELIC, Backend
+from serve.telemetry.finding import Severity
+from serve.telemetry.trial_export import send_trial_trace
+from tests.serve.telemetry.doctor_cases import (
+    ENDPOINT,
+    HEADERS,
+    PROTOBUF,
+    answering,
+    clean_environment_of_settings,
+    partial,
+    sent,
+)
+from tests.support.otlp_endpoint import otlp_endpoint, tree
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean_environment_of_settings(monkeypatch)
 
 
 def test_a_small_trace_arrives_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
