@@ -1,4 +1,4 @@
-"""The doctor's trial export to loopback endpoints that respond as the backends do, or not at all."""
+"""The doctor's trial export, to loopback endpoints that respond as backends do, or not at all."""
 
 from __future__ import annotations
 
