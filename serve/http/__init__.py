@@ -1,1 +1,1 @@
-"""HTTP: the middleware, endpoints, server-sent events, error responses, and the gateway's client."""
+"""HTTP: middleware, endpoints, server-sent events, error responses, and the gateway's client."""
