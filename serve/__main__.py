@@ -15,19 +15,19 @@ DESCRIPTION = "Serve SDXL text-to-image over HTTP. The settings are in docs/sett
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 after a clean end, 1 when the model failed or the doctor found a
-    problem, 2 on wrong usage and wrong settings."""
+    """Run the command line. Returns the exit status: 0 after a clean end, 1 if the model failed or
+    the doctor found a problem, 2 on wrong usage or a wrong setting."""
     parser = argparse.ArgumentParser(prog="python -m serve", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", metavar="run|doctor")
     _add_address(parser, host="127.0.0.1", port=8080)
-    # Without defaults of its own, which would overwrite what stands before the command.
+    # Without defaults of its own: they would overwrite options given before the command.
     _add_address(commands.add_parser("run", help="serve (the default)"))
     doctor = commands.add_parser("doctor", help="check the telemetry settings and send a trace")
     doctor.add_argument("--no-send", action="store_true", help="check the settings only")
     doctor.add_argument(
         "--backend",
         metavar="NAME",
-        help="what the endpoint forwards to, where its host does not tell, as a proxy's does not",
+        help="the backend that the endpoint forwards to, if its host is a proxy's or a collector's",
     )
     options = parser.parse_args(arguments)
 
@@ -37,9 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_settings()
         if options.command == "doctor":
             return _doctor(settings, options)
+        from serve.engine.call import current_call
         from serve.telemetry.logs import configure_logging
 
-        configure_logging(settings.log_format)
+        configure_logging(settings.log_format, current_call.get)
         from serve.server import run
 
         return run(settings, options.host, options.port)
@@ -62,7 +63,7 @@ def _doctor(settings: ServeSettings, options: argparse.Namespace) -> int:
             names = ", ".join(backend.name for backend in BACKENDS)
             raise ConfigurationError(f"--backend {options.backend!r} is not known: {names} are.")
     width = min(100, shutil.get_terminal_size().columns)
-    return run(settings, print, sends=not options.no_send, stand_in_for=backend, width=width)
+    return run(settings, print, sends=not options.no_send, treat_as=backend, width=width)
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What can go wrong, and what each failure is over HTTP.
+"""The service's errors, and the HTTP response of each.
 
     ServeError
     ├── ConfigurationError      start-up stops with this sentence; never reaches HTTP
@@ -9,7 +9,7 @@
         ├── BodyTooSlow         408
         ├── QueueFull           429
         ├── DeadlineExceeded    504
-        ├── ClientGone          499, which nobody is left to read
+        ├── ClientGone          499, in logs and metrics only
         ├── NotReady            503
         ├── Draining            503
         ├── OutOfMemory         500
@@ -17,10 +17,10 @@
         ├── GenerationFailed    500
         └── DeviceLost          503, and the process is unhealthy
 
-Messages are one sentence for the caller and never hold the request's text: fal's platform and the
-trace both carry them on. Three headers are fal's: `X-Fal-Needs-Retry: 0` keeps its platform from
-trying a request again that would fail again, `x-fal-stop-runner` takes a broken runner away, and
-`x-fal-billable-units: 0` keeps it from charging its default for a request that gave no image.
+A message is one sentence for the caller. It never has the request's text, because fal's platform
+and the trace keep it. Three headers are for fal: `X-Fal-Needs-Retry: 0` prevents a retry that would
+fail again, `x-fal-stop-runner` replaces a broken runner, and `x-fal-billable-units: 0` prevents
+fal's default charge for a request without an image.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ NOT_BILLED: Mapping[str, str] = {"x-fal-billable-units": "0"}
 
 
 class ServeError(Exception):
-    """Anything this package raises on purpose."""
+    """The base of all errors that this package raises."""
 
 
 class ConfigurationError(ServeError):
-    """A setting is wrong; the text names it, its value and what is allowed."""
+    """A setting is wrong. The text names it, its value and what is allowed."""
 
 
 class ModelError(ServeError):
-    """The model cannot be loaded; the text names it and what was found."""
+    """The model cannot be loaded. The text names it and what was found."""
 
 
 class RequestError(ServeError):
-    """One request fails. Subclasses are the rows of the failure table."""
+    """One request fails. Each subclass is a row of the documentation's table of failures."""
 
     status: ClassVar[int] = 500
     error_type: ClassVar[str] = "internal"
@@ -56,14 +56,14 @@ class RequestError(ServeError):
         super().__init__(message)
         self.message = message
         self.cause_type: str | None = None
-        """The type of the exception this was made from, where there was one. Only its type: the
+        """The type of the exception behind this error, if there is one. Only its type is kept: the
         exception would keep a failed run's tensors alive, and its text may quote a prompt."""
         self.headers = {**NOT_BILLED, **(headers or {})}
 
 
 @dataclass(frozen=True, slots=True)
 class FieldProblem:
-    """One field of a request that is not as it must be."""
+    """What is wrong with one field of a request."""
 
     location: tuple[str | int, ...]
     message: str
@@ -71,7 +71,7 @@ class FieldProblem:
 
 
 class InvalidRequest(RequestError):
-    """Bad or unknown field, or a shape that is not warm. Names fields, never echoes the input."""
+    """A wrong or unknown field, or a shape that is not warm. Names fields, never the input."""
 
     status = 422
     error_type = "invalid_request"
@@ -101,7 +101,7 @@ class BodyTooSlow(RequestError):
 
 
 class QueueFull(RequestError):
-    # Never 503 here: fal takes a runner away that answers 503.
+    # Not 503: fal replaces a runner that responds with 503.
     status = 429
     error_type = "queue_full"
     outcome = "rejected"
@@ -157,7 +157,7 @@ class OutOfMemory(RequestError):
     error_type = "out_of_memory"
 
     def __init__(self) -> None:
-        # A request that does not fit here fits on no other runner either.
+        # The request does not fit into another runner either.
         super().__init__("The device ran out of memory on this request.", NO_RETRY)
 
 
@@ -212,8 +212,8 @@ REJECTIONS = tuple(
     for error in REQUEST_ERRORS
     if error.outcome == "rejected" or error in (DeadlineExceeded, DeviceLost)
 )
-"""The error types that may turn a request away before any work was done for it: the closed set of
-`reason` label values."""
+"""The error types that may end a request before any work is done for it: the closed set of `reason`
+label values."""
 
 OUTCOMES = ("ok", "invalid", "rejected", "deadline", "cancelled", "error")
 """The closed set of `outcome` label values."""

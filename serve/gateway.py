@@ -1,7 +1,7 @@
-"""`PromptGateway`: a second fal app, before the first. It needs no GPU and no model library.
+"""`PromptGateway`: a second fal app, which calls the first. It needs no GPU and no model library.
 
-Nothing is decided here; `relay.py` holds what it does with a request. Host options are in
-`[tool.fal.apps.gateway]` of pyproject.toml.
+This module connects fal's lifecycle to `serve.http.gateway_client.GatewayClient`, which serves the
+requests. Host options are in `[tool.fal.apps.gateway]` of pyproject.toml.
 """
 
 from __future__ import annotations
@@ -17,55 +17,59 @@ from serve.schema import PromptRequest, TextToImageResponse
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from serve.http.gateway_client import Relay
+    from serve.http.gateway_client import GatewayClient
 
 
 class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not followed
-    """Tidies prompts and has them drawn by the image app, as one trace."""
+    """Tidies prompts and calls the image app with them. Both apps' spans are one trace."""
 
     _installed = False
-    _relay: Relay | None = None
+    _client: GatewayClient | None = None
     _loop: asyncio.AbstractEventLoop | None = None
 
     async def setup(self) -> None:
-        """Read the settings; there is nothing to warm."""
+        """Read the settings. There is nothing to warm up."""
         from fal.auth import key_credentials
         from fal.flags import FAL_RUN_HOST
         from prometheus_client import CollectorRegistry
 
-        from serve.http.gateway_client import Relay, Target
+        from serve.engine.call import current_call
+        from serve.http.gateway_client import GatewayClient, ImageAppAddress
         from serve.settings import load_settings
         from serve.telemetry.logs import configure_logging
 
         require_our_handlers(self._installed)
         settings = load_settings()
-        configure_logging(settings.log_format)
-        target = Target.named_by(settings.gateway_target, key_credentials(), FAL_RUN_HOST)
+        configure_logging(settings.log_format, current_call.get)
+        image_app = ImageAppAddress.named_by(
+            settings.gateway_target, key_credentials(), FAL_RUN_HOST
+        )
         registry = CollectorRegistry()
-        self._relay = Relay(settings, target, registry)
+        self._client = GatewayClient(settings, image_app, registry)
         self._loop = asyncio.get_running_loop()
         show_on_metrics_port(registry)
 
     @fal.endpoint("/")  # type: ignore[untyped-decorator]
     async def generate(self, request: PromptRequest) -> TextToImageResponse:
-        """Text to image, the text made tidy first."""
-        assert self._relay is not None  # fal opens the port after setup
-        # The annotation is the schema that fal publishes; the body is serialised already.
-        return await self._relay.relay(request)  # type: ignore[return-value]
+        """Text to image; the prompt is tidied first."""
+        assert self._client is not None  # fal opens the port after setup
+        # fal publishes the annotation as the schema. The response is already serialised.
+        return await self._client.generate(request)  # type: ignore[return-value]
 
     def handle_exit(self) -> None:
-        """SIGTERM. Called from the signal's handler, between any two steps of the event loop."""
-        if self._loop is not None and self._relay is not None:
-            self._loop.call_soon_threadsafe(self._relay.begin_drain)
+        """Begin to drain on SIGTERM. fal calls this from the signal handler, between two steps of
+        the event loop, so the loop does the work."""
+        if self._loop is not None and self._client is not None:
+            self._loop.call_soon_threadsafe(self._client.begin_drain)
 
     async def teardown(self) -> None:
-        """The last request has been answered: export what is left, within its budget."""
+        """Export the remaining spans after the last response, within `FLUSH_SECONDS`."""
         from serve.server import FLUSH_SECONDS
 
-        if self._relay is not None:
-            await self._relay.close(FLUSH_SECONDS)
+        if self._client is not None:
+            await self._client.close(FLUSH_SECONDS)
 
     def _add_extra_routes(self, app: FastAPI) -> None:
-        """fal's last word on an app's handlers and routes, as in `SdxlApp`."""
-        replace_fals_handlers(app, lambda: self._relay)
+        """Replace fal's handlers and routes by ours, as `SdxlApp` does."""
+        replace_fals_handlers(app, lambda: self._client)
         self._installed = True

@@ -1,4 +1,4 @@
-"""The request and the response, as they cross the wire."""
+"""The JSON of requests and responses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_UNTIDY_CHARACTERS = 10_000
-"""Longest prompt the gateway takes, before it is cut to the one above."""
+"""The longest prompt that the gateway accepts. It cuts the prompt to `MAX_PROMPT_CHARACTERS`."""
 
 MAX_SEED = 2**63 - 1
 
@@ -27,12 +27,12 @@ class TraceContext(BaseModel):
     tracestate: str = ""
 
     def carrier(self) -> dict[str, str]:
-        """As a mapping that a propagator reads."""
+        """The context as a mapping for OpenTelemetry's propagator."""
         return {"traceparent": self.traceparent, "tracestate": self.tracestate}
 
 
 def _well_formed_or_none(value: Any) -> Any:
-    """A malformed trace context is ignored, never an error: a trace is no reason to refuse work."""
+    """A well-formed trace context, else None: a wrong one is no reason to refuse a request."""
     if isinstance(value, TraceContext):
         return value
     if not isinstance(value, dict):
@@ -47,7 +47,7 @@ def _well_formed_or_none(value: Any) -> Any:
 
 
 class TextToImageRequest(BaseModel):
-    """What to draw and how. Numbers are numbers: `"20"` and `true` are refused."""
+    """What to draw and how. A number must be a JSON number: `"20"` and `true` are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -100,7 +100,7 @@ class TextToImageRequest(BaseModel):
 
 
 class PromptRequest(TextToImageRequest):
-    """What the gateway takes: the same, with prompts that may be longer, for it cuts them."""
+    """The gateway's request: the same, but with longer prompts, which the gateway cuts."""
 
     prompt: str = Field(
         min_length=1,
@@ -114,9 +114,9 @@ class PromptRequest(TextToImageRequest):
 
 
 class GeneratedImage(BaseModel):
-    """Where the image is, or the image itself as a data URI; a subset of fal's image type."""
+    """The image's URL, or the image as a data URI. A subset of fal's image type."""
 
-    # How fal's web page knows to show it.
+    # fal's web page shows the image by this.
     model_config = ConfigDict(json_schema_extra={"ui": {"field": "image"}})
 
     url: str
@@ -126,9 +126,9 @@ class GeneratedImage(BaseModel):
 
 
 class Timings(BaseModel):
-    """Where the time went, in milliseconds; a stage that did not run is null.
+    """The stages' durations in milliseconds. A stage that did not run is null.
 
-    `clock` says whose the model's stages are: `cuda` timing events or the `host`.
+    `clock` is what the model's stages were timed with: `cuda` events or the `host` clock.
     """
 
     receive_ms: float | None = None
@@ -143,7 +143,7 @@ class Timings(BaseModel):
 
 
 class TextToImageResponse(BaseModel):
-    """The image, and everything needed to draw it again or to find its trace."""
+    """The image, and what is needed to draw it again or to find its trace."""
 
     image: GeneratedImage
     seed: int

@@ -1,9 +1,12 @@
-"""The service's settings: read once from the environment, frozen.
+"""The service's settings: read once from the environment, then frozen.
 
 A wrong value stops the start with a sentence that names the variable, the value and what is
-allowed; so does an `SDXL_` name that does not exist, since a misspelt setting silently ignored is
-worse than a start that fails. Telemetry uses the standard `OTEL_*` names, which the exporter reads
-by itself; only what we decide by is read here.
+allowed. So does an `SDXL_` name that does not exist: a misspelt setting that is ignored is worse
+than a start that fails.
+
+Telemetry uses the standard `OTEL_*` names. OpenTelemetry's exporters read theirs from the
+environment too; the values here are the ones that this code decides by. Nothing else in this
+package reads a setting from the environment.
 """
 
 from __future__ import annotations
@@ -29,25 +32,18 @@ DEMO_MODEL = "demo"
 RANDOM_SDXL_BASE = "random:sdxl-base"
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
+TRUE_OR_FALSE = "true or false"
 
-def _rate(value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError("out of range")
-    return value
-
-
-# NAME=VALUE, NAME=VALUE: what the exporter would skip with a warning that quotes it is refused.
-_HEADER = r"""[ \t]*[-!#-'*+.0-9A-Z^-z|~]+[ \t]*=[ !#-+\--:<-\[\]-~\t]*"""
-_HEADERS = rf"^{_HEADER}(,{_HEADER})*,?\s*$"
 _SECRET_FIELDS = frozenset(
     {"otlp_headers", "otlp_traces_headers", "otlp_metrics_headers", "admin_token"}
 )
+"""Fields whose value no error message shows."""
 
-_BUCKETS = f"a comma-separated list of 1 to {buckets.MOST_BOUNDS} {{}}, each above the last"
-_BUCKETS_IN_SECONDS = _BUCKETS.format("positive numbers of seconds")
-_BUCKETS_IN_BYTES = _BUCKETS.format("positive numbers of bytes")
+# NAME=VALUE, NAME=VALUE. The exporter skips what does not match with a warning that quotes it, so
+# it is refused here.
+_HEADER = r"""[ \t]*[-!#-'*+.0-9A-Z^-z|~]+[ \t]*=[ !#-+\--:<-\[\]-~\t]*"""
+_HEADERS = rf"^{_HEADER}(,{_HEADER})*,?\s*$"
 
-# Standard samplers of the OpenTelemetry specification and the root each gives.
 SamplerName = Literal[
     "always_on",
     "always_off",
@@ -56,6 +52,70 @@ SamplerName = Literal[
     "parentbased_always_off",
     "parentbased_traceidratio",
 ]
+"""Standard samplers of the OpenTelemetry specification."""
+
+BucketBounds = Annotated[tuple[float, ...] | None, NoDecode]
+
+
+def _between_0_and_1(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError("out of range")
+    return value
+
+
+Ratio = Annotated[float, AfterValidator(_between_0_and_1)]
+
+
+# Fields that occur once for spans and once for metrics
+
+
+def _bucket_bounds(unit: str) -> Any:
+    description = (
+        f"a comma-separated list of 1 to {buckets.MOST_BOUNDS} positive numbers of {unit}, each "
+        "above the last"
+    )
+    return Field(default=None, description=description)
+
+
+def _otlp_url(variable: str, description: str) -> Any:
+    return Field(
+        default=None,
+        validation_alias=variable,
+        pattern=r"^https?://[^\s]+$",
+        description=f"an http:// or https:// URL{description}",
+    )
+
+
+def _otlp_headers(variable: str) -> Any:
+    return Field(
+        default=None,
+        validation_alias=variable,
+        pattern=_HEADERS,
+        description="a comma-separated list of NAME=VALUE, values percent-encoded",
+    )
+
+
+def _otlp_compression(variable: str) -> Any:
+    return Field(default=None, validation_alias=variable, description="none, gzip or deflate")
+
+
+def _otlp_timeout(variable: str) -> Any:
+    # The Python SDK reads seconds, the specification says milliseconds: 10000 would be nearly three
+    # hours.
+    return Field(
+        default=None,
+        validation_alias=variable,
+        gt=0,
+        le=300,
+        description="a number of seconds up to 300, above 0 (not milliseconds)",
+    )
+
+
+def _checked_by_the_doctor(variable: str) -> Any:
+    return Field(default=None, validation_alias=variable, description="any text")
+
+
+Compression = Literal["none", "gzip", "deflate"]
 
 
 class ServeSettings(BaseSettings):
@@ -64,6 +124,8 @@ class ServeSettings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True
     )
+
+    # The model, and where it runs
 
     model: str | None = Field(
         default=None,
@@ -84,23 +146,17 @@ class ServeSettings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="auto, bfloat16, float16 or float32"
     )
+
+    # Compiling and warming up
+
     shapes: Annotated[tuple[CompiledShape, ...] | None, NoDecode] = Field(
         default=None,
         description=(
             "a comma-separated list of WIDTHxHEIGHT, each side a multiple of 8 from 64 to 2048"
         ),
     )
-    serve_cold_shapes: bool = Field(default=False, description="true or false")
-    ready_early: bool = Field(default=False, description="true or false")
-    # What a request that names none gets; few-step checkpoints need others than SDXL base.
-    steps: int = Field(default=20, ge=1, le=100, description="a whole number from 1 to 100")
-    guidance_scale: float = Field(
-        default=5.0,
-        ge=0,
-        le=20,
-        allow_inf_nan=False,
-        description="a number from 0 to 20; at 1 and below the model runs without guidance",
-    )
+    serve_cold_shapes: bool = Field(default=False, description=TRUE_OR_FALSE)
+    ready_early: bool = Field(default=False, description=TRUE_OR_FALSE)
     compile: Literal["auto", "off", "regional", "default", "max"] = Field(
         default="auto", description="auto, off, regional, default or max"
     )
@@ -113,47 +169,54 @@ class ServeSettings(BaseSettings):
     cache_dir: Path | None = Field(
         default=None, description="a folder that only this service's operators can write to"
     )
+
+    # What a request gets that does not say (few-step checkpoints need other values), and limits
+
+    steps: int = Field(default=20, ge=1, le=100, description="a whole number from 1 to 100")
+    guidance_scale: float = Field(
+        default=5.0,
+        ge=0,
+        le=20,
+        allow_inf_nan=False,
+        description="a number from 0 to 20; at 1 and below the model runs without guidance",
+    )
     max_waiting: int = Field(
         default=32, ge=0, le=10_000, description="a whole number from 0 to 10000"
     )
     deadline_seconds: float = Field(
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
     )
-    trace_prompts: bool = Field(default=False, description="true or false")
-    trace_keep_slow_seconds: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="a number of seconds above 0"
-    )
-    trace_keep_slow_step_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="a number of milliseconds above 0"
-    )
-    trace_steps: Literal["all", "slow", "summary"] = Field(
-        default="all", description="all, slow or summary"
-    )
-    trace_trust_parent: bool = Field(default=True, description="true or false")
-    trace_url: str | None = Field(
-        default=None,
-        pattern=r"^https?://[^\s{}]*\{trace_id\}[^\s{}]*$",
-        description="an http:// or https:// URL with {trace_id} in it",
-    )
+
+    # Operation: logs, profiles, the operator's token
+
     log_format: Literal["auto", "text", "json"] = Field(
         default="auto", description="auto, text or json"
     )
-    # Where the gateway finds the image app; the image app itself has no use for it.
-    gateway_target: str | None = Field(
-        default=None,
-        pattern=r"^(https?://[^\s]+|[\w.-]+(/[\w.-]+)+)$",
-        description="an http:// or https:// URL, or OWNER/APP on fal,",
-    )
-    # Where profiles of single runs go; unset, none can be asked for.
     profile_dir: Path | None = Field(default=None, description="a folder that can be written")
-    nvtx: bool = Field(default=False, description="true or false")
+    nvtx: bool = Field(default=False, description=TRUE_OR_FALSE)
     admin_token: SecretStr | None = Field(
         default=None,
         min_length=16,
         description="a token of at least 16 characters, printable and without spaces,",
     )
-    # An answered request is within its budget when it took at most the base, plus for each step the
-    # step's, in proportion to its area over the default shape's.
+
+    # fal: the gateway's image app, billing, and what fal sets on a runner
+
+    gateway_target: str | None = Field(
+        default=None,
+        pattern=r"^(https?://[^\s]+|[\w.-]+(/[\w.-]+)+)$",
+        description="an http:// or https:// URL, or OWNER/APP on fal,",
+    )
+    fal_billing: bool = Field(default=False, description=TRUE_OR_FALSE)
+    fal_runner_id: str | None = Field(
+        default=None, validation_alias="FAL_JOB_ID", description="any text"
+    )
+    fal_app_name: str | None = Field(
+        default=None, validation_alias="FAL_APP_NAME", description="any text"
+    )
+
+    # Metrics: the latency budget, utilisation, histogram buckets, pushing
+
     budget_seconds: float = Field(
         default=2, ge=0, le=3600, allow_inf_nan=False, description="a number from 0 to 3600"
     )
@@ -171,129 +234,13 @@ class ServeSettings(BaseSettings):
         allow_inf_nan=False,
         description="a number of dense bf16 teraFLOPs a second up to 1000000, above 0",
     )
-    otlp_metrics: bool = Field(default=False, description="true or false")
-    buckets_request: Annotated[tuple[float, ...] | None, NoDecode] = Field(
-        default=None, description=_BUCKETS_IN_SECONDS
-    )
-    buckets_queue: Annotated[tuple[float, ...] | None, NoDecode] = Field(
-        default=None, description=_BUCKETS_IN_SECONDS
-    )
-    buckets_stage: Annotated[tuple[float, ...] | None, NoDecode] = Field(
-        default=None, description=_BUCKETS_IN_SECONDS
-    )
-    buckets_step: Annotated[tuple[float, ...] | None, NoDecode] = Field(
-        default=None, description=_BUCKETS_IN_SECONDS
-    )
-    buckets_gpu_queue: Annotated[tuple[float, ...] | None, NoDecode] = Field(
-        default=None, description=_BUCKETS_IN_SECONDS
-    )
-    buckets_image_bytes: Annotated[tuple[float, ...] | None, NoDecode] = Field(
-        default=None, description=_BUCKETS_IN_BYTES
-    )
-    # Every answered image says its price basis, megapixels times steps, in fal's billing header.
-    fal_billing: bool = Field(default=False, description="true or false")
-
-    # fal's documented names, and the standard ones.
-    enable_tracing: bool = Field(
-        default=True, validation_alias="ENABLE_TRACING", description="true or false"
-    )
-    sample_rate: Annotated[float, AfterValidator(_rate)] | None = Field(
-        default=None,
-        validation_alias="OTEL_SAMPLE_RATE",
-        allow_inf_nan=False,
-        description="a number from 0 to 1",
-    )
-    traces_sampler: SamplerName | None = Field(
-        default=None,
-        validation_alias="OTEL_TRACES_SAMPLER",
-        description=("always_on, always_off, traceidratio, or one of these after `parentbased_`"),
-    )
-    traces_sampler_arg: Annotated[float, AfterValidator(_rate)] | None = Field(
-        default=None,
-        validation_alias="OTEL_TRACES_SAMPLER_ARG",
-        allow_inf_nan=False,
-        description="a number from 0 to 1",
-    )
-    sdk_disabled: bool = Field(
-        default=False, validation_alias="OTEL_SDK_DISABLED", description="true or false"
-    )
-    service_name: str | None = Field(
-        default=None, validation_alias="OTEL_SERVICE_NAME", description="any text"
-    )
-    otlp_endpoint: str | None = Field(
-        default=None,
-        validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
-        pattern=r"^https?://[^\s]+$",
-        description="an http:// or https:// URL without /v1/traces",
-    )
-    otlp_traces_endpoint: str | None = Field(
-        default=None,
-        validation_alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
-        pattern=r"^https?://[^\s]+$",
-        description="an http:// or https:// URL, used as it stands",
-    )
-    otlp_headers: str | None = Field(
-        default=None,
-        validation_alias="OTEL_EXPORTER_OTLP_HEADERS",
-        pattern=_HEADERS,
-        description="a comma-separated list of NAME=VALUE, values percent-encoded",
-    )
-    otlp_traces_headers: str | None = Field(
-        default=None,
-        validation_alias="OTEL_EXPORTER_OTLP_TRACES_HEADERS",
-        pattern=_HEADERS,
-        description="a comma-separated list of NAME=VALUE, values percent-encoded",
-    )
-    otlp_compression: Literal["none", "gzip", "deflate"] | None = Field(
-        default=None,
-        validation_alias="OTEL_EXPORTER_OTLP_COMPRESSION",
-        description="none, gzip or deflate",
-    )
-    otlp_traces_compression: Literal["none", "gzip", "deflate"] | None = Field(
-        default=None,
-        validation_alias="OTEL_EXPORTER_OTLP_TRACES_COMPRESSION",
-        description="none, gzip or deflate",
-    )
-    otlp_traces_timeout: float | None = Field(
-        default=None,
-        validation_alias="OTEL_EXPORTER_OTLP_TRACES_TIMEOUT",
-        gt=0,
-        le=300,
-        description="a number of seconds up to 300, above 0 (not milliseconds)",
-    )
-    otlp_timeout: float | None = Field(
-        default=None,
-        validation_alias="OTEL_EXPORTER_OTLP_TIMEOUT",
-        gt=0,
-        le=300,
-        # The Python SDK reads seconds where the specification says milliseconds: 10000 would
-        # be nearly three hours.
-        description="a number of seconds up to 300, above 0 (not milliseconds)",
-    )
-    otlp_metrics_endpoint: str | None = Field(
-        default=None,
-        validation_alias="OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
-        pattern=r"^https?://[^\s]+$",
-        description="an http:// or https:// URL, used as it stands",
-    )
-    otlp_metrics_headers: str | None = Field(
-        default=None,
-        validation_alias="OTEL_EXPORTER_OTLP_METRICS_HEADERS",
-        pattern=_HEADERS,
-        description="a comma-separated list of NAME=VALUE, values percent-encoded",
-    )
-    otlp_metrics_compression: Literal["none", "gzip", "deflate"] | None = Field(
-        default=None,
-        validation_alias="OTEL_EXPORTER_OTLP_METRICS_COMPRESSION",
-        description="none, gzip or deflate",
-    )
-    otlp_metrics_timeout: float | None = Field(
-        default=None,
-        validation_alias="OTEL_EXPORTER_OTLP_METRICS_TIMEOUT",
-        gt=0,
-        le=300,
-        description="a number of seconds up to 300, above 0 (not milliseconds)",
-    )
+    buckets_request: BucketBounds = _bucket_bounds("seconds")
+    buckets_queue: BucketBounds = _bucket_bounds("seconds")
+    buckets_stage: BucketBounds = _bucket_bounds("seconds")
+    buckets_step: BucketBounds = _bucket_bounds("seconds")
+    buckets_gpu_queue: BucketBounds = _bucket_bounds("seconds")
+    buckets_image_bytes: BucketBounds = _bucket_bounds("bytes")
+    otlp_metrics: bool = Field(default=False, description=TRUE_OR_FALSE)
     otlp_metrics_temporality: Literal["cumulative", "delta", "lowmemory"] = Field(
         default="cumulative",
         validation_alias="OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
@@ -307,6 +254,59 @@ class ServeSettings(BaseSettings):
         allow_inf_nan=False,
         description="a number of milliseconds from 1000 to 3600000",
     )
+
+    # Tracing: on or off, which requests are exported, what their spans hold
+
+    enable_tracing: bool = Field(
+        default=True, validation_alias="ENABLE_TRACING", description=TRUE_OR_FALSE
+    )
+    sdk_disabled: bool = Field(
+        default=False, validation_alias="OTEL_SDK_DISABLED", description=TRUE_OR_FALSE
+    )
+    sample_rate: Ratio | None = Field(
+        default=None,
+        validation_alias="OTEL_SAMPLE_RATE",
+        allow_inf_nan=False,
+        description="a number from 0 to 1",
+    )
+    traces_sampler: SamplerName | None = Field(
+        default=None,
+        validation_alias="OTEL_TRACES_SAMPLER",
+        description=("always_on, always_off, traceidratio, or one of these after `parentbased_`"),
+    )
+    traces_sampler_arg: Ratio | None = Field(
+        default=None,
+        validation_alias="OTEL_TRACES_SAMPLER_ARG",
+        allow_inf_nan=False,
+        description="a number from 0 to 1",
+    )
+    trace_keep_slow_seconds: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="a number of seconds above 0"
+    )
+    trace_keep_slow_step_ms: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="a number of milliseconds above 0"
+    )
+    trace_trust_parent: bool = Field(default=True, description=TRUE_OR_FALSE)
+    trace_steps: Literal["all", "slow", "summary"] = Field(
+        default="all", description="all, slow or summary"
+    )
+    trace_prompts: bool = Field(default=False, description=TRUE_OR_FALSE)
+    trace_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s{}]*\{trace_id\}[^\s{}]*$",
+        description="an http:// or https:// URL with {trace_id} in it",
+    )
+    service_name: str | None = Field(
+        default=None, validation_alias="OTEL_SERVICE_NAME", description="any text"
+    )
+    resource_attributes: str = Field(
+        default="",
+        validation_alias="OTEL_RESOURCE_ATTRIBUTES",
+        description="a comma-separated list of NAME=VALUE",
+    )
+
+    # The batch span processor
+
     bsp_max_queue_size: int | None = Field(
         default=None,
         validation_alias="OTEL_BSP_MAX_QUEUE_SIZE",
@@ -325,6 +325,45 @@ class ServeSettings(BaseSettings):
         ge=1,
         description="a whole number of milliseconds from 1",
     )
+    bsp_export_timeout: str | None = Field(
+        default=None,
+        validation_alias="OTEL_BSP_EXPORT_TIMEOUT",
+        description="any text, without effect,",
+    )
+
+    # The OTLP endpoint, for spans and for pushed metrics
+
+    otlp_endpoint: str | None = _otlp_url("OTEL_EXPORTER_OTLP_ENDPOINT", " without /v1/traces")
+    otlp_traces_endpoint: str | None = _otlp_url(
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", ", used as it stands"
+    )
+    otlp_metrics_endpoint: str | None = _otlp_url(
+        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", ", used as it stands"
+    )
+    otlp_headers: str | None = _otlp_headers("OTEL_EXPORTER_OTLP_HEADERS")
+    otlp_traces_headers: str | None = _otlp_headers("OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+    otlp_metrics_headers: str | None = _otlp_headers("OTEL_EXPORTER_OTLP_METRICS_HEADERS")
+    otlp_compression: Compression | None = _otlp_compression("OTEL_EXPORTER_OTLP_COMPRESSION")
+    otlp_traces_compression: Compression | None = _otlp_compression(
+        "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION"
+    )
+    otlp_metrics_compression: Compression | None = _otlp_compression(
+        "OTEL_EXPORTER_OTLP_METRICS_COMPRESSION"
+    )
+    otlp_timeout: float | None = _otlp_timeout("OTEL_EXPORTER_OTLP_TIMEOUT")
+    otlp_traces_timeout: float | None = _otlp_timeout("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT")
+    otlp_metrics_timeout: float | None = _otlp_timeout("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT")
+
+    # Read by the exporter and its HTTP client; here only the doctor checks them
+
+    otlp_certificate: str | None = _checked_by_the_doctor("OTEL_EXPORTER_OTLP_CERTIFICATE")
+    otlp_traces_certificate: str | None = _checked_by_the_doctor(
+        "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE"
+    )
+    requests_ca_bundle: str | None = _checked_by_the_doctor("REQUESTS_CA_BUNDLE")
+    curl_ca_bundle: str | None = _checked_by_the_doctor("CURL_CA_BUNDLE")
+    otlp_protocol: str | None = _checked_by_the_doctor("OTEL_EXPORTER_OTLP_PROTOCOL")
+    otlp_traces_protocol: str | None = _checked_by_the_doctor("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 
     @field_validator("shapes", mode="before")
     @classmethod
@@ -344,7 +383,8 @@ class ServeSettings(BaseSettings):
     @field_validator("otlp_metrics_temporality", mode="before")
     @classmethod
     def _lower(cls, value: Any) -> Any:
-        return value.lower() if isinstance(value, str) else value  # the specification's spelling
+        # The specification writes these values in any case.
+        return value.lower() if isinstance(value, str) else value
 
     @field_validator(
         "buckets_request",
@@ -361,25 +401,34 @@ class ServeSettings(BaseSettings):
 
     @property
     def tracing_enabled(self) -> bool:
-        """Spans are exported only where somebody named an endpoint and nobody turned it off."""
+        """Whether spans are exported: an endpoint is set, and tracing is not turned off."""
         named = self.otlp_endpoint is not None or self.otlp_traces_endpoint is not None
         return self.enable_tracing and not self.sdk_disabled and named
 
     @property
     def rate(self) -> float:
-        """Share of traces exported where no caller decided."""
+        """The share of traces that is exported, of those that no caller has decided on."""
         rates = (self.sample_rate, self.traces_sampler_arg)
         return next((rate for rate in rates if rate is not None), 1.0)
 
     @property
     def exports_to_honeycomb(self) -> bool:
-        """Honeycomb weighs its counts by an attribute of its own."""
+        """Whether spans go to Honeycomb, which reads the sampling rate from its own attribute."""
         host = urlsplit(self.otlp_traces_endpoint or self.otlp_endpoint or "").hostname or ""
         return host.endswith(".honeycomb.io")
 
+    @property
+    def resource_attributes_name_the_service(self) -> bool:
+        """Whether `OTEL_RESOURCE_ATTRIBUTES` holds a service name."""
+        return "service.name=" in self.resource_attributes
+
 
 def load_settings() -> ServeSettings:
-    """Read the environment. Raises `ConfigurationError` naming the first thing that is wrong."""
+    """Read the settings from the environment.
+
+    Raises:
+        ConfigurationError: names the first variable that is wrong, unknown, or contradicts another.
+    """
     _refuse_unknown_names()
     try:
         settings = ServeSettings()
@@ -390,7 +439,7 @@ def load_settings() -> ServeSettings:
 
 
 def environment_name(field: str) -> str:
-    """The environment variable of a field."""
+    """The name of a field's environment variable."""
     alias = ServeSettings.model_fields[field].validation_alias
     return alias if isinstance(alias, str) else PREFIX + field.upper()
 
@@ -415,7 +464,7 @@ def _sentence(error: ValidationError) -> str:
     allowed = ServeSettings.model_fields[field].description
     if field in _SECRET_FIELDS:
         return f"{name} is not allowed as it is (its value is not shown): {allowed} is."
-    # An endpoint may carry a user's name and password.
+    # An endpoint's URL may contain a user name and password.
     value = re.sub(r"//[^/@]*@", "//...@", os.environ.get(name, ""))
     return f"{name}={value!r} is not allowed: {allowed} is."
 

@@ -182,7 +182,7 @@ def _latents(model: SdxlModel) -> Any:
 
 def _pictures(model: SdxlModel, series: int) -> list[Cost]:
     from serve.engine.images import data_uri, encode_image
-    from serve.http.asgi import response_body
+    from serve.http.responses import response_body
     from serve.schema import GeneratedImage, TextToImageResponse, Timings
 
     noise, drawn = _noise(), _drawn(model)
@@ -211,7 +211,7 @@ def _pictures(model: SdxlModel, series: int) -> list[Cost]:
 def _answer(runtime: Runtime, runner: asyncio.Runner, series: int) -> Cost:
     """From pixels to the answer's bytes, hand-overs to threads and back included."""
     from serve.engine.call import Call
-    from serve.http.asgi import response_body
+    from serve.http.responses import response_body
     from serve.schema import TextToImageRequest
 
     request = TextToImageRequest(prompt=PROMPTS[0], num_inference_steps=1, seed=1)

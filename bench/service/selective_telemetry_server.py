@@ -35,6 +35,7 @@ class DiscreetRecorder(Recorder):
 
 def main() -> int:
     from serve import server
+    from serve.engine.call import current_call
     from serve.engine.runtime import Runtime, build_runtime
     from serve.settings import ServeSettings, load_settings
     from serve.telemetry.logs import configure_logging
@@ -45,7 +46,7 @@ def main() -> int:
         return runtime
 
     settings = load_settings()
-    configure_logging(settings.log_format)
+    configure_logging(settings.log_format, current_call.get)
     vars(server)["build_runtime"] = discreet
     return server.run(settings, "127.0.0.1", 0)
 

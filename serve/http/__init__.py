@@ -1,1 +1,1 @@
-"""Requests as they cross the wire: middleware, endpoints, error responses."""
+"""HTTP: middleware, endpoints, server-sent events, error responses, and the gateway's client."""

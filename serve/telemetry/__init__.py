@@ -1,1 +1,1 @@
-"""Telemetry built from the settings, logs, profiles and the doctor."""
+"""Telemetry built from the settings, log lines, profiles of single runs, and the doctor."""

@@ -1,7 +1,7 @@
-"""What tracing backends want of an OTLP/HTTP client, as data: endpoints, keys, limits, refusals.
+"""Tracing backends as data: their OTLP/HTTP endpoints, keys, limits and error responses.
 
-Facts of the backends' own documentation, November 2026. Nothing here sends anything, and nothing
-that is said about a key repeats any of it.
+The facts are from the backends' own documentation, November 2026. A remark about a key never
+contains any part of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 
 @dataclass(frozen=True, slots=True)
 class KeyRemark:
-    """Something about a key's form. `certain`: it cannot work; else it looks unusual."""
+    """A remark about a key's form. `certain`: the key cannot work; else it only looks unusual."""
 
     text: str
     certain: bool = True
@@ -24,7 +24,7 @@ class KeyRemark:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where one region of a backend takes OTLP; `*` in the host stands for a zone."""
+    """The OTLP host of one region of a backend; `*` in it stands for a zone."""
 
     name: str
     host: str
@@ -32,19 +32,20 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One backend and what it wants.
+    """One backend.
 
     Attributes:
-        domains: its own domains; a host under one that is no region's takes no OTLP.
-        path: what stands between the host and `/v1/traces`.
-        port: the port its documentation writes; 443 is not written.
-        ports: all ports that take OTLP/HTTP.
-        header: the header that holds the key.
-        key: what that header holds, as the documentation calls it.
-        remark: looks at a decoded key, the region's name and the names of the other headers.
-        wanted: headers that it works without, each with what is missing then.
-        max_bytes: the largest export it takes.
-        refusals: what a status means there.
+        domains: its own domains. A host in one that is no region's host accepts no OTLP.
+        path: the part of the URL between the host and `/v1/traces`.
+        port: the port in its documentation's URLs.
+        ports: all ports that accept OTLP/HTTP.
+        header: the name of the header with the key.
+        key: the value of that header, as the documentation calls it.
+        remark: checks a decoded key, given the region's name and the names of all headers.
+        wanted: optional headers, each with its value and what is missing without it.
+        max_bytes: the largest export that it accepts.
+        delta_metrics: whether it accepts pushed metrics as deltas only.
+        refusals: the meaning of its error statuses.
     """
 
     name: str
@@ -68,12 +69,12 @@ class Backend:
         return any(host == domain or host.endswith("." + domain) for domain in self.domains)
 
     def base_url(self, host: str) -> str:
-        """What `OTEL_EXPORTER_OTLP_ENDPOINT` is to be, for one of its hosts."""
+        """The value of `OTEL_EXPORTER_OTLP_ENDPOINT` for one of its hosts."""
         port = "" if self.port == 443 else f":{self.port}"
         return f"https://{host.replace('*', '<zone>')}{port}{self.path}"
 
     def header_form(self) -> str:
-        """What `OTEL_EXPORTER_OTLP_HEADERS` is to hold."""
+        """The value of `OTEL_EXPORTER_OTLP_HEADERS`."""
         return f"{self.header}={self.key}"
 
 
@@ -85,6 +86,14 @@ def backend_of(host: str) -> Backend | None:
 def key_owner(header: str) -> Backend | None:
     """The backend whose key a header of that name holds."""
     return next((backend for backend in BACKENDS if backend.header == header), None)
+
+
+def endpoints_of(backend: Backend) -> str:
+    """The OTLP endpoints of a backend as a text, one for each region."""
+    first: dict[str, str] = {}
+    for region in backend.regions:  # a region's newest name comes first
+        first.setdefault(region.name, backend.base_url(region.host))
+    return ", ".join(f"{url} ({name})" if name else url for name, url in first.items())
 
 
 def _new_relic_key(key: str, region: str, _others: frozenset[str]) -> KeyRemark | None:
@@ -164,7 +173,7 @@ DATADOG = Backend(
         Region("US5", "otlp.us5.datadoghq.com"),
         Region("AP1", "otlp.ap1.datadoghq.com"),
         Region("AP2", "otlp.ap2.datadoghq.com"),
-        # The trace intake's older name.
+        # The older names of the trace intake.
         Region("US1", "trace.agent.datadoghq.com"),
         Region("EU", "trace.agent.datadoghq.eu"),
         Region("US3", "trace.agent.us3.datadoghq.com"),

@@ -1,7 +1,8 @@
-"""Log lines that carry their request: text on a terminal, JSON elsewhere.
+"""The process's logs: text on a terminal, else JSON. A line about a request has its ids.
 
-Everything logs through the standard library; structlog renders it, so lines of uvicorn, diffusers
-and OpenTelemetry look like ours. Never logged: a prompt, a header's value, a secret.
+All code logs through the standard library and structlog renders it, so the lines of uvicorn,
+diffusers and OpenTelemetry have the same form. A prompt, a header's value or a secret is never
+logged.
 """
 
 from __future__ import annotations
@@ -9,21 +10,44 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from typing import Any, Protocol
 
 import structlog
 
-from serve.engine.call import current_call
+from metrics.sampling import TraceIdentity
 
 
-def configure_logging(log_format: str, level: int = logging.INFO) -> None:
+class LoggedCall(Protocol):
+    """The call that the running code works for; its ids are added to log lines."""
+
+    @property
+    def identity(self) -> TraceIdentity: ...
+    @property
+    def request_id(self) -> str: ...
+
+
+def configure_logging(
+    log_format: str, current_call: Callable[[], LoggedCall | None], level: int = logging.INFO
+) -> None:
     """Install the process's one log handler, on standard error.
 
     Args:
         log_format: `text`, `json`, or `auto`: text on a terminal, else JSON.
+        current_call: returns the call that the running code works for, or None.
     """
-    # Advice about optional parts (torchvision is one) is noise to whoever runs a server.
+
+    def add_ids(
+        _logger: Any, _method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        event.pop("color_message", None)  # uvicorn's line once more, in colour
+        call = current_call()
+        if call is not None:
+            event["trace_id"] = call.identity.trace_id_hex
+            event["request_id"] = call.request_id
+        return event
+
+    # Without it transformers logs advice about optional packages, as torchvision.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if log_format == "auto":
         log_format = "text" if sys.stderr.isatty() else "json"
@@ -40,7 +64,7 @@ def configure_logging(log_format: str, level: int = logging.INFO) -> None:
                 structlog.stdlib.add_logger_name,
                 structlog.stdlib.ExtraAdder(),
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
-                _add_ids,
+                add_ids,
             ],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
@@ -53,29 +77,19 @@ def configure_logging(log_format: str, level: int = logging.INFO) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
-        # uvicorn brings handlers of its own; its lines go through ours.
+        # uvicorn installs handlers of its own; its lines go through ours.
         library = logging.getLogger(name)
         library.handlers.clear()
         library.setLevel(logging.NOTSET)
         library.propagate = True
-    # One line a request is ours, with its ids; httpx and the like tell of every connection.
+    # The middleware logs one line a request, with its ids.
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
-    # These two quote what they could not parse: a header's value, a caller's tracestate.
+    # These two quote what they cannot parse: a header's value, a caller's tracestate.
     for name in ("opentelemetry.util.re", "opentelemetry.trace.span"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # torchao is there for SDXL_QUANTIZE; importing it tells of kernels for other machines.
+    # torchao, which SDXL_QUANTIZE uses, logs at import that kernels for other machines are missing.
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # These log every connection.
     for name in ("httpx", "urllib3", "asyncio", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def _add_ids(
-    _logger: Any, _method: str, event: MutableMapping[str, Any]
-) -> MutableMapping[str, Any]:
-    event.pop("color_message", None)  # uvicorn's line again, in colour
-    call = current_call.get()
-    if call is not None:
-        event["trace_id"] = call.identity.trace_id_hex
-        event["request_id"] = call.request_id
-    return event

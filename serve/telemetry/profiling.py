@@ -1,12 +1,13 @@
-"""What one run did, operator by operator: profiles of chosen runs, and ranges for an attached tool.
+"""Profiles of single runs, operator by operator, and NVTX ranges for an attached profiler.
 
-Off unless `SDXL_PROFILE_DIR` names a folder. An operator arms the next requests; each of their runs
-is recorded by torch.profiler and written as a compressed Chrome trace, which Perfetto opens, into
-that folder. Recording slows a run, so its timing says that it was profiled and what tells latencies
-leaves it out. `SDXL_NVTX` marks stages and steps for a profiler that is attached from outside.
+Profiling is off unless `SDXL_PROFILE_DIR` names a folder. An operator arms it for the next
+requests. torch.profiler records each of their runs, and a compressed Chrome trace, which Perfetto
+opens, is written into that folder. Recording slows a run down, so its timing is marked as profiled
+and left out of the latency metrics. `SDXL_NVTX` marks stages and steps for a profiler that is
+attached from outside.
 
-A profile holds operators, kernels, stages and steps. No shapes, stacks or arguments are recorded:
-no prompt can be in it.
+A profile has operators, kernels, stages and steps. It has no shapes, stacks or arguments, so no
+prompt can be in it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from serve.engine.call import Call
+from metrics.records import RunTiming
 from serve.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -31,24 +32,30 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_PROFILES = 20
-"""How many profiles the folder keeps, and so how many requests may be armed at once."""
+"""How many profiles the folder keeps, and how many requests may be armed at once."""
 
 MAX_PROFILE_BYTES = 512 * 1024 * 1024
-"""How large they may be together: what a disk that holds a model has to spare."""
+"""The largest total size of the profiles; a disk with a model on it has that much to spare."""
 
 _PROFILE_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{8}\.json\.gz")
 
 
+class ProfiledCall(Protocol):
+    """A call whose run may have been profiled."""
+
+    run: RunTiming | None
+
+
 class Profiling:
-    """Profiles the runs of armed requests; used by the thread that owns the model.
+    """Profiles the runs of armed requests. Used by the thread that owns the model.
 
     Args:
-        folder: where profiles go, made if it is not there; None turns profiling off.
-        nvtx: mark stages and steps as NVTX ranges; without a CUDA device nothing is marked.
-        max_profiles, max_bytes: what the folder may hold; the oldest go first.
+        folder: the profiles' folder, created if it does not exist; None turns profiling off.
+        nvtx: mark stages and steps as NVTX ranges; has no effect without a CUDA device.
+        max_profiles, max_bytes: the limits of the folder; the oldest profiles are removed first.
 
     Raises:
-        ConfigurationError: the folder cannot be made or written.
+        ConfigurationError: the folder cannot be created or written.
     """
 
     def __init__(
@@ -62,15 +69,15 @@ class Profiling:
         if self._folder is not None:
             for path in self._folder.iterdir():
                 if path.name[0] == "." and _PROFILE_NAME.fullmatch(path.name[1:]):
-                    path.unlink(missing_ok=True)  # cut off by the end of another process
+                    path.unlink(missing_ok=True)  # left unfinished by an earlier process
         self._nvtx = nvtx
         self.max_profiles = max_profiles
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._armed = 0
-        self._recording = False  # of the run in progress; only the model's thread looks
-        # Writing a profile takes seconds, which the next run must not wait for, nor the process's
-        # end: hence a daemon, one profile after the other.
+        self._recording = False  # the run in progress; read by the model's thread only
+        # Writing a profile takes seconds. A daemon thread does it, so that neither the next run nor
+        # the process's end waits for it.
         self._writer: threading.Thread | None = None
         self._writing = threading.Lock()
 
@@ -84,7 +91,7 @@ class Profiling:
         return self._armed
 
     def arm(self, count: int) -> None:
-        """Profile the next `count` runs, whatever was armed before; 0 calls it off."""
+        """Profile the next `count` runs. Replaces what was armed before; 0 cancels."""
         assert self.enabled
         assert 0 <= count <= self.max_profiles
         with self._lock:
@@ -95,9 +102,11 @@ class Profiling:
         assert self._folder is not None
         return [path.name for path in _profiles_in(self._folder)]
 
-    def run(self, run: Callable[[], T], run_id: str, calls: Sequence[Call]) -> T:
-        """Run `run`, profiled if it is its turn, and note the profile's name in the timing of the
-        calls it was for. A profiler that cannot start costs a log line and no request."""
+    def run(self, run: Callable[[], T], run_id: str, calls: Sequence[ProfiledCall]) -> T:
+        """Run `run`, profiled if one is armed, and put the profile's name into the calls' timings.
+
+        If the profiler cannot start, that is logged and the run goes on.
+        """
         with self._lock:
             profiled = self._armed > 0
             self._armed -= profiled
@@ -112,7 +121,7 @@ class Profiling:
         finally:
             self._recording = False
             stopped = _stopped(profiler)
-            begun = False  # not if it was called off before
+            begun = False  # stays so if the run was cancelled before it began
             for call in calls:
                 if call.run is not None:
                     call.run = dataclasses.replace(call.run, profile=name)
@@ -124,7 +133,7 @@ class Profiling:
                 self._writer.start()
 
     def ranges(self, steps: int) -> Ranges | None:
-        """What marks the stages and steps of the run that is about to start; None: nothing does."""
+        """The ranges that mark the stages and steps of the next run; None if no profiler is on."""
         annotations: list[Callable[[str], AbstractContextManager[Any]]] = []
         if self._recording:
             from torch.profiler import record_function
@@ -138,7 +147,7 @@ class Profiling:
         return Ranges(annotations, steps) if annotations else None
 
     def close(self, timeout_seconds: float) -> bool:
-        """Let the newest profile be written, for at most that long. False if it was not."""
+        """Wait for the newest profile to be written. Returns whether it was, within the time."""
         if self._writer is None:
             return True
         self._writer.join(timeout_seconds)
@@ -146,7 +155,7 @@ class Profiling:
 
     def _write(self, profiler: Any, name: str) -> None:
         assert self._folder is not None
-        # Under a name that nobody takes for a profile, until it is a whole one.
+        # A hidden name until the file is complete.
         unfinished = self._folder / f".{name}"
         try:
             with self._writing:
@@ -154,12 +163,12 @@ class Profiling:
                 unfinished.replace(self._folder / name)
                 self._remove_oldest()
             logger.info("profile written: %s", name)
-        except Exception as error:  # noqa: BLE001 - nobody waits for this; the log must have it
+        except Exception as error:  # noqa: BLE001 - on a thread of its own: only the log reports it
             logger.error("the profile %s could not be written: %s", name, type(error).__name__)
             unfinished.unlink(missing_ok=True)
 
     def _remove_oldest(self) -> None:
-        """Keep the folder within its bounds; a profile larger than the whole bound goes as well."""
+        """Keep the folder within its limits. A profile larger than the limit is removed too."""
         assert self._folder is not None
         kept = _profiles_in(self._folder)
         sizes = {path: path.stat().st_size for path in kept}
@@ -172,11 +181,11 @@ class Profiling:
 
 
 class Ranges:
-    """The stages and steps of one run, as nested ranges of whatever profiler looks on.
+    """Marks the stages and steps of one run as nested ranges of a profiler.
 
     Args:
-        annotations: each opens a named range, and closes it.
-        steps: how many steps the loop has; what follows the last is not a step.
+        annotations: context managers of a named range, one for each profiler.
+        steps: how many steps the loop has.
     """
 
     def __init__(
@@ -192,10 +201,10 @@ class Ranges:
             try:
                 yield
             finally:
-                self._step.close()  # a loop that was left midway
+                self._step.close()  # of a loop that ended midway
 
     def step_begins(self, index: int) -> None:
-        """The work of the step before, if there was one, has been enqueued."""
+        """End the range of the step before, and begin that of step `index` if there is one."""
         self._step.close()
         if index < self._steps:
             self._step = self._opened(f"denoise_step {index}")
@@ -222,7 +231,7 @@ def _writable(folder: Path) -> Path:
 
 
 def _profiles_in(folder: Path) -> list[Path]:
-    """Ours alone, oldest first: the name begins with the time."""
+    """The profiles in the folder, oldest first: their names begin with the time."""
     return sorted(path for path in folder.iterdir() if _PROFILE_NAME.fullmatch(path.name))
 
 
@@ -232,7 +241,7 @@ def _started_profiler() -> Any:
     wanted = {ProfilerActivity.CPU, ProfilerActivity.CUDA}
     profiler = profile(
         activities=wanted & supported_activities(),  # type: ignore[no-untyped-call]
-        # Said, though they are the defaults: each would record what a request holds.
+        # These are the defaults. Each would record parts of a request.
         record_shapes=False,
         with_stack=False,
         profile_memory=False,
@@ -240,7 +249,7 @@ def _started_profiler() -> Any:
     )
     try:
         profiler.start()
-    except RuntimeError as error:  # another profiler of this process or device is at work
+    except RuntimeError as error:  # another profiler of this process or device is running
         logger.error("a run could not be profiled: %s", type(error).__name__)
         return None
     return profiler
@@ -249,7 +258,7 @@ def _started_profiler() -> Any:
 def _stopped(profiler: Any) -> bool:
     try:
         profiler.stop()
-    except RuntimeError as error:  # on a device that is lost nothing can be asked of it either
+    except RuntimeError as error:  # the device is lost
         logger.error("a profile was lost: %s", type(error).__name__)
         return False
     return True

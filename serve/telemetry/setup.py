@@ -1,9 +1,8 @@
-"""The settings' telemetry, built: tracing, what the metrics need to know, and who pushes them."""
+"""Builds the telemetry from the settings: tracing, what the metrics need, and the metrics' push."""
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import uuid
 
@@ -27,17 +26,18 @@ logger = logging.getLogger(__name__)
 def build_tracing(
     settings: ServeSettings, metrics: GenerationMetrics, resource: Resource | None = None
 ) -> Tracing:
-    """Tracing as configured; without an endpoint nothing is exported and nothing complains.
+    """Build tracing as the settings say. Without an endpoint nothing is exported, without an error.
 
     Args:
-        resource: what the spans are said to come from; pushed metrics say the same.
+        resource: the resource of the spans; by default `build_resource(settings)`. Pass the one
+            that pushed metrics have.
     """
     destination = None
     if settings.tracing_enabled:
-        if os.environ.get("OTEL_BSP_EXPORT_TIMEOUT"):
+        if settings.bsp_export_timeout is not None:
             logger.warning(
-                "OTEL_BSP_EXPORT_TIMEOUT has no effect in OpenTelemetry's Python SDK; what bounds "
-                "an export is OTEL_EXPORTER_OTLP_TIMEOUT, in seconds"
+                "OTEL_BSP_EXPORT_TIMEOUT has no effect in OpenTelemetry's Python SDK; "
+                "OTEL_EXPORTER_OTLP_TIMEOUT, in seconds, limits an export"
             )
         destination = otlp_destination(settings.exports_to_honeycomb, sdk_metrics(metrics.registry))
     return Tracing(
@@ -56,10 +56,10 @@ def build_tracing(
 
 
 def build_sampling(settings: ServeSettings) -> TraceSampling:
-    """Both decisions: `OTEL_TRACES_SAMPLER` where it is set, else parent-based at the rate.
+    """Head and tail sampling as the settings say; parent-based at the rate by default.
 
-    Always is a ratio of 1 and never one of 0, but whoever says never means it: then nothing is kept
-    for having failed or been slow either.
+    `always_on` is a ratio of 1 and `always_off` one of 0. With `always_off` slow and failed
+    requests are not kept either.
     """
     sampler = settings.traces_sampler or "parentbased_traceidratio"
     root = sampler.removeprefix("parentbased_")
@@ -74,36 +74,35 @@ def build_sampling(settings: ServeSettings) -> TraceSampling:
 
 
 def build_resource(settings: ServeSettings, gpu: Gpu | None = None) -> Resource:
-    """Service name, version and instance; the GPU and fal's runner where there are any.
+    """The resource: the service's name, version and instance id, the GPU, and fal's runner.
 
-    The SDK merges `OTEL_RESOURCE_ATTRIBUTES` in; what is set here stands, and a service name is
-    set here only where `OTEL_SERVICE_NAME` or nothing at all names one.
+    The SDK adds `OTEL_RESOURCE_ATTRIBUTES`, and attributes set here win. So the service name is not
+    set here if only that variable has one.
     """
     attributes = {
         "service.version": __version__,
         "service.instance.id": str(uuid.uuid4()),
     }
-    named_elsewhere = "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-    if settings.service_name or not named_elsewhere:
+    if settings.service_name or not settings.resource_attributes_name_the_service:
         attributes["service.name"] = settings.service_name or "stepspan"
-    # What fal's documentation says it sets on a runner.
-    for name, variable in (("fal.runner.id", "FAL_JOB_ID"), ("fal.app.name", "FAL_APP_NAME")):
-        if value := os.environ.get(variable):
-            attributes[name] = value
+    if settings.fal_runner_id is not None:
+        attributes["fal.runner.id"] = settings.fal_runner_id
+    if settings.fal_app_name is not None:
+        attributes["fal.app.name"] = settings.fal_app_name
     if gpu is not None:
         attributes |= gpu.identity
     return Resource.create(attributes)
 
 
-# What a guided step at the default shape may take where the operator says nothing. On a GPU: the 50
-# ms that published H100-class figures at 1024x1024 stay under, where this service takes 30. On a
-# CPU: four times what the demo model takes on two idle cores.
+# The default time budget of a guided step at the default shape. On a GPU: published H100-class
+# figures at 1024x1024 are below 50 ms; this service takes 30. On a CPU: four times the demo model's
+# step on two idle cores.
 _GPU_STEP_SECONDS = 0.050
 _CPU_STEP_SECONDS = 0.100
 
 
 def build_budget(settings: ServeSettings, default_shape: CompiledShape, device: str) -> Budget:
-    """What a request may take on `device` (a torch device's name)."""
+    """The time budget of a request on `device` (a torch device's name)."""
     step_seconds = _GPU_STEP_SECONDS if device.startswith("cuda") else _CPU_STEP_SECONDS
     if settings.budget_step_ms is not None:
         step_seconds = settings.budget_step_ms / 1e3
@@ -111,7 +110,7 @@ def build_budget(settings: ServeSettings, default_shape: CompiledShape, device: 
 
 
 def bucket_families(settings: ServeSettings) -> BucketFamilies:
-    """The operator's bounds where there are any, else those of `buckets.py`."""
+    """The histogram buckets: the settings' where set, else the defaults of `metrics.buckets`."""
     stated = {
         "request": settings.buckets_request,
         "queue": settings.buckets_queue,
@@ -126,7 +125,7 @@ def bucket_families(settings: ServeSettings) -> BucketFamilies:
 def build_gpu_metrics(
     settings: ServeSettings, metrics: GenerationMetrics, gpu: Gpu | None
 ) -> GpuMetrics:
-    """The GPU's figures, shown with the others; nothing without a GPU."""
+    """Export the GPU's metrics beside the others; without a GPU there are none."""
     gpu_metrics = GpuMetrics(gpu, torch_memory, lambda: metrics.fault("nvml"))
     metrics.show(gpu_metrics)
     peak = peak_flops("" if gpu is None else gpu.identity["hw.name"], settings.peak_tflops)
@@ -136,7 +135,7 @@ def build_gpu_metrics(
 
 
 def torch_memory() -> MemoryUse | None:
-    """What torch's allocator holds on the device in use; None until something has touched it."""
+    """The memory of torch's CUDA allocator on the current device; None before CUDA is used."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
@@ -150,7 +149,7 @@ def torch_memory() -> MemoryUse | None:
 def build_push(
     settings: ServeSettings, metrics: GenerationMetrics, resource: Resource
 ) -> MetricsPush | None:
-    """Who pushes the metrics over OTLP, where somebody asked for it."""
+    """What pushes the metrics over OTLP; None unless `SDXL_OTLP_METRICS` is on."""
     if not settings.otlp_metrics or settings.sdk_disabled:
         return None
     from metrics.otlp import otlp_metric_exporter
@@ -160,7 +159,7 @@ def build_push(
         metrics.registry,
         exporter,
         resource,
-        # `lowmemory` asks for differences of counters and histograms, and has no say on gauges.
+        # `lowmemory` means deltas for counters and histograms.
         delta=settings.otlp_metrics_temporality != "cumulative",
         period_seconds=settings.metric_export_interval / 1e3,
         on_pushed=metrics.pushed,

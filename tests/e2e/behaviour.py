@@ -173,6 +173,12 @@ def record() -> dict[str, Any]:
     return recorded
 
 
+def whole_tree(spans: list[ReceivedSpan], trace_id: str) -> bool:
+    """Whether the gateway's spans have arrived, and the image app's if the gateway called it."""
+    names = {span.name for span in spans if span.trace_id == trace_id}
+    return "prompt-gateway" in names and ("call" not in names or "text-to-image" in names)
+
+
 def record_gateway(image_app: ServerProcess, otlp: OtlpEndpoint) -> dict[str, Any]:
     settings = environment(otlp, SDXL_GATEWAY_TARGET=image_app.url, SDXL_LOG_FORMAT="json")
     with fal_local(settings, app="gateway") as gateway:
@@ -182,11 +188,7 @@ def record_gateway(image_app: ServerProcess, otlp: OtlpEndpoint) -> dict[str, An
             response = httpx.post(gateway.url, timeout=ANSWER_SECONDS, **REQUESTS[name])
             recorded["answers"][name] = answer_of(response)
             trace_id = response.headers["x-trace-id"]
-            otlp.wait_for(
-                lambda spans, of=trace_id: any(
-                    s.trace_id == of and s.name == "prompt-gateway" for s in spans
-                )
-            )
+            otlp.wait_for(lambda spans, of=trace_id: whole_tree(spans, of))
             recorded["traces"][name] = tree_of(otlp.trace(trace_id))
         recorded["metrics"] = metrics_of(httpx.get(gateway.metrics_url, timeout=60).text)
         gateway.terminate()

@@ -49,7 +49,7 @@ from serve.errors import (
     QueueFull,
     RequestError,
 )
-from serve.http.asgi import RequestMiddleware
+from serve.http.middleware import RequestMiddleware
 from serve.schema import GeneratedImage, ImageFormat
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
@@ -178,7 +178,7 @@ def test_our_handlers_routes_and_middleware_win_over_fals(app: SdxlApp) -> None:
         if error in (RequestError, Exception) or getattr(error, "__name__", "") in (
             "RequestValidationError",
         ):
-            assert handler.__module__ == "serve.http.asgi", (
+            assert handler.__module__ == "serve.http.error_responses", (
                 f"fal's own handler of {error} is in use"
             )
     routes = {
@@ -188,8 +188,8 @@ def test_our_handlers_routes_and_middleware_win_over_fals(app: SdxlApp) -> None:
         for method in getattr(route, "methods", None) or ()
         if hasattr(route, "endpoint")
     }
-    assert routes["/health", "GET"] == "serve.http.asgi"
-    assert routes["/ready", "GET"] == "serve.http.asgi"
+    assert routes["/health", "GET"] == "serve.http.endpoints"
+    assert routes["/ready", "GET"] == "serve.http.endpoints"
     assert routes["/", "POST"] == "serve.app"
     assert routes["/stream", "POST"] == "serve.app"
 
@@ -229,7 +229,7 @@ def test_what_was_compiled_is_kept_on_the_accounts_disk(
         raise OSError("that is all")
 
     monkeypatch.setattr("serve.engine.runtime.build_runtime", build)
-    monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda _: None)
+    monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda *_: None)
     app._build_app()
     with pytest.raises(OSError, match="that is all"):
         asyncio.run(app.setup())
@@ -483,7 +483,7 @@ def test_exit_in_warm_up_ends_setup_without_an_error(
 
     runtime = SimpleNamespace(start=start, begin_drain=lambda: None, close=closed.append)
     monkeypatch.setattr("serve.engine.runtime.build_runtime", lambda *_: runtime)
-    monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda _: None)
+    monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda *_: None)
     monkeypatch.setattr(app_module, "show_on_metrics_port", lambda _: None)
     app._build_app()
 
@@ -508,7 +508,7 @@ def test_a_failed_start_flushes_and_fails_setup(
 
     runtime = SimpleNamespace(start=start, close=closed.append)
     monkeypatch.setattr("serve.engine.runtime.build_runtime", lambda *_: runtime)
-    monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda _: None)
+    monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda *_: None)
     monkeypatch.setattr(app_module, "show_on_metrics_port", lambda _: None)
     app._build_app()
     with pytest.raises(OSError, match="no weights"):

@@ -21,8 +21,8 @@ from serve import app as app_module
 from serve.app import UPLOAD_SECONDS
 from serve.errors import ConfigurationError
 from serve.gateway import PromptGateway
-from serve.http.asgi import RequestMiddleware
-from serve.http.gateway_client import ANSWER_SECONDS, MAX_CALLS, Target
+from serve.http.gateway_client import ANSWER_SECONDS, MAX_CALLS, ImageAppAddress
+from serve.http.middleware import RequestMiddleware
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
 from tests.serve.fal_table import SDIST_URL, read_table, resolve
@@ -195,14 +195,14 @@ KEY = ("key-id", "key-secret")
 
 
 def test_an_app_on_fal_is_called_with_the_key() -> None:
-    target = Target.named_by("someone/sdxl", KEY, "fal.run")
+    target = ImageAppAddress.named_by("someone/sdxl", KEY, "fal.run")
     assert target.url == "https://fal.run/someone/sdxl"
     assert target.headers == {"Authorization": "Key key-id:key-secret"}
     assert "key-secret" not in repr(target)
 
 
 def test_an_address_is_never_told_the_key() -> None:
-    target = Target.named_by("https://elsewhere.test/sdxl", KEY, "fal.run")
+    target = ImageAppAddress.named_by("https://elsewhere.test/sdxl", KEY, "fal.run")
     assert (target.url, target.headers) == ("https://elsewhere.test/sdxl", {})
 
 
@@ -219,4 +219,4 @@ def test_a_target_that_cannot_be_called_stops_the_start(
     name: str | None, key: tuple[str, str] | None, said: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=said):
-        Target.named_by(name, key, "fal.run")
+        ImageAppAddress.named_by(name, key, "fal.run")

@@ -19,7 +19,7 @@ from serve import server
 from serve.engine.runtime import Runtime
 from serve.engine.startup import State
 from serve.errors import ConfigurationError
-from serve.http.asgi import MAX_BODY_BYTES
+from serve.http.request_body import MAX_BODY_BYTES
 from serve.server import bind, create_app
 from serve.settings import ServeSettings
 
@@ -74,9 +74,9 @@ def test_a_request_is_answered(app: FastAPI) -> None:
 def test_fals_request_id_is_taken_over(
     app: FastAPI, caplog: pytest.LogCaptureFixture, header: str, taken: bool
 ) -> None:
-    caplog.set_level("INFO", "serve.http.asgi")
+    caplog.set_level("INFO", "serve.http.middleware")
     post(app, valid(num_inference_steps=1), **{"x-fal-request-id": header})
-    [line] = [r for r in caplog.records if r.name == "serve.http.asgi"]
+    [line] = [r for r in caplog.records if r.name == "serve.http.middleware"]
     assert (line.__dict__["request_id"] == header) is taken
 
 
@@ -144,7 +144,7 @@ def test_the_log_line_links_to_a_trace_that_is_exported(
     monkeypatch.setattr(runtime.tracing, "identify", lambda *_: identity)
     caplog.set_level("INFO")
     post(app, valid(num_inference_steps=1))
-    [line] = [r for r in caplog.records if r.name == "serve.http.asgi"]
+    [line] = [r for r in caplog.records if r.name == "serve.http.middleware"]
     link = f"https://traces.example.com/{identity.trace_id_hex}?view=tree"
     assert line.__dict__.get("trace_url") == (link if exported else None)
 
@@ -214,7 +214,7 @@ def test_a_body_that_is_too_large(app: FastAPI) -> None:
 
 
 def test_a_body_that_never_ends(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.http.asgi.MAX_BODY_SECONDS", 0.1)
+    monkeypatch.setattr("serve.http.request_body.MAX_BODY_SECONDS", 0.1)
 
     async def stalls() -> AsyncIterator[bytes]:
         yield b'{"prompt": '

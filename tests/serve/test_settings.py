@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
 from kernels_warmup.shapes import CompiledShape
 from serve.errors import ConfigurationError
 from serve.settings import ServeSettings, environment_name, load_settings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +190,22 @@ def test_a_sampler_that_decides_alone_takes_no_more(
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=f"{sampler} and {name}.*contradict"):
         load_settings()
+
+
+def test_no_other_module_reads_a_setting_from_the_environment() -> None:
+    reading = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("serve", "metrics")
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"os\.(environ|getenv)|from os import", path.read_text())
+    }
+    assert reading <= {
+        "serve/settings.py",
+        "serve/telemetry/logs.py",  # writes a variable for transformers
+        "serve/model/sdxl.py",  # writes a variable for huggingface_hub
+        "metrics/gpu.py",  # the CUDA driver's own variable
+        "metrics/tracing.py",  # switches the SDK's own metrics on, which has no other switch
+    }
 
 
 def test_settings_are_frozen() -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from serve.engine.images import CONTENT_TYPES, data_uri, encode_image
-from serve.http.asgi import response_body
+from serve.http.responses import response_body
 from serve.schema import GeneratedImage, ImageFormat, TextToImageResponse, Timings
 
 

@@ -21,7 +21,7 @@ def _root_logger_as_it_was() -> Iterator[None]:
 
 
 def test_json_lines_carry_their_request(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logging("auto")  # no terminal here: JSON
+    configure_logging("auto", current_call.get)  # no terminal here: JSON
     call = Call("/", "POST", TraceIdentity(trace_id=0xABC, span_id=1, exported=False))
     token = current_call.set(call)
     logging.getLogger("serve.test").warning("careful: %d", 7)
@@ -37,7 +37,7 @@ def test_json_lines_carry_their_request(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_text_is_one_line_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logging("text")
+    configure_logging("text", current_call.get)
     logging.getLogger("serve.test").info("hello")
     [line] = capsys.readouterr().err.splitlines()
     assert "hello" in line
@@ -45,7 +45,7 @@ def test_text_is_one_line_for_a_person(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_an_exception_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logging("json")
+    configure_logging("json", current_call.get)
     try:
         raise ValueError("no")
     except ValueError:

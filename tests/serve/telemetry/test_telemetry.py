@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from unittest.mock import Mock
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -129,6 +130,18 @@ def test_tracing_is_on_where_an_endpoint_is_named_and_nobody_said_no(
     assert tracing.exporting == exports
     assert tracing.identify().exported == exports
     tracing.shutdown(1)
+
+
+def test_the_batch_processors_variables_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "metrics.tracing.BatchSpanProcessor", lambda _, **sizes: seen.append(sizes) or Mock()
+    )
+    endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
+    built(monkeypatch, **endpoint, OTEL_BSP_MAX_QUEUE_SIZE="200").shutdown(1)
+    built(monkeypatch, OTEL_BSP_MAX_EXPORT_BATCH_SIZE="20", OTEL_BSP_SCHEDULE_DELAY="7").shutdown(1)
+    names = ("max_queue_size", "max_export_batch_size", "schedule_delay_millis")
+    assert [[sizes[name] for name in names] for sizes in seen] == [[200, 200, 1000], [200, 20, 7]]
 
 
 def test_a_standard_variable_without_effect_is_told_of(

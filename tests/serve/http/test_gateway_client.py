@@ -1,4 +1,4 @@
-"""The gateway's relay before image apps that fail, stall and lie, on loopback."""
+"""The gateway's client with image apps on loopback that fail, stall and send wrong responses."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from prometheus_client import CollectorRegistry, generate_latest
 
 from metrics.sampling import TraceSampling
-from serve.http import gateway_client as relay_module
-from serve.http.asgi import install
-from serve.http.gateway_client import Relay, Target, _threshold, tidy_prompt
+from serve.http import gateway_client
+from serve.http.endpoints import install
+from serve.http.gateway_client import GatewayClient, ImageAppAddress, tidy_prompt
+from serve.http.gateway_trace import sampling_threshold
 from serve.schema import MAX_PROMPT_CHARACTERS, PromptRequest
 from serve.settings import load_settings
 from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint, tree
@@ -109,20 +110,20 @@ def otlp(monkeypatch: pytest.MonkeyPatch) -> Iterator[OtlpEndpoint]:
 
 
 @asynccontextmanager
-async def gateway(url: str) -> AsyncIterator[tuple[Relay, httpx.AsyncClient]]:
-    """The relay in the app that fal would build around it, and a client of it."""
-    relay = Relay(load_settings(), Target(url), CollectorRegistry())
+async def gateway(url: str) -> AsyncIterator[tuple[GatewayClient, httpx.AsyncClient]]:
+    """A gateway's client in the app that fal would build around it, and an HTTP client of it."""
+    service = GatewayClient(load_settings(), ImageAppAddress(url), CollectorRegistry())
     app = FastAPI()
-    install(app, lambda: relay)
+    install(app, lambda: service)
 
     @app.post("/")
     async def generate(request: PromptRequest) -> Any:
-        return await relay.relay(request)
+        return await service.generate(request)
 
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield relay, client
-    await relay.close(5)
+        yield service, client
+    await service.close(5)
 
 
 def ask(image_app: ImageApp, body: dict[str, Any] | None = None, **headers: str) -> httpx.Response:
@@ -224,7 +225,7 @@ def _span_context(carrier: dict[str, str]) -> SpanContext:
 @given(st.floats(1e-9, 1))
 def test_a_probability_comes_back_as_it_was_told(probability: float) -> None:
     state = {"traceparent": "00-" + "1" * 32 + "-" + "2" * 16 + "-01"}
-    state["tracestate"] = "ot=" + _threshold(probability)
+    state["tracestate"] = "ot=" + sampling_threshold(probability)
     told = TraceSampling(1.0).decide_at_start(0, 0, _span_context(state)).probability
     assert told == pytest.approx(probability, abs=1e-15)
 
@@ -363,7 +364,7 @@ def test_an_answer_that_breaks_off(image_app: ImageApp) -> None:
 
 
 def test_an_answer_without_end_is_cut(image_app: ImageApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_module, "MAX_ANSWER_BYTES", 10)
+    monkeypatch.setattr(gateway_client, "MAX_ANSWER_BYTES", 10)
     answer = ask(image_app)
     assert (answer.status_code, answer.json()["error_type"]) == (502, "image_app_failed")
     assert "larger than 10 bytes" in answer.json()["detail"]
@@ -375,7 +376,7 @@ def test_silence_is_bounded_by_the_deadline(
     async def say_nothing(_: asyncio.StreamWriter) -> None:
         pass
 
-    monkeypatch.setattr(relay_module, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(gateway_client, "ANSWER_SECONDS", 0.1)
     image_app.behave = say_nothing
     start = time.monotonic()
     answer = ask(image_app, {"deadline_seconds": 0.2})
@@ -393,13 +394,13 @@ def test_a_caller_that_leaves_takes_its_call_along(image_app: ImageApp, otlp: Ot
     image_app.behave = say_nothing
 
     async def once() -> None:
-        async with served(image_app), gateway(image_app.url) as (relay, _):
+        async with served(image_app), gateway(image_app.url) as (service, _):
             app = FastAPI()
-            install(app, lambda: relay)
+            install(app, lambda: service)
 
             @app.post("/")
             async def generate(request: PromptRequest) -> Any:
-                return await relay.relay(request)
+                return await service.generate(request)
 
             body = json.dumps({"prompt": PROMPT}).encode()
             messages: list[dict[str, Any]] = [{"type": "http.request", "body": body}]
@@ -421,9 +422,9 @@ def test_a_caller_that_leaves_takes_its_call_along(image_app: ImageApp, otlp: Ot
             await asyncio.wait_for(app(scope, receive, send), 5)
             while not image_app.left.is_set():  # the image app sees the connection close
                 await asyncio.sleep(0.01)
-            shown = generate_latest(relay.metrics.registry).decode()
-            assert 'sdxl_errors_total{error_type="client_gone"} 1.0' in shown
-            assert relay._outgoing == {}
+            assert service.recorder._client_spans == {}
+        shown = generate_latest(service.metrics.registry).decode()
+        assert 'sdxl_errors_total{error_type="client_gone"} 1.0' in shown
 
     asyncio.run(asyncio.wait_for(once(), 20))
     assert {s.name for s in otlp.spans} >= {"prompt-gateway", "call"}
@@ -433,11 +434,11 @@ def test_its_metrics_tell_outcomes(image_app: ImageApp) -> None:
     image_app.refuse(429, "queue_full")
 
     async def once() -> str:
-        async with served(image_app), gateway(image_app.url) as (relay, client):
+        async with served(image_app), gateway(image_app.url) as (service, client):
             await client.post("/", json={"prompt": PROMPT})
             image_app.refuse(404, None)
             await client.post("/", json={"prompt": PROMPT})
-            return generate_latest(relay.metrics.registry).decode()
+        return generate_latest(service.metrics.registry).decode()
 
     shown = asyncio.run(once())
     duration = "sdxl_request_duration_seconds_count"
@@ -456,14 +457,14 @@ def test_the_key_is_nowhere_but_in_the_call(
 
     async def once() -> list[httpx.Response]:
         async with served(image_app):
-            target = Target(image_app.url, {"Authorization": key})
-            relay = Relay(load_settings(), target, CollectorRegistry())
+            address = ImageAppAddress(image_app.url, {"Authorization": key})
+            service = GatewayClient(load_settings(), address, CollectorRegistry())
             app = FastAPI()
-            install(app, lambda: relay)
+            install(app, lambda: service)
 
             @app.post("/")
             async def generate(request: PromptRequest) -> Any:
-                return await relay.relay(request)
+                return await service.generate(request)
 
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             answers = []
@@ -471,7 +472,7 @@ def test_the_key_is_nowhere_but_in_the_call(
                 for status in (200, 401, 503):
                     image_app.refuse(status, None)
                     answers.append(await client.post("/", json={"prompt": PROMPT}))
-            await relay.close(5)
+            await service.close(5)
             return answers
 
     answers = asyncio.run(once())

@@ -1,0 +1,67 @@
+"""The endpoints that both servers share, and `install`, which puts them into an app.
+
+The self-hosted server and the fal app differ in who parses the request and who listens on the
+port. Everything between is the same code, in this folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+
+from metrics.catalogue import render
+from serve.engine.runtime import Runtime
+from serve.engine.startup import State
+from serve.http.error_responses import add_exception_handlers
+from serve.http.middleware import RequestMiddleware
+from serve.http.responses import json_response
+from serve.http.service import Service, received_call
+from serve.schema import TextToImageRequest
+
+
+def install(app: FastAPI, service: Callable[[], Service | None]) -> None:
+    """Put the middleware, the exception handlers, `/health` and `/ready` into an app.
+
+    Args:
+        service: returns the service, or None before there is one. Called for every request.
+    """
+    app.add_middleware(RequestMiddleware, service=service)
+    add_exception_handlers(app)
+
+    async def health() -> Response:
+        """200 while the process and its device work, also before the model is warm; else 503."""
+        current = service()
+        healthy = current is None or current.healthy
+        return JSONResponse(
+            {"status": "ok" if healthy else "unhealthy"}, status_code=200 if healthy else 503
+        )
+
+    async def ready() -> Response:
+        """200 when the model is warm and can serve; until then 503 with the start-up's progress."""
+        current = service()
+        if current is None:
+            return JSONResponse({"state": State.STARTING.value}, status_code=503)
+        ok = current.readiness.state is State.READY and current.healthy
+        return JSONResponse(current.readiness.as_json(), status_code=200 if ok else 503)
+
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_api_route("/ready", ready, methods=["GET"])
+
+
+async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:
+    """The handler of `POST /`."""
+    call = received_call(runtime, request)
+    response = await runtime.generate(request, call)
+    call.timeline.begin("respond")
+    return json_response(response)
+
+
+async def metrics_endpoint(request: Request, runtime: Runtime) -> Response:
+    """The handler of `GET /metrics`: OpenMetrics if the Accept header names it, else text."""
+    body, content_type = await asyncio.to_thread(
+        render, runtime.metrics.registry, request.headers.get("accept", "")
+    )
+    return Response(body, headers={"Content-Type": content_type})

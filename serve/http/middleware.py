@@ -1,0 +1,211 @@
+"""The middleware around every endpoint that generates.
+
+It draws the trace identity, times the request from its first byte to its last, reads the body
+within limits, cancels the work when the client disconnects, and hands the finished request to the
+recorder and to the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import traceback
+from collections.abc import Callable, Mapping
+
+import anyio
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from metrics.records import GenerationFacts
+from serve.engine.call import Call, current_call
+from serve.engine.runtime import ENDPOINTS
+from serve.errors import BodyTooLarge, BodyTooSlow, ClientGone, GenerationFailed
+from serve.http.error_responses import error_response
+from serve.http.request_body import read_body
+from serve.http.service import Service
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[0-9A-Za-z-]{8,64}")
+
+
+class RequestMiddleware:
+    """Makes a `Call` for each request, and finishes it.
+
+    Plain ASGI and the outermost middleware, so that the measured time includes every other one.
+
+    Args:
+        service: returns the service, or None before there is one.
+    """
+
+    def __init__(self, app: ASGIApp, service: Callable[[], Service | None]) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self._service()
+        path = _path(scope) if scope["type"] == "http" else ""
+        if service is None or path not in ENDPOINTS or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        call = _new_call(service, path, scope)
+        response = _ResponseWatch(send, call, fal_billing=service.settings.fal_billing)
+        service.metrics.request_received()
+        token = current_call.set(call)
+        try:
+            await self._serve(scope, receive, response.send, call)
+        except Exception as error:
+            # The framework's handler for these runs outside of here, without the current call.
+            failure = GenerationFailed(type(error).__name__)
+            call.fail(failure)
+            if response.started:
+                raise
+            # Without the exception's text: a library's message may quote the prompt.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("a request failed with %s\n%s", type(error).__name__, frames)
+            await error_response(failure, call)(scope, receive, response.send)
+        except asyncio.CancelledError:
+            # The server dropped the connection: the work ends too.
+            gone = call.cancellation.reason or ClientGone()
+            call.cancellation.cancel(gone)
+            call.fail(gone)
+            raise
+        finally:
+            await _end_work(call)
+            current_call.reset(token)
+            _finish(service, call, response)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, call: Call) -> None:
+        """Read the body, then run the app with it while watching for a disconnect."""
+        try:
+            body = await read_body(receive)
+        except ClientGone as gone:
+            call.fail(gone)
+            return
+        except (BodyTooLarge, BodyTooSlow) as error:
+            await error_response(error, call)(scope, receive, send)
+            return
+
+        disconnect = asyncio.create_task(_cancel_on_disconnect(receive, call))
+        body_sent = False
+
+        async def receive_read_body() -> Message:
+            nonlocal body_sent
+            if not body_sent:
+                body_sent = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await disconnect
+            return {"type": "http.disconnect"}
+
+        try:
+            await self._app(scope, receive_read_body, send)
+        finally:
+            disconnect.cancel()
+
+
+class _ResponseWatch:
+    """Passes a response on, adds our headers to it, and notes how far it has come."""
+
+    def __init__(self, send: Send, call: Call, fal_billing: bool) -> None:
+        self._send = send
+        self._call = call
+        self._fal_billing = fal_billing
+        self.status = 500
+        self.started = False
+        self.complete = False
+        """Whether the last byte was sent before the client disconnected. From then on the client
+        may close the connection; the server can report that while outer middleware, as fal's, is
+        still returning."""
+
+    async def send(self, message: Message) -> None:
+        call = self._call
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = call.cancellation.reason is None
+        if message["type"] == "http.response.start":
+            self.started = True
+            self.status = message["status"]
+            ours = [(b"x-trace-id", call.identity.trace_id_hex.encode())]
+            if self._fal_billing and call.facts is not None and self.status < 400:
+                ours.append((b"x-fal-billable-units", _billable_units(call.facts)))
+            message["headers"] = [*message.get("headers", []), *ours]
+        await self._send(message)
+
+
+def _new_call(service: Service, path: str, scope: Scope) -> Call:
+    headers = Headers(scope=scope)
+    call = Call(
+        endpoint=path,
+        method=scope["method"],
+        identity=service.tracing.identify(_trace_carrier(headers)),
+    )
+    # fal's request id makes our log lines searchable beside fal's own.
+    if _REQUEST_ID.fullmatch(fal_id := headers.get("x-fal-request-id", "")):
+        call.request_id = fal_id
+    call.timeline.begin_at_arrival("receive")
+    return call
+
+
+async def _cancel_on_disconnect(receive: Receive, call: Call) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    call.cancellation.cancel(ClientGone())
+
+
+async def _end_work(call: Call) -> None:
+    """Wait for the call's own task, so that the call is recorded with its run.
+
+    A stream's generation is such a task. If the client has left it is cancelled first, and stops
+    within two steps.
+    """
+    if call.work is None:
+        return
+    if not call.work.done():
+        call.cancellation.cancel(ClientGone())
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait({call.work})
+    if not call.work.cancelled():
+        call.work.exception()  # already handled; unless retrieved, asyncio logs it with its text
+
+
+def _finish(service: Service, call: Call, response: _ResponseWatch) -> None:
+    """Freeze the call, record it, and log its one line."""
+    service.metrics.request_answered()
+    if call.cancellation.reason is not None and response.status < 400 and not response.complete:
+        call.fail(call.cancellation.reason)
+    timing = call.finish(499 if call.outcome == "cancelled" else response.status)
+    service.recorder.record(timing, call.identity)
+    logger.info(
+        "%s %s %d %s in %.1f ms",
+        call.method,
+        call.endpoint,
+        timing.status_code,
+        timing.outcome,
+        timing.duration_ns / 1e6,
+        extra=_log_fields(call, service.settings.trace_url),
+    )
+
+
+def _log_fields(call: Call, trace_url: str | None) -> dict[str, str]:
+    fields = {"trace_id": call.identity.trace_id_hex, "request_id": call.request_id}
+    if trace_url is not None and call.identity.exported:
+        fields["trace_url"] = trace_url.replace("{trace_id}", call.identity.trace_id_hex)
+    return fields
+
+
+def _path(scope: Scope) -> str:
+    """The path within the app. Behind a proxy (fal's gateway) the scope's may include a prefix."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
+
+
+def _billable_units(facts: GenerationFacts) -> bytes:
+    """Megapixels times steps, to which an image's time on the GPU is about proportional."""
+    return f"{facts.width * facts.height * facts.num_inference_steps / 1e6:.6f}".encode()
+
+
+def _trace_carrier(headers: Headers) -> Mapping[str, str]:
+    return {
+        "traceparent": headers.get("traceparent", ""),
+        "tracestate": headers.get("tracestate", ""),
+    }

@@ -1,0 +1,83 @@
+"""`POST /debug/profile`: an operator asks for the next requests to be profiled."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from ipaddress import ip_address
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from serve.engine.runtime import Runtime
+from serve.telemetry.profiling import MAX_PROFILES
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 1024
+
+# Headers by which a proxy names its client, or a browser the page that a request comes from.
+_FORWARDING_HEADERS = (
+    "forwarded",
+    "x-forwarded-for",
+    "x-real-ip",
+    "via",
+    "origin",
+    "sec-fetch-site",
+)
+
+
+class ProfileOrder(BaseModel):
+    """How many of the next requests to profile; 0 cancels an earlier order."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    requests: int = Field(ge=0, le=MAX_PROFILES)
+
+
+async def arm_profiling(runtime: Runtime, request: Request) -> Response:
+    """The handler of `POST /debug/profile`. Only an operator may use it.
+
+    The body is read after that check, and limited to `MAX_BODY_BYTES`.
+    """
+    if not is_operator(request, runtime.settings.admin_token):
+        return JSONResponse(
+            {"detail": "Profiling is for this machine itself, or with SDXL_ADMIN_TOKEN as bearer."},
+            status_code=403,
+        )
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            return JSONResponse({"detail": "The body is larger than an order is."}, status_code=413)
+    try:
+        order = ProfileOrder.model_validate_json(body)
+    except ValidationError:
+        return JSONResponse(
+            {"detail": f'{{"requests": N}} is asked for, a number from 0 to {MAX_PROFILES}.'},
+            status_code=422,
+        )
+    runtime.profiling.arm(order.requests)
+    logger.info("the next %d requests will be profiled", order.requests)
+    return JSONResponse(
+        {"armed": runtime.profiling.armed, "profiles": runtime.profiling.profiles()}
+    )
+
+
+def is_operator(request: Request, token: SecretStr | None) -> bool:
+    """Whether a request has the admin token, or comes from this machine directly.
+
+    A request that a proxy on this machine forwards, or that a page in a browser on it makes, comes
+    from elsewhere.
+    """
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if token is not None and scheme.lower() == "bearer":
+        expected = token.get_secret_value().encode()
+        return hmac.compare_digest(given.strip().encode(), expected)
+    if any(name in request.headers for name in _FORWARDING_HEADERS):
+        return False
+    try:
+        return request.client is not None and ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,54 @@
+"""What the HTTP room needs from whoever does the work: the runtime, or the gateway's client."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from metrics.catalogue import GenerationMetrics
+from metrics.records import RequestTiming
+from metrics.sampling import TraceIdentity
+from metrics.tracing import Tracing
+from serve.engine.call import Call, current_call
+from serve.engine.startup import Readiness
+from serve.schema import TextToImageRequest
+from serve.settings import ServeSettings
+
+
+class RequestRecorder(Protocol):
+    """Records finished requests."""
+
+    def record(self, request: RequestTiming, identity: TraceIdentity) -> None:
+        """Take a finished request; returns at once and never raises."""
+
+
+class Service(Protocol):
+    """Serves requests: `Runtime` does in the image app, `GatewayClient` in the gateway."""
+
+    @property
+    def settings(self) -> ServeSettings: ...
+    @property
+    def tracing(self) -> Tracing: ...
+    @property
+    def metrics(self) -> GenerationMetrics: ...
+    @property
+    def recorder(self) -> RequestRecorder: ...
+    @property
+    def readiness(self) -> Readiness: ...
+    @property
+    def healthy(self) -> bool: ...
+
+
+def received_call(service: Service, request: TextToImageRequest) -> Call:
+    """End the `receive` stage of the current call and return the call.
+
+    The request has been read and validated by now. A valid trace context in its body replaces the
+    one in its headers.
+    """
+    call = current_call.get()
+    assert call is not None  # the middleware makes one for every endpoint that generates
+    if request.trace_context is not None:
+        identity = service.tracing.identify(request.trace_context.carrier())
+        if identity.parent is not None or identity.caller is not None:
+            call.identity = identity
+    call.timeline.end()
+    return call
