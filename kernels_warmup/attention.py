@@ -151,9 +151,9 @@ class StepAttention:
     """A diffusers attention processor: SDXL's attention by a named backend.
 
     Uses the fused query-key-value projection where there is one. Cross-attention whose text keys
-    and values were computed beforehand (`rewrites.TextOnce`) finds them on the module as
+    and values were computed beforehand (`rewrites.text_once`) finds them on the module as
     `text_key` and `text_value` and never looks at the text. Of a smaller batch than theirs, it is
-    the last of them that it attends to: the conditional half (`blocks.Block`).
+    the last of them that it attends to: the conditional half (`rewrites.zero_text`).
     """
 
     def __init__(self, backend: Backend) -> None:

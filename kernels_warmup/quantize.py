@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from kernels_warmup.fp8 import calibrate, set_fp8
-from kernels_warmup.one_forward import TIMESTEPS, StepInputs, forward_once, relative_error
+from kernels_warmup.numerical_error import TIMESTEPS, StepInputs, forward_once, relative_error
 from kernels_warmup.shapes import PIXELS_PER_LATENT, CompiledShape
 
 Quantization = Literal["none", "int8", "fp8"]

@@ -14,8 +14,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from kernels_warmup.attention import Backend, StepAttention, transformer_blocks
-from kernels_warmup.blocks import ZERO_TEXT, Block, set_blocks
 from kernels_warmup.fp8 import Fp8Linear, Rounded
+from kernels_warmup.rewrites.zero_text import ZERO_TEXT, Block, set_blocks
 from kernels_warmup.triton.cross_attention import few_keys_attention
 from kernels_warmup.triton.cross_attention import why_unusable as why_not_few_keys
 from kernels_warmup.triton.geglu import geglu

@@ -22,7 +22,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels_warmup.blocks import ZERO_TEXT
+from kernels_warmup.rewrites.zero_text import ZERO_TEXT
 from kernels_warmup.triton.install import NormedTransformer, normed, refuse_masks
 from kernels_warmup.triton.layer_norm import launch, launch_for
 

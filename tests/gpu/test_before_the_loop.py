@@ -18,7 +18,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-from kernels_warmup.compile import CompiledModel, Recipe, compile_model  # noqa: E402
+from kernels_warmup.compile import CompiledModel, compile_model  # noqa: E402
+from kernels_warmup.recipes import Recipe  # noqa: E402
 from kernels_warmup.shapes import CompiledShape  # noqa: E402
 from serve.model.sdxl import Conditioning, SdxlModel, load_model  # noqa: E402
 

@@ -18,12 +18,9 @@ pytestmark = [
 ]
 
 from kernels_warmup.attention import attend, why_unusable  # noqa: E402
-from kernels_warmup.compile import (  # noqa: E402
-    RECIPES,
-    compile_decoder,
-    compile_unet,
-)
-from kernels_warmup.one_forward import StepInputs, forward_once, relative_error  # noqa: E402
+from kernels_warmup.compile import compile_decoder, compile_unet  # noqa: E402
+from kernels_warmup.numerical_error import StepInputs, forward_once, relative_error  # noqa: E402
+from kernels_warmup.recipes import RECIPES  # noqa: E402
 from kernels_warmup.shapes import CompiledShape  # noqa: E402
 from tests.gpu.weights import Weights  # noqa: E402
 
@@ -188,7 +185,7 @@ def test_a_group_norm_reads_memory_in_its_order(pixels: tuple[int, ...]) -> None
     """Compiled by itself, with SiLU: within three times what its bytes take at a copy's rate."""
     from torch import nn
 
-    from kernels_warmup.norms import group_norm
+    from kernels_warmup.rewrites.group_norm import group_norm
 
     torch.manual_seed(5)
     features = torch.randn(*pixels, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)

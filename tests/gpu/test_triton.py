@@ -314,7 +314,7 @@ def test_inside_a_compiled_function() -> None:
 @pytest.mark.parametrize("compile_first", [False, True], ids=["eager", "compiled"])
 def test_inside_a_captured_graph(compile_first: bool) -> None:
     """It keeps descriptors by value, and so reads other inputs where they are put."""
-    from kernels_warmup.compile import Captured
+    from kernels_warmup.cuda_graphs import Captured
 
     function = torch.compile(every_kernel, fullgraph=True) if compile_first else every_kernel
     captured = Captured(function, inputs_of_all(), torch.cuda.graph_pool_handle())

@@ -54,7 +54,7 @@ def load() -> Any:
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    from kernels_warmup.one_forward import StepInputs, forward_once, relative_error
+    from kernels_warmup.numerical_error import StepInputs, forward_once, relative_error
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -69,7 +69,7 @@ def reference() -> Reference:
 
 def forward(pipeline: Any, reference: Reference) -> tuple[torch.Tensor, float]:
     """A forward's answer, and its relative error against float32."""
-    from kernels_warmup.one_forward import forward_once, relative_error
+    from kernels_warmup.numerical_error import forward_once, relative_error
 
     result = forward_once(pipeline.unet, reference.inputs)
     return result, relative_error(result, reference.exact)
@@ -126,7 +126,7 @@ def test_a_mode_is_no_further_from_float32_than_eager(mode: str, reference: Refe
 def test_our_own_kernels_are_no_further_from_float32_than_eager(
     fields: tuple[str, ...], scope: Any, reference: Reference
 ) -> None:
-    from kernels_warmup.compile import Recipe
+    from kernels_warmup.recipes import Recipe
     from kernels_warmup.triton import why_unusable
 
     reason = why_unusable(torch.device("cuda"), torch.bfloat16)
@@ -157,15 +157,15 @@ REWRITES: dict[str, dict[str, Any]] = {
 def test_a_rewrite_is_no_further_from_float32_than_eager(
     rewrite: str, reference: Reference
 ) -> None:
-    from kernels_warmup.compile import RECIPES
+    from kernels_warmup.recipes import RECIPES
 
     check_lossless("default", reference, recipe=replace(RECIPES["default"], **REWRITES[rewrite]))
 
 
 def test_a_run_without_negative_is_no_further_from_float32_than_eager() -> None:
     """By a function of its own, over the text buffers that the full one reads too."""
-    from kernels_warmup.compile import RECIPES
-    from kernels_warmup.one_forward import StepInputs, forward_once, relative_error
+    from kernels_warmup.numerical_error import StepInputs, forward_once, relative_error
+    from kernels_warmup.recipes import RECIPES
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -243,8 +243,8 @@ def test_a_quantisation_says_its_error(quantize: Any, mode: str, reference: Refe
 @pytest.mark.parametrize("static", [False, True], ids=["by row", "static"])
 @pytest.mark.parametrize("scope", ["whole", "blocks"])
 def test_fp8_with_norms_written_as_fp8(scope: Any, static: bool, reference: Reference) -> None:
-    from kernels_warmup.compile import Recipe
     from kernels_warmup.quantize import why_unusable
+    from kernels_warmup.recipes import Recipe
     from kernels_warmup.triton import why_unusable as kernels_unusable
 
     cuda, dtype = torch.device("cuda"), torch.bfloat16

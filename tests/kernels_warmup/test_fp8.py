@@ -8,7 +8,7 @@ from torch import nn
 
 from kernels_warmup import quantize
 from kernels_warmup.attention import set_attention
-from kernels_warmup.compile import Recipe, compile_model
+from kernels_warmup.compile import compile_model
 from kernels_warmup.fp8 import (
     FP8,
     LARGEST,
@@ -20,6 +20,7 @@ from kernels_warmup.fp8 import (
     set_fp8,
 )
 from kernels_warmup.quantize import quantize_unet, quantized_names, why_unusable
+from kernels_warmup.recipes import Recipe
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_models, tiny_unet
 
 

@@ -14,8 +14,9 @@ from unittest import mock
 import pytest
 import torch
 
-from kernels_warmup.compile import RECIPES, compile_decoder, compile_unet
-from kernels_warmup.one_forward import StepInputs, forward_once, relative_error
+from kernels_warmup.compile import compile_decoder, compile_unet
+from kernels_warmup.numerical_error import StepInputs, forward_once, relative_error
+from kernels_warmup.recipes import RECIPES
 from kernels_warmup.shapes import CompiledShape
 from tests.gpu.weights import Weights
 from tests.kernels_warmup.triton_here import require_triton

@@ -13,8 +13,9 @@ from torch._inductor import config as inductor
 
 from kernels_warmup import quantize
 from kernels_warmup.attention import set_attention, transformer_blocks
-from kernels_warmup.compile import Recipe, compile_model
+from kernels_warmup.compile import compile_model
 from kernels_warmup.quantize import CHOSEN, SKIPPED, quantize_unet, why_unusable
+from kernels_warmup.recipes import Recipe
 from serve.model.sdxl_base import UNET_CONFIG
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_models, tiny_unet
 

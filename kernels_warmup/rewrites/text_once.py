@@ -1,15 +1,8 @@
-"""The same results from less work: what SDXL computes twice, in float32, or on the host.
+"""The text's share of a step, computed once a run.
 
-Each rewrite changes one thing of diffusers' modules in place and is checked against the unmodified
-module. None changes a result beyond rounding.
-
-- `TextOnce`: the 70 cross-attentions' text keys and values, and the added-condition embedding,
-  depend on the prompt alone; diffusers computes them in every step, this computes them once a run.
-- `set_time_once`: each of 17 residual blocks projects the same step's embedding with weights of its
-  own; side by side those are the weights of one product.
-- `set_vae_attention`: the VAE's one attention is a single head of size 512, too wide for any flash
-  kernel, and SDPA's fallback computes it in float32.
-- `to_pixels`, `all_finite`: the last steps before the host, done on the device.
+The keys and values of SDXL's 70 cross-attentions and the added-condition embedding depend on the
+prompt alone. diffusers computes them in every step; `TextOnce` computes them once and keeps them in
+buffers that the UNet reads.
 """
 
 from __future__ import annotations
@@ -20,9 +13,6 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from diffusers.models.resnet import ResnetBlock2D
-from torch import nn
 
 from kernels_warmup.attention import transformer_blocks
 
@@ -189,134 +179,3 @@ def _stack(attentions: list[Any]) -> torch.Tensor:
 def _version(tensor: torch.Tensor) -> int:
     """Changes when the tensor is written to; inference tensors keep no count of that."""
     return -1 if tensor.is_inference() else tensor._version
-
-
-class TimeProjections(nn.Module):
-    """The step's embedding as every residual block adds it, by one product.
-
-    Takes the place of the UNet's activation of the embedding, (batch, embedding channels), whose
-    result is passed to every block as it is: (batch, all blocks' channels).
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    def __init__(self, linears: list[nn.Linear]) -> None:
-        super().__init__()
-        weight, bias = _side_by_side(linears)
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
-
-    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.silu(embedding), self.weight, self.bias)
-
-
-class TimeProjection(nn.Linear):
-    """One block's part of what `TimeProjections` computed."""
-
-    start: int
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return input.narrow(1, self.start, self.out_features)
-
-
-def set_time_once(unet: Any) -> None:
-    """Project the step's embedding once a step for all residual blocks.
-
-    Raises:
-        ValueError: they do not all add a projection of its SiLU; nothing has been changed then.
-    """
-    resnets = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
-    linears = [resnet.time_emb_proj for resnet in resnets]
-    if (
-        unet.time_embed_act is not None
-        or any(type(linear) is not nn.Linear or linear.bias is None for linear in linears)
-        or any(resnet.time_embedding_norm != "default" for resnet in resnets)
-        or any(resnet.skip_time_act for resnet in resnets)
-        or any(type(resnet.nonlinearity) is not nn.SiLU for resnet in resnets)
-    ):
-        raise ValueError("not SDXL's time embedding: its blocks do not all add a projection of it")
-    unet.time_embed_act = TimeProjections(linears)
-    start = 0
-    for resnet, linear in zip(resnets, linears, strict=True):
-        linear.__class__ = TimeProjection
-        linear.start = start
-        start += linear.out_features
-        resnet.skip_time_act = True
-
-
-def _side_by_side(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (all outputs, inputs) and biases (all outputs); the modules keep views of them."""
-    weight = torch.cat([linear.weight.data for linear in linears])
-    bias = torch.cat([linear.bias.data for linear in linears])
-    sizes = [linear.out_features for linear in linears]
-    parts = zip(linears, torch.split(weight, sizes), torch.split(bias, sizes), strict=True)
-    for linear, its_weight, its_bias in parts:
-        linear.weight.data, linear.bias.data = its_weight, its_bias
-    return weight, bias
-
-
-class WideHeadAttention:
-    """A diffusers attention processor for one head of any width: two products and a softmax.
-
-    The scores are float32 (a bfloat16 score of 50 is off by 0.1), everything else stays in the
-    model's own type; 16,384 tokens make 1 GiB of scores, once an image.
-    """
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        batch, channels, height, width = hidden_states.shape
-        tokens = hidden_states.flatten(2).transpose(1, 2)
-        normed = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
-        query, key, value = attn.to_q(normed), attn.to_k(normed), attn.to_v(normed)
-        weights = _scores(query * channels**-0.5, key).softmax(-1).to(value.dtype)
-        mixed = attn.to_out[0](torch.bmm(weights, value))
-        mixed = mixed.transpose(1, 2).reshape(batch, channels, height, width)
-        return cast(torch.Tensor, mixed + hidden_states)
-
-
-def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens, tokens) in float32, from products in the inputs' own type."""
-    if query.is_cuda and query.dtype != torch.float32:
-        return torch.bmm(query, key.transpose(1, 2), out_dtype=torch.float32)
-    return torch.bmm(query, key.transpose(1, 2)).float()
-
-
-def set_vae_attention(vae: Any) -> None:
-    """Give the decoder's middle attention `WideHeadAttention`."""
-    for attn in vae.decoder.mid_block.attentions:
-        if (
-            attn.heads != 1
-            or attn.spatial_norm is not None
-            or not attn.residual_connection
-            or attn.rescale_output_factor != 1.0
-            or attn.inner_dim != attn.query_dim
-        ):
-            raise ValueError("not SDXL's VAE: its middle attention is not one plain wide head")
-        attn.set_processor(WideHeadAttention())
-
-
-def to_pixels(image: torch.Tensor) -> torch.Tensor:
-    """The decoder's output in -1..1 (batch, 3, height, width) as uint8 (batch, height, width, 3).
-
-    On the device, so that a quarter of the bytes cross to the host; float32, so that bfloat16
-    does not round to every other grey. Same result as diffusers' own post-processing.
-    """
-    scaled = (image.float() * 0.5 + 0.5).clamp(0, 1) * 255
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def all_finite(images: torch.Tensor) -> torch.Tensor:
-    """(images,) bool on their device; read it after the run's last copy, not before."""
-    return images.isfinite().flatten(1).all(1)
-
-
-def channels_last(module: nn.Module) -> None:
-    """Convolution weights in the order the tensor cores' kernels want them."""
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

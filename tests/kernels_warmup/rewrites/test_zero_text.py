@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from kernels_warmup.attention import set_attention, transformer_blocks
-from kernels_warmup.blocks import ZERO_TEXT, Block, set_blocks
-from kernels_warmup.rewrites import TextOnce
+from kernels_warmup.rewrites.text_once import TextOnce
+from kernels_warmup.rewrites.zero_text import ZERO_TEXT, Block, set_blocks
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_unet
 
 ROUNDING = 1e-5

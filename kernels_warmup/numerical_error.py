@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from kernels_warmup.blocks import ZERO_TEXT
+from kernels_warmup.rewrites.zero_text import ZERO_TEXT
 from kernels_warmup.shapes import CompiledShape
 
 TIMESTEPS = (981.0, 601.0, 21.0)

@@ -7,8 +7,8 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from kernels_warmup.rewrites import channels_last
-from kernels_warmup.upsample import Upsample, set_upsampling
+from kernels_warmup.compile import channels_last
+from kernels_warmup.rewrites.upsampling import Upsample, set_upsampling
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_unet, tiny_vae
 
 ROUNDING = 1e-5

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from kernels_warmup.archive import FORMAT, Refused, TooLarge, pack, unpack
+from kernels_warmup.cache.archive import FORMAT, Refused, TooLarge, pack, unpack
 
 KEY = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.13.0", "setting shapes": "1024x1024"}
 FILES = {

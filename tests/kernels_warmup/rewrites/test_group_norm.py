@@ -7,7 +7,8 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from kernels_warmup.norms import (
+from kernels_warmup.compile import channels_last
+from kernels_warmup.rewrites.group_norm import (
     GroupNorm,
     GroupNormSilu,
     Resnet,
@@ -16,7 +17,7 @@ from kernels_warmup.norms import (
     set_unet_norms,
     stored,
 )
-from kernels_warmup.rewrites import channels_last, set_vae_attention
+from kernels_warmup.rewrites.vae_attention import set_vae_attention
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_unet, tiny_vae
 
 ROUNDING = 1e-5

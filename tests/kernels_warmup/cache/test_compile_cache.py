@@ -6,98 +6,35 @@ import errno
 import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from kernels_warmup import cache as cache_module
-from kernels_warmup.cache import (
+from kernels_warmup.cache import compile_cache
+from kernels_warmup.cache.compile_cache import RESULTS, CompileCache
+from kernels_warmup.cache.key import CacheKey
+from kernels_warmup.cache.working_directory import (
     LEFTOVER_SECONDS,
-    RESULTS,
-    SUFFIX,
-    WORKING_PREFIX,
-    CacheKey,
-    CacheResult,
-    CompileCache,
     WorkingDirectory,
-    cache_key,
-    operators_directory,
 )
-from tests.support.processes import ROOT, clean_environment
-
-KEY = CacheKey.of({"device": "NVIDIA H100 80GB HBM3", "torch": "2.13.0", "setting mode": "max"})
-VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-
-
-@pytest.fixture(autouse=True)
-def _own_environment(
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("local")))
-    caplog.set_level(logging.INFO, "kernels_warmup.cache")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "shared" / "folder"
-
-
-class Starts:
-    """Starts of a process, one after the other: each closes the one before."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.current: CompileCache | None = None
-
-    def __call__(self, key: CacheKey = KEY, **bounds: int) -> tuple[CompileCache, CacheResult]:
-        self.end()
-        self.current = CompileCache(self.folder, key, **bounds)
-        return self.current, self.current.restore()
-
-    def end(self) -> None:
-        if self.current is not None:
-            self.current.close()
-
-
-@pytest.fixture
-def start(folder: Path) -> Iterator[Starts]:
-    starts = Starts(folder)
-    yield starts
-    starts.end()
-
-
-def working() -> Path:
-    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-
-
-def compiled(content: bytes = b"machine code", name: str = "ab/cab.so") -> None:
-    """Stands in for inductor: a file appears where it would put one."""
-    path = working() / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-
-
-def lines(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= level]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
+from tests.kernels_warmup.cache.starts import (
+    KEY,
+    Starts,
+    command,
+    compiled,
+    environment,
+    lines,
+    names,
+    run,
+    working,
+)
+from tests.support.processes import ROOT
 
 # One process after the other.
 
@@ -331,7 +268,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(
     owner, name = {
         "mkdir": (Path, "mkdir"),
         "open": (tempfile, "mkstemp"),
-        "write": (cache_module, "pack"),
+        "write": (compile_cache, "pack"),
         "fsync": (os, "fsync"),
         "rename": (Path, "replace"),
     }[call]
@@ -355,7 +292,8 @@ def test_a_disk_that_really_takes_no_more(folder: Path) -> None:
     script = """
 import os, random, resource, signal, sys
 from pathlib import Path
-from kernels_warmup.cache import CacheKey, CompileCache
+from kernels_warmup.cache.compile_cache import CompileCache
+from kernels_warmup.cache.key import CacheKey
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 cache = CompileCache(Path(sys.argv[1]), CacheKey.of({"device": "cpu"}))
 cache.restore()
@@ -446,116 +384,11 @@ def test_an_archive_over_the_bound_is_not_kept_nor_the_one_before(
     assert cache.store().result == "stored"
 
 
-# The working directory.
-
-
-def test_the_working_directory_is_private_and_goes_with_the_process(start: Starts) -> None:
-    cache, _ = start()
-    path = working()
-    assert path.parent == Path(tempfile.gettempdir())
-    assert path.stat().st_mode & 0o777 == 0o700
-    assert path.stat().st_uid == os.geteuid()
-    assert os.environ["TRITON_CACHE_DIR"] == f"{path}/triton/0"
-    with pytest.raises(RuntimeError, match="once"):
-        cache.restore()
-    cache.close()
-    cache.close()
-    assert not path.exists()
-    assert not set(VARIABLES) & set(os.environ)
-    assert cache.store().result == "skipped"
-
-
-def test_the_environment_is_put_back(start: Starts, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
-    monkeypatch.setenv("TRITON_CACHE_DIR", "/the/operators")
-    start()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != default_cache_dir()
-    assert os.environ["TRITON_CACHE_DIR"] == "/the/operators"
-    start.end()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
-    assert os.environ["TRITON_CACHE_DIR"] == "/the/operators"
-
-
-def test_an_operators_directory_is_used_as_it_is(
-    start: Starts,
-    tmp_path: Path,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "theirs"))
-    cache, restored = start()
-    assert restored.result == "skipped"
-    assert str(tmp_path / "theirs") in restored.reason
-    assert cache.store().result == "skipped"
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "theirs")
-    assert "TRITON_CACHE_DIR" not in os.environ
-    assert len(lines(caplog)) == 1
-    assert not folder.exists()
-    assert not list(Path(tempfile.gettempdir()).iterdir())
-
-
-def test_neither_torchs_default_nor_a_parents_directory_is_an_operators_wish(
-    start: Starts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start()
-    assert operators_directory() is None
-    inherited = working()
-    child = WorkingDirectory.create()
-    child.use()
-    assert working() == child.path != inherited
-    assert os.environ["TRITON_CACHE_DIR"] == f"{child.path}/triton/0"
-    child.remove()
-    assert working() == inherited
-    for value in ("", torch._inductor.runtime.cache_dir_utils.default_cache_dir()):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", value)
-        assert operators_directory() is None
-
-
-def test_without_a_directory_to_work_in_a_start_goes_on(
-    start: Starts,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    cache, restored = start()
-    assert restored.result == "ignored"
-    assert cache.store().result == "skipped"
-    assert not set(VARIABLES) & set(os.environ)
-    assert len(lines(caplog)) == 1
-
-
-# Several at once.
-
-
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(script, *arguments),
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=100,
-        check=True,
-    )
-
-
-def command(script: str, *arguments: object) -> list[str]:
-    return [sys.executable, "-c", script, *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    mine = clean_environment({"TMPDIR": tempfile.gettempdir(), "OMP_NUM_THREADS": "1"})
-    return {name: value for name, value in mine.items() if name not in VARIABLES}
-
-
 BUSY = """
 import os, sys
 from pathlib import Path
-from kernels_warmup.cache import CacheKey, CompileCache
+from kernels_warmup.cache.compile_cache import CompileCache
+from kernels_warmup.cache.key import CacheKey
 key = CacheKey.of({"device": "cpu"})
 writer = sys.argv[2].encode()
 for turn in range(6):
@@ -594,33 +427,11 @@ def test_ten_processes_at_once_leave_one_whole_archive(folder: Path) -> None:
     assert not list(Path(tempfile.gettempdir()).iterdir())
 
 
-FORKED = """
-import os, sys
-from pathlib import Path
-from kernels_warmup.cache import CacheKey, CompileCache
-cache = CompileCache(Path(sys.argv[1]), CacheKey.of({"device": "cpu"}))
-cache.restore()
-work = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-child = os.fork()
-if child == 0:
-    cache.close()
-    sys.exit()  # with the exit handlers that it inherited
-os.waitpid(child, 0)
-print(work.is_dir(), work)
-"""
-
-
-@pytest.mark.e2e
-def test_the_directory_goes_when_its_process_exits_and_not_a_child_of_it(folder: Path) -> None:
-    there, path = run(FORKED, folder).stdout.split()
-    assert there == "True"
-    assert not Path(path).exists()
-
-
 KILLED = """
 import os, sys
 from pathlib import Path
-from kernels_warmup.cache import CacheKey, CompileCache
+from kernels_warmup.cache.compile_cache import CompileCache
+from kernels_warmup.cache.key import CacheKey
 cache = CompileCache(Path(sys.argv[1]), CacheKey.of({"device": "cpu"}))
 cache.restore()
 work = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
@@ -671,74 +482,6 @@ def test_a_store_that_is_killed_leaves_the_old_archive(folder: Path) -> None:
     cache.close()
 
 
-def test_a_directory_that_never_got_its_lock_goes_after_a_while(start: Starts) -> None:
-    local = Path(tempfile.gettempdir())
-    fresh, old = (local / f"{WORKING_PREFIX}{name}" for name in ("fresh", "old"))
-    for path in (fresh, old):
-        path.mkdir()
-        (path / "half").write_bytes(b"x")
-    long_ago = time.time() - LEFTOVER_SECONDS - 1
-    os.utime(old, (long_ago, long_ago))
-    (local / f"{WORKING_PREFIX}link").symlink_to(fresh)
-    start()
-    assert fresh.exists()
-    assert not old.exists()
-
-
-# The key.
-
-
-def test_a_key_tells_devices_versions_and_settings_apart() -> None:
-    settings = {"model": "demo", "shapes": "128x128 160x96"}
-    key = cache_key("cpu", settings)
-    assert key == cache_key("cpu", dict(reversed(settings.items())))
-    parts = dict(key.parts)
-    assert parts["torch"] == torch.__version__
-    assert parts["setting model"] == "demo"
-    assert parts["device"]
-    assert set(parts) >= {"triton", "diffusers", "python", "instructions"}
-    keys = [
-        key,
-        cache_key("cpu", settings | {"shapes": "128x128"}),
-        cache_key("cpu", settings | {"quantize": "int8"}),
-        *(CacheKey.of(parts | {name: "another"}) for name in parts),
-    ]
-    assert len({key.digest for key in keys}) == len({key.file_name for key in keys}) == len(keys)
-    for key in keys:
-        assert re.fullmatch(r"[a-z0-9.-]+", key.file_name)
-        assert key.file_name.endswith(SUFFIX)
-
-
-def test_a_gpus_key_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    first = cache_key("cuda", {})
-    assert first.file_name.startswith("nvidia-h100-80gb-hbm3-torch-2.")
-    assert dict(first.parts)["compute capability"] == "9.0"
-    gpu.minor = 3
-    assert cache_key("cuda", {}) != first
-
-
-def test_names_that_a_file_system_would_refuse_are_no_trouble() -> None:
-    key = CacheKey.of({"device": "../../etc/" + "x" * 500 + "\0\n", "torch": "2"})
-    assert re.fullmatch(r"[a-z0-9.-]+", key.file_name)
-    assert not key.file_name.startswith(".")
-    assert len(key.file_name) < 128
-
-
-def test_processors_with_other_instructions_have_other_keys(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    flags = "fpu sse sse2 avx2 avx512f fma"
-    monkeypatch.setattr(cache_module, "_cpu_info", lambda *names: flags)
-    key = cache_key("cpu", {})
-    flags += " md_clear ibrs"  # the kernel's, not the compiler's
-    parts = dict(cache_key("cpu", {}).parts)
-    assert parts["instructions"] == dict(key.parts)["instructions"]
-    flags += " amx_bf16"
-    assert cache_key("cpu", {}) != key
-
-
 # What it is for.
 
 COMPILING = """
@@ -746,7 +489,8 @@ import json, sys, time
 from pathlib import Path
 import torch, torch._dynamo  # which points inductor at torch's own default
 from torch._dynamo.utils import counters
-from kernels_warmup.cache import CompileCache, cache_key
+from kernels_warmup.cache.compile_cache import CompileCache
+from kernels_warmup.cache.key import cache_key
 cache = CompileCache(Path(sys.argv[1]), cache_key("cpu", {"model": "one function"}))
 restored = cache.restore()
 compiled = torch.compile(lambda x: torch.nn.functional.silu(x) * 2 + 1, fullgraph=True)

@@ -27,7 +27,7 @@ ROUNDING = {"float32": 1e-6, "float16": 3e-4}
 def found() -> dict[str, dict[str, float]]:
     """By check and case; a process of its own, for Triton reads the switch when it is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels_warmup.interpreted"],
+        [sys.executable, "-m", "tests.kernels_warmup.triton.interpreted"],
         env=clean_environment({"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}),
         cwd=ROOT,
         capture_output=True,
