@@ -35,13 +35,13 @@ MAX_BYTES = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class CacheResult:
-    """What `restore`, `store` or `discard` did; it has been logged, as one line.
+    """What `restore`, `store` or `discard` did. It has been logged already, as one line.
 
     Attributes:
         reason: why nothing was restored or stored, as one sentence without its full stop.
         seconds: how long it took.
         bytes: the archive's size.
-        files: how many files it holds.
+        files: the number of files in the archive.
     """
 
     result: Result
@@ -58,11 +58,11 @@ class CacheResult:
 
 
 class CompileCache:
-    """The archive of one key, and the directory this process compiles in.
+    """The archive of one key, and the directory in which this process compiles.
 
-    `restore` once, before anything is compiled; `store` after a good warm-up, on any thread;
-    `close` when the process ends. None of them raises because of what it finds on a disk: each
-    result is logged as one line, and the same complaint is never logged twice.
+    Call `restore` once, before anything is compiled, `store` after a good warm-up, on any thread,
+    and `close` when the process ends. None of them raises because of the state of a disk. Each
+    result is logged as one line, and the same problem is logged only once.
     """
 
     def __init__(self, folder: Path, key: CacheKey, max_bytes: int = MAX_BYTES) -> None:
@@ -71,93 +71,93 @@ class CompileCache:
         self.max_bytes = max_bytes
         self.path = self.folder / key.file_name
         self._working: WorkingDirectory | None = None
-        self._not_working = "nothing was restored before"
+        self._no_directory = "nothing was restored before"
         self._restored: Mapping[str, tuple[int, int]] = {}
-        self._complained: set[str] = set()
+        self._logged_reasons: set[str] = set()
 
     def restore(self) -> CacheResult:
-        """Point inductor at a directory of this process's own, filled from the archive if possible.
+        """Point inductor at a private directory, filled from the archive if there is one.
 
-        An operator who has set TORCHINDUCTOR_CACHE_DIR keeps what is compiled himself: that
-        directory is used as it is, and nothing is restored or stored.
+        If an operator has set TORCHINDUCTOR_CACHE_DIR, that directory is used as it is, and nothing
+        is restored or stored.
         """
         if self._working is not None:
             raise RuntimeError("restore() is called once, before anything is compiled")
         start = time.perf_counter()
         named = operators_directory()
         if named is not None:
-            self._not_working = f"TORCHINDUCTOR_CACHE_DIR is set, and {named} is used as it is"
-            return self._tell(CacheResult("skipped", self._not_working), start)
+            self._no_directory = f"TORCHINDUCTOR_CACHE_DIR is set, and {named} is used as it is"
+            return self._logged(CacheResult("skipped", self._no_directory), start)
         try:
             working = WorkingDirectory.create()
         except OSError as error:
-            self._not_working = f"there is no directory to work in ({error.strerror})"
-            return self._tell(CacheResult("ignored", self._not_working), start)
+            self._no_directory = f"there is no directory to work in ({error.strerror})"
+            return self._logged(CacheResult("ignored", self._no_directory), start)
         result = self._unpack_into(working.path)
         if result.result == "ignored":
-            # What was unpacked until then is not to be compiled against.
+            # Some files may have been unpacked before the fault; nothing may be built on them.
             working.empty()
         else:
             self._restored = working.files()
         working.use()
         self._working = working
-        return self._tell(result, start)
+        return self._logged(result, start)
 
     def store(self) -> CacheResult:
-        """Archive the directory, if anything in it is new since `restore`.
+        """Archive the directory if anything in it is new since `restore`.
 
-        Takes away the folder's longest unused archives beyond `max_bytes`. An archive that alone is
-        larger is not kept, nor is the one it would replace: what has piled up over many changes of
-        the model is then left behind, and the next start begins anew.
+        If the folder then holds more than `max_bytes`, the archives that were not used for longest
+        are removed. If the new archive alone is larger, neither it nor the one it would replace is
+        kept: artifacts have piled up over many changes of the model, and the next start is cold.
         """
         start = time.perf_counter()
         if self._working is None:
-            return self._tell(CacheResult("skipped", self._not_working), start)
+            return self._logged(CacheResult("skipped", self._no_directory), start)
         try:
             files = self._working.files()
             if not files:
-                return self._tell(CacheResult("unchanged", "nothing was compiled"), start)
+                return self._logged(CacheResult("unchanged", "nothing was compiled"), start)
             if files == self._restored and self.path.exists():
-                return self._tell(CacheResult("unchanged", "all was in the archive"), start)
+                return self._logged(CacheResult("unchanged", "the archive is up to date"), start)
             packed = self._replace_archive(self._working.path, list(files))
         except TooLarge:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)
             why = f"{self.path} would be larger than the {self.max_bytes / 1e6:g} MB allowed"
-            return self._tell(CacheResult("skipped", why), start)
+            return self._logged(CacheResult("skipped", why), start)
         except Refused as error:
-            return self._tell(CacheResult("skipped", f"{self.path} {error}"), start)
+            return self._logged(CacheResult("skipped", f"{self.path} {error}"), start)
         except OSError as error:
-            return self._tell(CacheResult("skipped", _complaint(self.folder, error)), start)
+            return self._logged(CacheResult("skipped", _describe(self.folder, error)), start)
         self._restored = files
         _remove_beyond(self.folder, self.max_bytes, keep=self.path)
-        return self._tell(CacheResult("stored", bytes=packed.bytes, files=packed.files), start)
+        return self._logged(CacheResult("stored", bytes=packed.bytes, files=packed.files), start)
 
     def discard(self) -> CacheResult:
-        """Remove the archive, where a warm-up that started from it failed: the next starts cold.
+        """Remove the archive, so that the next start is cold.
 
-        Whatever was wrong with what it held, it would be so again.
+        For a warm-up that failed after `restore`: with the same artifacts it would fail again.
         """
         start = time.perf_counter()
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:
-            return self._tell(CacheResult("skipped", _complaint(self.folder, error)), start)
-        return self._tell(CacheResult("discarded", f"{self.path} is removed"), start)
+            return self._logged(CacheResult("skipped", _describe(self.folder, error)), start)
+        return self._logged(CacheResult("discarded", f"{self.path} is removed"), start)
 
     def close(self) -> None:
-        """Remove this process's directory; what was loaded from it stays loaded."""
+        """Remove this process's directory; code that was loaded from it stays loaded."""
         working, self._working = self._working, None
-        self._not_working = "the cache is closed"
+        self._no_directory = "the cache is closed"
         if working is not None:
             working.remove()
 
-    def _tell(self, result: CacheResult, start: float) -> CacheResult:
+    def _logged(self, result: CacheResult, start: float) -> CacheResult:
         result = replace(result, seconds=time.perf_counter() - start)
         if result.result not in ("ignored", "skipped"):
             logger.info("compile cache %s", result)
-        elif result.reason not in self._complained:
-            self._complained.add(result.reason)
+        elif result.reason not in self._logged_reasons:
+            self._logged_reasons.add(result.reason)
             logger.warning("compile cache %s", result)
         return result
 
@@ -169,11 +169,11 @@ class CompileCache:
         except Refused as error:
             return CacheResult("ignored", f"{self.path} {error}")
         except OSError as error:
-            return CacheResult("ignored", _complaint(self.folder, error))
+            return CacheResult("ignored", _describe(self.folder, error))
         return CacheResult("hit", bytes=packed.bytes, files=packed.files)
 
     def _replace_archive(self, root: Path, names: list[str]) -> Packed:
-        """Put a whole archive in the place of the old one, or leave that as it is."""
+        """Replace the old archive by a new, complete one, or leave the old one as it is."""
         self.folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(self.folder)
         descriptor, name = tempfile.mkstemp(
@@ -193,7 +193,7 @@ class CompileCache:
 
 
 def _remove_beyond(folder: Path, max_bytes: int, keep: Path) -> None:
-    """Remove the longest unused archives until the rest is within the bound; never `keep`."""
+    """Remove the archives that were not used for longest until the rest fits; never `keep`."""
     archives = []
     for path in folder.glob(f"*{SUFFIX}"):
         with suppress(OSError):  # another process may be removing it too
@@ -211,7 +211,7 @@ def _remove_beyond(folder: Path, max_bytes: int, keep: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what writes that were interrupted long ago have left."""
+    """Remove the temporary files of writes that were interrupted long ago."""
     for path in folder.glob(f".*{SUFFIX}.*.tmp"):
         with suppress(OSError):
             if time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
@@ -227,7 +227,7 @@ def _sync_directory(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _complaint(folder: Path, error: OSError) -> str:
+def _describe(folder: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{folder} is full"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

@@ -19,7 +19,7 @@ SUFFIX = ".stepspan-cache"
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """What compiled artifacts depend on, by name; archives of other keys are left alone."""
+    """Everything that compiled artifacts depend on, by name. Each key has an archive of its own."""
 
     parts: tuple[tuple[str, str], ...]
 
@@ -33,7 +33,7 @@ class CacheKey:
 
     @property
     def file_name(self) -> str:
-        """The device and torch's version for whoever lists the folder, the digest for the rest."""
+        """The archive's name: device and torch's version, readable, then a digest of all parts."""
         parts = dict(self.parts)
         named = "-".join(filter(None, (parts.get("device"), "torch", parts.get("torch"))))
         readable = re.sub(r"[^a-z0-9.]+", "-", named.lower()).strip("-.")[:80]
@@ -41,37 +41,37 @@ class CacheKey:
 
 
 def cache_key(device: str, settings: Mapping[str, str]) -> CacheKey:
-    """The key of artifacts compiled here for `device` under `settings`.
+    """The key of artifacts compiled on this machine for `device` under `settings`.
 
-    Inductor has keys of its own for every artifact, which know all of this and more; this one says
-    which archive is worth restoring, and keeps machine code from a processor it was not made for.
+    Inductor has its own, finer key for every artifact. This one decides which archive to restore,
+    and keeps machine code away from processors that it was not compiled for.
 
     Args:
-        device: as torch names it: `cuda`, `cuda:0`, `cpu`.
-        settings: whatever else decides what is compiled, by name; kept readable in the archive, so
-            no secrets.
+        device: torch's name: `cuda`, `cuda:0`, `cpu`.
+        settings: everything else that decides what is compiled, by name. The archive contains it
+            as plain text, so it must hold no secrets.
     """
     import torch
 
-    place = torch.device(device)
+    target = torch.device(device)
     parts = {
         "torch": torch.__version__,
         "triton": _version("triton", "pytorch-triton"),
         "diffusers": _version("diffusers"),
-        # Some of what is compiled are modules of this interpreter's binary interface, and all of
-        # it is linked with this C library or an older one.
+        # Some artifacts are extension modules for this interpreter's binary interface, and all are
+        # linked with this C library or an older one.
         "python": f"{sys.implementation.cache_tag} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()).strip(),
-        # On a GPU too: inductor compiles the host's part for exactly this processor.
+        # For a GPU as well: inductor compiles the host code for exactly this processor.
         "instructions": f"{torch.backends.cpu.get_cpu_capability()} {_instruction_digest()}",
     }
-    if place.type == "cuda":
-        gpu = torch.cuda.get_device_properties(place)
+    if target.type == "cuda":
+        gpu = torch.cuda.get_device_properties(target)
         parts["device"] = gpu.name
         parts["compute capability"] = f"{gpu.major}.{gpu.minor}"
         parts["cuda"] = torch.version.cuda or torch.version.hip or "none"
     else:
-        parts["device"] = _cpu_model() if place.type == "cpu" else place.type
+        parts["device"] = _cpu_model() if target.type == "cpu" else target.type
     parts |= {f"setting {name}": value for name, value in settings.items()}
     return CacheKey.of(parts)
 
@@ -84,7 +84,7 @@ def _version(*names: str) -> str:
 
 
 def _cpu_info(*names: str) -> str:
-    """The first processor's line of one of these names in Linux's own description, or nothing."""
+    """The first processor's value of a line with one of these names in /proc/cpuinfo, or ""."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -98,9 +98,10 @@ def _cpu_model() -> str:
 
 
 def _instruction_digest() -> str:
-    """Tells apart processors for which a compiler would choose other instructions.
+    """A digest that differs between processors for which a compiler chooses other instructions.
 
-    Only what compilers choose by themselves: the other flags come and go with the kernel's version.
+    It covers only flags of instructions that compilers choose by themselves; other flags come and
+    go with the kernel's version.
     """
     flags = re.findall(
         r"\b(?:s?sse|avx|fma|f16c|bmi|abm|movbe|popcnt|vaes|gfni|amx|asimd|sve|sme|i8mm|bf16)\w*",

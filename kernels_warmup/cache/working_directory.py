@@ -16,7 +16,7 @@ from pathlib import Path
 WORKING_PREFIX = "stepspan-inductor-"
 
 LEFTOVER_SECONDS = 3600.0
-"""What an interrupted write or a killed process left is removed after this long."""
+"""The leftovers of interrupted writes and killed processes are removed after this time."""
 
 # Locks matter to running processes only; files being written have names like these; a precompiled
 # header is 150 MB that speeds up compiling and is not needed to load what was compiled.
@@ -24,10 +24,10 @@ _NOT_KEPT = re.compile(r"(^|/)(locks|precompiled_headers)/|\.(lock|tmp|gch|pch)$
 
 
 def operators_directory() -> str | None:
-    """The directory that TORCHINDUCTOR_CACHE_DIR names, where an operator has set it.
+    """The directory in TORCHINDUCTOR_CACHE_DIR, if an operator has set it; otherwise None.
 
-    Importing torch._dynamo sets the variable to torch's own default, and a process that this one
-    started inherits ours: neither is somebody's wish.
+    Two values are not an operator's: torch's own default, which importing torch._dynamo sets, and
+    the working directory of a parent process, which its children inherit.
     """
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if not named or Path(named).name.startswith(WORKING_PREFIX):
@@ -38,10 +38,11 @@ def operators_directory() -> str | None:
 
 
 class WorkingDirectory:
-    """A directory of this process's own on the local disk, for inductor and triton to work in.
+    """A local directory, private to this process, in which inductor and Triton compile.
 
-    Its name cannot be guessed and nobody else may enter it: whoever can write there runs code here.
-    A lock held as long as the process lives tells it from one whose process was killed.
+    Its name cannot be guessed and no other user may enter it, because whoever can write there can
+    run code in this process. The process holds a lock in it, so the directory of a killed process
+    can be recognised.
     """
 
     def __init__(self, path: Path, lock: int) -> None:
@@ -52,11 +53,11 @@ class WorkingDirectory:
 
     @classmethod
     def create(cls) -> WorkingDirectory:
-        """Make one, and take away those of processes that are gone."""
+        """Create one, and remove those of processes that have ended."""
         parent = Path(tempfile.gettempdir())
         _remove_abandoned(parent)
         path = Path(tempfile.mkdtemp(prefix=WORKING_PREFIX, dir=parent))
-        # Locked before it gets its name, so that nobody finds it unlocked.
+        # Locked before the file gets its name, so that no process finds it unlocked.
         lock = os.open(path / ".new.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
         (path / ".new.lock").rename(path / ".lock")
@@ -65,10 +66,10 @@ class WorkingDirectory:
         return directory
 
     def use(self) -> None:
-        """Point inductor and triton here; they read the environment when they compile."""
-        # Inductor would choose the same for triton, but only at its own first kernel: one of ours,
-        # launched before, would be kept in the home directory. An operator's choice stands, but
-        # not one inherited from a parent that is a process like this one.
+        """Point inductor and Triton here; they read the environment when they compile."""
+        # Inductor sets the same directory for Triton, but only at its own first kernel; a kernel of
+        # ours that runs earlier would be stored in the home directory. An operator's choice is
+        # kept, but not a value inherited from a parent process like this one.
         wanted = {"TORCHINDUCTOR_CACHE_DIR": self.path}
         if WORKING_PREFIX in os.environ.get("TRITON_CACHE_DIR", WORKING_PREFIX):
             wanted["TRITON_CACHE_DIR"] = self.path / "triton" / "0"
@@ -77,7 +78,7 @@ class WorkingDirectory:
             os.environ[name] = str(path)
 
     def files(self) -> dict[str, tuple[int, int]]:
-        """What is worth keeping: relative path -> (bytes, modification in Unix nanoseconds)."""
+        """The files worth keeping: relative path -> (bytes, modification time in Unix ns)."""
         found = {}
         for directory, _, names in os.walk(self.path):
             for name in names:
@@ -89,6 +90,7 @@ class WorkingDirectory:
         return found
 
     def empty(self) -> None:
+        """Remove everything in it but the lock."""
         for path in self.path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -96,7 +98,7 @@ class WorkingDirectory:
                 path.unlink()
 
     def remove(self) -> None:
-        """Take it away and put the environment back; does nothing in a forked child."""
+        """Remove it and restore the environment; does nothing in a forked child."""
         if os.getpid() != self._process:
             return
         atexit.unregister(self.remove)
@@ -111,7 +113,7 @@ class WorkingDirectory:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove the working directories of this user's processes that are gone."""
+    """Remove the working directories of this user's processes that have ended."""
     for path in parent.glob(f"{WORKING_PREFIX}*"):
         with suppress(OSError):
             status = path.lstat()
@@ -120,7 +122,7 @@ def _remove_abandoned(parent: Path) -> None:
             try:
                 lock = os.open(path / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:
-                # Just being made, or its process was killed at that very moment.
+                # It is being created, or its process was killed while creating it.
                 if time.time() - status.st_mtime > LEFTOVER_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
                 continue

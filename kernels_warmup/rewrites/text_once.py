@@ -19,41 +19,47 @@ from kernels_warmup.attention import transformer_blocks
 
 @dataclass(frozen=True)
 class TextCondition:
-    """What a run's steps read about its prompts: buffers of one batch size, refilled in place.
+    """The buffers for one batch size from which the steps of a run read its prompts.
 
-    Their addresses never change, so a captured graph that reads them stays right.
+    They are refilled in place. Their addresses never change, so a captured graph may read them.
     """
 
     projected: dict[int, torch.Tensor]
-    """By attention width: (2 x attentions, batch x tokens, width), keys and values in turn."""
+    """Attention width -> (2 x attentions, batch x tokens, width), keys and values alternating."""
     added: torch.Tensor
     """(batch, time embedding channels): the pooled text and the image size, embedded."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ahead:
-    """One preparation ahead of its run, for as long as no other text fills the buffers."""
+    """Identifies one `prepare_ahead`; valid until other text fills the buffers.
+
+    Attributes:
+        shape: the text's, (batch, tokens, text width).
+    """
 
     shape: torch.Size
-    """Of the text: (batch, tokens, text width)."""
 
 
 class TextOnce:
-    """Computes what depends on the prompt alone at the start of a run.
+    """Computes what depends on the prompt alone once, at the start of a run.
 
     `prepare_conditioning` fills the buffers for a batch; the UNet's attentions and its
-    added-condition embedding read them. The tensors of the last preparation are remembered, so
-    that calling it before every step with the same tensors costs a few comparisons.
+    added-condition embedding read them. It remembers the tensors that it filled them from, so
+    calling it before every step with the same tensors takes only a few comparisons.
 
-    `prepare_ahead` fills them before the steps begin. The pipeline then passes copies, which no
-    comparison knows again: `begin_run` says whose text they are.
+    `prepare_ahead` fills the buffers before the steps begin. The pipeline then passes copies of
+    those tensors, which the comparison does not recognise, so `begin_run` has to announce them.
+
+    Raises:
+        ValueError: the UNet's conditioning or a cross-attention is not SDXL's.
     """
 
     def __init__(self, unet: Any) -> None:
         if unet.config.addition_embed_type != "text_time" or unet.encoder_hid_proj is not None:
             raise ValueError("not SDXL's conditioning: the text is processed in the UNet itself")
         self._unet = unet
-        # Kept, for the UNet finds it by walking all of its modules: milliseconds of the first step.
+        # Read once: the UNet walks all of its modules to find its type, which takes milliseconds.
         self._dtype = unet.dtype
         self._attentions: dict[int, list[Any]] = {}
         for block in transformer_blocks(unet):
@@ -75,7 +81,7 @@ class TextOnce:
     def prepare_conditioning(
         self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
     ) -> None:
-        """Fill and attach the buffers for these prompts, unless they already hold them.
+        """Fill the buffers for these prompts and attach them to the UNet, unless that is done.
 
         encoder_hidden_states: (batch, tokens, text width), the unconditional half first;
         added_cond_kwargs: `text_embeds` (batch, pooled width) and `time_ids` (batch, 6).
@@ -98,15 +104,15 @@ class TextOnce:
     def prepare_ahead(
         self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
     ) -> Ahead:
-        """Fill the buffers for a run to come, whose conditioning will be equal to this one; returns
-        what `begin_run` knows it by."""
+        """Fill the buffers for a run that follows with equal conditioning; pass the result to
+        `begin_run`."""
         self._fill(encoder_hidden_states, added_cond_kwargs)
         self._ahead = Ahead(encoder_hidden_states.shape)
         return self._ahead
 
     def begin_run(self, ahead: Ahead | None) -> None:
-        """The next conditioning is equal to what `ahead` was prepared from, whichever tensors hold
-        it; None: nothing is known of it."""
+        """Announce that the next conditioning equals the one that `ahead` was prepared from, though
+        in other tensors. None: it is unknown, and the buffers will be filled."""
         self._expected = ahead if ahead is self._ahead else None
 
     def _fill(
@@ -133,7 +139,7 @@ class TextOnce:
             condition.added.copy_(added)
 
     def _allocate(self, batch: int, tokens: int) -> TextCondition:
-        # Outside inference mode: tensors made inside it may never be refilled outside it.
+        # Outside inference mode, because an inference tensor cannot be refilled outside it.
         with torch.inference_mode(False), torch.no_grad():
             projected = {
                 width: weights.new_empty(len(weights), batch * tokens, width)
@@ -163,9 +169,9 @@ def _read_added_condition(
 
 
 def _stack(attentions: list[Any]) -> torch.Tensor:
-    """Keys' and values' weights in turn as one tensor, (2 x attentions, width, text width).
+    """The weights of keys and values, alternating, as one (2 x attentions, width, text width).
 
-    The modules keep their weights as views of it, so that nothing is held twice.
+    The modules' weights become views of it, so that no weight is stored twice.
     """
     linears = [linear for attn in attentions for linear in (attn.to_k, attn.to_v)]
     if any(linear.bias is not None for linear in linears):
@@ -177,5 +183,5 @@ def _stack(attentions: list[Any]) -> torch.Tensor:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """Changes when the tensor is written to; inference tensors keep no count of that."""
+    """A number that changes when the tensor is written to; inference tensors have none: -1."""
     return -1 if tensor.is_inference() else tensor._version

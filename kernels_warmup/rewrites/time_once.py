@@ -15,10 +15,10 @@ from torch import nn
 
 
 class TimeProjections(nn.Module):
-    """The step's embedding as every residual block adds it, by one product.
+    """Projects the step's embedding for all residual blocks by one product.
 
-    Takes the place of the UNet's activation of the embedding, (batch, embedding channels), whose
-    result is passed to every block as it is: (batch, all blocks' channels).
+    It replaces the UNet's activation of the embedding, (batch, embedding channels). Its result,
+    (batch, channels of all blocks), is passed to every block.
     """
 
     weight: torch.Tensor
@@ -35,7 +35,7 @@ class TimeProjections(nn.Module):
 
 
 class TimeProjection(nn.Linear):
-    """One block's part of what `TimeProjections` computed."""
+    """Selects one block's part of the result of `TimeProjections`."""
 
     start: int
 
@@ -44,10 +44,11 @@ class TimeProjection(nn.Linear):
 
 
 def set_time_once(unet: Any) -> None:
-    """Project the step's embedding once a step for all residual blocks.
+    """Project the step's embedding for all residual blocks by one product.
 
     Raises:
-        ValueError: they do not all add a projection of its SiLU; nothing has been changed then.
+        ValueError: a block does not add a projection of the embedding's SiLU. The UNet is unchanged
+            then.
     """
     resnets = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
     linears = [resnet.time_emb_proj for resnet in resnets]
@@ -69,7 +70,7 @@ def set_time_once(unet: Any) -> None:
 
 
 def _side_by_side(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (all outputs, inputs) and biases (all outputs); the modules keep views of them."""
+    """Weights (all outputs, inputs) and biases (all outputs); those of the modules become views."""
     weight = torch.cat([linear.weight.data for linear in linears])
     bias = torch.cat([linear.bias.data for linear in linears])
     sizes = [linear.out_features for linear in linears]

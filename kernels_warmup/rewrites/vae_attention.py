@@ -14,8 +14,8 @@ import torch
 class WideHeadAttention:
     """A diffusers attention processor for one head of any width: two products and a softmax.
 
-    The scores are float32 (a bfloat16 score of 50 is off by 0.1), everything else stays in the
-    model's own type; 16,384 tokens make 1 GiB of scores, once an image.
+    The scores are float32, because bfloat16 would round a score of 50 by 0.1. Everything else is of
+    the model's own type. 16,384 tokens need 1 GiB for the scores, once per image.
     """
 
     def __call__(
@@ -44,7 +44,11 @@ def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def set_vae_attention(vae: Any) -> None:
-    """Give the decoder's middle attention `WideHeadAttention`."""
+    """Compute the attention in the decoder's middle by `WideHeadAttention`.
+
+    Raises:
+        ValueError: that attention is not SDXL's.
+    """
     for attn in vae.decoder.mid_block.attentions:
         if (
             attn.heads != 1

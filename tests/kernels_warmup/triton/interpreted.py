@@ -1,7 +1,7 @@
 """Triton's kernels run by its interpreter on CPU tensors, each held against its reference.
 
 Run as a program, with TRITON_INTERPRET=1 set before anything imports Triton: prints what was found
-by case as JSON, an error or how often something happened. `test_triton_interpreted` judges it.
+by case as JSON, an error or how often something happened. `test_interpreted` checks it.
 """
 
 from __future__ import annotations
