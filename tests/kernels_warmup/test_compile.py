@@ -103,8 +103,8 @@ def test_kernels_say_why_they_cannot_run(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(triton, "find_spec", lambda _: object())
-    told = triton.why_unusable(torch.device(device), dtype)
-    assert (told is None) if reason is None else (reason in str(told))
+    found = triton.why_unusable(torch.device(device), dtype)
+    assert (found is None) if reason is None else (reason in str(found))
     monkeypatch.setattr(triton, "find_spec", lambda _: None)
     if reason is None:
         assert "triton is not installed" in str(triton.why_unusable(torch.device(device), dtype))
@@ -154,49 +154,49 @@ REWRITTEN = Recipe(
 )
 
 
-def test_a_run_without_negative_has_a_function_of_its_own() -> None:
+def test_a_run_without_negative_has_a_separate_function() -> None:
     models = tiny_models()
     plain = copy.deepcopy(models.unet)
     compiled = compile_model(models, recipe=replace(REWRITTEN, scope="none"))
     full, short, _ = compiled.functions
     inputs = step_inputs(2)
     inputs["encoder_hidden_states"][:1] = 0
-    told = inputs | {"cross_attention_kwargs": {ZERO_TEXT: True}}
+    without_negative = inputs | {"cross_attention_kwargs": {ZERO_TEXT: True}}
     expected = plain(**inputs)[0]
-    assert relative_error(models.unet(**told)[0], expected) < 1e-5
+    assert relative_error(models.unet(**without_negative)[0], expected) < 1e-5
     assert (len(full.met), len(short.met)) == (0, 1)
     assert relative_error(models.unet(**inputs)[0], expected) < 1e-5
     assert (len(full.met), len(short.met)) == (1, 1)
-    # Turn about, over the same buffers of keys and values.
+    # Alternating, with the same buffers of keys and values.
     other = step_inputs(2, seed=5)
     assert relative_error(models.unet(**other)[0], plain(**other)[0]) < 1e-5
-    assert relative_error(models.unet(**told)[0], expected) < 1e-5
+    assert relative_error(models.unet(**without_negative)[0], expected) < 1e-5
     compiled.freeze()
-    models.unet(**told)
+    models.unet(**without_negative)
     models.unet(**inputs)
     assert compiled.fallbacks == Fallbacks()
     compiled.thaw()
     assert not short.frozen
 
 
-def test_what_is_said_of_the_text_is_taken_where_it_is_made_use_of_alone() -> None:
+def test_zero_text_is_accepted_only_by_a_unet_that_uses_it() -> None:
     models = tiny_models()
     compile_model(models, recipe=replace(REWRITTEN, scope="none", zero_text=False))
     assert not models.unet.forward.takes_zero_text
-    told = step_inputs(2) | {"cross_attention_kwargs": {ZERO_TEXT: True}}
+    without_negative = step_inputs(2) | {"cross_attention_kwargs": {ZERO_TEXT: True}}
     with pytest.raises(TypeError, match="does not take zero_text"):
-        models.unet(**told)
+        models.unet(**without_negative)
     models = tiny_models()
     compile_model(models, recipe=replace(REWRITTEN, scope="none"))
     assert models.unet.forward.takes_zero_text
-    told["cross_attention_kwargs"] = {ZERO_TEXT: True, "scale": 0.5}
+    without_negative["cross_attention_kwargs"] = {ZERO_TEXT: True, "scale": 0.5}
     with pytest.raises(TypeError, match="does not take scale"):
-        models.unet(**told)
+        models.unet(**without_negative)
     with pytest.raises(ValueError, match="zero_text needs text_once"):
         compile_model(tiny_models(), recipe=replace(REWRITTEN, text_once=False))
 
 
-def test_every_option_is_one_inductor_knows_and_a_cpu_gets_none() -> None:
+def test_inductor_knows_every_option_and_a_cpu_has_none() -> None:
     known = set(torch._inductor.list_options())
     for mode in MODES:
         recipe = RECIPES[mode]
@@ -226,8 +226,8 @@ def test_compiled_gives_the_unmodified_result(mode: str) -> None:
         inputs = step_inputs(2)
         inputs["encoder_hidden_states"][:1] = 0
         expected = plain.unet(**inputs)[0]
-        told = inputs | {"cross_attention_kwargs": {ZERO_TEXT: True}}
-        assert relative_error(models.unet(**told)[0], expected) < 1e-4
+        without_negative = inputs | {"cross_attention_kwargs": {ZERO_TEXT: True}}
+        assert relative_error(models.unet(**without_negative)[0], expected) < 1e-4
         assert sum(len(function.met) for function in compiled.functions) == 4
     compiled.freeze()
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -21,7 +21,7 @@ def _no_grad():  # type: ignore[no-untyped-def]
         yield
 
 
-def test_under_the_guard_a_shape_never_warmed_runs_eagerly_and_is_counted() -> None:
+def test_when_frozen_a_cold_shape_runs_eagerly_and_is_counted() -> None:
     function = PerShape(lambda a: a + 1, RECIPES["default"], CPU)
     function(torch.zeros(2))
     function(torch.zeros(2))
@@ -33,8 +33,8 @@ def test_under_the_guard_a_shape_never_warmed_runs_eagerly_and_is_counted() -> N
     assert function.fallbacks == Fallbacks(cold=1)
 
 
-def test_under_the_guard_a_recompile_is_refused_run_eagerly_and_counted() -> None:
-    """A guard on something that no input's shape tells, as a changed global is."""
+def test_when_frozen_a_recompile_runs_eagerly_instead_and_is_counted() -> None:
+    """A guard of the compiler fails though the shapes are the same: a global has changed."""
     scale = {"by": 2.0}
     traced = []
 
@@ -70,7 +70,7 @@ def test_under_the_guard_a_recompile_is_refused_run_eagerly_and_counted() -> Non
     torch.compiler.reset()
 
 
-def test_the_guard_hides_no_other_error() -> None:
+def test_when_frozen_other_errors_are_raised() -> None:
     def broken(tensor: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of order")
 
@@ -92,7 +92,7 @@ def test_where_nothing_is_compiled_no_shape_is_cold(monkeypatch: pytest.MonkeyPa
     assert per_shape(torch.zeros(1)) == 1
     assert per_shape(torch.zeros(2)).shape == (2,)
     assert per_shape.fallbacks == Fallbacks()
-    # A captured graph has its shape, compiled or not.
+    # A captured graph belongs to one shape, whether its function is compiled or not.
     captured = replace(RECIPES["rewritten"], replay="captured")
     assert PerShape(torch.relu, captured, torch.device("cuda"))._has_graphs
 
@@ -117,7 +117,7 @@ def test_more_shapes_than_dynamos_own_limit_stay_compiled() -> None:
 
 
 class Recorded:
-    """Stands in for a captured graph: as the real one, it gives what it was captured with."""
+    """Replaces `Captured` on a CPU: it calls the function that it was captured with."""
 
     made: ClassVar[list[tuple[int, ...]]] = []
     replays = 0
@@ -133,7 +133,7 @@ class Recorded:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> type[Recorded]:
-    """Graphs that can be captured on a CPU, by what believes to be on CUDA."""
+    """`PerShape` captures with `Recorded`, so that a CPU can run its CUDA path."""
     monkeypatch.setattr(Recorded, "made", [])
     monkeypatch.setattr(Recorded, "replays", 0)
     monkeypatch.setattr("kernels_warmup.cuda_graphs.Captured", Recorded)
@@ -162,7 +162,7 @@ def test_a_graph_of_several_outputs_is_captured_once_a_shape(recorded: type[Reco
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_what_a_replay_gives_is_the_callers_own(several: bool) -> None:
+def test_a_replay_does_not_overwrite_earlier_results(several: bool) -> None:
     held, output = torch.zeros(2), torch.zeros(2)
     captured = object.__new__(Captured)
     captured._inputs = (held,)
@@ -175,7 +175,7 @@ def test_what_a_replay_gives_is_the_callers_own(several: bool) -> None:
 
 
 def text_encoders() -> Any:
-    """SDXL's two: one with a projection and one without, the first of an older configuration."""
+    """SDXL's two text encoders: one with a projection, one without."""
     torch.manual_seed(0)
     common = {
         "vocab_size": 60,
@@ -191,7 +191,7 @@ def text_encoders() -> Any:
     return SimpleNamespace(text_encoder=first.eval(), text_encoder_2=second.eval())
 
 
-def test_captured_text_encoders_give_what_sdxl_reads_of_them(recorded: type[Recorded]) -> None:
+def test_captured_text_encoders_return_what_sdxl_reads(recorded: type[Recorded]) -> None:
     models = text_encoders()
     plain = copy.deepcopy(models)
     for encoder in (models.text_encoder, models.text_encoder_2):
@@ -231,8 +231,7 @@ def test_text_encoders_are_captured_by_max_alone_and_on_no_cpu() -> None:
 
 
 def test_encoding_text_reads_no_value_and_branches_on_none() -> None:
-    """What a graph may not hold fails here as it would in a capture: on the meta device no value
-    can be read."""
+    """On the meta device no value can be read, so what a capture cannot contain fails here too."""
     for encoder in vars(text_encoders()).values():
         with torch.device("meta"):
             twin = type(encoder)(encoder.config).eval()
@@ -240,7 +239,7 @@ def test_encoding_text_reads_no_value_and_branches_on_none() -> None:
         assert output.hidden_states[-2].shape == (2, 7, 32)
 
 
-def test_capture_is_what_cuda_does_by_default() -> None:
+def test_the_default_mode_captures_on_cuda() -> None:
     assert PerShape(torch.relu, RECIPES["default"], torch.device("cuda"))._replay == "captured"
     assert PerShape(torch.relu, RECIPES["default"], CPU)._replay == "none"
     assert callable(Captured.replay)

@@ -58,5 +58,5 @@ def test_reading_the_recipes_loads_no_torch() -> None:
         ("max", "cpu", "max"),
     ],
 )
-def test_what_auto_means_on_a_device(setting: str, device: str, mode: str) -> None:
+def test_the_mode_for_auto_depends_on_the_device(setting: str, device: str, mode: str) -> None:
     assert mode_for(setting, torch.device(device)) == mode

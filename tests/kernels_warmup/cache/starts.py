@@ -1,4 +1,4 @@
-"""Starts of a process in a row, and what a test does and reads between them."""
+"""Simulates process starts that share a cache folder, for the tests of the cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 class Starts:
-    """Starts of a process, one after the other: each closes the one before."""
+    """Process starts in a row; each one closes the cache of the one before."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,17 +37,19 @@ class Starts:
 
 
 def working() -> Path:
+    """The current working directory of the compiler."""
     return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 
 
 def compiled(content: bytes = b"machine code", name: str = "ab/cab.so") -> None:
-    """Stands in for inductor: a file appears where it would put one."""
+    """Writes a file as inductor would."""
     path = working() / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
 
 def lines(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
+    """The log lines of this level and above."""
     return [record.getMessage() for record in caplog.records if record.levelno >= level]
 
 

@@ -1,4 +1,4 @@
-"""What a start finds and leaves: the folder, the working directory, and several at once."""
+"""Restoring, storing and discarding archives, by one process and by several at once."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_start_finds_what_the_one_before_compiled(
 ) -> None:
     cache, restored = start()
     assert restored.result == "miss"
-    assert not folder.exists()  # nothing is made before there is something to keep
+    assert not folder.exists()  # it is created at the first store
     compiled()
     first = working()
     stored = cache.store()
@@ -141,7 +141,7 @@ def test_an_archive_that_cannot_be_discarded_is_said(
 def test_a_python_without_xz_starts_too(
     start: Starts, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lzma", None)  # as if there were none to import
+    monkeypatch.setitem(sys.modules, "lzma", None)  # makes its import fail
     cache, restored = start()
     assert restored.result == "ignored"
     compiled()
@@ -157,7 +157,7 @@ def test_results_are_a_closed_set() -> None:
     }  # fmt: skip
 
 
-# What is wrong with an archive.
+# Faults of an archive.
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "format", "open"])
@@ -218,7 +218,7 @@ def test_what_was_unpacked_before_the_fault_is_taken_away(
     assert len(lines(caplog)) == 1
 
 
-# What is wrong with the folder.
+# Faults of the folder.
 
 
 def test_a_file_in_the_folders_place_is_said_once(
@@ -280,15 +280,15 @@ def test_a_folder_that_cannot_be_written_is_said_once(
             assert stored.reason == f"{folder} {complaint}"
     assert len(lines(caplog)) == 1
     if call != "mkdir":
-        # What was there before is there still, and nothing half-written beside it.
+        # The old archive is still there, and no half-written file.
         assert names(folder) == [cache.path.name]
         assert cache.path.read_bytes() == before
     assert cache.store().result == "stored"
 
 
 @pytest.mark.e2e
-def test_a_disk_that_really_takes_no_more(folder: Path) -> None:
-    """A limit of the kernel's on this process's files, met in the middle of a write."""
+def test_a_disk_that_is_really_full(folder: Path) -> None:
+    """The kernel limits the size of this process's files; a write exceeds it midway."""
     script = """
 import os, random, resource, signal, sys
 from pathlib import Path
@@ -304,7 +304,7 @@ print(cache.store())
 """
     done = run(script, folder)
     assert done.stdout.strip() == f"skipped: {folder} fails: File too large"
-    assert done.stderr.count("\n") == 1  # the same sentence, by logging's last resort
+    assert done.stderr.count("\n") == 1  # the log line, on stderr without a configured handler
     assert names(folder) == []
 
 
@@ -349,7 +349,7 @@ def test_the_longest_unused_archives_go_first(start: Starts, folder: Path) -> No
     kept = {other_key(0).file_name, other_key(2).file_name, KEY.file_name, "notes.txt"}
     assert set(names(folder)) == kept
 
-    # The one just written stays, even where another's clock was ahead.
+    # The archive just written stays, even if another has a later time.
     ahead = time.time() + 1000
     os.utime(folder / other_key(2).file_name, (ahead, ahead))
     cache, _ = start(other_key(9), max_bytes=25_000)
@@ -377,7 +377,7 @@ def test_an_archive_over_the_bound_is_not_kept_nor_the_one_before(
     assert len(lines(caplog)) == 1
     assert names(folder) == [neighbour.name]
 
-    # The next start begins anew, and what it needs fits.
+    # The next start is cold, and its artifacts fit.
     cache, restored = start(max_bytes=50_000)
     assert restored.result == "miss"
     compiled(os.urandom(30_000), "after.so")
@@ -396,7 +396,7 @@ for turn in range(6):
     restored = cache.restore()
     work = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     found = {path.read_bytes()[:2] for path in work.glob("*.so")}
-    # Whole: all of one writer's one turn, or nothing yet.
+    # A complete archive: all files of one turn of one writer, or no archive yet.
     assert restored.result == ("hit" if found else "miss"), restored
     assert len(found) <= 1 and restored.files in (0, 8), (restored, found)
     for number in range(8):
@@ -461,7 +461,7 @@ def test_a_store_that_is_killed_leaves_the_old_archive(folder: Path) -> None:
     (leftover,) = folder.glob(".*.tmp")
     (abandoned,) = Path(tempfile.gettempdir()).iterdir()
 
-    # The next start takes the dead process's directory away, and not one of the living.
+    # The next start removes the dead process's directory, but no living one's.
     cache = CompileCache(folder, key)
     assert cache.restore().files == 1
     assert (working() / "ab/cab.so").read_bytes() == b"machine code"
@@ -469,7 +469,7 @@ def test_a_store_that_is_killed_leaves_the_old_archive(folder: Path) -> None:
     beside = WorkingDirectory.create()
     assert working().exists()
 
-    # What was left in the folder might still be being written, until it has lain there long.
+    # A temporary file in the folder may still be in use until it is old enough.
     compiled(b"more", "more.so")
     assert cache.store().result == "stored"
     assert leftover.exists()
@@ -482,12 +482,12 @@ def test_a_store_that_is_killed_leaves_the_old_archive(folder: Path) -> None:
     cache.close()
 
 
-# What it is for.
+# The effect: no compilation.
 
 COMPILING = """
 import json, sys, time
 from pathlib import Path
-import torch, torch._dynamo  # which points inductor at torch's own default
+import torch, torch._dynamo  # sets TORCHINDUCTOR_CACHE_DIR to torch's default
 from torch._dynamo.utils import counters
 from kernels_warmup.cache.compile_cache import CompileCache
 from kernels_warmup.cache.key import cache_key
@@ -509,13 +509,13 @@ print(json.dumps({
 def test_a_start_from_the_cache_compiles_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Without what would compile half a dozen probes and a header first.
+    # Without the probes and the header that inductor would compile first.
     monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
     cold, kept = (json.loads(run(COMPILING, folder).stdout) for _ in range(2))
     assert (cold["restored"], cold["stored"]) == ("miss", "stored")
     assert cold["counters"]["fxgraph_cache_miss"] == 1
-    # In another directory than it was made in, nothing is compiled and no file is added.
+    # In another directory than the artifacts were made in, nothing is compiled or added.
     assert (kept["restored"], kept["stored"]) == ("hit", "unchanged")
     assert kept["counters"]["fxgraph_cache_hit"] == 1
     assert "fxgraph_cache_miss" not in kept["counters"]

@@ -10,7 +10,7 @@ from kernels_warmup.cache import key as key_module
 from kernels_warmup.cache.key import SUFFIX, CacheKey, cache_key
 
 
-def test_a_key_tells_devices_versions_and_settings_apart() -> None:
+def test_keys_differ_by_device_version_and_setting() -> None:
     settings = {"model": "demo", "shapes": "128x128 160x96"}
     key = cache_key("cpu", settings)
     assert key == cache_key("cpu", dict(reversed(settings.items())))
@@ -41,7 +41,7 @@ def test_a_gpus_key_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_key("cuda", {}) != first
 
 
-def test_names_that_a_file_system_would_refuse_are_no_trouble() -> None:
+def test_a_key_makes_a_valid_file_name_of_any_device_name() -> None:
     key = CacheKey.of({"device": "../../etc/" + "x" * 500 + "\0\n", "torch": "2"})
     assert re.fullmatch(r"[a-z0-9.-]+", key.file_name)
     assert not key.file_name.startswith(".")
@@ -54,7 +54,7 @@ def test_processors_with_other_instructions_have_other_keys(
     flags = "fpu sse sse2 avx2 avx512f fma"
     monkeypatch.setattr(key_module, "_cpu_info", lambda *names: flags)
     key = cache_key("cpu", {})
-    flags += " md_clear ibrs"  # the kernel's, not the compiler's
+    flags += " md_clear ibrs"  # flags of the Linux kernel that no compiler uses
     parts = dict(cache_key("cpu", {}).parts)
     assert parts["instructions"] == dict(key.parts)["instructions"]
     flags += " amx_bf16"

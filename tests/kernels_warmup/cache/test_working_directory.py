@@ -71,7 +71,7 @@ def test_an_operators_directory_is_used_as_it_is(
     assert not list(Path(tempfile.gettempdir()).iterdir())
 
 
-def test_neither_torchs_default_nor_a_parents_directory_is_an_operators_wish(
+def test_neither_torchs_default_nor_a_parents_directory_counts_as_an_operators(
     start: Starts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start()

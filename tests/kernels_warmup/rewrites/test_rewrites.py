@@ -67,7 +67,7 @@ def test_every_rewrite_together_is_no_further_from_float32_in_bfloat16(seed: int
     eager = relative_error(models.unet(**narrow)[0], exact)
     eager_image = relative_error(models.vae.decode(latents.bfloat16()).sample, exact_image)
     compile_model(models, "default", recipe=EVERYTHING)
-    # Two computations of so few channels in bfloat16 differ by tens of percent in where they round.
+    # With so few channels, the errors of two bfloat16 computations differ by tens of percent.
     assert relative_error(models.unet(**narrow)[0], exact) < 1.25 * eager
     assert relative_error(models.vae.decode(latents.bfloat16()).sample, exact_image) < (
         1.25 * eager_image

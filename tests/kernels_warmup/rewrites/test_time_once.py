@@ -23,7 +23,7 @@ def test_the_steps_embedding_is_projected_by_one_product() -> None:
     assert all(torch.equal(after[name], before[name]) for name in before)
     parts = [module for module in unet.modules() if isinstance(module, TimeProjection)]
     assert len(parts) == 11
-    # Held once: every block's weights are a view of the product's.
+    # Stored once: the weights of every block are a view of the product's.
     assert {part.weight.untyped_storage().data_ptr() for part in parts} == {
         unet.time_embed_act.weight.untyped_storage().data_ptr()
     }
@@ -43,7 +43,7 @@ def test_the_steps_embedding_is_projected_by_one_product() -> None:
     assert relative_error(result, plain(**inputs)[0]) < ROUNDING
 
 
-def test_a_time_embedding_that_is_not_sdxls_is_refused_and_left_as_it_was() -> None:
+def test_a_time_embedding_that_is_not_sdxls_is_refused_and_unchanged() -> None:
     def refuses(change) -> None:  # type: ignore[no-untyped-def]
         unet = tiny_unet()
         change(unet, unet.mid_block.resnets[1])
