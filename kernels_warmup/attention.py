@@ -87,7 +87,7 @@ def why_unusable(
     at the next release of any of the libraries.
     """
     if backend not in BACKENDS:
-        return f"{backend!r} is not an attention backend: one of {', '.join(BACKENDS)} is"
+        return f"{backend!r} is not an attention backend; choose one of {', '.join(BACKENDS)}"
     if backend in ("auto", "math"):
         return None
     if device.type != "cuda":

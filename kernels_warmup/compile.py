@@ -109,7 +109,7 @@ def compile_model(
             is not SDXL's, or the recipe contradicts itself.
     """
     if mode not in MODES:
-        raise ValueError(f"{mode!r} is not a compile mode: one of {', '.join(MODES)} is")
+        raise ValueError(f"{mode!r} is not a compile mode; choose one of {', '.join(MODES)}")
     recipe = recipe or RECIPES[mode]
     decoder_recipe = decoder_recipe or recipe
     device = pipeline.unet.device

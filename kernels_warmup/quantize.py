@@ -74,7 +74,7 @@ def why_unusable(
     """
     if quantization not in QUANTIZATIONS:
         allowed = ", ".join(QUANTIZATIONS)
-        return f"{quantization!r} is not a quantisation: one of {allowed} is"
+        return f"{quantization!r} is not a quantisation; choose one of {allowed}"
     if quantization == "none":
         return None
     if quantization == "fp8":

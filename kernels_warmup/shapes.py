@@ -29,8 +29,8 @@ class CompiledShape:
         for name, value in (("width", self.width), ("height", self.height)):
             if not SMALLEST_SIDE <= value <= LARGEST_SIDE or value % PIXELS_PER_LATENT:
                 raise ValueError(
-                    f"{name} {value} is not allowed: a multiple of {PIXELS_PER_LATENT} "
-                    f"from {SMALLEST_SIDE} to {LARGEST_SIDE} is"
+                    f"{name} {value} is not a multiple of {PIXELS_PER_LATENT} "
+                    f"from {SMALLEST_SIDE} to {LARGEST_SIDE}"
                 )
 
     @classmethod
@@ -38,7 +38,7 @@ class CompiledShape:
         """Parse `1024x768`. Raises ValueError, saying what is allowed."""
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f"{text!r} is not an image size: WIDTHxHEIGHT, like 1024x768, is")
+            raise ValueError(f"{text!r} is not an image size; write WIDTHxHEIGHT, like 1024x768")
         try:
             return cls(int(match["width"]), int(match["height"]))
         except ValueError as error:

@@ -171,7 +171,7 @@ def _open_trusted(path: Path) -> Iterator[IO[bytes]]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise Refused("is a symbolic link, and only a file is read") from None
+            raise Refused("is a symbolic link, not a file") from None
         raise
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
@@ -187,9 +187,11 @@ def _open_trusted(path: Path) -> Iterator[IO[bytes]]:
 def _distrust(status: os.stat_result) -> str | None:
     """Why another user could have written a file of this owner and mode, or None."""
     if status.st_uid not in (0, os.geteuid()):
-        return f"belongs to user {status.st_uid}, and only one of this user or root is trusted"
+        return f"belongs to user {status.st_uid}; only files of this user or root are trusted"
     if status.st_mode & _WRITABLE_BY_OTHERS:
-        return "may be written by other users, and only one that its owner alone writes is trusted"
+        return (
+            "may be written by other users; only files that their owner alone may write are trusted"
+        )
     return None
 
 
@@ -201,26 +203,26 @@ def _verified_manifest(archive: IO[bytes], key: Mapping[str, str]) -> _Manifest:
     except ValueError:
         entries = None
     if not isinstance(entries, dict):
-        raise Refused("is damaged: it does not begin with a manifest")
+        raise Refused("is damaged: it has no manifest")
     if entries.get("format") != FORMAT:
-        raise Refused(f"is of format {entries.get('format')!r}, and only {FORMAT} is read")
+        raise Refused(f"has format {entries.get('format')!r}; only format {FORMAT} can be read")
     tar_at = archive.tell()
     payload_bytes = os.fstat(archive.fileno()).st_size - tar_at
     if payload_bytes != entries.get("payload_bytes"):
         raise Refused(
             f"is damaged: {payload_bytes} bytes follow its manifest "
-            f"and not {entries.get('payload_bytes')}"
+            f"instead of {entries.get('payload_bytes')}"
         )
     hashed = hashlib.sha256()
     while chunk := archive.read(_CHUNK):
         hashed.update(chunk)
     if _digest(hashed, entries) != entries.get("sha256"):
-        raise Refused("is damaged: it does not have its checksum")
+        raise Refused("is damaged: its checksum is wrong")
     theirs = dict(entries["key"])
     for name in sorted(theirs.keys() | key.keys()):
         if theirs.get(name) != key.get(name):
             raise Refused(
-                f"is of another {name}: {theirs.get(name)!r}, and this is {key.get(name)!r}"
+                f"was made for another {name}: {theirs.get(name)!r} instead of {key.get(name)!r}"
             )
     archive.seek(tar_at)
     return _Manifest(entries["root"], entries["files"], entries["bytes"])
@@ -233,7 +235,7 @@ def _unpack_files(tar: tarfile.TarFile, manifest: _Manifest, root: Path) -> None
     """
     free = shutil.disk_usage(root).free
     if manifest.bytes > free:
-        raise Refused(f"unpacks to {manifest.bytes} bytes, and {root} has {free} left")
+        raise Refused(f"unpacks to {manifest.bytes} bytes, but {root} has {free} left")
     files = size = 0
     for member in tar:
         files += 1

@@ -91,7 +91,7 @@ class CompileCache:
         try:
             working = WorkingDirectory.create()
         except OSError as error:
-            self._no_directory = f"there is no directory to work in ({error.strerror})"
+            self._no_directory = f"no working directory could be created ({error.strerror})"
             return self._logged(CacheResult("ignored", self._no_directory), start)
         result = self._unpack_into(working.path)
         if result.result == "ignored":
@@ -165,7 +165,9 @@ class CompileCache:
         try:
             packed = unpack(self.path, dict(self.key.parts), root)
         except FileNotFoundError:
-            return CacheResult("miss", f"{self.folder} holds nothing for this device and settings")
+            return CacheResult(
+                "miss", f"{self.folder} has no archive for this device and these settings"
+            )
         except Refused as error:
             return CacheResult("ignored", f"{self.path} {error}")
         except OSError as error:

@@ -102,7 +102,9 @@ def set_upsampling(module: Any, upsampling: Upsampling) -> None:
         ValueError: the way is unknown or an upsampling is not SDXL's. The module is unchanged then.
     """
     if upsampling not in UPSAMPLINGS:
-        raise ValueError(f"{upsampling!r} is none of {', '.join(UPSAMPLINGS)}")
+        raise ValueError(
+            f"{upsampling!r} is not an upsampling; choose one of {', '.join(UPSAMPLINGS)}"
+        )
     if upsampling == "nearest":
         return
     upsamples = [part for part in module.modules() if isinstance(part, Upsample2D)]

@@ -141,7 +141,9 @@ def test_none_changes_nothing_and_an_unusable_quantisation_is_refused() -> None:
     unet = tiny_unet()
     assert quantize_unet(unet, "none") is None
     assert not quantized_names(unet)
-    with pytest.raises(ValueError, match="'int3' is not a quantisation: one of none, int8, fp8 is"):
+    with pytest.raises(
+        ValueError, match="'int3' is not a quantisation; choose one of none, int8, fp8"
+    ):
         quantize_unet(unet, "int3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="fp8 needs an Ada or Hopper GPU or a later one; this is"):
         quantize_unet(unet, "fp8")

@@ -140,7 +140,7 @@ def test_a_truncated_archive_is_refused(path: Path, target: Path, left: float) -
 def test_a_grown_archive_is_refused(path: Path, target: Path) -> None:
     with path.open("ab") as file:
         file.write(b"more")
-    with pytest.raises(Refused, match=r"damaged: \d+ bytes follow its manifest and not \d+"):
+    with pytest.raises(Refused, match=r"damaged: \d+ bytes follow its manifest instead of \d+"):
         unpack(path, KEY, target)
 
 
@@ -160,10 +160,10 @@ def test_any_flipped_bit_is_noticed_before_a_file_is_written(path: Path, target:
 
 def test_another_gpu_or_setting_is_named(path: Path, target: Path) -> None:
     here = KEY | {"device": "NVIDIA A100-SXM4-80GB"}
-    sentence = "is of another device: 'NVIDIA H100 80GB HBM3', and this is 'NVIDIA A100-SXM4-80GB'"
+    sentence = "another device: 'NVIDIA H100 80GB HBM3' instead of 'NVIDIA A100-SXM4-80GB'"
     with pytest.raises(Refused, match=sentence):
         unpack(path, here, target)
-    with pytest.raises(Refused, match="another setting quantize: None, and this is 'fp8'"):
+    with pytest.raises(Refused, match="another setting quantize: None instead of 'fp8'"):
         unpack(path, KEY | {"setting quantize": "fp8"}, target)
     assert not contents(target)
 
@@ -251,7 +251,7 @@ def test_a_name_given_twice_overwrites_nothing(tmp_path: Path, target: Path) -> 
 @pytest.mark.parametrize(
     ("manifest", "complaint"),
     [
-        ({"format": 2}, "of format 2, and only 1 is read"),
+        ({"format": 2}, "format 2; only format 1 can be read"),
         ({"files": 1}, "more than its manifest says"),
         ({"files": 3}, "less than its manifest says"),
         ({"bytes": 7}, "more than its manifest says"),
