@@ -28,7 +28,7 @@ from kernels_warmup.forwards import (
     step_function_without_negative,
 )
 from kernels_warmup.quantize import Quantization, Quantized, quantize_unet
-from kernels_warmup.recipes import MODES, RECIPES, Mode, Recipe
+from kernels_warmup.recipes import MODES, RECIPES, WAYS, Mode, Recipe
 from kernels_warmup.rewrites.group_norm import set_decoder_norms, set_unet_norms
 from kernels_warmup.rewrites.text_once import TextOnce
 from kernels_warmup.rewrites.time_once import set_time_once
@@ -232,8 +232,7 @@ def _set_kernels(
     unet: Any, recipe: Recipe, attention: Backend, quantized: Quantized | None
 ) -> None:
     """Install the recipe's Triton kernels if they can run here; only then is Triton imported."""
-    wanted = (recipe.layer_norm, recipe.self_attention, recipe.cross_attention, recipe.geglu)
-    if not any(wanted):
+    if not any(way.triton and getattr(recipe, name) for name, way in WAYS.items()):
         return
     reason = why_kernels_unusable(unet.device, unet.dtype)
     if reason is not None:

@@ -75,12 +75,6 @@ class Way:
     fp8_only: bool = False
     triton: bool = False
 
-    @property
-    def status(self) -> str:
-        if self.measured is None:
-            return "not yet measured on a GPU"
-        return f"measured on an {self.measured}: on by default"
-
 
 _FIRST_STACK = "H200, 2026-11-22"
 
