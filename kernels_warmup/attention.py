@@ -1,10 +1,11 @@
-"""Attention backends by name, and the processor through which they take effect.
+"""Attention backends by name, and the attention processor that uses them.
 
-diffusers' `set_attention_backend()` silently does nothing on the SDXL UNet, and flags such as
-`sdpa_kernel` only allow a kernel. Here a backend is one named operator, called directly, so the
-kernel that was asked for is the kernel that runs, eagerly and under `torch.compile`.
+A backend is one operator, called directly, so the named kernel is the one that runs, eagerly and
+under `torch.compile`. The alternatives do not guarantee that: diffusers' `set_attention_backend()`
+silently does nothing on the SDXL UNet, and flags such as `sdpa_kernel` only permit a kernel.
 
-Shapes: query, key and value are (batch, heads, tokens, head size) throughout.
+Shapes: query, key and value are (batch, heads, tokens, head size), unless a docstring says
+otherwise.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ SDXL_HEAD_SIZE = 64
 def attend(
     backend: Backend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
-    """Scaled dot-product attention, unmasked, by the named backend.
+    """Unmasked scaled dot-product attention by the named backend.
 
-    `auto` is PyTorch's own choice among its kernels; `math` is the plain formula with the softmax
-    in float32, the reference for the others.
+    `auto` lets PyTorch choose among its kernels. `math` is the plain formula with the softmax in
+    float32, the reference for the others.
     """
     if backend == "cudnn":
         return cast(
@@ -58,8 +59,8 @@ def attend(
 def _xformers_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
-    # An operator of our own, since the compiler would otherwise trace into xformers' dispatch.
-    # xformers wants (batch, tokens, heads, head size): the layout the projections already have.
+    # A custom operator, because the compiler would otherwise trace into xformers' dispatch.
+    # xformers expects (batch, tokens, heads, head size), the layout of the projections' results.
     from xformers.ops import memory_efficient_attention
 
     result = memory_efficient_attention(
@@ -80,13 +81,13 @@ def why_unusable(
     dtype: torch.dtype,
     head_size: int = SDXL_HEAD_SIZE,
 ) -> str | None:
-    """One sentence saying why this backend cannot run here, or None when it can.
+    """One sentence saying why this backend cannot run here, or None if it can.
 
-    Answered by running it on a few tokens: a list of conditions would be out of date at the next
-    release of any of the libraries involved.
+    It finds out by running the backend on a few tokens: a list of conditions would be out of date
+    at the next release of any of the libraries.
     """
     if backend not in BACKENDS:
-        return f"{backend!r} is not an attention backend: one of {', '.join(BACKENDS)} is"
+        return f"{backend!r} is not an attention backend; choose one of {', '.join(BACKENDS)}"
     if backend in ("auto", "math"):
         return None
     if device.type != "cuda":
@@ -107,19 +108,19 @@ def why_unusable(
 
 
 def _why_xformers_does_not_load() -> str | None:
-    """The missing package or shared library, without paths; None where xformers is complete."""
+    """The missing package or shared library, without paths; None if xformers is complete."""
     try:
         import xformers.ops
     except (ImportError, OSError, RuntimeError) as error:
         return _without_paths(error)
-    # Its import succeeds without its compiled operators too, after a warning: it keeps the error.
+    # Without its compiled operators xformers still imports, warns, and keeps the error here.
     library = getattr(xformers, "_cpp_lib", None)
     failure = getattr(library, "_cpp_library_load_exception", None)
     return None if failure is None else _without_paths(failure)
 
 
 def _without_paths(error: BaseException) -> str:
-    """The first line of the error that caused this one, with files by their names alone."""
+    """The first line of the error that caused this one; of file paths only the names remain."""
     while error.__cause__ is not None:
         error = error.__cause__
     return re.sub(r"(?<![\w.])/\S*/", "", _first_line(error))
@@ -131,10 +132,13 @@ def resolve(
     dtype: torch.dtype,
     head_size: int = SDXL_HEAD_SIZE,
 ) -> Backend:
-    """The backend to use for a name an operator gave; a ValueError says why it cannot be used.
+    """The backend to use for a setting.
 
-    `auto` becomes cuDNN on Hopper, where its kernel is the fastest of those PyTorch ships, and
-    stays PyTorch's own choice elsewhere.
+    `auto` becomes cuDNN on Hopper, where its kernel is the fastest that PyTorch ships, and remains
+    PyTorch's own choice elsewhere.
+
+    Raises:
+        ValueError: the backend cannot run here; the text is `why_unusable`'s.
     """
     if backend == "auto":
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
@@ -150,10 +154,10 @@ def resolve(
 class StepAttention:
     """A diffusers attention processor: SDXL's attention by a named backend.
 
-    Uses the fused query-key-value projection where there is one. Cross-attention whose text keys
-    and values were computed beforehand (`rewrites.TextOnce`) finds them on the module as
-    `text_key` and `text_value` and never looks at the text. Of a smaller batch than theirs, it is
-    the last of them that it attends to: the conditional half (`blocks.Block`).
+    It uses the fused query-key-value projection if the module has one. If the text's keys and
+    values were computed beforehand (`rewrites.text_once`), it reads them from the module's
+    `text_key` and `text_value` and ignores the text. If the query's batch is smaller than theirs,
+    it attends to the last of them: the conditional half (`rewrites.zero_text`).
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -178,7 +182,7 @@ class StepAttention:
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The values, mixed for each query, before the output projection."""
+        """The attention's result before its output projection, (batch, tokens, width)."""
         text_key: torch.Tensor | None = getattr(attn, "text_key", None)
         if text_key is not None:
             query = attn.to_q(hidden_states)
@@ -195,7 +199,8 @@ class StepAttention:
     def mix(
         self, heads: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """All in the projections' layout, (batch, tokens or keys, heads x head size)."""
+        """Attention in the projections' layout: query (batch, tokens, heads x head size), key and
+        value (batch, keys, heads x head size), and the result as the query."""
         batch, tokens, width = query.shape
 
         def by_head(flat: torch.Tensor) -> torch.Tensor:
@@ -206,10 +211,10 @@ class StepAttention:
 
 
 def set_attention(unet: torch.nn.Module, backend: Backend, *, fuse_qkv: bool = True) -> None:
-    """Give every transformer block of the UNet this backend, and fused projections if asked.
+    """Set the attention backend of every transformer block of the UNet, and fuse projections.
 
-    Only self-attention is fused: the text's keys and values are computed once a request, where
-    fusing buys nothing and a second copy of the weights costs 0.6 GB.
+    Only self-attention is fused. The text's keys and values are computed once a run: fusing them
+    would save nothing and keep a second copy of 0.6 GB of weights.
     """
     processor = StepAttention(backend)
     for block in transformer_blocks(unet):
@@ -221,12 +226,12 @@ def set_attention(unet: torch.nn.Module, backend: Backend, *, fuse_qkv: bool = T
 
 
 def transformer_blocks(unet: torch.nn.Module) -> list[Any]:
-    """The UNet's transformer blocks, always in the same order; SDXL base has 70."""
+    """The UNet's transformer blocks in module order; SDXL base has 70."""
     return [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
 
 
 def _require_plain(attn: Any) -> None:
-    """Refuse an attention that does more than SDXL's, rather than drop what it does."""
+    """Raise for an attention with parts that `StepAttention` would leave out."""
     absent = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
     extra = [name for name in absent if getattr(attn, name, None) is not None]
     if attn.residual_connection or attn.rescale_output_factor != 1.0:

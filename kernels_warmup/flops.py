@@ -1,8 +1,9 @@
-"""The floating-point operations a run needs, counted and not estimated.
+"""Counts the floating-point operations of a run.
 
-Nominal: what the unmodified model does at a shape, whatever tricks compute it with less. A product
-of (m, k) and (k, n) counts 2mkn; activations, norms and additions count nothing. Counted on the
-meta device, where a full-size model takes seconds and no memory.
+The count is nominal: it is that of the unmodified model, also where an optimisation computes the
+same result with fewer operations. A product of (m, k) and (k, n) counts 2mkn; activations, norms
+and additions count nothing. Counting runs the model on the meta device, where a full-size model
+takes seconds and no memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TEXT_TOKENS = 77
 
 @dataclass(frozen=True)
 class RunFlops:
-    """FLOPs by stage for one run: all of its images together."""
+    """FLOPs of one run by stage, for all of its images together; `step` is one denoising step."""
 
     text_encode: int
     step: int
@@ -37,7 +38,7 @@ class RunFlops:
 def count_run(
     pipeline: Any, shape: CompiledShape, *, guidance: bool = True, images: int = 1
 ) -> RunFlops:
-    """Count for a diffusers SDXL pipeline; only its parts' configurations are read."""
+    """FLOPs of a run of a diffusers SDXL pipeline; reads only the configurations of its parts."""
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
     return RunFlops(
         text_encode=sum(
@@ -57,7 +58,8 @@ def count_step(
     guidance: bool = True,
     images: int = 1,
 ) -> int:
-    """FLOPs of one denoising step: one UNet forward over both halves of the guidance."""
+    """FLOPs of one denoising step: one UNet forward, over both halves of the guidance if there is
+    guidance."""
     with META:
         unet = UNet2DConditionModel.from_config(dict(unet_config)).eval()
         batch = images * (2 if guidance else 1)
@@ -82,12 +84,12 @@ def count_decode(vae_config: Mapping[str, Any], shape: CompiledShape, *, images:
     with META:
         vae = AutoencoderKL.from_config(dict(vae_config)).eval()
         latents = torch.empty(images, vae.config.latent_channels, *shape.latent)
-        vae.forward = vae.decode  # the counter follows modules, and this one's forward encodes too
+        vae.forward = vae.decode  # count through forward, whose own version also encodes
     return _count(vae, {"z": latents})
 
 
 def count_text_encoder(encoder: nn.Module, *, guidance: bool = True, images: int = 1) -> int:
-    """FLOPs of encoding the prompts, and the negative ones where guidance needs them."""
+    """FLOPs of encoding the prompts, and the negative prompts if there is guidance."""
     batch = images * (2 if guidance else 1)
     with META:
         twin = type(encoder)(encoder.config).eval()

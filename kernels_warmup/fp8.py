@@ -1,12 +1,13 @@
 """fp8 products for the UNet's linear layers: `torch._scaled_mm` on rounded activations and weights.
 
-Two ways to scale. By row: each token's activations have a scale of their own, found in every step,
-and each output channel's weights have one. Static: all activations of a product share one scale,
-calibrated before anything is compiled, and so do all its weights; the products are faster and
-nothing has to be reduced in a step, for a larger error.
+There are two ways to scale. By row: each token's activations have their own scale, computed in
+every step, and each output channel's weights have one. Static: all activations of a product share
+one scale, calibrated before anything is compiled, and so do all its weights. Static products are
+faster and need no reduction in a step, but their error is larger.
 
-A layer takes its activations in the model's type and rounds them by plain operators, which the
-compiler fuses with what made them; or it takes them as `Rounded`, where a kernel wrote them so.
+A layer accepts activations in the model's type and rounds them by plain operators, which the
+compiler fuses with the kernel that computed them. It also accepts activations that a kernel has
+rounded already, as `Rounded`.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from torch import nn
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
-"""448. What is larger becomes NaN when it is cast."""
+"""448. Casting a larger value gives NaN."""
 SMALLEST_SCALE = 1e-12
-"""Of a row of zeros, which must not divide by zero."""
+"""The scale of a row of zeros, so that nothing is divided by zero."""
 MARGIN = 2.0
-"""How much larger than in calibration an activation may get before it saturates. fp8 is a
-floating-point type: a scale that is twice too large costs one of its 15 exponents at the small end
-and no digit elsewhere."""
+"""How much larger than in calibration an activation may become before it saturates. fp8 is a
+floating-point type: a scale that is twice as large as needed loses one of 15 exponents, at the
+small end, and no precision elsewhere."""
 
 
 class Rounded(NamedTuple):
-    """A tensor as fp8: `values * scales` gives it back.
+    """A tensor rounded to fp8, equal to about `values * scales`.
 
-    values: (..., width); scales: float32, (..., 1) or one for all, ().
+    Attributes:
+        values: fp8, (..., width).
+        scales: float32, (..., 1), or () for one scale.
     """
 
     values: torch.Tensor
@@ -39,25 +42,25 @@ class Rounded(NamedTuple):
 
 
 def round_rows(tensor: torch.Tensor) -> Rounded:
-    """(..., width), each row by its own largest magnitude."""
+    """Round (..., width) to fp8, each row scaled by its own largest magnitude."""
     scales = tensor.abs().amax(dim=-1, keepdim=True).float() / LARGEST
     scales = scales.clamp(min=SMALLEST_SCALE)
     return Rounded((tensor.float() / scales).to(FP8), scales)
 
 
 def round_by(tensor: torch.Tensor, scale: torch.Tensor) -> Rounded:
-    """By a given scale, (); what is larger than it allows saturates."""
+    """Round to fp8 by a given scale, (); values that are too large for it saturate."""
     return Rounded((tensor.float() / scale).clamp(-LARGEST, LARGEST).to(FP8), scale)
 
 
 class Fp8Linear(nn.Linear):
-    """A linear layer whose product is computed in fp8; its result has the type it had before.
+    """A linear layer that multiplies in fp8 and returns the model's type.
 
     Attributes:
-        weight: (outputs, inputs), fp8.
-        weight_scale: float32, (1, outputs) or (); (1, outputs) where activations go by row.
-        input_scale: float32, (), of all activations; None where they go by row.
-        result_type: of what it returns.
+        weight: fp8, (outputs, inputs).
+        weight_scale: float32, (1, outputs) with scales by row, () with static ones.
+        input_scale: float32, (), the static scale of the activations; None with scales by row.
+        result_type: the type of its result.
     """
 
     weight_scale: torch.Tensor
@@ -74,8 +77,8 @@ class Fp8Linear(nn.Linear):
             scale_b=self.weight_scale,
             bias=self.bias,
             out_dtype=self.result_type,
-            # Sums stay in the tensor cores' own accumulators: twice as fast on Hopper, and what
-            # torchao does too.
+            # Sums stay in the tensor cores' accumulators: twice as fast on Hopper; torchao's
+            # default as well.
             use_fast_accum=True,
         )
         return product.view(*values.shape[:-1], self.out_features)
@@ -91,7 +94,7 @@ class Fp8Linear(nn.Linear):
 def set_fp8(
     unet: Any, names: Iterable[str], input_scales: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Turn the named linear layers into `Fp8Linear`; with `input_scales` by static scales."""
+    """Turn the named linear layers into `Fp8Linear`; static if `input_scales` are given."""
     for name in names:
         linear = unet.get_submodule(name)
         weight = linear.weight.data
@@ -113,18 +116,18 @@ def set_fp8(
 def calibrate(
     unet: Any, names: Iterable[str], run: Callable[[], object]
 ) -> dict[str, torch.Tensor]:
-    """The activations' scale, float32, (), of each named linear layer.
+    """The static scale, float32, (), of each named linear layer's activations.
 
-    run: calls the UNet, as often as it takes to show what its layers meet when they serve.
+    run: calls the UNet on inputs that are typical of requests.
 
     Raises:
-        ValueError: `run` left a layer out.
+        ValueError: `run` did not reach a layer.
     """
     largest: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            # On the device: waiting for each layer's value would take longer than the forward.
+            # Stays on the device: reading each value would take longer than the forward.
             seen = args[0].abs().amax().float()
             largest[name] = torch.maximum(largest.get(name, seen), seen)
 

@@ -1,9 +1,9 @@
-"""Lossy arithmetic for the UNet's large products; off by default.
+"""Quantises the UNet's large linear layers: lossy, and off by default.
 
 `fp8` (see fp8.py) needs an Ada or Hopper GPU or a later one, where its products run at up to twice
 bfloat16's rate. `int8`, through torchao, runs anywhere: weights are quantised once, per output
-channel, activations in every step, per token. Both take the same layers. Convolutions stay as they
-are: torchao's fp8 convolution refuses GPUs below SM100.
+channel, and activations in every step, per token. Both quantise the same layers. Convolutions are
+not quantised, because torchao's fp8 convolution refuses GPUs below SM100.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from kernels_warmup.fp8 import calibrate, set_fp8
-from kernels_warmup.one_forward import TIMESTEPS, StepInputs, forward_once, relative_error
+from kernels_warmup.numerical_error import TIMESTEPS, StepInputs, forward_once, relative_error
 from kernels_warmup.shapes import PIXELS_PER_LATENT, CompiledShape
 
 Quantization = Literal["none", "int8", "fp8"]
@@ -27,9 +27,10 @@ CHOSEN: tuple[tuple[str, str], ...] = (
     (r"\.ff\.net\.2$", "2048x5120x1280: 35.9 us, 28.0 by row, 20.6 static; 60 a step"),
     (r"\.attn1\.to_qkv$", "2048x1280x3840: 30.3 us, 20.6 by row, 18.9 static; 60 a step"),
 )
-"""Linear layers that are quantised, by name, each with what its product takes in bfloat16 and in
-fp8 without the quantising, on an H200 at 1024x1024 (bench/results/h200-2026-11-22-unet-stack.json).
-With the family of half the width they gain 3.3 ms a step by row and 4.0 ms static."""
+"""Linear layers that are quantised: a pattern of their names, and the time of one product in
+bfloat16 and in fp8, without the quantising itself, on an H200 at 1024x1024
+(bench/results/h200-2026-11-22-unet-stack.json). Together with the layers of half the width they
+save 3.3 ms a step with scales by row and 4.0 ms with static ones."""
 
 SKIPPED: tuple[tuple[str, str], ...] = (
     (r"^(time_embedding|add_embedding)\.", "a few rows a step, read by every block"),
@@ -40,12 +41,13 @@ SKIPPED: tuple[tuple[str, str], ...] = (
         "square, 2048x1280x1280: 11.6 us, 10.5 by row, 8.0 static; the 232 gain 0.2 ms by row",
     ),
 )
-"""Linear layers that are never quantised, by name, each with its reason; the same figures. Rounding
-what the square ones read would take longer than they gain by row; static they would gain 0.8 ms,
-but what they read comes from kernels that do not write fp8."""
+"""Linear layers that are never quantised: a pattern of their names, and the reason, with figures as
+in `CHOSEN`. For the square ones, rounding their input takes longer than scales by row save. Static
+scales would save 0.8 ms, but the kernels that write their input do not write fp8."""
 
 GRANULE = 16
-"""Both arithmetics' kernels want widths that are multiples of this; other layers are left alone."""
+"""The kernels of both arithmetics need widths that are multiples of this; other layers are left as
+they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,9 @@ class Quantized:
     """What quantising did.
 
     Attributes:
-        quantization: which arithmetic.
+        quantization: the arithmetic.
         layers: how many linear layers were quantised.
-        error: relative error of one UNet forward against the same UNet before, on seeded inputs.
+        error: relative error of one UNet forward on seeded inputs, against the same UNet before.
     """
 
     quantization: Quantization
@@ -66,13 +68,13 @@ class Quantized:
 def why_unusable(
     quantization: Quantization, device: torch.device, dtype: torch.dtype | None = None
 ) -> str | None:
-    """One sentence saying why this quantisation cannot run here, or None when it can.
+    """One sentence saying why this quantisation cannot run here, or None if it can.
 
-    dtype: the model's, where it is known.
+    dtype: the model's type, if it is known.
     """
     if quantization not in QUANTIZATIONS:
         allowed = ", ".join(QUANTIZATIONS)
-        return f"{quantization!r} is not a quantisation: one of {allowed} is"
+        return f"{quantization!r} is not a quantisation; choose one of {allowed}"
     if quantization == "none":
         return None
     if quantization == "fp8":
@@ -82,7 +84,7 @@ def why_unusable(
             name = torch.cuda.get_device_name(device)
             return f"fp8 needs an Ada or Hopper GPU or a later one; this is {name}"
         if dtype not in (None, torch.bfloat16):
-            # The library's products by row give nothing else.
+            # The library's fp8 products with scales by row return bfloat16 only.
             return f"fp8 needs a bfloat16 model; this one is {dtype}"
         return None
     try:
@@ -95,13 +97,13 @@ def why_unusable(
 def quantize_unet(
     unet: Any, quantization: Quantization, *, static: bool = False
 ) -> Quantized | None:
-    """Quantise the large linear layers of a diffusers SDXL UNet in place; None where nothing is.
+    """Quantise the large linear layers of a diffusers SDXL UNet in place; None for "none".
 
-    static: with fp8, activations by scales that are calibrated here, on seeded inputs early, in the
-    middle and late in the schedule, instead of by row in every step.
+    static: with fp8, scale activations by factors that are calibrated here, on seeded inputs at an
+        early, a middle and a late timestep, instead of by row in every step.
 
     Raises:
-        ValueError: it cannot be done here, with the reason.
+        ValueError: the quantisation cannot run here; the text is `why_unusable`'s.
     """
     reason = why_unusable(quantization, unet.device, unet.dtype)
     if reason is not None:
@@ -127,12 +129,12 @@ def quantize_unet(
 
 
 def quantized_names(unet: Any) -> list[str]:
-    """The UNet's linear layers that are worth quantising, by name."""
+    """The names of the UNet's linear layers that are quantised."""
     return [name for name, module in unet.named_modules() if is_quantized(module, name)]
 
 
 def is_quantized(module: nn.Module, name: str) -> bool:
-    """Whether a module of the UNet is one of the products worth quantising."""
+    """Whether a module of the UNet, by its type, name and widths, is one that is quantised."""
     if not isinstance(module, nn.Linear) or not any(re.search(p, name) for p, _ in CHOSEN):
         return False
     return module.in_features % GRANULE == 0 and module.out_features % GRANULE == 0
@@ -141,7 +143,7 @@ def is_quantized(module: nn.Module, name: str) -> bool:
 def _set_int8(unet: Any, names: list[str]) -> None:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    # Left on, it would change how everything in this process is compiled from here on.
+    # torchao would otherwise change inductor's settings for the whole process.
     config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     chosen = set(names)
     quantize_(unet, config, filter_fn=lambda _, name: name in chosen)

@@ -1,6 +1,6 @@
-"""Image sizes: what one is, and the sizes each model family was trained for.
+"""Image sizes, and the sizes that each model family was trained for.
 
-Which of them a process keeps warm is the operator's choice, not this module's.
+The operator chooses which of them a process keeps warm (`SDXL_SHAPES`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 SMALLEST_SIDE = 64
 LARGEST_SIDE = 2048
 PIXELS_PER_LATENT = 8
-"""The VAE halves an image three times; a side that is no multiple of this has no latent."""
+"""The VAE halves an image three times, so a side must be a multiple of this."""
 
 ALLOWED_SIDES = f"sides of a multiple of {PIXELS_PER_LATENT} from {SMALLEST_SIDE} to {LARGEST_SIDE}"
 
@@ -29,16 +29,16 @@ class CompiledShape:
         for name, value in (("width", self.width), ("height", self.height)):
             if not SMALLEST_SIDE <= value <= LARGEST_SIDE or value % PIXELS_PER_LATENT:
                 raise ValueError(
-                    f"{name} {value} is not allowed: a multiple of {PIXELS_PER_LATENT} "
-                    f"from {SMALLEST_SIDE} to {LARGEST_SIDE} is"
+                    f"{name} {value} is not a multiple of {PIXELS_PER_LATENT} "
+                    f"from {SMALLEST_SIDE} to {LARGEST_SIDE}"
                 )
 
     @classmethod
     def parse(cls, text: str) -> CompiledShape:
-        """Read `1024x768`; a wrong text raises a ValueError that says what is allowed."""
+        """Parse `1024x768`. Raises ValueError, saying what is allowed."""
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f"{text!r} is not an image size: WIDTHxHEIGHT, like 1024x768, is")
+            raise ValueError(f"{text!r} is not an image size; write WIDTHxHEIGHT, like 1024x768")
         try:
             return cls(int(match["width"]), int(match["height"]))
         except ValueError as error:
@@ -49,7 +49,7 @@ class CompiledShape:
 
     @property
     def latent(self) -> tuple[int, int]:
-        """(height, width) of the latent, in the order torch has them."""
+        """(height, width) of the latent, in torch's order."""
         return self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT
 
     @property

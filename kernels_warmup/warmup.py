@@ -1,7 +1,7 @@
-"""Running every warm shape once before the first request, and proving that nothing is left to do.
+"""Runs every warm shape before the first request, then again to verify that nothing compiles.
 
-Knows neither models nor HTTP: what to run is a callable. It goes shape by shape, so that whoever
-owns the model's thread may serve in between.
+Knows neither models nor HTTP: the caller passes a function that runs one request. It works shape by
+shape, so that the model's thread can serve requests in between.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from metrics.records import PhaseTiming
 
 logger = logging.getLogger(__name__)
 
-# Read off torch's own counters where its compiler has been loaded; loading it takes seconds.
+# The module of the compiler's own counters. Never imported here: that takes seconds.
 _COMPILER_COUNTERS = "torch._dynamo.utils"
 
 
 @dataclass(frozen=True, slots=True)
 class RunKind:
-    """What else of a request than its size decides which graphs its run needs.
+    """What decides, besides the image size, which graphs a run needs.
 
     Attributes:
         guided: with guidance, which doubles the UNet's batch.
-        negative: with a negative prompt that says something; a text more to encode, and where it
-            says nothing the UNet may have less to compute.
+        negative: with a negative prompt that is not empty. It is one more text to encode; without
+            it the UNet may have less to compute.
         images: images in the run, which multiply every batch.
     """
 
@@ -41,10 +41,10 @@ class RunKind:
 UNGUIDED = RunKind(guided=False)
 GUIDED = RunKind(guided=True, negative=True)
 GUIDED_BY_NOTHING = RunKind(guided=True)
-"""With guidance away from an empty prompt: the usual request."""
+"""With guidance and an empty negative prompt: the usual request."""
 
 RunOnce = Callable[[CompiledShape, RunKind], None]
-"""Runs the production path once at a shape."""
+"""Runs the same code as a request, once, at a shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,10 @@ class CompilerCounts:
     """What torch's compiler has done in this process so far.
 
     Attributes:
-        graphs: graphs made, from scratch or from a cache.
-        graph_breaks: places where it gave up and went on in Python.
-        cache_hits, cache_misses: graphs whose code was found, or had to be generated.
+        graphs: graphs compiled or loaded from a cache.
+        graph_breaks: places where it stopped tracing and continued in Python.
+        cache_hits: graphs whose code was in the cache.
+        cache_misses: graphs whose code had to be generated.
     """
 
     graphs: int = 0
@@ -72,7 +73,7 @@ class CompilerCounts:
 
 
 def compiler_counts() -> CompilerCounts:
-    """The counts now; all zero where the compiler was never loaded."""
+    """The current counts; all zero if the compiler has never been loaded."""
     utils = sys.modules.get(_COMPILER_COUNTERS)
     if utils is None:
         return CompilerCounts()
@@ -95,10 +96,10 @@ class WarmupReport:
 
     Attributes:
         phases: one `compile {shape}` per shape and one `verify`, Unix nanoseconds.
-        warm: the shapes that may be served, in the order asked for.
-        failed: shapes left out, with the type of the error each failed with.
-        compiled: what the compiler did for the shapes.
-        recompiled: how many more graphs the verifying pass made; anything but 0 is a fault.
+        warm: the shapes that may be served, in the order of warming.
+        failed: the other shapes, each with the type of its error.
+        compiled: what the compiler did for all shapes.
+        recompiled: graphs that the verifying pass compiled; anything but 0 is a fault.
     """
 
     phases: tuple[PhaseTiming, ...]
@@ -109,11 +110,12 @@ class WarmupReport:
 
 
 class Warmup:
-    """One start-up's warm-up, a shape at a time; used by one thread at a time.
+    """The warm-up of one start, one shape per call; not for several threads at once.
 
     Args:
-        kinds: the runs that each shape is warmed with.
-        on_progress: told the phase that begins.
+        run_once: runs one request at a shape.
+        kinds: the kinds of run to warm each shape with.
+        on_progress: called with the name of each phase as it begins.
     """
 
     def __init__(
@@ -138,8 +140,8 @@ class Warmup:
         return tuple(self._warm)
 
     def warm(self, shape: CompiledShape) -> bool:
-        """Run a shape for the first time. One that fails is left out, with the reason in the log;
-        returns whether it is warm."""
+        """Run a shape for the first time; returns whether it is warm now. A shape that fails is
+        logged and left out."""
         name = f"compile {shape}"
         self._on_progress(name)
         start, before = time.perf_counter_ns(), compiler_counts()
@@ -148,7 +150,7 @@ class Warmup:
             self._run_all(shape)
             self._warm.append(shape)
         except Exception as raised:
-            # Whatever one shape fails with (memory, a compiler's bug), the others may serve.
+            # Any error (memory, a compiler's bug) may concern this shape alone.
             error = self._last_error = raised
             self._failed.append((shape, type(raised).__name__))
             logger.exception("%s could not be warmed and will not be served", shape)
@@ -165,9 +167,10 @@ class Warmup:
         return error is None
 
     def verify(self) -> None:
-        """Run every warm shape again, expecting no compilation.
+        """Run every warm shape again and count what compiles; nothing should.
 
-        Raises the last shape's error where none is warm.
+        Raises:
+            Exception: no shape is warm; it is the last shape's error.
         """
         if not self._warm and self._last_error is not None:
             raise self._last_error

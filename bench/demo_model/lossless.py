@@ -25,7 +25,8 @@ from bench.demo_model.evaluate import (
     score,
 )
 from bench.demo_model.scenes import Pixels
-from kernels_warmup.compile import Recipe, compile_model
+from kernels_warmup.compile import compile_model
+from kernels_warmup.recipes import Recipe
 from kernels_warmup.shapes import CompiledShape
 from serve.demo_model import DEMO_SIZES
 from serve.model.sdxl import SdxlModel, load_model

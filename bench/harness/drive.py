@@ -38,8 +38,9 @@ from serve.settings import DEMO_MODEL, ServeSettings
 if TYPE_CHECKING:
     import torch
 
-    from kernels_warmup.compile import CompiledModel, Recipe
-    from kernels_warmup.one_forward import StepInputs
+    from kernels_warmup.compile import CompiledModel
+    from kernels_warmup.numerical_error import StepInputs
+    from kernels_warmup.recipes import Recipe
     from serve.model.sdxl import SdxlModel
 
 T = TypeVar("T")
@@ -256,37 +257,24 @@ class Served:
 
 def prepare(scenario: Scenario, model: SdxlModel) -> CompiledModel | None:
     """Make a loaded model fast in the scenario's way, on the thread that owns it."""
-    from kernels_warmup.attention import resolve
-    from kernels_warmup.compile import (
-        CompiledModel,
-        compile_decoder,
-        compile_model,
-        compile_unet,
-        mode_for,
+    from kernels_warmup.compile import compile_model
+    from kernels_warmup.recipes import mode_for
+
+    recipe = None if scenario.recipe is None else recipe_of(scenario.recipe)
+    decoder_recipe = None if scenario.decoder is None else recipe_of(scenario.decoder)
+    return compile_model(
+        model.pipeline,
+        mode_for(scenario.compile, model.device),
+        attention=scenario.attention,  # type: ignore[arg-type]
+        quantize=scenario.quantize,  # type: ignore[arg-type]
+        recipe=recipe,
+        decoder_recipe=decoder_recipe,
     )
-
-    mode = mode_for(scenario.compile, model.device)
-    attention: Any = scenario.attention
-    quantize: Any = scenario.quantize
-    if scenario.decoder is None:
-        recipe = None if scenario.recipe is None else recipe_of(scenario.recipe)
-        return compile_model(
-            model.pipeline, mode, attention=attention, quantize=quantize, recipe=recipe
-        )
-    import torch
-
-    pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
-    backend = resolve(attention, model.device, model.dtype)
-    unet_recipe, decoder_recipe = recipe_of(scenario.recipe or {}), recipe_of(scenario.decoder)
-    unet = compile_unet(model.pipeline.unet, unet_recipe, backend, quantize, pool)
-    decode = compile_decoder(model.pipeline.vae, decoder_recipe, pool)
-    functions = (*unet.functions, decode)
-    return CompiledModel(mode, unet_recipe, backend, unet.quantized, unet.text, functions)
 
 
 def recipe_of(fields: Any) -> Recipe:
     """A recipe that does nothing but what these fields say."""
-    from kernels_warmup.compile import RECIPES
+    from kernels_warmup.recipes import RECIPES
 
     return replace(RECIPES["off"], **fields)
 
@@ -433,7 +421,7 @@ class References:
 
     def error(self, driven: Driven, dtype: str) -> float | None:
         """Relative error of one of its forwards; None where it is no number."""
-        from kernels_warmup.one_forward import forward_once, relative_error, takes_zero_text
+        from kernels_warmup.numerical_error import forward_once, relative_error, takes_zero_text
 
         inputs, reference = self.of(dtype)
 
@@ -455,7 +443,7 @@ class References:
     def _compute(self, dtype: str) -> tuple[StepInputs, torch.Tensor]:
         import torch
 
-        from kernels_warmup.one_forward import StepInputs, forward_once
+        from kernels_warmup.numerical_error import StepInputs, forward_once
         from serve.model.sdxl import load_model
 
         work = self._work

@@ -17,7 +17,7 @@ Way = Literal["documented", "diffusers", "served"]
 """Who runs a request: fal's documented example, a plain diffusers call, our runtime."""
 
 Fields = Mapping[str, str | bool | Mapping[str, str | bool | int]]
-"""Of `compile.Recipe`; the one that holds more than a word is inductor's `options`."""
+"""Of `recipes.Recipe`; the one that holds more than a word is inductor's `options`."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Scenario:
     compile: str = "off"
     """As SDXL_COMPILE, for the mode's own recipe."""
     recipe: Fields | None = None
-    """Fields of `compile.Recipe` that differ from doing nothing; None: the mode's recipe."""
+    """Fields of `recipes.Recipe` that differ from doing nothing; None: the mode's recipe."""
     decoder: Fields | None = None
     """The same for the VAE's decoder, where it differs from the UNet's."""
     attention: str = "auto"

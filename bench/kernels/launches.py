@@ -137,7 +137,7 @@ def _fields(scenario: Scenario, part: str) -> Any:
     import torch
 
     from bench.harness.drive import recipe_of
-    from kernels_warmup.compile import RECIPES, mode_for
+    from kernels_warmup.recipes import RECIPES, mode_for
 
     if part == "decode" and scenario.decoder is not None:
         return recipe_of(scenario.decoder)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from bench.harness.drive import Work
-    from kernels_warmup.one_forward import StepInputs
+    from kernels_warmup.numerical_error import StepInputs
 
 PARTS = ("step", "step, empty negative prompt", "decode")
 NO_WORSE = 1.05
@@ -119,7 +119,7 @@ def to_check(scenarios: Sequence[Scenario], device: str, uncompiled: bool) -> li
     import torch
 
     from bench.harness.drive import recipe_of
-    from kernels_warmup.compile import RECIPES, mode_for
+    from kernels_warmup.recipes import RECIPES, mode_for
 
     found: dict[str, Scenario] = {}
     for scenario in scenarios:
@@ -147,7 +147,7 @@ def references(
     import torch
 
     from bench.harness.drive import release_memory
-    from kernels_warmup.one_forward import StepInputs, relative_error
+    from kernels_warmup.numerical_error import StepInputs, relative_error
     from serve.model.sdxl import load_model
 
     device = torch.device(work.device)
@@ -172,7 +172,7 @@ def references(
 
 def answers(pipeline: Any, inputs: StepInputs) -> dict[str, torch.Tensor]:
     """What the UNet and the decoder give for these inputs, by part, on the host."""
-    from kernels_warmup.one_forward import forward_once
+    from kernels_warmup.numerical_error import forward_once
 
     inputs = inputs.cast(pipeline.unet.dtype)
     empty = replace(
@@ -218,7 +218,7 @@ def check(
         release_memory,
         told,
     )
-    from kernels_warmup.one_forward import relative_error
+    from kernels_warmup.numerical_error import relative_error
     from serve.model.sdxl import load_model
 
     scenario = replace(scenario, dtype="bfloat16")

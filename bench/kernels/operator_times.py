@@ -16,7 +16,7 @@ from torch import nn
 
 from kernels_warmup.attention import Backend, attend
 from kernels_warmup.fp8 import round_rows
-from kernels_warmup.one_forward import StepInputs, forward_once
+from kernels_warmup.numerical_error import StepInputs, forward_once
 from kernels_warmup.triton import why_unusable as kernels_unusable
 
 

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     from bench.harness.drive import choose_work
     from bench.harness.environment import measure_ceilings, where
     from bench.kernels.operator_times import time_operators
-    from kernels_warmup.one_forward import StepInputs
+    from kernels_warmup.numerical_error import StepInputs
     from serve.model.sdxl import load_model
 
     work = choose_work(options.model, options.device, options.shape, 2)

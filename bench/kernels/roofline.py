@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bench.errors import BenchError
-from kernels_warmup.one_forward import StepInputs, forward_once
+from kernels_warmup.numerical_error import StepInputs, forward_once
 from kernels_warmup.shapes import CompiledShape
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """Attention to few keys: SDXL's cross-attention to the 77 tokens of a prompt.
 
-The library's kernel is built for thousands of keys and walks over them in tiles. Here all scores of
-a query are in registers at once: one softmax without a running maximum, and between the first read
-and the last write no other memory is touched. Query and output keep the layout of the projections
-around them, (batch, tokens, heads x head size), and the keys lie where `TextOnce` left them.
+The library's kernel is built for thousands of keys and processes them in tiles. Here all scores of
+a query are in registers at once, so the softmax needs no running maximum, and no memory is used
+between the first read and the last write. Query and output have the layout of the projections
+around them, (batch, tokens, heads x head size); keys and values are read from `TextOnce`'s buffers.
 """
 
 from __future__ import annotations
@@ -18,26 +18,30 @@ import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
 MOST_KEYS = 128
-"""Scores of more keys no longer fit into the registers beside what else is there."""
+"""The scores of more keys do not fit into the registers."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the queries are shared out."""
+    """Launch settings.
+
+    Attributes:
+        queries: queries of one head per program.
+        warps: warps per program.
+    """
 
     queries: int
-    """Of one head, a program."""
     warps: int
 
 
 CANDIDATES = (Launch(64, 4), Launch(128, 4), Launch(128, 8), Launch(256, 8))
-"""For a bench to choose from."""
+"""The settings that `bench operators` compares."""
 
 
 def split(keys: int) -> tuple[int, int]:
-    """(head, tail), powers of two that the tensor cores take, together no fewer than the keys.
+    """(head, tail), two powers of two that the tensor cores can multiply and that cover the keys.
 
-    77 is 64 + 16 with three keys masked, where one power of two would be 128 with 51.
+    77 keys become 64 + 16, with 3 masked; a single power of two would be 128, with 51 masked.
     """
     if keys <= 16:
         return 16, 0
@@ -46,7 +50,7 @@ def split(keys: int) -> tuple[int, int]:
     return head, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-# Not compiled anew for other numbers of them: addresses follow from the strides.
+# Not specialised on the numbers of tokens and keys, so that it is not compiled again for others.
 @triton.jit(do_not_specialize=["tokens", "keys"])
 def _few_keys_kernel(
     query,
@@ -105,14 +109,14 @@ def _few_keys_kernel(
 
 
 def launch_for(tokens: int) -> Launch:
-    """Settings for so many queries; fewer queries are no reason for a smaller tile than 64."""
+    """The launch settings for a number of queries."""
     return Launch(128, 8) if tokens >= 128 else Launch(64, 4)
 
 
 def launch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, how: Launch
 ) -> torch.Tensor:
-    """As `reference.attention`, with these settings."""
+    """Run the kernel with these settings; computes `reference.attention`."""
     query, key, value = (_rows_together(tensor) for tensor in (query, key, value))
     batch, tokens, width = query.shape
     keys, size = key.shape[1], width // heads
@@ -125,7 +129,7 @@ def launch(
         out,
         tokens,
         keys,
-        # The hardware raises two to a power, not e.
+        # The hardware computes powers of two, not of e.
         size**-0.5 / math.log(2),
         query.stride(0),
         query.stride(1),
@@ -147,7 +151,7 @@ def _rows_together(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def why_unusable(keys: int, size: int) -> str | None:
-    """One sentence saying why so many keys of this head size are not for this kernel, or None."""
+    """One sentence saying why the kernel cannot compute this attention, or None if it can."""
     if keys > MOST_KEYS:
         return f"{keys} keys are more than the {MOST_KEYS} that fit"
     if size not in (16, 32, 64, 128):

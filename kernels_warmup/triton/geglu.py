@@ -1,13 +1,14 @@
 """GEGLU in one kernel: both halves of the feed-forward's first product, and their gating.
 
-Apart, the product writes 2 x width columns that a second kernel reads again to write half as many.
-Here the value's and the gate's columns of one tile are one product of twice the width, in one
-accumulator; they meet in registers and only the result is written.
+As two kernels, the product writes 2 x width columns, and the gating reads them to write half as
+many. Here the columns of value and gate of one tile are one product of twice the width, in one
+accumulator. They meet in registers, and only the result is written.
 
-Persistent: a program for each multiprocessor walks over the tiles, and the next tile's first loads
-are under way while this one is gated. Operands come by the tensor memory accelerator through
-descriptors made on the host, which a captured graph keeps by value. The weight's descriptor has
-three dimensions, (value or gate, column, inner), so that one copy brings both parts of a tile.
+The kernel is persistent: one program per multiprocessor loops over the tiles, so that the first
+loads of the next tile are in flight while this one is gated. The tensor memory accelerator loads
+the operands through descriptors made on the host, which a captured graph stores by value. The
+weight's descriptor has three dimensions, (value or gate, column, inner), so that one copy loads
+both parts of a tile.
 """
 
 from __future__ import annotations
@@ -23,25 +24,32 @@ from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 TILES_TOGETHER = 16
-"""Rows of tiles that are walked through before the next column: 132 tiles of 128 x 256 then read
-about as many rows as columns, the fewest bytes in all."""
+"""How many rows of tiles are computed before the next column of tiles. 132 tiles of 128 x 256 then
+read about as many rows as columns, which is the fewest bytes in all."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A tile's size, and how many warps work on how many of them ahead."""
+    """Launch settings.
+
+    Attributes:
+        rows: rows of a tile.
+        columns: columns of a tile of the result; the product has as many again for the gate.
+        inner: inner dimension per step; 64 are 128 bytes, the widest pattern of shared memory.
+        warps: warps per program.
+        stages: steps whose loads are in flight.
+        flatten: make one loop of the tiles and their steps, so that loads run ahead across tiles.
+        programs: programs per multiprocessor; two fill each other's gaps if shared memory is enough
+            for both.
+    """
 
     rows: int = 128
     columns: int = 128
-    """Of the result; the product has as many for the gate again."""
     inner: int = 64
-    """128 bytes, the widest pattern of the shared memory's banks."""
     warps: int = 8
     stages: int = 4
     flatten: bool = True
-    """Make one loop of the tiles and their steps, so that loads run ahead across tiles."""
     programs: int = 1
-    """A multiprocessor; two fill each other's gaps where the shared memory suffices for both."""
 
 
 CANDIDATES = (
@@ -52,15 +60,17 @@ CANDIDATES = (
     Launch(columns=64, warps=4, stages=3, programs=2),
     Launch(columns=64, warps=4, stages=3, programs=2, flatten=False),
 )
-"""For a bench to choose from; of the last two, two programs share a multiprocessor."""
+"""The settings that `bench operators` compares. In the last two, two programs share a
+multiprocessor."""
 
 
 @triton.jit
 def _normal_distribution(x):
-    """P(X <= x) of a standard normal X, by which gelu multiplies: (1 + erf(x / sqrt 2)) / 2.
+    """P(X <= x) of a standard normal X, the factor in gelu: (1 + erf(x / sqrt 2)) / 2.
 
-    An odd polynomial on -5..5 of least maximal error, flat outside: off by 3.3e-7 at most, where
-    float32's own step at 1 is 1.2e-7. A third fewer instructions than erf, and no division.
+    It is the odd polynomial on -5..5 with the smallest maximal error, and constant outside. The
+    error is at most 3.3e-7; float32's own step at 1 is 1.2e-7. It takes a third fewer instructions
+    than erf, and no division.
     """
     x = tl.minimum(tl.maximum(x, -5.0), 5.0)
     t = x * x * 0.08 - 1.0
@@ -79,7 +89,7 @@ def _normal_distribution(x):
     return x * p + 0.5
 
 
-# Not compiled anew for other numbers of rows: addresses follow from the descriptors.
+# Not specialised on the number of rows, so that it is not compiled again for another one.
 @triton.jit(do_not_specialize=["rows"])
 def _geglu_kernel(
     hidden,
@@ -108,7 +118,7 @@ def _geglu_kernel(
             left = hidden.load([row, step * INNER])
             right = weight.load([0, column, step * INNER]).reshape(2 * COLUMNS, INNER)
             both = tl.dot(left, right.T, both)
-        # A thread holds a column's value and gate both: parting them moves nothing.
+        # A thread holds both value and gate of a column, so splitting them moves no data.
         value, gate = both.reshape(ROWS, 2, COLUMNS).permute(0, 2, 1).split()
         at = column + tl.arange(0, COLUMNS)
         value += tl.load(bias + at).to(tl.float32)[None, :]
@@ -118,17 +128,15 @@ def _geglu_kernel(
 
 
 def launch_for(rows: int, columns: int, inner: int) -> Launch:
-    """Settings for a hidden state (rows, inner) and a result (rows, columns).
+    """The launch settings for a hidden state (rows, inner) and a result (rows, columns).
 
     Raises:
-        ValueError: the columns are not a multiple of 16, or a row of the hidden state is not one of
-            16 bytes.
+        ValueError: the number of columns is not a multiple of 16, or a row of the hidden state is
+            not a multiple of 16 bytes.
     """
     if columns % 16 or inner % 8:
-        raise ValueError(
-            f"GEGLU from {inner} to {columns} channels: multiples of 8 and 16 are needed"
-        )
-    # The widest tile that the columns fill; a tile of rows may reach past the end.
+        raise ValueError(f"GEGLU from {inner} to {columns} channels needs multiples of 8 and 16")
+    # The widest tile that divides the columns; a tile may reach past the last row.
     for width in (128, 64, 32):
         if columns % width == 0:
             return Launch(columns=width)
@@ -138,7 +146,7 @@ def launch_for(rows: int, columns: int, inner: int) -> Launch:
 def launch(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, how: Launch
 ) -> torch.Tensor:
-    """As `reference.geglu`, with these settings."""
+    """Run the kernel with these settings; computes `reference.geglu`."""
     columns, inner = weight.shape[0] // 2, weight.shape[1]
     flat = hidden.reshape(-1, inner).contiguous()
     rows = flat.shape[0]
@@ -169,14 +177,14 @@ def launch(
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    # In the interpreter: a few, so that each walks over several tiles.
+    # In Triton's interpreter: a few, so that each program loops over several tiles.
     return 3
 
 
 @torch.library.custom_op("stepspan::geglu", mutates_args=())
 def geglu(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """(..., columns) from hidden (..., inner), weight (2 x columns, inner), the values' rows first,
-    and bias (2 x columns)."""
+    """(..., columns) from hidden (..., inner), weight (2 x columns, inner) and bias (2 x columns);
+    in weight and bias the value's part comes first."""
     columns, inner = weight.shape[0] // 2, weight.shape[1]
     return launch(hidden, weight, bias, launch_for(hidden.numel() // inner, columns, inner))
 

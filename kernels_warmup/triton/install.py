@@ -1,6 +1,6 @@
 """Puts the kernels into a UNet: modules become their counterparts here by their class alone.
 
-Names, weights and `isinstance` stay as they were, and equal blocks still share one compiled graph.
+Names, weights and `isinstance` stay unchanged, and equal blocks still share one compiled graph.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from kernels_warmup.attention import Backend, StepAttention, transformer_blocks
-from kernels_warmup.blocks import ZERO_TEXT, Block, set_blocks
 from kernels_warmup.fp8 import Fp8Linear, Rounded
+from kernels_warmup.rewrites.zero_text import ZERO_TEXT, Block, set_blocks
 from kernels_warmup.triton.cross_attention import few_keys_attention
 from kernels_warmup.triton.cross_attention import why_unusable as why_not_few_keys
 from kernels_warmup.triton.geglu import geglu
@@ -30,13 +30,13 @@ from kernels_warmup.triton.self_attention import why_unusable as why_not_self_at
 
 
 def set_layer_norm(unet: Any, *, across_blocks: bool = True) -> None:
-    """Every sum and norm of the transformer blocks in one kernel.
+    """Compute each residual sum of the transformer blocks and the norm after it in one kernel.
 
-    across_blocks: also a block's last sum with the next one's first norm. Their transformer then
-    runs its blocks in parts, and a block that is compiled by itself would not be.
+    across_blocks: do so for the last sum of a block and the first norm of the next one as well. The
+        transformer then calls parts of its blocks, so blocks cannot be compiled one by one.
 
     Raises:
-        ValueError: a block is not SDXL's; nothing has been changed then.
+        ValueError: a block is not SDXL's. The UNet is unchanged then.
     """
     set_blocks(unet, NormedBlock)
     if across_blocks:
@@ -46,12 +46,12 @@ def set_layer_norm(unet: Any, *, across_blocks: bool = True) -> None:
 
 
 def set_fp8_norms(unet: Any) -> None:
-    """After `set_layer_norm`: norms that an fp8 product reads are written as fp8.
+    """Write the norms that an fp8 product reads as fp8; call it after `set_layer_norm`.
 
-    The second norm of a block stays as it is: its product, the query of the cross-attention, is
-    square and not quantised. The third fp8 product, the feed-forward's last, needs no kernel of
-    ours: it reads the gating's result, and gating, largest value and cast are plain operators that
-    the compiler makes one kernel of (`python -m bench launches --scenario fp8-fused` counts 70).
+    The second norm of a block is not written as fp8: its product, the query of the cross-attention,
+    is square and not quantised. The third fp8 product, the feed-forward's last, needs no kernel of
+    ours: it reads the result of the gating, and the compiler makes one kernel of gating, largest
+    value and cast (`python -m bench launches --scenario fp8-fused` counts 70 of them).
     """
     for block in transformer_blocks(unet):
         products = (getattr(block.attn1, "to_qkv", None), block.ff.net[0].proj)
@@ -62,24 +62,26 @@ def set_fp8_norms(unet: Any) -> None:
 
 
 def set_cross_attention(unet: Any, backend: Backend) -> None:
-    """Attention to the text by the kernel, to more keys than it takes by the named backend."""
+    """Compute cross-attention by the kernel; by the named backend for more keys than that takes."""
     processor = FewKeysAttention(backend)
     for block in transformer_blocks(unet):
         block.attn2.set_processor(processor)
 
 
 def set_self_attention(unet: Any, backend: Backend) -> None:
-    """Self-attention over few tokens by the kernel, over more by the named backend."""
+    """Compute self-attention over few tokens by the kernel, over more by the named backend."""
     processor = FewTokensAttention(backend)
     for block in transformer_blocks(unet):
         block.attn1.set_processor(processor)
 
 
 def set_geglu(unet: Any) -> None:
-    """Feed-forwards' first product and its gating in one kernel, for weights in the model's type.
+    """Compute the first product of each feed-forward and its gating in one kernel.
+
+    Only for weights of the model's own type, not for quantised ones.
 
     Raises:
-        ValueError: a feed-forward is not SDXL's; nothing has been changed then.
+        ValueError: a feed-forward is not SDXL's. The UNet is unchanged then.
     """
     gatings = [block.ff.net[0] for block in transformer_blocks(unet)]
     if any(not isinstance(gating, GEGLU) or gating.proj.bias is None for gating in gatings):
@@ -89,7 +91,7 @@ def set_geglu(unet: Any) -> None:
 
 
 class NormedBlock(Block):
-    """`Block`, each of its sums taken together with the norm that follows."""
+    """`Block` that computes each residual sum together with the norm after it."""
 
     def forward(
         self,
@@ -115,8 +117,8 @@ class NormedBlock(Block):
         text: torch.Tensor | None,
         zero_text: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The block's last two summands, from its input and that input's first norm."""
-        # A half that attends to nothing needs no norm, and gains the projection's bias alone.
+        """The last two summands of the block's result, from its input and the first norm of it."""
+        # The half that does not attend needs no norm, and only the projection's bias is added.
         attending = hidden.shape[0] // 2 if zero_text else hidden.shape[0]
         hidden, norm = added(hidden, self.attn1(norm), self.norm2, last=attending)
         change = self.attn2(norm, encoder_hidden_states=text)
@@ -126,7 +128,7 @@ class NormedBlock(Block):
 
 
 class NormedTransformer(Transformer2DModel):  # type: ignore[misc]
-    """SDXL's stack of blocks, each block's last sum taken together with the next's first norm."""
+    """SDXL's stack of blocks; computes a block's last sum together with the next block's norm."""
 
     def forward(
         self,
@@ -164,9 +166,10 @@ def refuse_masks(*masks: torch.Tensor | None) -> None:
 
 
 class Fp8Norm(nn.LayerNorm):
-    """A norm for an fp8 product.
+    """A norm whose result is fp8, for an fp8 product.
 
-    fp8_scale: float32, (), by which all of it is rounded; None where each row has its own.
+    Attributes:
+        fp8_scale: float32, (), the scale of all rows; None if each row has its own.
     """
 
     fp8_scale: torch.Tensor | None
@@ -176,6 +179,7 @@ class Fp8Norm(nn.LayerNorm):
 
 
 def normed(hidden: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor | Rounded:
+    """`norm` of hidden (..., width), by the kernel."""
     of = (hidden, norm.weight, norm.bias, norm.eps)
     if isinstance(norm, Fp8Norm):
         return norm.rounded(*layer_norm_fp8(*of, norm.fp8_scale))
@@ -190,7 +194,7 @@ def added(
     missing: torch.Tensor | None = None,
     last: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | Rounded]:
-    """The sum, and the norm of it or of its last of the batch; see `add_layer_norm`."""
+    """hidden + change, and its norm; `missing` and `last` as in `layer_norm.add_layer_norm`."""
     of = (hidden, change, missing, norm.weight, norm.bias, norm.eps)
     if isinstance(norm, Fp8Norm):
         assert last is None, "the kernel writes the whole batch as fp8"
@@ -201,7 +205,7 @@ def added(
 
 
 class FewKeysAttention(StepAttention):
-    """`StepAttention` by the kernel for few keys, where there are no more of them than it takes."""
+    """`StepAttention` that uses the kernel for few keys, if there are few enough."""
 
     def mix(
         self, heads: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -212,7 +216,7 @@ class FewKeysAttention(StepAttention):
 
 
 class FewTokensAttention(StepAttention):
-    """`StepAttention` by the kernel for self-attention, where the library's waves are not full."""
+    """`StepAttention` that uses the kernel for self-attention, if there are few enough queries."""
 
     def mix(
         self, heads: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -225,7 +229,7 @@ class FewTokensAttention(StepAttention):
 
 
 class FusedGEGLU(GEGLU):  # type: ignore[misc]
-    """diffusers' GEGLU in one kernel."""
+    """diffusers' GEGLU, computed by one kernel."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, geglu(hidden_states, self.proj.weight, self.proj.bias))

@@ -1,10 +1,11 @@
-"""A sum and its LayerNorm in one pass over memory: what stands between two parts of a block.
+"""A residual sum and its LayerNorm in one kernel and one pass over memory.
 
-The generated kernel reads the row again for each of its passes over it, so it takes twice the time
-its bytes need. Here a row stays in registers: one warp holds it, so its sums cross no barrier.
+The kernel that inductor generates makes several passes over a row and reads it again in each, so it
+takes twice the time that its bytes need. Here a row stays in the registers of one warp, so its sums
+need no barrier.
 
-Where an fp8 product reads the norm, the kernel writes it as fp8: the row is at hand to find its
-largest magnitude in, and half as many bytes are written.
+If an fp8 product reads the norm, the kernel writes fp8. The row is in registers already when its
+largest magnitude is needed, and half as many bytes are written.
 """
 
 from __future__ import annotations
@@ -20,28 +21,32 @@ from kernels_warmup.fp8 import FP8
 
 @dataclass(frozen=True)
 class Launch:
-    """How the rows are shared out."""
+    """Launch settings.
+
+    Attributes:
+        rows: rows per program.
+        warps: warps per program.
+    """
 
     rows: int
-    """Rows a program."""
     warps: int = 1
 
 
 CANDIDATES = (Launch(1), Launch(2), Launch(4), Launch(4, 4), Launch(8, 4))
-"""For a bench to choose from; with one warp a row's sums cross no barrier."""
+"""The settings that `bench operators` compares. With one warp, a row's sums need no barrier."""
 
 
 def launch_for(width: int) -> Launch:
-    """One warp, and as many rows as let each thread load 16 bytes also of the narrower part."""
+    """One warp, and enough rows for each thread to load 16 bytes of the narrower part as well."""
     _, tail = split(width)
     return Launch(max(1, 256 // tail) if tail else max(1, 256 // width))
 
 
 def split(width: int) -> tuple[int, int]:
-    """A width as the sum of two powers of two, the second perhaps 0: 1280 is 1024 + 256.
+    """A width as a sum of two powers of two, of which the second may be 0: 1280 is 1024 + 256.
 
     Raises:
-        ValueError: it is no such sum.
+        ValueError: it is not such a sum.
     """
     head = 1 << (width.bit_length() - 1)
     tail = width - head
@@ -50,7 +55,7 @@ def split(width: int) -> tuple[int, int]:
     return head, tail
 
 
-# Not compiled anew for other numbers of rows: addresses follow from the width alone.
+# Not specialised on the number of rows, so that it is not compiled again for another one.
 @triton.jit(do_not_specialize=["rows", "first_changed", "first_normed"])
 def _add_layer_norm_kernel(
     hidden,
@@ -97,7 +102,7 @@ def _add_layer_norm_kernel(
         if TAIL:
             tail += tl.load(missing + at_tail).to(tl.float32)
 
-    # The mean first and the squares about it after: a difference of two large sums would cancel.
+    # Mean first, then the squared distances from it: a difference of large sums would cancel.
     summed = tl.sum(head, 1)
     if TAIL:
         summed += tl.sum(tail, 1)
@@ -127,8 +132,8 @@ def _add_layer_norm_kernel(
     if SCALES != "none":
         # The hardware's cast to fp8 saturates.
         head *= 1.0 / narrow
-        # A thread has loaded 8 neighbours. Without these words it would store 16, which is the
-        # widest, and get half of them from another thread first.
+        # A thread has loaded 8 neighbours. Without this hint it would store 16, the widest store,
+        # and fetch half of them from another thread first.
         at_head = tl.max_contiguous(at_head, (1, 8))
         if TAIL:
             tail *= 1.0 / narrow
@@ -149,14 +154,18 @@ def launch(
     how: Launch,
     scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(hidden + change, its LayerNorm), all as (rows, width); None for the sum without a change.
+    """Run the kernel: hidden + change, (rows, width), and its LayerNorm, (normed_rows, width).
 
-    change may have the last rows only; to those before, missing (width) is added. Without a change,
-    missing is added to every row before the norm, and the sum is not kept. Of the norm only the
-    last normed_rows are computed and returned.
-
-    scales: where the norm is wanted as fp8, float32: (normed_rows, 1), to be filled with each row's
-    own, or (), by which all of it is rounded.
+    Args:
+        hidden: (rows, width).
+        change: (rows, width), or the last rows only. None: there is no sum, and None is returned
+            in its place.
+        missing: (width), added to the rows that change leaves out. Without a change it is added to
+            every row before the norm, and that sum is not stored.
+        normed_rows: how many of the last rows are normed.
+        how: the launch settings.
+        scales: makes the norm fp8. float32, either (normed_rows, 1), to be filled with each row's
+            scale, or (), the one scale by which all rows are rounded.
     """
     rows, width = hidden.shape
     head, tail = split(width)
@@ -196,10 +205,10 @@ def add_layer_norm(
     eps: float,
     normed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden + change, and the LayerNorm of its last `normed` of the batch.
+    """hidden + change, and the LayerNorm of its last `normed` batch entries.
 
-    hidden: (batch, tokens, width); change: of the same shape, or of the last of the batch only.
-    Then `missing` (width) is what every token of the others gets added.
+    hidden: (batch, tokens, width). change: the same, or the last batch entries only; `missing`
+    (width) is then added to every token of the other entries.
     """
     batch, tokens, width = hidden.shape
     _require_whole(hidden, change, missing)
@@ -256,10 +265,10 @@ def add_layer_norm_fp8(
     eps: float,
     scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `add_layer_norm` of the whole batch, the norm as fp8, and its scales.
+    """As `add_layer_norm`, for the whole batch, with the LayerNorm as fp8: sum, norm and scales.
 
-    scale: float32, (), by which all of the norm is rounded; the scales are then empty. None: they
-    are each row's own, float32, (batch, tokens, 1).
+    scale: float32, (), by which the whole norm is rounded; the returned scales are then empty.
+        None: each row is scaled by itself, and the scales are float32, (batch, tokens, 1).
     """
     batch, tokens, width = hidden.shape
     _require_whole(hidden, change, missing)
@@ -301,7 +310,7 @@ def layer_norm_fp8(
     eps: float,
     scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The LayerNorm of hidden (..., width) as fp8, and its scales as of `add_layer_norm_fp8`."""
+    """The LayerNorm of hidden (..., width) as fp8, and its scales as in `add_layer_norm_fp8`."""
     width = hidden.shape[-1]
     flat = hidden.contiguous().view(-1, width)
     scales = _new_scales(hidden, scale)
@@ -323,7 +332,7 @@ def _(
 
 
 def _new_scales(hidden: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    # Empty where one is given: an operator must not return what it was given.
+    # Empty if a scale is given: a custom operator must not return one of its inputs.
     shape = (*hidden.shape[:-1], 1) if scale is None else (0,)
     return hidden.new_empty(shape, dtype=torch.float32)
 
@@ -333,5 +342,5 @@ def _require_whole(
 ) -> None:
     if len(change) != len(hidden) and missing is None:
         raise ValueError(
-            f"{len(change)} of {len(hidden)} change, and nothing is given for the others"
+            f"change has {len(change)} of {len(hidden)} batch entries, and missing is not given"
         )

@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain PyTorch: what they are held against, and nothing else."""
+"""What the kernels compute, in plain PyTorch; tests and the bench compare the kernels with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_layer_norm(
     bias: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden + change and the LayerNorm of it; hidden and change: (..., width)."""
+    """hidden + change and the LayerNorm of that sum; hidden and change: (..., width)."""
     total = hidden + change
     return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
@@ -40,7 +40,7 @@ def add_layer_norm_fp8(
     eps: float,
     scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Rounded]:
-    """hidden + change and the LayerNorm of it, rounded to fp8 by one scale or each row's own."""
+    """hidden + change and the LayerNorm of that sum, rounded to fp8 by one scale or by row."""
     total, norm = add_layer_norm(hidden, change, weight, bias, eps)
     return total, round_rows(norm) if scale is None else round_by(norm, scale)
 

@@ -1,15 +1,14 @@
-"""Residual sums inside the products: a block's three sums need no pass over memory of their own.
+"""The residual sums inside the products, so that a block's three sums need no pass of their own.
 
-The hidden state is the product's accumulator: `total += inner @ weight.T`, in place, by the
-library's own product with beta = 1. The products' biases are left out of the sum and carried
-beside it. They are constants, so what the sum lacks at each norm is computed once, when the model
-is prepared: the norm adds it while the row is in registers, and the transformer's last projection
-has it folded into its bias. No bias is ever written to memory.
+The hidden state is the accumulator of a product: `total += inner @ weight.T`, in place, by the
+library's own product with beta = 1. (Into another tensor, PyTorch's `addmm` would copy the sum
+first.) The products' biases are left out of this sum. They are constants, so what the sum lacks at
+each norm is computed once, when the model is prepared. The norm adds it while the row is in
+registers, and the bias of the transformer's last projection includes it. No bias is ever written to
+memory.
 
-Without a negative prompt the text adds nothing to the unconditional half but the projection's
-bias. The bias is carried for both halves, so the product runs on the conditional half alone.
-
-In place, because PyTorch's `addmm` into another tensor copies the sum there first.
+Without a negative prompt, the text adds only the projection's bias to the unconditional half. The
+biases are left out for both halves, so the product runs on the conditional half alone.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels_warmup.blocks import ZERO_TEXT
+from kernels_warmup.rewrites.zero_text import ZERO_TEXT
 from kernels_warmup.triton.install import NormedTransformer, normed, refuse_masks
 from kernels_warmup.triton.layer_norm import launch, launch_for
 
@@ -31,7 +30,7 @@ from kernels_warmup.triton.layer_norm import launch, launch_for
 def add_product(total: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor) -> None:
     """Add inner @ weight.T to total (batch, tokens, width), in place.
 
-    inner: (batch, tokens, channels), or the last of the batch only: the others stay as they are.
+    inner: (batch, tokens, channels), or the last batch entries only; the others stay unchanged.
     weight: (width, channels).
     """
     rows = inner.reshape(-1, inner.shape[-1])
@@ -57,9 +56,9 @@ def shifted_layer_norm(
     eps: float,
     last: int,
 ) -> torch.Tensor:
-    """The LayerNorm of hidden + shift, of the last `last` of the batch.
+    """The LayerNorm of hidden + shift, of the last `last` batch entries.
 
-    hidden: (batch, tokens, width); shift: (width), float32.
+    hidden: (batch, tokens, width); shift: float32, (width).
     """
     part = hidden[-last:]
     rows = part.reshape(-1, part.shape[-1])
@@ -81,11 +80,13 @@ def _(
 
 
 def set_residual_products(unet: Any) -> None:
-    """Residual sums by the products; call it after `install.set_layer_norm`, on final weights.
+    """Compute the residual sums by the products.
+
+    Call it after `install.set_layer_norm`, and do not change the weights afterwards.
 
     Raises:
-        ValueError: a transformer is not SDXL's, or its norms are not by the kernel; nothing has
-            been changed then.
+        ValueError: a transformer is not SDXL's, or `set_layer_norm` was not called across blocks.
+            The UNet is unchanged then.
     """
     transformers = [module for module in unet.modules() if isinstance(module, NormedTransformer)]
     if not transformers:
@@ -102,7 +103,7 @@ def set_residual_products(unet: Any) -> None:
 
 
 def _residual_products(transformer: Any) -> list[nn.Linear]:
-    """The products before the sums, in the order in which they run."""
+    """The products before the residual sums, in the order in which they run."""
     return [
         product
         for block in transformer.transformer_blocks
@@ -111,7 +112,7 @@ def _residual_products(transformer: Any) -> list[nn.Linear]:
 
 
 def _carry_biases(transformer: Any) -> None:
-    """Register `shifts` (sums, width), what the sum lacks after each, and `output_bias`."""
+    """Register `shifts` (sums, width), the biases that each sum lacks so far, and `output_bias`."""
     biases = torch.stack([product.bias.float() for product in _residual_products(transformer)])
     shifts = biases.cumsum(0)
     projection = transformer.proj_out
@@ -123,7 +124,7 @@ def _carry_biases(transformer: Any) -> None:
 
 
 class ResidualTransformer(NormedTransformer):
-    """`NormedTransformer`, each sum by the product before it."""
+    """`NormedTransformer` with each residual sum computed by the product before it."""
 
     def forward(
         self,
@@ -140,10 +141,10 @@ class ResidualTransformer(NormedTransformer):
         """hidden_states: (batch, channels, height, width)."""
         refuse_masks(attention_mask, encoder_attention_mask)
         batch, _, height, width = hidden_states.shape
-        # A half that attends to no text needs no norm before it.
+        # The half that does not attend to the text needs no norm before that attention.
         attending = batch // 2 if ZERO_TEXT in (cross_attention_kwargs or ()) else batch
         shifts = iter(self.shifts.unbind())
-        # The projection's result is this function's own, so it may be added to in place.
+        # The projection's result is used nowhere else, so it may be changed in place.
         total, _ = self._operate_on_continuous_inputs(hidden_states)
         norm = normed(total, self.transformer_blocks[0].norm1)
         following = [block.norm1 for block in self.transformer_blocks[1:]]

@@ -1,19 +1,19 @@
 """Self-attention over few tokens: SDXL's 1,024 at 1024x1024, 20 heads of 64 channels, batch 2.
 
-The library's kernel reaches 325 TFLOP/s there, and 470 over 4,096 tokens: 40 heads in tiles of 128
-queries are 320 programs on 132 multiprocessors, 2.4 each. Where two fit a multiprocessor at a time,
-264 run and then 56, on a GPU that is otherwise idle.
+The library's kernel reaches 325 TFLOP/s there, but 470 over 4,096 tokens. 40 heads in tiles of 128
+queries are 320 programs for 132 multiprocessors, 2.4 each. If two fit a multiprocessor at a time,
+264 run first and then 56, while most of the GPU is idle.
 
-Here a program's registers and shared memory are few enough that all of them run at once. In tiles
-of 128 queries three fit a multiprocessor; some have three and some two, so 19% is idle. In tiles of
-64 five fit, and 640 programs leave 3% idle, but every program reads its head's keys and values,
-164 MB in all from the level-2 cache instead of 82. Which of the two counts more, `bench operators`
-measures. Steps of 32 keys keep the registers few: capping them makes the assembler run the tensor
-cores' instructions one by one.
+Here a program uses so few registers and so little shared memory that all programs run at once. With
+tiles of 128 queries, three fit a multiprocessor; some get three and some two, so 19% is idle. With
+tiles of 64, five fit, and 640 programs leave 3% idle; but every program reads the keys and values
+of its head, 164 MB in all from the level-2 cache instead of 82. `bench operators` measures which
+tile is faster. Steps of 32 keys keep the number of registers low. Capping that number instead would
+make the assembler serialise the tensor cores' instructions.
 
-One pass over the keys with a running maximum. Query, key and value are read where the fused
-projection left them, by the tensor memory accelerator: three-dimensional descriptors, so that a
-tile never crosses from one image of the batch into the next.
+The kernel makes one pass over the keys with a running maximum. The tensor memory accelerator reads
+query, key and value from the result of the fused projection, through three-dimensional descriptors,
+so that a tile never reaches from one image of the batch into the next.
 """
 
 from __future__ import annotations
@@ -29,18 +29,24 @@ from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 MOST_ROWS = 50_000
-"""Queries of all heads and images. More of them fill three waves of the library's programs of 128
-queries, and it loses little to the last one: 1,024 tokens have 40,960, 4,096 tokens 81,920."""
+"""The largest number of queries, of all heads and images, for this kernel. More than that are three
+full waves of the library's programs, which then lose little in the last wave. 1,024 tokens have
+40,960 queries, 4,096 tokens have 81,920."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A tile's size, and how many warps work on how many of them ahead."""
+    """Launch settings.
+
+    Attributes:
+        queries: queries of one head per program.
+        keys: keys per step of the loop.
+        warps: warps per program.
+        stages: steps whose loads are in flight.
+    """
 
     queries: int
-    """Of one head, a program."""
     keys: int
-    """A step of the loop."""
     warps: int = 4
     stages: int = 3
 
@@ -53,10 +59,10 @@ CANDIDATES = (
     Launch(128, 64, 8),
     Launch(128, 128, 8, stages=2),
 )
-"""For a bench to choose from."""
+"""The settings that `bench operators` compares."""
 
 
-# Not compiled anew for other numbers of tokens: addresses follow from the descriptors.
+# Not specialised on the number of tokens, so that it is not compiled again for another one.
 @triton.jit(do_not_specialize=["tokens"])
 def _self_attention_kernel(
     query,
@@ -82,7 +88,7 @@ def _self_attention_kernel(
         values = value.load([batch, first, column]).reshape(KEYS, SIZE)
         scores = tl.dot(queries, keys.T)
         if not WHOLE:
-            # Past the end the descriptor reads zeros, which are no scores.
+            # Past the end the descriptor reads zeros, whose scores must be masked.
             inside = first + tl.arange(0, KEYS) < tokens
             scores = tl.where(inside[None, :], scores, float("-inf"))
         higher = tl.maximum(largest, tl.max(scores, 1) * scale)
@@ -96,13 +102,13 @@ def _self_attention_kernel(
 
 
 CHOSEN = CANDIDATES[0]
-"""All programs of 1,024 tokens run at once, and read no more than the library's."""
+"""With it, all programs of 1,024 tokens run at once and read no more than the library's."""
 
 
 def launch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, how: Launch
 ) -> torch.Tensor:
-    """As `reference.attention`, with these settings."""
+    """Run the kernel with these settings; computes `reference.attention`."""
     query, key, value = (_described(tensor) for tensor in (query, key, value))
     batch, tokens, width = query.shape
     size = width // heads
@@ -114,7 +120,7 @@ def launch(
         TensorDescriptor.from_tensor(value, block),
         TensorDescriptor.from_tensor(out, [1, how.queries, size]),
         tokens,
-        # The hardware raises two to a power, not e.
+        # The hardware computes powers of two, not of e.
         size**-0.5 / math.log(2),
         SIZE=size,
         QUERIES=how.queries,
@@ -127,16 +133,16 @@ def launch(
 
 
 def _described(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy that a descriptor can describe: rows and address by 16 bytes."""
+    """The tensor, or a copy of it, with address and rows aligned to 16 bytes for a descriptor."""
     aligned = all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:-1])
     aligned = aligned and tensor.data_ptr() % 16 == 0
     return tensor if aligned and tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def why_unusable(tokens: int, keys: int, size: int) -> str | None:
-    """One sentence saying why this attention is not for this kernel, or None."""
+    """One sentence saying why the kernel cannot compute this attention, or None if it can."""
     if keys != tokens:
-        return f"{tokens} queries and {keys} keys are no self-attention"
+        return f"{tokens} queries and {keys} keys are not self-attention"
     if size not in (16, 32, 64, 128):
         return f"a head of {size} is not a power of two from 16 to 128"
     return None

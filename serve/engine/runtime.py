@@ -75,7 +75,7 @@ from serve.telemetry.setup import (
 )
 
 if TYPE_CHECKING:
-    from kernels_warmup.compile import Fallbacks
+    from kernels_warmup.cuda_graphs import Fallbacks
     from serve.model.sdxl import SdxlModel
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kernels_warmup.cache import CacheResult, CompileCache, cache_key
+from kernels_warmup.cache.compile_cache import CacheResult, CompileCache
+from kernels_warmup.cache.key import cache_key
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import (
     GUIDED,
@@ -37,7 +38,8 @@ from serve.settings import ServeSettings
 from serve.telemetry.setup import build_budget
 
 if TYPE_CHECKING:
-    from kernels_warmup.compile import CompiledModel, Mode
+    from kernels_warmup.compile import CompiledModel
+    from kernels_warmup.recipes import Mode
     from serve.model.sdxl import SdxlModel
 
 logger = logging.getLogger(__name__)
@@ -264,12 +266,12 @@ class Startup:
         return restored
 
     def _mode(self, model: SdxlModel) -> Mode:
-        from kernels_warmup.compile import mode_for
+        from kernels_warmup.recipes import mode_for
 
         return mode_for(self._settings.compile, model.device)
 
     def _compiles(self, model: SdxlModel) -> bool:
-        from kernels_warmup.compile import RECIPES
+        from kernels_warmup.recipes import RECIPES
 
         return RECIPES[self._mode(model)].scope != "none"
 

@@ -20,9 +20,10 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from kernels_warmup.blocks import ZERO_TEXT
-from kernels_warmup.prepared_loop import prepare_loop
-from kernels_warmup.rewrites import Ahead, TextOnce, all_finite, to_pixels
+from kernels_warmup.rewrites.pixels import all_finite, to_pixels
+from kernels_warmup.rewrites.prepared_loop import prepare_loop
+from kernels_warmup.rewrites.text_once import Ahead, TextOnce
+from kernels_warmup.rewrites.zero_text import ZERO_TEXT
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError

@@ -10,7 +10,8 @@ import httpx
 import psutil
 import pytest
 
-from kernels_warmup.cache import SUFFIX, WORKING_PREFIX, cache_key
+from kernels_warmup.cache.key import SUFFIX, cache_key
+from kernels_warmup.cache.working_directory import WORKING_PREFIX
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
 from tests.e2e.test_lifecycle import ENDING_SECONDS, wait_for_output
 from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint

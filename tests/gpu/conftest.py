@@ -1,4 +1,4 @@
-"""Everything here needs a CUDA device."""
+"""Skips every test in this folder on a machine without a CUDA device."""
 
 from __future__ import annotations
 

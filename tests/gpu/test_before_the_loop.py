@@ -1,5 +1,5 @@
-"""What only a GPU can show of the way from the prompt to the first step, on SDXL base's
-architecture: nothing waits, and the text encoders' graphs give what the encoders give."""
+"""From the prompt to the first step on a GPU, on SDXL base's architecture: the host never waits for
+the device, and captured text encoders return the same as eager ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-from kernels_warmup.compile import CompiledModel, Recipe, compile_model  # noqa: E402
+from kernels_warmup.compile import CompiledModel, compile_model  # noqa: E402
+from kernels_warmup.recipes import Recipe  # noqa: E402
 from kernels_warmup.shapes import CompiledShape  # noqa: E402
 from serve.model.sdxl import Conditioning, SdxlModel, load_model  # noqa: E402
 
@@ -40,7 +41,7 @@ Encoded = dict[tuple[str, bool], Conditioning]
 
 
 class Reached(Exception):
-    """The first UNet call."""
+    """Raised at the first UNet call."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def model() -> Iterator[SdxlModel]:
 
 @pytest.fixture(scope="module")
 def eager(model: SdxlModel) -> Encoded:
-    """Each prompt, alone and with a negative one, by the encoders as they were loaded."""
+    """Each prompt, alone and with a negative one, encoded by the unchanged encoders."""
     return {
         (prompt, alone): encode(model, prompt, alone)
         for prompt in PROMPTS
@@ -64,7 +65,7 @@ def eager(model: SdxlModel) -> Encoded:
 
 @pytest.fixture(scope="module")
 def captured(model: SdxlModel, eager: Encoded) -> CompiledModel:
-    """Warm for one text and for two, and under the guard."""
+    """A model that is warm for one text and for two, and frozen."""
     compiled = compile_model(model.pipeline, recipe=NOTHING_ELSE)
     model.text = compiled.text
     for alone in (True, False):
@@ -90,7 +91,7 @@ def begin(model: SdxlModel, conditioning: Conditioning, steps: int = 20) -> None
 
 
 def milliseconds(work: Callable[[], object], times: int = 20) -> float:
-    """The median; of the host's time, and of the device's where `work` waits for it."""
+    """The median time of `work` on the host, the device's included if `work` waits for it."""
     taken = []
     for _ in range(times):
         torch.cuda.synchronize()
@@ -103,7 +104,7 @@ def milliseconds(work: Callable[[], object], times: int = 20) -> float:
 def test_captured_text_is_eager_text_to_the_bit(
     model: SdxlModel, eager: Encoded, captured: CompiledModel
 ) -> None:
-    again = {key: encode(model, *key) for key in eager}  # later replays must overwrite none
+    again = {key: encode(model, *key) for key in eager}  # must not overwrite each other
     torch.cuda.synchronize()
     for key, expected in eager.items():
         ours = again[key]
@@ -121,7 +122,7 @@ def test_a_number_of_texts_that_was_not_captured_runs_eagerly(
     together = model.encode_prompts([*PROMPTS], [NEGATIVE, NEGATIVE], True, SHAPE)
     assert captured.fallbacks.cold == before + 2
     alone = eager[PROMPTS[1], False].prompt
-    # Another batch may take other kernels, which round elsewhere.
+    # Another batch may run other kernels, which round at other places.
     torch.testing.assert_close(together.prompt[1:], alone, atol=0.1, rtol=0.1)
 
 
@@ -138,7 +139,7 @@ def test_text_is_encoded_in_under_6_ms(model: SdxlModel, captured: CompiledModel
 def test_nothing_waits_for_the_device_before_the_first_step(
     model: SdxlModel, captured: CompiledModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyTorch raises at whatever would synchronise."""
+    """PyTorch raises at every synchronising call."""
     conditioning = encode(model, PROMPTS[0], False)
     forward = model.pipeline.unet.forward
 
@@ -153,7 +154,7 @@ def test_nothing_waits_for_the_device_before_the_first_step(
 
     monkeypatch.setattr(model.pipeline.unet, "forward", reached)
     with pytest.raises(Reached):
-        begin(model, conditioning)  # a warm-up
+        begin(model, conditioning)  # warm-up
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -167,7 +168,7 @@ def test_nothing_waits_for_the_device_before_the_first_step(
 def test_the_first_step_is_reached_in_under_4_ms(
     model: SdxlModel, captured: CompiledModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the host's time; it was 12 while diffusers looked for its device."""
+    """Host time; it was 12 ms before `prepare_loop`, while diffusers searched for its device."""
 
     def reached(*_: object, **__: object) -> None:
         raise Reached

@@ -1,4 +1,4 @@
-"""The bench on a GPU: the device's clock, its memory and its state reach the file."""
+"""The bench on a GPU: its result files contain the device's clock, memory and state."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def test_kernels_of_a_captured_step_are_seen(tmp_path: Path) -> None:
     assert found["ceilings"]["matmul_tflops"]["bfloat16"] > gemm["tflops"]
 
 
-def test_what_a_step_asks_the_clock_is_told_with_its_cost(tmp_path: Path) -> None:
+def test_micro_times_the_clock_calls_of_a_step(tmp_path: Path) -> None:
     out = tmp_path / "micro.json"
     assert main(["micro", "--device", "cuda", "--series", "20", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     costs = {cost["name"]: cost["median_us"] for cost in found["costs"]}
     assert found["environment"]["gpu"]
-    # An event takes microseconds; a hundred of them would be a wait for the device.
+    # Recording an event takes microseconds; 100 us would mean that it waits for the device.
     assert 0 < costs["mark"] < 100
     assert 0 < costs["poll"] < 100
 
@@ -91,5 +91,5 @@ def test_a_scenario_that_was_compiled_beside_others_is_found(tmp_path: Path) -> 
     out = tmp_path / "precompile.json"
     command = ["precompile", "--device", "cuda", "--model", "demo", "--scenario"]
     assert main([*command, "vae-compiled", "regional", "--out", str(out)]) == 0
-    told = json.loads(out.read_text())["scenarios"]
-    assert all(one.startswith("compiled in") for one in told.values()), told
+    outcomes = json.loads(out.read_text())["scenarios"]
+    assert all(one.startswith("compiled in") for one in outcomes.values()), outcomes

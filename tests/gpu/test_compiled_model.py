@@ -1,4 +1,4 @@
-"""What only a GPU can show of the compiled model, on SDXL base's architecture at 1024x1024."""
+"""The compiled model on a GPU, on SDXL base's architecture at 1024x1024."""
 
 from __future__ import annotations
 
@@ -18,20 +18,17 @@ pytestmark = [
 ]
 
 from kernels_warmup.attention import attend, why_unusable  # noqa: E402
-from kernels_warmup.compile import (  # noqa: E402
-    RECIPES,
-    compile_decoder,
-    compile_unet,
-)
-from kernels_warmup.one_forward import StepInputs, forward_once, relative_error  # noqa: E402
+from kernels_warmup.compile import compile_decoder, compile_unet  # noqa: E402
+from kernels_warmup.numerical_error import StepInputs, forward_once, relative_error  # noqa: E402
+from kernels_warmup.recipes import RECIPES  # noqa: E402
 from kernels_warmup.shapes import CompiledShape  # noqa: E402
 from tests.gpu.weights import Weights  # noqa: E402
 
 DEFAULT = CompiledShape(1024, 1024)
 TEXT = replace(RECIPES["off"], replay="captured", channels_last=True, fuse_qkv=True, text_once=True)
-"""Every rewrite of the UNet, captured and not compiled."""
+"""The UNet's measured rewrites, captured and not compiled."""
 NO_WORSE = 1.02
-"""Two bf16 computations of the same thing differ in where they round."""
+"""Two bfloat16 computations of the same result round at different places."""
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +66,7 @@ def eager_error(weights: Weights, inputs: StepInputs, reference: torch.Tensor) -
 
 @pytest.fixture(scope="module")
 def compiled(weights: Weights, inputs: StepInputs) -> Any:
-    """The shipped default, warm at one shape."""
+    """A UNet compiled as in the default mode, warm at one shape."""
     torch.backends.cudnn.benchmark = True
     with torch.no_grad():
         unet = weights.unet()
@@ -185,10 +182,10 @@ def test_the_decoder_is_no_further_from_float32_than_eager(
 
 @pytest.mark.parametrize("pixels", [(1, 512, 512, 256), (2, 128, 128, 960)], ids=str)
 def test_a_group_norm_reads_memory_in_its_order(pixels: tuple[int, ...]) -> None:
-    """Compiled by itself, with SiLU: within three times what its bytes take at a copy's rate."""
+    """Compiled alone, with SiLU, it takes at most three times as long as copying its bytes."""
     from torch import nn
 
-    from kernels_warmup.norms import group_norm
+    from kernels_warmup.rewrites.group_norm import group_norm
 
     torch.manual_seed(5)
     features = torch.randn(*pixels, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)
@@ -210,7 +207,7 @@ def test_a_group_norm_reads_memory_in_its_order(pixels: tuple[int, ...]) -> None
         torch.cuda.synchronize()
         return events[0].elapsed_time(events[1]) / 20
 
-    # A copy reads and writes what the norm does, which reads once more.
+    # A copy reads and writes the same bytes once; the norm reads them once more.
     copied = milliseconds(lambda: features.clone())
     took = milliseconds(lambda: compiled(features))
     print(f"\n{pixels}: {took * 1e3:.0f} us, a copy {copied * 1e3:.0f} us")

@@ -1,4 +1,4 @@
-"""The GPU's clock on hardware: what it measures, what it costs, and that nothing else waits."""
+"""The CUDA event clock on a GPU: its accuracy, its overhead, and that nothing else synchronises."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS = 30
 
 
 class Work:
-    """Steps of tens of milliseconds in hundreds of kernels, as a UNet's are."""
+    """Steps like a UNet's: tens of milliseconds in hundreds of kernels."""
 
     def __init__(self) -> None:
         self.matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -45,16 +45,16 @@ class Work:
 
 
 def run_loop(work: Work, timeline: RunTimeline, steps: int = STEPS) -> list[int]:
-    """The service's own pacing around `steps` steps; returns the steps in the order told."""
-    told: list[int] = []
-    pacer = StepPacer(timeline, Cancellation(), lambda index, _: told.append(index), lambda: None)
+    """Run `steps` steps with the service's pacing; returns their indices as they were reported."""
+    order: list[int] = []
+    pacer = StepPacer(timeline, Cancellation(), lambda index, _: order.append(index), lambda: None)
     with timeline.stage("denoise"):
         timeline.loop_begins()
         for _ in range(steps):
             work.step()
             pacer.step_enqueued()
     pacer.drain()
-    return told
+    return order
 
 
 def new_timeline() -> RunTimeline:
@@ -73,10 +73,10 @@ def test_the_sum_of_steps_is_the_loops_wall_time(work: Work) -> None:
     timeline = new_timeline()
     torch.cuda.synchronize()
     start = time.perf_counter_ns()
-    told = run_loop(work, timeline)
+    order = run_loop(work, timeline)
     wall_ns = time.perf_counter_ns() - start
     run = timeline.finish()
-    assert told == list(range(STEPS))
+    assert order == list(range(STEPS))
     assert run.clock == "cuda"
     total = sum(step.duration_ns for step in run.steps)
     assert total == pytest.approx(wall_ns, rel=0.01)
@@ -144,7 +144,7 @@ def test_a_mark_costs_microseconds() -> None:
 
 
 def test_a_step_costs_the_gpus_thread_microseconds(work: Work) -> None:
-    """Mark, wait and tell, with the driver's part in it: on an idle device no wait lasts."""
+    """The host's time per step, driver included; on an idle device no wait takes long."""
     timeline = new_timeline()
     pacer = StepPacer(timeline, Cancellation(), lambda *_: None, lambda: None)
     timeline.loop_begins()
@@ -216,7 +216,7 @@ def test_a_request_on_the_gpu(runtime: Runtime) -> None:
 def test_the_pipelines_loop_waits_for_nothing_but_its_lead(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the CUDA runtime was asked for while the real pipeline was in its loop."""
+    """Count the CUDA runtime calls while the real pipeline is in its loop."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     steps = 12
@@ -249,13 +249,13 @@ def test_the_pipelines_loop_waits_for_nothing_but_its_lead(
 
     events = runtime._gpu.submit(work).result(120)
     inside = next(event.time_range for event in events if event.name == "the loop")
-    asked = Counter(
+    calls = Counter(
         event.name
         for event in events
         if event.name.startswith("cuda") and inside.start <= event.time_range.start <= inside.end
     )
-    assert asked, "the profiler saw no CUDA call in the loop"
-    waits = {name: n for name, n in asked.items() if "Synchronize" in name or name == "cudaMemcpy"}
+    assert calls, "the profiler saw no CUDA call in the loop"
+    waits = {name: n for name, n in calls.items() if "Synchronize" in name or name == "cudaMemcpy"}
     assert set(waits) == {"cudaEventSynchronize"}
     assert waits["cudaEventSynchronize"] <= steps
 

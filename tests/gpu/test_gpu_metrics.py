@@ -1,4 +1,4 @@
-"""The GPU's figures from its real driver: that they are there, are true, and cost little."""
+"""The GPU metrics from a real driver: they are present, plausible and cheap to read."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_figures_of_a_busy_gpu(shown: tuple[GenerationMetrics, GpuMetrics, Gpu])
     for reason in THROTTLE_REASONS:
         assert value(metrics, "throttled", reason=reason) in (0, 1)
     if torch.cuda.get_device_capability() >= HOPPER:
-        # Large matrix products: little but the tensor cores works.
+        # Large matrix products keep mainly the tensor cores busy.
         assert 0.3 < value(metrics, "tensor_activity_ratio") <= 1  # type: ignore[operator]
         assert 0.5 < value(metrics, "sm_activity_ratio") <= 1  # type: ignore[operator]
     assert metrics.registry.get_sample_value("sdxl_telemetry_faults_total", {"fault": "nvml"}) == 0
@@ -85,7 +85,7 @@ def test_a_look_is_cheap_and_a_peak_is_known(
         start = time.perf_counter()
         collector.read()
         seconds.append(time.perf_counter() - start)
-    # Every five seconds, off the request's path: a hundredth of that would still be too much.
+    # It runs every five seconds, off the request's path; 50 ms is a hundredth of that.
     assert sorted(seconds)[10] < 0.05
     name = gpu.identity["hw.name"]
     if any(known in name for known in ("H100", "H200")):

@@ -30,7 +30,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
-    """The demo model with captured graphs, whose kernels a profile has to show as well."""
+    """The demo model with captured graphs, whose kernels must be in a profile too."""
     settings = ServeSettings(
         model="demo", device="cuda", profile_dir=tmp_path_factory.mktemp("profiles"), nvtx=True
     )

@@ -17,8 +17,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# In a process of its own, since the compiler remembers within one; through the runtime itself, so
-# that a machine without a web server's packages can run it.
+# In a separate process, because the compiler keeps its results within one. It calls the runtime
+# directly, so that it also runs on a machine without a web server's packages.
 START = """
 import asyncio, json, sys, time
 began = time.perf_counter()
@@ -61,14 +61,14 @@ def start(**settings: Any) -> dict[str, Any]:
         timeout=550,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    shown = {k: told[k] for k in ("ready_s", "first_image_s", "step_ms", "warmup_ms", "compile")}
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    shown = {k: report[k] for k in ("ready_s", "first_image_s", "step_ms", "warmup_ms", "compile")}
     print(f"\n{settings['compile']}: {json.dumps(shown)}")
-    return told
+    return report
 
 
-def compile_ms(told: dict[str, Any]) -> float:
-    return sum(ms for name, ms in told["warmup_ms"].items() if name.startswith("compile"))
+def compile_ms(report: dict[str, Any]) -> float:
+    return sum(ms for name, ms in report["warmup_ms"].items() if name.startswith("compile"))
 
 
 def test_cold_and_from_the_cache(tmp_path: Path) -> None:
@@ -83,6 +83,6 @@ def test_cold_and_from_the_cache(tmp_path: Path) -> None:
 
 
 def test_the_first_image_comes_soon_where_blocks_are_compiled() -> None:
-    told = start(compile="regional", shapes="1024x1024,1152x896", ready_early=True)
-    assert told["shapes"] == ["1024x1024", "1152x896"]
-    assert not told["eager_fallback"]
+    report = start(compile="regional", shapes="1024x1024,1152x896", ready_early=True)
+    assert report["shapes"] == ["1024x1024", "1152x896"]
+    assert not report["eager_fallback"]

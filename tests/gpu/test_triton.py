@@ -1,8 +1,8 @@
-"""Triton's kernels on the GPU they are built for, at SDXL base's sizes.
+"""The Triton kernels on a Hopper GPU, at SDXL base's sizes.
 
-Each against its reference in float32: no further from it than the reference itself in bfloat16.
-Then the same inside `torch.compile` and inside a captured CUDA graph. The whole UNet is test_ways'
-matter.
+Each test compares a kernel with its reference in float32; the error may be at most that of the
+reference in bfloat16. Then follow all kernels inside `torch.compile` and inside a captured CUDA
+graph. `test_ways` tests them in the whole UNet.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 NO_WORSE = 1.02
-"""Two bf16 computations of the same thing differ in where they round."""
+"""Two bfloat16 computations of the same result round at different places."""
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -62,7 +62,7 @@ def geglu_inputs(rows: int, width: int) -> Tensors:
 
 
 def check(own: Callable[..., Any], reference: Callable[..., Any], inputs: Tensors) -> None:
-    """No result of ours is further from float32 than the reference's in the inputs' own type."""
+    """Check that a kernel's error against float32 is at most that of its bfloat16 reference."""
     exact = listed(reference(*(tensor.float() for tensor in inputs)))
     plain = listed(reference(*inputs))
     results = listed(own(*inputs))
@@ -77,7 +77,7 @@ def listed(results: Any) -> list[torch.Tensor]:
     return [results] if isinstance(results, torch.Tensor) else list(results)
 
 
-# The sizes of 1024x1024, and of 1216x832, whose rows fill no tile of 128.
+# The sizes of 1024x1024, and of 1216x832, whose numbers of tokens are no multiples of 128.
 LEVELS = [(1024, 1280), (4096, 640), (26 * 38, 1280), (52 * 76, 640)]
 
 
@@ -152,7 +152,7 @@ def test_a_norm_as_fp8_and_the_product_that_reads_it(tokens: int, width: int, st
     assert relative_error(found, total) < 0.003
     if not static:
         assert relative_error(scales, expected.scales) < 1e-6
-    # What lies between two of fp8's numbers may be rounded to either.
+    # A value in the middle of two fp8 numbers may be rounded to either.
     assert relative_error(values.float(), expected.values.float()) < 1e-3
     rounded = Rounded(values, scales if scale is None else scale)
     assert relative_error(rounded.values.float() * rounded.scales, exact) < 0.035
@@ -199,11 +199,11 @@ def test_every_launch_of_the_attention(candidate: int) -> None:
 
 
 def self_attention_inputs(tokens: int, width: int) -> Tensors:
-    """Parts of one fused projection."""
+    """Query, key and value, as parts of the result of one fused projection."""
     return draw(2, tokens, 3 * width).chunk(3, dim=-1)
 
 
-# Of 512x512 too: 256 tokens of 20 heads, 1,024 of 10.
+# The sizes of 512x512 as well: 256 tokens with 20 heads, 1,024 with 10.
 @pytest.mark.parametrize(("tokens", "width"), [*LEVELS, (256, 1280), (1024, 640)])
 def test_self_attention(tokens: int, width: int) -> None:
     from kernels_warmup.triton import reference, self_attention
@@ -272,7 +272,10 @@ def test_every_launch_of_geglu(width: int, candidate: int) -> None:
 def every_kernel(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, text: torch.Tensor
 ) -> torch.Tensor:
-    """What the compiler may reorder or fuse stands between them; hidden: (2, 1024, 1280)."""
+    """All kernels, with operators between them that the compiler may reorder or fuse.
+
+    hidden: (2, 1024, 1280).
+    """
     from kernels_warmup.triton import cross_attention, geglu, layer_norm, residuals, self_attention
 
     scale, shift = bias[:1280], bias[1280:2560]
@@ -287,7 +290,7 @@ def every_kernel(
 
 
 def as_one(hidden: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-    """The same by the references."""
+    """`every_kernel`, computed by the references."""
     from kernels_warmup.triton import reference
 
     weight, bias, text = rest
@@ -313,8 +316,8 @@ def test_inside_a_compiled_function() -> None:
 
 @pytest.mark.parametrize("compile_first", [False, True], ids=["eager", "compiled"])
 def test_inside_a_captured_graph(compile_first: bool) -> None:
-    """It keeps descriptors by value, and so reads other inputs where they are put."""
-    from kernels_warmup.compile import Captured
+    """The graph stores descriptors by value, so new inputs must be copied to the same addresses."""
+    from kernels_warmup.cuda_graphs import Captured
 
     function = torch.compile(every_kernel, fullgraph=True) if compile_first else every_kernel
     captured = Captured(function, inputs_of_all(), torch.cuda.graph_pool_handle())

@@ -1,7 +1,8 @@
 """Every mode, attention backend and quantisation on SDXL base's architecture at 1024x1024.
 
-Each is one UNet forward on seeded inputs, through `compile_model` as the service calls it, held
-against float32 and against eager bfloat16. The tuned mode takes many minutes and comes last.
+Each test runs one UNet forward on seeded inputs, through `compile_model` as the service does, and
+compares its error against float32 with that of eager bfloat16. The tuned mode takes many minutes
+and comes last.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ pytestmark = [
 ]
 
 NO_WORSE = 1.02
-"""Two bf16 computations of the same thing differ in where they round."""
+"""Two bfloat16 computations of the same result round at different places."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The seeded inputs, float32's answer to them, and how far from it eager bfloat16 is."""
+    """The seeded inputs, the float32 result, and the error of eager bfloat16 against it."""
 
     inputs: Any
     exact: torch.Tensor
@@ -54,7 +55,7 @@ def load() -> Any:
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    from kernels_warmup.one_forward import StepInputs, forward_once, relative_error
+    from kernels_warmup.numerical_error import StepInputs, forward_once, relative_error
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -68,8 +69,8 @@ def reference() -> Reference:
 
 
 def forward(pipeline: Any, reference: Reference) -> tuple[torch.Tensor, float]:
-    """A forward's answer, and its relative error against float32."""
-    from kernels_warmup.one_forward import forward_once, relative_error
+    """The result of a forward, and its relative error against float32."""
+    from kernels_warmup.numerical_error import forward_once, relative_error
 
     result = forward_once(pipeline.unet, reference.inputs)
     return result, relative_error(result, reference.exact)
@@ -83,10 +84,8 @@ def compiled(mode: str, **options: Any) -> tuple[Any, Any]:
 
 
 def check_lossless(mode: str, reference: Reference, **options: Any) -> set[str]:
-    """No further from float32 than eager, the same when replayed, and nothing overwritten.
-
-    Returns the names of the kernels that the replay ran.
-    """
+    """Check that the error is at most eager's, and that a replay returns the same result without
+    overwriting the first one. Returns the names of the kernels that the replay ran."""
     pipeline, made = compiled(mode, **options)
     start = time.perf_counter()
     first, error = forward(pipeline, reference)
@@ -126,17 +125,17 @@ def test_a_mode_is_no_further_from_float32_than_eager(mode: str, reference: Refe
 def test_our_own_kernels_are_no_further_from_float32_than_eager(
     fields: tuple[str, ...], scope: Any, reference: Reference
 ) -> None:
-    from kernels_warmup.compile import Recipe
+    from kernels_warmup.recipes import Recipe
     from kernels_warmup.triton import why_unusable
 
     reason = why_unusable(torch.device("cuda"), torch.bfloat16)
     if reason is not None:
         pytest.skip(reason)
     if scope == "blocks" and ("residual_products" in fields or len(fields) == 1):
-        pytest.skip("block by block, all that can be is enough")
+        pytest.skip("compiled by block, one test of all kernels together is enough")
     recipe = Recipe(scope=scope, **dict.fromkeys(fields, True))  # type: ignore[arg-type]
     names = {name: name for name in fields}
-    # The library does the product; what is ours is the norm of what the sum lacks.
+    # The library computes the product; our kernel is the norm of the shifted sum.
     names |= {"cross_attention": "few_keys", "residual_products": "layer_norm"}
     seen = check_lossless("default", reference, recipe=recipe)
     for field in fields:
@@ -157,15 +156,15 @@ REWRITES: dict[str, dict[str, Any]] = {
 def test_a_rewrite_is_no_further_from_float32_than_eager(
     rewrite: str, reference: Reference
 ) -> None:
-    from kernels_warmup.compile import RECIPES
+    from kernels_warmup.recipes import RECIPES
 
     check_lossless("default", reference, recipe=replace(RECIPES["default"], **REWRITES[rewrite]))
 
 
 def test_a_run_without_negative_is_no_further_from_float32_than_eager() -> None:
-    """By a function of its own, over the text buffers that the full one reads too."""
-    from kernels_warmup.compile import RECIPES
-    from kernels_warmup.one_forward import StepInputs, forward_once, relative_error
+    """Its separate function reads the same text buffers as the full one."""
+    from kernels_warmup.numerical_error import StepInputs, forward_once, relative_error
+    from kernels_warmup.recipes import RECIPES
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -188,7 +187,7 @@ def test_a_run_without_negative_is_no_further_from_float32_than_eager() -> None:
     assert error <= NO_WORSE * eager_error
     assert whole <= NO_WORSE * eager_error
     made.freeze()
-    # Turn about, and with another prompt in between: each graph reads what the buffers hold then.
+    # Alternating, with another prompt in between: each graph reads the current buffers.
     forward_once(pipeline.unet, full)
     assert torch.equal(forward_once(pipeline.unet, inputs, zero_text=True), kept)
     assert torch.equal(short, kept)
@@ -235,7 +234,7 @@ def test_a_quantisation_says_its_error(quantize: Any, mode: str, reference: Refe
     assert made.quantized is not None
     print(f"\n{mode} {quantize}: {made.quantized}, against float32 {error}")
     assert made.quantized.layers == 210
-    # Lossy, but what it says of itself is what is seen.
+    # Lossy, but the reported error is close to the measured one.
     assert made.quantized.error < 0.2
     assert error == pytest.approx(made.quantized.error, rel=0.5)
 
@@ -243,12 +242,12 @@ def test_a_quantisation_says_its_error(quantize: Any, mode: str, reference: Refe
 @pytest.mark.parametrize("static", [False, True], ids=["by row", "static"])
 @pytest.mark.parametrize("scope", ["whole", "blocks"])
 def test_fp8_with_norms_written_as_fp8(scope: Any, static: bool, reference: Reference) -> None:
-    from kernels_warmup.compile import Recipe
     from kernels_warmup.quantize import why_unusable
-    from kernels_warmup.triton import why_unusable as kernels_unusable
+    from kernels_warmup.recipes import Recipe
+    from kernels_warmup.triton import why_unusable as why_kernels_unusable
 
     cuda, dtype = torch.device("cuda"), torch.bfloat16
-    reason = why_unusable("fp8", cuda, dtype) or kernels_unusable(cuda, dtype)
+    reason = why_unusable("fp8", cuda, dtype) or why_kernels_unusable(cuda, dtype)
     if reason is not None:
         pytest.skip(reason)
     recipe = Recipe(scope=scope, layer_norm=True, fp8_norms=True, fp8_static=static)

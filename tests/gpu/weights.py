@@ -1,4 +1,4 @@
-"""SDXL base's UNet and VAE with seeded random weights, several of each without several copies."""
+"""SDXL base's UNet and VAE with seeded random weights, which several instances share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from serve.model.sdxl_base import UNET_CONFIG, VAE_CONFIG
 
 
 class Weights:
-    """The seeded weights, held once; every test's modules start as views of them."""
+    """The seeded weights, stored once; the modules that it builds start as views of them."""
 
     def __init__(self, device: torch.device) -> None:
         self._configs = (UNET_CONFIG, VAE_CONFIG)

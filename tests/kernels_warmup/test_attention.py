@@ -122,7 +122,7 @@ def import_only_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(folder)
 
 
-def test_an_unknown_backend_is_told_what_exists() -> None:
+def test_an_unknown_backend_is_refused_naming_the_known_ones() -> None:
     reason = why_unusable("sage", CPU, torch.bfloat16)  # type: ignore[arg-type]
     assert reason is not None
     assert "'sage'" in reason

@@ -8,7 +8,7 @@ from torch import nn
 
 from kernels_warmup import quantize
 from kernels_warmup.attention import set_attention
-from kernels_warmup.compile import Recipe, compile_model
+from kernels_warmup.compile import compile_model
 from kernels_warmup.fp8 import (
     FP8,
     LARGEST,
@@ -20,6 +20,7 @@ from kernels_warmup.fp8 import (
     set_fp8,
 )
 from kernels_warmup.quantize import quantize_unet, quantized_names, why_unusable
+from kernels_warmup.recipes import Recipe
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_models, tiny_unet
 
 
@@ -31,7 +32,7 @@ def _no_grad() -> Iterator[None]:
 
 @pytest.fixture
 def on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Served on GPUs alone, where it is faster; PyTorch computes the same products here too."""
+    """Allows fp8 on a CPU: PyTorch computes the same products here, only slower."""
     monkeypatch.setattr(quantize, "why_unusable", lambda *_: None)
 
 
@@ -55,7 +56,7 @@ def test_a_row_is_rounded_by_its_own_largest_value() -> None:
     assert (largest.flatten()[1:] == LARGEST).all()
 
 
-def test_what_one_scale_does_not_reach_saturates() -> None:
+def test_values_too_large_for_a_static_scale_saturate() -> None:
     values, scale = round_by(torch.tensor([1.0, -3.0, 1e6, float("nan")]), torch.tensor(1 / 448))
     assert scale.dim() == 0
     assert values.float()[:3].tolist() == [448, -448, 448]
@@ -64,7 +65,7 @@ def test_what_one_scale_does_not_reach_saturates() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("static", [False, True], ids=["by row", "static"])
-def test_a_linear_layer_computes_the_product_of_what_was_rounded(static: bool, bias: bool) -> None:
+def test_a_linear_layer_multiplies_the_rounded_values(static: bool, bias: bool) -> None:
     linear = nn.Linear(64, 48, bias=bias)
     plain = copy.deepcopy(linear)
     model = nn.Sequential(linear)
@@ -82,12 +83,12 @@ def test_a_linear_layer_computes_the_product_of_what_was_rounded(static: bool, b
     result = linear(inputs)
     assert result.dtype == torch.float32
     assert relative_error(result, expected) < 1e-5
-    # Rounded beforehand, as our kernels do it, it is the same.
+    # Input that was rounded already, as by our kernels, gives the same.
     assert torch.equal(linear(rounded), result)
     assert 0.005 < relative_error(result, plain(inputs)) < 0.05
 
 
-def test_calibration_leaves_room_above_what_it_saw() -> None:
+def test_calibration_leaves_a_margin_above_the_largest_value() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     inputs = [draw(3, 16), draw(3, 16, seed=2) * 7]
     scales = calibrate(model, ["0"], lambda: [model(each) for each in inputs])
@@ -100,7 +101,7 @@ def test_calibration_leaves_room_above_what_it_saw() -> None:
 @pytest.mark.usefixtures("on_this_cpu")
 @pytest.mark.parametrize("static", [False, True], ids=["by row", "static"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_unet_says_how_far_one_forward_moved(static: bool, dtype: torch.dtype) -> None:
+def test_quantising_reports_the_error_of_one_forward(static: bool, dtype: torch.dtype) -> None:
     unet = tiny_unet().to(dtype=dtype)
     set_attention(unet, "auto")
     names = quantized_names(unet)
@@ -113,13 +114,13 @@ def test_a_unet_says_how_far_one_forward_moved(static: bool, dtype: torch.dtype)
     inputs = cast(step_inputs(2), dtype)
     seen = relative_error(unet(**inputs)[0], plain(**inputs)[0])
     assert 0.003 < seen < 0.03
-    # Other inputs than its own, so the same only in size.
+    # Measured on other inputs, so only the order of magnitude is equal.
     assert seen / 2 < report.error < seen * 2
 
 
 @pytest.mark.usefixtures("on_this_cpu")
 @pytest.mark.parametrize("static", [False, True], ids=["by row", "static"])
-def test_it_works_beside_every_rewrite(static: bool) -> None:
+def test_it_works_together_with_every_rewrite(static: bool) -> None:
     models = tiny_models()
     plain = copy.deepcopy(models.unet)
     recipe = Recipe(
@@ -146,7 +147,7 @@ def test_it_works_beside_every_rewrite(static: bool) -> None:
     assert 0.003 < relative_error(models.unet(**inputs)[0], plain(**inputs)[0]) < 0.03
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own insides
+@pytest.mark.filterwarnings("ignore")  # warnings from inside torch's compiler
 @pytest.mark.usefixtures("on_this_cpu")
 @pytest.mark.parametrize("static", [False, True], ids=["by row", "static"])
 def test_a_transformer_is_one_graph(static: bool) -> None:

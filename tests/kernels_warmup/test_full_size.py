@@ -1,7 +1,8 @@
-"""The rewrites on SDXL base's own widths: each alone and all together, held against float32.
+"""The error of each rewrite in bfloat16, at SDXL base's full size, alone and all together.
 
-The tiny models say that a rewrite computes the same; what it does to bfloat16's error shows at the
-real number of layers and channels. Uncompiled, at 256x256: 16 GB of memory and some minutes.
+The tests with tiny models check that a rewrite computes the same. Its effect on the error of
+bfloat16 needs the real number of layers and channels. Uncompiled at 256x256, this takes 16 GB of
+memory and some minutes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from unittest import mock
 import pytest
 import torch
 
-from kernels_warmup.compile import RECIPES, compile_decoder, compile_unet
-from kernels_warmup.one_forward import StepInputs, forward_once, relative_error
+from kernels_warmup.compile import compile_decoder, compile_unet
+from kernels_warmup.numerical_error import StepInputs, forward_once, relative_error
+from kernels_warmup.recipes import RECIPES
 from kernels_warmup.shapes import CompiledShape
 from tests.gpu.weights import Weights
 from tests.kernels_warmup.triton_here import require_triton
@@ -25,11 +27,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 SIZE = CompiledShape(256, 256)
 CPU = torch.device("cpu")
 NO_WORSE = 1.02
-"""Two bf16 computations of the same thing differ in where they round."""
+"""Two bfloat16 computations of the same result round at different places."""
 
 SUMMED = 1.1
-"""A sum of two weights is rounded to bf16 once more, which eager's products are not: a few percent
-of the decoder's error, and less than compiling or the group norms take away."""
+"""Sums of weights are rounded to bfloat16 once more than eager's weights. That adds a few percent
+to the decoder's error, less than compiling or the group norms remove."""
 
 PLAIN = replace(RECIPES["default"], scope="none", replay="none")
 ALL = {"group_norm": True, "upsample": "transposed", "zero_text": True, "time_once": True}
@@ -45,7 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Reference:
-    """Float32's answers, and how far from them eager bfloat16 is."""
+    """The float32 results, and the error of eager bfloat16 against them."""
 
     inputs: StepInputs
     step: torch.Tensor
@@ -120,7 +122,7 @@ def norm_of_rows(
     normed_rows: int,
     how: object,
 ) -> tuple[None, torch.Tensor]:
-    """As `layer_norm.launch` without a change: in float32 up to the result, as in registers."""
+    """Replaces `layer_norm.launch` without a change: float32 up to the result, as in registers."""
     assert change is None
     rows = hidden[-normed_rows:].float()
     rows = rows if missing is None else rows + missing
@@ -128,10 +130,10 @@ def norm_of_rows(
     return None, norm.to(hidden.dtype)
 
 
-def test_sums_by_products_are_no_further_from_float32_than_eager(
+def test_residual_products_are_no_further_from_float32_than_eager(
     weights: Weights, reference: Reference
 ) -> None:
-    """The hidden state lacks the products' biases and is rounded once a sum, not twice."""
+    """The hidden state lacks the products' biases, and is rounded once per sum instead of twice."""
     require_triton()
     from kernels_warmup.triton import install, layer_norm, residuals
 

@@ -13,12 +13,13 @@ from torch._inductor import config as inductor
 
 from kernels_warmup import quantize
 from kernels_warmup.attention import set_attention, transformer_blocks
-from kernels_warmup.compile import Recipe, compile_model
+from kernels_warmup.compile import compile_model
 from kernels_warmup.quantize import CHOSEN, SKIPPED, quantize_unet, why_unusable
+from kernels_warmup.recipes import Recipe
 from serve.model.sdxl_base import UNET_CONFIG
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_models, tiny_unet
 
-# torchao and torch warn of each other's insides when they are first imported together.
+# torchao and torch warn about each other when they are first imported together.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def quantized_names(unet: Any) -> set[str]:
     }
 
 
-def test_int8_says_how_far_one_forward_moved() -> None:
+def test_int8_reports_the_error_of_one_forward() -> None:
     unet = tiny_unet()
     plain = copy.deepcopy(unet)
     report = quantize_unet(unet, "int8")
@@ -47,12 +48,12 @@ def test_int8_says_how_far_one_forward_moved() -> None:
     inputs = step_inputs(2)
     seen = relative_error(unet(**inputs)[0], plain(**inputs)[0])
     assert 1e-4 < seen < 0.05
-    # Other inputs than its own, so the same only in size.
+    # Measured on other inputs, so only the order of magnitude is equal.
     assert seen / 3 < report.error < seen * 3
 
 
-def test_the_compiler_is_configured_as_before() -> None:
-    """All of it: torchao would switch inductor over for the whole process."""
+def test_quantising_leaves_inductors_settings_unchanged() -> None:
+    """torchao would change them for the whole process."""
     assert inductor.coordinate_descent_tuning is False
     before = compiler_configuration()
     assert len(before["inductor"]) > 100
@@ -61,8 +62,8 @@ def test_the_compiler_is_configured_as_before() -> None:
     assert compiler_configuration() == before
 
 
-def test_torchao_would_change_the_compiler() -> None:
-    """What the test above guards against is still there."""
+def test_torchao_by_default_changes_inductors_settings() -> None:
+    """Shows that the test above is still needed."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     before = compiler_configuration()
@@ -112,7 +113,7 @@ def test_without_fused_projections_the_feed_forwards_are_left() -> None:
     assert len(quantize.quantized_names(unet)) == 2 * len(transformer_blocks(unet))
 
 
-def test_it_works_beside_every_rewrite() -> None:
+def test_it_works_together_with_every_rewrite() -> None:
     models = tiny_models()
     plain = copy.deepcopy(models.unet)
     recipe = Recipe(
@@ -136,11 +137,13 @@ def test_off_is_quantised_too() -> None:
     assert compile_model(models, "off", quantize="int8").quantized is not None
 
 
-def test_none_changes_nothing_and_what_cannot_run_says_why() -> None:
+def test_none_changes_nothing_and_an_unusable_quantisation_is_refused() -> None:
     unet = tiny_unet()
     assert quantize_unet(unet, "none") is None
     assert not quantized_names(unet)
-    with pytest.raises(ValueError, match="'int3' is not a quantisation: one of none, int8, fp8 is"):
+    with pytest.raises(
+        ValueError, match="'int3' is not a quantisation; choose one of none, int8, fp8"
+    ):
         quantize_unet(unet, "int3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="fp8 needs an Ada or Hopper GPU or a later one; this is"):
         quantize_unet(unet, "fp8")

@@ -3,7 +3,7 @@ import pytest
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 
 
-def test_a_size_reads_as_it_is_written() -> None:
+def test_a_size_is_parsed_and_printed() -> None:
     shape = CompiledShape.parse(" 1152x896 ")
     assert (shape.width, shape.height) == (1152, 896)
     assert str(shape) == "1152x896"

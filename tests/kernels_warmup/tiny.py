@@ -13,7 +13,7 @@ POOLED_WIDTH = 32
 
 
 def tiny_unet(seed: int = 0) -> Any:
-    """As in SDXL: linear projections, text_time conditioning, blocks without attention first."""
+    """As SDXL's: linear projections, text_time conditioning, first blocks without attention."""
     torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=16,
@@ -50,7 +50,7 @@ def tiny_models(seed: int = 0) -> Any:
 
 
 def step_inputs(batch: int, *, size: int = 16, tokens: int = 7, seed: int = 1) -> dict[str, Any]:
-    """What diffusers' pipeline passes to the UNet in each step."""
+    """The arguments that diffusers' pipeline passes to the UNet in each step."""
     draw = torch.Generator().manual_seed(seed)
     return {
         "sample": torch.randn(batch, 4, size, size, generator=draw),

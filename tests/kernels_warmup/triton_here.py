@@ -1,4 +1,4 @@
-"""Whether Triton is here, as the tests of its kernels need it."""
+"""Skips the tests of the Triton kernels where Triton is not installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def require_triton() -> None:
-    """Skip the module without it, except where CI is true."""
+    """Skip the calling module without Triton; raise instead if CI is true."""
     if find_spec("triton") is not None:
         return
     if os.environ.get("CI") == "true":

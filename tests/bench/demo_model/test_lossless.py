@@ -22,7 +22,8 @@ from bench.demo_model.lossless import (
     draw_all,
 )
 from bench.demo_model.scenes import Pixels, Scene, render
-from kernels_warmup.compile import compile_model, mode_for
+from kernels_warmup.compile import compile_model
+from kernels_warmup.recipes import mode_for
 from serve.model.sdxl import SdxlModel, load_model
 
 # In levels of 0 to 255. Rounding in another order moves a value by one level at most where nothing

@@ -30,7 +30,7 @@ from bench.harness.result_file import BenchResult, Ceilings, Code, Flops, Reques
 from bench.harness.scenarios import SCENARIOS, Scenario, chosen
 from bench.harness.worker import Ready
 from bench.harness.worktree import worktree
-from kernels_warmup.compile import RECIPES, TUNED
+from kernels_warmup.recipes import RECIPES, TUNED
 from kernels_warmup.shapes import CompiledShape
 from serve.model.sdxl import load_model
 from serve.settings import DEMO_MODEL

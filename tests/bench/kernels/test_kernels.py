@@ -15,7 +15,7 @@ from bench.kernels.operator_times import time_operators
 from bench.kernels.profile import by_kind, covered, kind_of, memset_owners, tell_rate
 from bench.kernels.roofline import Amount, count, read_launches
 from kernels_warmup.flops import count_decode, count_step
-from kernels_warmup.one_forward import StepInputs
+from kernels_warmup.numerical_error import StepInputs
 from kernels_warmup.shapes import CompiledShape
 from tests.kernels_warmup.tiny import tiny_unet, tiny_vae
 

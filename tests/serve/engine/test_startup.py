@@ -24,14 +24,9 @@ import torch
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
-from kernels_warmup.compile import (
-    RECIPES,
-    CompiledModel,
-    Fallbacks,
-    PerShape,
-    Recipe,
-    compile_model,
-)
+from kernels_warmup.compile import CompiledModel, compile_model
+from kernels_warmup.cuda_graphs import Fallbacks, PerShape
+from kernels_warmup.recipes import RECIPES, Recipe
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import UNGUIDED, RunKind, compiler_counts
 from metrics.slow_reason import slow_reason

@@ -1,7 +1,7 @@
-"""Triton's kernels run by its interpreter on CPU tensors, each held against its reference.
+"""Runs the Triton kernels in Triton's interpreter on CPU tensors and compares them with references.
 
-Run as a program, with TRITON_INTERPRET=1 set before anything imports Triton: prints what was found
-by case as JSON, an error or how often something happened. `test_triton_interpreted` judges it.
+Run it as a program, with TRITON_INTERPRET=1 set before anything imports Triton. It prints JSON: for
+each check and case a relative error or a count. `test_interpreted` checks them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import triton.language as tl
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
-from bench.kernels.profile import operator_times
+from bench.kernels import operator_times
 from kernels_warmup.attention import set_attention
-from kernels_warmup.blocks import ZERO_TEXT
 from kernels_warmup.fp8 import LARGEST, Rounded, calibrate, set_fp8
 from kernels_warmup.quantize import quantized_names
-from kernels_warmup.rewrites import TextOnce
+from kernels_warmup.rewrites.text_once import TextOnce
+from kernels_warmup.rewrites.zero_text import ZERO_TEXT
 from kernels_warmup.triton import (
     cross_attention,
     geglu,
@@ -37,7 +37,7 @@ from kernels_warmup.triton import (
 )
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_unet
 
-# The interpreter's products do not know bfloat16.
+# The interpreter cannot multiply bfloat16.
 TYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -58,14 +58,14 @@ def norms(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
         alone = layer_norm.layer_norm(hidden, weight, bias, 1e-5)
         of = torch.nn.functional.layer_norm(wide[0], (width,), wide[2], wide[3], 1e-5)
         yield f"norm {width}", relative_error(alone, of)
-        # The first three of four change by the same, and the last alone is normed.
+        # The first three of four change by the same vector, and only the last is normed.
         filled = torch.cat([missing.expand(3, 5, width), change[3:]])
         expected = reference.add_layer_norm(wide[0], filled.float(), *wide[2:], 1e-5)
         total, norm = layer_norm.add_layer_norm(hidden, change[3:], missing, weight, bias, 1e-5, 1)
         yield f"sum of a part {width}", relative_error(total, expected[0])
         yield f"norm of a part {width}", relative_error(norm, expected[1][3:])
     if dtype == torch.float32:
-        # Far from zero, squares minus the squared mean would leave nothing.
+        # Far from zero, mean of squares minus squared mean would cancel.
         far = draw(1, 8, 1280) + 1000
         one, nothing = torch.ones(1280), torch.zeros(1280)
         of = torch.nn.functional.layer_norm(far.double(), (1280,))
@@ -73,11 +73,11 @@ def norms(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
 
 
 def norms_fp8(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """The sum, the fp8 values, the scales, and how far what they stand for is from the norm."""
+    """The errors of the sum, the fp8 values, the scales, and their product against the norm."""
     for width in (32, 640, 1280):
         hidden, change = draw(4, 5, width).to(dtype), draw(4, 5, width, seed=2).to(dtype)
         weight, bias = draw(width, seed=3).to(dtype), draw(width, seed=4).to(dtype)
-        # A row of nothing, for which the scale must not be zero, and one that is large.
+        # A row of zeros, whose scale must not be zero, and a row of large values.
         hidden[0, 0], change[0, 0] = 0, 0
         hidden[1, 1] *= 100
         if width == 32:
@@ -85,7 +85,7 @@ def norms_fp8(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
         missing = draw(width, seed=5).to(dtype)
         wide = [tensor.float() for tensor in (hidden, change, weight, bias)]
         exact = reference.add_layer_norm(*wide, 1e-5)[1]
-        # Of the second, a part of the norm saturates.
+        # With the second scale, a part of the norm saturates.
         for scale in (None, torch.tensor(0.005)):
             how = f"{width} {'by row' if scale is None else 'by one scale'}"
             of = (weight, bias, 1e-5, scale)
@@ -120,22 +120,22 @@ def rounded(
         yield f"scales {how}", relative_error(scales, expected.scales)
     else:
         assert scales.numel() == 0
-    # One that lies between two of fp8's numbers may go to either; each moves this by 1e-3 at most.
+    # A value in the middle of two fp8 numbers may be rounded to either: at most 1e-3 each.
     yield f"values {how}", relative_error(values.float(), expected.values.float())
 
 
 def attentions(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    # 77 as of a prompt, two powers of two with and without a mask, one, and fewer than one takes.
+    # 77 of a prompt; head and tail without a mask; one power of two, full and not; very few.
     for keys in (77, 80, 128, 64, 7):
         for tokens in (150, 40):
             query = draw(2, tokens, 128).to(dtype)
-            # As `TextOnce` keeps them: keys and values in turn, views of one buffer.
+            # As in `TextOnce`: views of one buffer with keys and values alternating.
             stacked = draw(2, 2, keys, 128, seed=2).to(dtype)
             key, value = stacked.unbind()
             result = cross_attention.few_keys_attention(query, key, value, 2)
             expected = reference.attention(query.float(), key.float(), value.float(), 2)
             yield f"{tokens} to {keys} keys", relative_error(result, expected)
-    # A query that is a part of a wider projection, and scores that overflow an unshifted softmax.
+    # The query is a part of a wider projection; the scores would overflow an unshifted softmax.
     query = draw(2, 40, 3 * 128).to(dtype)[..., 128:256] * 40
     key, value = draw(2, 77, 128, seed=2).to(dtype), draw(2, 77, 128, seed=3).to(dtype)
     result = cross_attention.few_keys_attention(query, key, value, 2)
@@ -144,7 +144,7 @@ def attentions(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
 
 
 def self_attentions(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    # Tiles filled and not, one and several, of a fused projection's parts and with large scores.
+    # Full and partial tiles, one and several, parts of a fused projection, large scores.
     for tokens, scale in ((128, 1), (150, 1), (40, 1), (150, 40)):
         fused = draw(2, tokens, 3 * 128).to(dtype)
         fused[..., :128] *= scale
@@ -155,7 +155,7 @@ def self_attentions(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
     for how in self_attention.CANDIDATES[1:]:
         result = self_attention.launch(query, key, value, 2, how)
         yield str(how), relative_error(result, expected)
-    # What no descriptor can describe is copied first.
+    # A tensor that no descriptor can describe is copied first.
     odd = [part[:, :, 1:33] for part in (query, key, value)]
     expected = reference.attention(*(part.float() for part in odd), 2)
     result = self_attention.self_attention(*odd, 2)
@@ -163,7 +163,7 @@ def self_attentions(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
 
 
 def geglus(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    # Several tiles each way and more than one a program, rows past the end, widths of every tile.
+    # Several tiles in each direction and per program, rows past the end, every tile width.
     for rows, inner, columns in ((300, 128, 512), (40, 72, 320), (10, 32, 48)):
         hidden = draw(2, rows // 2, inner).to(dtype)
         weight = (draw(2 * columns, inner, seed=2) / inner**0.5).to(dtype)
@@ -195,7 +195,7 @@ def residual(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
 
 
 def gelu() -> Iterator[tuple[str, float]]:
-    """One times gelu, from -12 to 12; the largest difference."""
+    """1 x gelu from -12 to 12: the largest difference; then gelu far below zero."""
     grid = torch.linspace(-12, 12, 16 * 8192).view(-1, 16)
     weight = torch.cat([torch.zeros(16, 16), torch.eye(16)])
     bias = torch.cat([torch.ones(16), torch.zeros(16)])
@@ -205,7 +205,7 @@ def gelu() -> Iterator[tuple[str, float]]:
 
 
 def operators() -> Iterator[tuple[str, float]]:
-    """What the compiler is told of each operator is what the operator does."""
+    """How many of torch's checks of each operator's schema and fake version fail."""
     x, channels, one = draw(2, 4, 32), draw(32), torch.tensor(1.0)
     some = torch.ops.stepspan
     cases: tuple[tuple[Any, tuple[Any, ...]], ...] = (
@@ -225,11 +225,11 @@ def operators() -> Iterator[tuple[str, float]]:
     for number, (operator, arguments) in enumerate(cases):
         checks = ("test_schema", "test_faketensor")
         found = torch.library.opcheck(operator.default, arguments, test_utils=checks)
-        yield f"{number}: {operator}", sum(told != "SUCCESS" for told in found.values())
+        yield f"{number}: {operator}", sum(outcome != "SUCCESS" for outcome in found.values())
 
 
 def flops() -> Iterator[tuple[str, float]]:
-    """How many a counter counts, over how many of the reference."""
+    """The FLOPs that a counter counts for each operator, over those of its reference."""
     x = draw(2, 16, 32)
     for own, plain, arguments in (
         (geglu.geglu, reference.geglu, (x, draw(96, 32), draw(96))),
@@ -256,7 +256,7 @@ def residual_product(
 
 
 def rows() -> Iterator[tuple[str, float]]:
-    """The bench's rows of these kernels, each called once; whether they are fast a GPU says."""
+    """How many rows of `bench operators` use these kernels; each is called once."""
     sizes = {
         "norm": [8, 32],
         "geglu": [16, 32, 64],
@@ -271,14 +271,14 @@ def rows() -> Iterator[tuple[str, float]]:
                 for how, _, call in operator_times._candidates(kind, size, torch.device("cpu"))
                 if how.startswith("triton")
             }
-            # bfloat16 is what the bench takes: only that they run is asked.
+            # The bench draws bfloat16, so this checks only that they run.
             for call in ours.values():
                 call(0)
             yield case, len(ours)
 
 
 def whole() -> Iterator[tuple[str, float]]:
-    """A tiny UNet in float32 against the unmodified one, and how often which kernel ran."""
+    """A tiny UNet in float32: its errors against the unmodified one, and its calls per kernel."""
     plain = tiny_unet()
     inputs = step_inputs(2, size=8)
     expected = plain(**inputs)[0]
@@ -317,7 +317,7 @@ def whole() -> Iterator[tuple[str, float]]:
 
 
 def whole_fp8() -> Iterator[tuple[str, float]]:
-    """With fp8 products: norms as fp8 by the kernel against the same rounded by plain operators."""
+    """With fp8 products: norms rounded by the kernel, against norms rounded by operators."""
     plain = tiny_unet()
     inputs = step_inputs(2, size=8)
     after_text = inputs | {"encoder_hidden_states": None, "added_cond_kwargs": {}}
@@ -336,7 +336,7 @@ def whole_fp8() -> Iterator[tuple[str, float]]:
 def fp8_result(
     plain: Any, inputs: dict[str, Any], after_text: dict[str, Any], way: str, *, fused: bool
 ) -> tuple[torch.Tensor, Any]:
-    """A forward's result, and the UNet, prepared as `compile_unet` does it on Hopper."""
+    """The result of a forward, and the UNet, prepared as by `compile_unet` on Hopper."""
     unet = copy.deepcopy(plain)
     set_attention(unet, "auto")
     names = quantized_names(unet)
@@ -351,7 +351,7 @@ def fp8_result(
 
 
 def traced_error(unet: Any) -> float:
-    """One of its transformers in one graph, against the same launched operator by operator."""
+    """The error of a transformer traced as one graph, against the same without tracing."""
     transformer = unet.mid_block.attentions[0]
     hidden = draw(2, 128, 4, 4)
     compiled = torch.compile(transformer, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -359,7 +359,7 @@ def traced_error(unet: Any) -> float:
 
 
 def prepared(unet: Any) -> TextOnce:
-    """As `compile_unet` prepares it on Hopper, but for the compiler."""
+    """Prepare a UNet as `compile_unet` does on Hopper, without compiling."""
     set_attention(unet, "auto")
     text = TextOnce(unet)
     install.set_layer_norm(unet)
@@ -369,7 +369,7 @@ def prepared(unet: Any) -> TextOnce:
 
 
 class Counted(torch.utils._python_dispatch.TorchDispatchMode):
-    """Calls of our own operators while it is entered."""
+    """Counts the calls of our own operators while it is entered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -385,13 +385,14 @@ _convert_float = interpreter._convert_float
 
 
 def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
-    """As the interpreter converts types, but to fp8 as Hopper does, saturating and to the nearest.
+    """The interpreter's conversion, but to fp8 as on Hopper: saturating and to the nearest.
 
-    The interpreter's own rounds 7.93 to 4 instead of 8: it loses the carry into the exponent.
+    The interpreter's own rounds 7.93 to 4 instead of 8, because it loses the carry into the
+    exponent.
     """
     if target != tl.float8e4nv:
         return _convert_float(values, source, target, rounding)
-    # Whole numbers of the type's size hold its bits.
+    # The interpreter stores the bits of fp8 in integers of the same size.
     wide = torch.from_numpy(numpy.asarray(values).view(numpy.float32).copy())
     assert source == tl.float32
     narrow = wide.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

@@ -1,14 +1,12 @@
-"""SDXL's transformer block as three sums, with the text's part left out where the text is zero.
+"""No attention to the text for the half of the batch whose text is zero.
 
-diffusers' forward serves a dozen models; this one is what is left of it for SDXL. A module is
-turned into its counterpart here by its class alone: names, weights and `isinstance` stay as they
-were, and equal blocks still share one compiled graph.
+Without a negative prompt, SDXL's unconditional text is zero. Its keys and values have no bias, so
+they are zero too: the attention returns zero, and its output projection returns its bias. So the
+second norm, the query, the attention and the projection are needed for the conditional half alone.
+The caller of the UNet sets `ZERO_TEXT` in `cross_attention_kwargs`; the text itself is not checked.
 
-**Zero text.** Without a negative prompt SDXL's unconditional text is zero, and so are its keys and
-values, which have no bias: attention over them gives zero and its output projection nothing but its
-bias. So the second norm, the query, the attention and its projection are needed for the conditional
-half of the batch alone. Whoever calls the UNet says so by `cross_attention_kwargs`; nobody looks at
-the text.
+For that, diffusers' transformer block, which serves a dozen models, is reduced to SDXL's three
+sums. The Triton kernels build on the same block.
 """
 
 from __future__ import annotations
@@ -22,11 +20,12 @@ from torch import nn
 from kernels_warmup.attention import transformer_blocks
 
 ZERO_TEXT = "zero_text"
-"""The entry of `cross_attention_kwargs` by which the first half of the batch has zeros as text."""
+"""Key in `cross_attention_kwargs`: the text of the batch's first half is zero."""
 
 
 class Block(BasicTransformerBlock):  # type: ignore[misc]
-    """h + self-attention, h + cross-attention, h + feed-forward, each after a norm of its own.
+    """SDXL's transformer block: adds self-attention, cross-attention and feed-forward in turn, each
+    computed from a norm of the sum so far.
 
     hidden_states: (batch, tokens, channels), the unconditional half first.
     """
@@ -66,10 +65,10 @@ class Block(BasicTransformerBlock):  # type: ignore[misc]
 
 
 def set_blocks(unet: Any, kind: type[Block] = Block) -> None:
-    """Give every transformer block of the UNet this kind's forward.
+    """Make every transformer block of the UNet a `kind`.
 
     Raises:
-        ValueError: a block is not SDXL's; nothing has been changed then.
+        ValueError: a block is not SDXL's. The UNet is unchanged then.
     """
     blocks = transformer_blocks(unet)
     for block in blocks:
@@ -79,7 +78,7 @@ def set_blocks(unet: Any, kind: type[Block] = Block) -> None:
 
 
 def _require_plain(block: Any) -> None:
-    """Refuse a block that does more than SDXL's, rather than drop what it does."""
+    """Raise for a block with parts that `Block` would leave out."""
     norms = (block.norm1, block.norm2, block.norm3)
     extra = [
         name

@@ -1,4 +1,4 @@
-"""The file itself: what is read back, and everything that is refused."""
+"""The archive file: what is read back, and everything that is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from kernels_warmup.archive import FORMAT, Refused, TooLarge, pack, unpack
+from kernels_warmup.cache.archive import FORMAT, Refused, TooLarge, pack, unpack
 
 KEY = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.13.0", "setting shapes": "1024x1024"}
 FILES = {
@@ -71,7 +71,7 @@ def test_every_file_comes_back_as_it_was(path: Path, target: Path) -> None:
         assert not (target / name).stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
 
 
-def test_the_first_line_tells_whoever_looks_what_it_is(path: Path, root: Path) -> None:
+def test_the_first_line_is_a_readable_manifest(path: Path, root: Path) -> None:
     with path.open("rb") as file:
         manifest = json.loads(file.readline())
         payload = file.read()
@@ -85,8 +85,8 @@ def test_the_first_line_tells_whoever_looks_what_it_is(path: Path, root: Path) -
         assert sorted(tar.getnames()) == sorted(FILES)
 
 
-def test_kernels_that_resemble_each_other_are_packed_small(tmp_path: Path) -> None:
-    kernel = random.Random(2).randbytes(100_000)  # nothing in it repeats
+def test_similar_kernels_compress_well(tmp_path: Path) -> None:
+    kernel = random.Random(2).randbytes(100_000)  # does not compress by itself
     for index in range(20):
         (tmp_path / f"k{index}").write_bytes(b"%d" % index + kernel)
     with (tmp_path / "archive").open("xb") as file:
@@ -94,7 +94,7 @@ def test_kernels_that_resemble_each_other_are_packed_small(tmp_path: Path) -> No
     assert packed.bytes < 1.1 * len(kernel)
 
 
-def test_triton_finds_its_files_where_they_are_now(
+def test_tritons_file_lists_name_the_new_directory(
     tmp_path: Path, root: Path, target: Path
 ) -> None:
     kernel = "triton/0/64DFTYFGP5MHS2"
@@ -109,7 +109,7 @@ def test_triton_finds_its_files_where_they_are_now(
     unpack(tmp_path / "archive", KEY, target)
     found = json.loads((target / kernel / "__grp__add.json").read_text())
     assert found == {"child_paths": {"add.cubin": f"{target}/{kernel}/add.cubin"}}
-    # The list of a kernel's files is the only one; nothing else is rewritten.
+    # Only the list of a kernel's files is rewritten.
     assert json.loads((target / kernel / "add.json").read_text()) == elsewhere
 
 
@@ -123,7 +123,7 @@ def test_past_the_bound_nothing_more_is_written(tmp_path: Path, root: Path) -> N
 def test_the_bound_is_for_the_whole_file(tmp_path: Path, root: Path, path: Path) -> None:
     size = path.stat().st_size
     with (tmp_path / "a").open("xb") as file:
-        # A shorter bound takes less room in the manifest, so this is not exactly `size`.
+        # A bound with fewer digits makes the manifest shorter, so this is not exactly `size`.
         assert pack(file, KEY, root, list(FILES), size).bytes <= size
     with (tmp_path / "b").open("xb") as file, pytest.raises(TooLarge):
         pack(file, KEY, root, list(FILES), size - 100)
@@ -140,7 +140,7 @@ def test_a_truncated_archive_is_refused(path: Path, target: Path, left: float) -
 def test_a_grown_archive_is_refused(path: Path, target: Path) -> None:
     with path.open("ab") as file:
         file.write(b"more")
-    with pytest.raises(Refused, match=r"damaged: \d+ bytes follow its manifest and not \d+"):
+    with pytest.raises(Refused, match=r"damaged: \d+ bytes follow its manifest instead of \d+"):
         unpack(path, KEY, target)
 
 
@@ -160,15 +160,15 @@ def test_any_flipped_bit_is_noticed_before_a_file_is_written(path: Path, target:
 
 def test_another_gpu_or_setting_is_named(path: Path, target: Path) -> None:
     here = KEY | {"device": "NVIDIA A100-SXM4-80GB"}
-    sentence = "is of another device: 'NVIDIA H100 80GB HBM3', and this is 'NVIDIA A100-SXM4-80GB'"
+    sentence = "another device: 'NVIDIA H100 80GB HBM3' instead of 'NVIDIA A100-SXM4-80GB'"
     with pytest.raises(Refused, match=sentence):
         unpack(path, here, target)
-    with pytest.raises(Refused, match="another setting quantize: None, and this is 'fp8'"):
+    with pytest.raises(Refused, match="another setting quantize: None instead of 'fp8'"):
         unpack(path, KEY | {"setting quantize": "fp8"}, target)
     assert not contents(target)
 
 
-# What follows is written by hand, with a right checksum: it fails at what it holds.
+# The following archives are written by hand with the right checksum; their contents are wrong.
 
 
 def write(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], **manifest: Any) -> None:
@@ -204,7 +204,7 @@ def link(kind: bytes, name: str, to: str) -> tarfile.TarInfo:
     return member
 
 
-def test_one_written_by_hand_is_read(tmp_path: Path, target: Path) -> None:
+def test_an_archive_written_by_hand_is_read(tmp_path: Path, target: Path) -> None:
     write(tmp_path / "hand", [(file("a/b"), b"content")])
     assert unpack(tmp_path / "hand", KEY, target).files == 1
     assert contents(target) == {"a/b": b"content"}
@@ -213,7 +213,7 @@ def test_one_written_by_hand_is_read(tmp_path: Path, target: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../out", "a/../../out", "/out", "//out", "a//b", "./a", "..", "a/..", "/", "a/./b"]
 )
-def test_no_name_leads_out(tmp_path: Path, target: Path, name: str) -> None:
+def test_no_name_leads_out_of_the_directory(tmp_path: Path, target: Path, name: str) -> None:
     absolute = str(target.parent / "out") if name == "/out" else name
     write(tmp_path / "hand", [(file("good"), b"1"), (file(absolute), b"x")])
     with pytest.raises(Refused, match="leads out of its directory"):
@@ -232,7 +232,7 @@ def test_no_name_leads_out(tmp_path: Path, target: Path, name: str) -> None:
         tarfile.BLKTYPE,
     ],
 )
-def test_nothing_but_files_is_made(tmp_path: Path, target: Path, kind: bytes) -> None:
+def test_only_regular_files_are_unpacked(tmp_path: Path, target: Path, kind: bytes) -> None:
     members = [(link(kind, "door", str(tmp_path)), b""), (file("door/out"), b"x")]
     write(tmp_path / "hand", members)
     with pytest.raises(Refused, match="'door', which is not a regular file"):
@@ -251,7 +251,7 @@ def test_a_name_given_twice_overwrites_nothing(tmp_path: Path, target: Path) -> 
 @pytest.mark.parametrize(
     ("manifest", "complaint"),
     [
-        ({"format": 2}, "of format 2, and only 1 is read"),
+        ({"format": 2}, "format 2; only format 1 can be read"),
         ({"files": 1}, "more than its manifest says"),
         ({"files": 3}, "less than its manifest says"),
         ({"bytes": 7}, "more than its manifest says"),
@@ -262,7 +262,7 @@ def test_a_name_given_twice_overwrites_nothing(tmp_path: Path, target: Path) -> 
         ({"key": "mine"}, "damaged"),
     ],
 )
-def test_a_manifest_that_lies_is_refused(
+def test_a_manifest_that_does_not_match_the_files_is_refused(
     tmp_path: Path, target: Path, manifest: dict[str, Any], complaint: str
 ) -> None:
     write(tmp_path / "hand", [(file("a"), b"1234"), (file("b"), b"5678")], **manifest)
@@ -284,13 +284,13 @@ def test_a_payload_that_is_no_packed_tar_is_refused(
 
 
 @pytest.mark.parametrize("line", [b"", b"\n", b"[]\n", b"{}\n", b'"x"\n', b"\xff\n", b"[" * 99999])
-def test_what_begins_with_no_manifest_is_refused(tmp_path: Path, target: Path, line: bytes) -> None:
+def test_a_file_without_a_manifest_is_refused(tmp_path: Path, target: Path, line: bytes) -> None:
     (tmp_path / "hand").write_bytes(line)
     with pytest.raises(Refused):
         unpack(tmp_path / "hand", KEY, target)
 
 
-# Whom it is from.
+# Owner and mode.
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o664, 0o646, 0o602])
@@ -311,7 +311,7 @@ def test_a_file_of_another_user_is_not_read(
         with pytest.raises(Refused, match=f"belongs to user {owner}"):
             unpack(path, KEY, target)
         return
-    # Root's are read by all; another user's by nobody else, root included.
+    # Everyone reads root's archives; another user's are read by nobody else, root included.
     unpack(path, KEY, target)
     shutil.rmtree(target)
     target.mkdir()
@@ -355,7 +355,7 @@ def test_what_is_not_a_file_is_refused_without_waiting(
         unpack(path, KEY, target)
 
 
-def test_none_is_written_where_every_file_is_everybodys(
+def test_none_is_written_where_every_file_is_writable_by_others(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

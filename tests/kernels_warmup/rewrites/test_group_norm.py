@@ -7,7 +7,8 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from kernels_warmup.norms import (
+from kernels_warmup.compile import channels_last
+from kernels_warmup.rewrites.group_norm import (
     GroupNorm,
     GroupNormSilu,
     Resnet,
@@ -16,13 +17,13 @@ from kernels_warmup.norms import (
     set_unet_norms,
     stored,
 )
-from kernels_warmup.rewrites import channels_last, set_vae_attention
+from kernels_warmup.rewrites.vae_attention import set_vae_attention
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_unet, tiny_vae
 
 ROUNDING = 1e-5
 
 
-# torch's compiler warns of its own insides.
+# Warnings from inside torch's compiler.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -56,7 +57,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("order", ORDERS)
-def test_it_is_nn_group_norm_in_any_order_of_memory(order: str, silu: bool) -> None:
+def test_it_equals_nn_group_norm_in_any_memory_order(order: str, silu: bool) -> None:
     norm, given = a_norm(), ORDERS[order](features(2, 24, 6, 10))
     expected = norm(given)
     result = group_norm(given, norm, silu=silu)
@@ -71,8 +72,10 @@ def test_channels_last_stays_channels_last() -> None:
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(0, 1), (1e3, 1), (3e4, 1), (1.0, 1e-4)], ids=str)
-def test_a_large_mean_costs_no_more_than_nn_group_norm(mean: float, deviation: float) -> None:
-    """Where the mean of the squares less the mean's square has nothing left, or is negative."""
+def test_a_large_mean_loses_no_more_precision_than_in_nn_group_norm(
+    mean: float, deviation: float
+) -> None:
+    """Mean of squares minus squared mean would cancel, or become negative."""
     norm = a_norm()
     norm.eps = 1e-12
     given = (features(2, 24, 32, 32) * deviation + mean).contiguous(
@@ -85,7 +88,7 @@ def test_a_large_mean_costs_no_more_than_nn_group_norm(mean: float, deviation: f
 
 
 def test_channels_of_one_group_that_lie_far_apart() -> None:
-    """The group's variance is then its means', which the channels' own do not tell."""
+    """The variance of the group is then that of the channels' means."""
     norm, given = a_norm(), features(2, 24, 8, 8)
     given += torch.arange(24.0)[:, None, None] * 100
     assert relative_error(group_norm(given, norm), norm(given)) < ROUNDING
@@ -139,7 +142,7 @@ def test_no_norm_is_left_and_the_result_is_the_unmodified_one(part: str, memory:
         set_unet_norms(model)
         replaced = model
     else:
-        # The attention's norm is given tokens.
+        # The attention's norm gets tokens.
         set_vae_attention(model)
         set_decoder_norms(model.decoder)
         replaced = model.decoder
@@ -160,7 +163,7 @@ def test_no_norm_is_left_and_the_result_is_the_unmodified_one(part: str, memory:
         assert relative_error(model.decode(latents).sample, plain.decode(latents).sample) < ROUNDING
 
 
-def test_whatever_is_not_sdxls_is_refused_and_left_as_it_was() -> None:
+def test_a_module_that_is_not_sdxls_is_refused_and_unchanged() -> None:
     def refuses(change: Any, sentence: str, part: Any = tiny_unet) -> None:
         model = part()
         change(model)

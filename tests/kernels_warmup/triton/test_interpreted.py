@@ -1,7 +1,6 @@
-"""Triton's kernels by its interpreter, without a GPU: what they compute.
+"""What the Triton kernels compute, in Triton's interpreter, without a GPU.
 
-Whether they compile for Hopper is `test_triton_compiled`'s matter, and what they compute there is
-that of tests/gpu.
+`test_compiled` checks that they compile for Hopper; tests/gpu checks what they compute there.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ require_triton()
 pytestmark = pytest.mark.timeout(240)
 
 ROUNDING = {"float32": 1e-6, "float16": 3e-4}
-"""Relative, of one operator; float16's own is 2.8e-4 of a result that was exact before."""
+"""Relative error of one operator. Rounding an exact result to float16 alone gives 2.8e-4."""
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, float]]:
-    """By check and case; a process of its own, for Triton reads the switch when it is imported."""
+    """Check -> case -> figure, from a separate process: Triton reads the switch at its import."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels_warmup.interpreted"],
+        [sys.executable, "-m", "tests.kernels_warmup.triton.interpreted"],
         env=clean_environment({"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}),
         cwd=ROOT,
         capture_output=True,
@@ -69,16 +68,16 @@ def test_a_norm_as_fp8_is_the_reference_rounded(
     assert sum(map(len, by.values())) == len(errors)
     assert max(by["sum"]) < ROUNDING[dtype]
     assert max(by["scales"]) < ROUNDING["float32"]
-    # What lies between two of fp8's numbers may be rounded to either.
+    # A value in the middle of two fp8 numbers may be rounded to either.
     assert max(by["values"]) < 1e-3
-    # Three binary digits: off by 1/16 at most, and the values of a row are spread evenly.
+    # fp8 has three binary digits: an error of 1/16 at most, for evenly spread values less.
     assert all(0.01 < error < 0.035 for error in by["fp8's own"])
 
 
-def test_the_norm_of_what_lies_far_from_zero_keeps_its_digits(
+def test_the_norm_of_values_far_from_zero_stays_precise(
     found: dict[str, dict[str, float]],
 ) -> None:
-    # A thousand deviations away float32 itself has four digits left.
+    # A thousand standard deviations from zero, float32 itself has four digits left.
     assert found["norms float32"]["norm far from zero"] < 1e-4
 
 
@@ -87,7 +86,9 @@ def test_gelu_is_the_exact_one_to_float32(found: dict[str, dict[str, float]]) ->
     assert found["gelu"]["gelu far below"] == 0
 
 
-def test_the_compiler_is_told_what_the_operators_do(found: dict[str, dict[str, float]]) -> None:
+def test_the_registered_operators_match_their_implementations(
+    found: dict[str, dict[str, float]],
+) -> None:
     failures = found["operators"]
     assert len(failures) == 12
     assert not any(failures.values()), failures
@@ -103,7 +104,7 @@ def test_the_bench_has_a_row_for_every_candidate(found: dict[str, dict[str, floa
         "norm": 5 + 1,
         "geglu": 6,
         "attention": 4,
-        # 16 keys are few, so by both kernels.
+        # 16 keys are few enough for both kernels.
         "attention to itself": 4 + 6,
     }
 
@@ -118,14 +119,14 @@ def test_a_whole_unet_by_the_kernels_gives_the_unmodified_result(
         for name in list(calls)
         if name.startswith("residual ")
     }
-    # 11 blocks in 7 transformers, each of which begins with a norm without a sum.
+    # 11 blocks in 7 transformers; each transformer begins with a norm without a sum.
     assert calls == {
         "stepspan.layer_norm.default": 7,
         "stepspan.add_layer_norm.default": 3 * 11 - 7,
         "stepspan.few_keys_attention.default": 11,
         "stepspan.geglu.default": 11,
     }
-    # Every sum by its product; no sum follows a transformer's last.
+    # Every sum is computed by its product; no norm follows the last sum of a transformer.
     assert in_residual == {
         "stepspan.layer_norm.default": 7,
         "stepspan.add_product.default": 3 * 11,
@@ -149,7 +150,7 @@ def test_a_whole_unet_with_norms_as_fp8_gives_what_plain_operators_do(
             for name in list(whole)
             if name.startswith(f"{way} stepspan")
         }
-        # Of 11 blocks in 7 transformers the first and third norms; the second is not for fp8.
+        # The first and third norms of 11 blocks in 7 transformers; the second is not fp8.
         assert calls == {
             "layer_norm_fp8.default": 7,
             "add_layer_norm_fp8.default": 2 * 11 - 7,

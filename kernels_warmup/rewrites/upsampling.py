@@ -1,15 +1,15 @@
 """Nearest upsampling by two and the 3x3 convolution after it, as one convolution before it.
 
-Of an upsampled image's rows each is there twice, so of a 3x3 kernel's three rows two always meet
-the same one: an even row of the result is `w0 x[i-1] + (w1 + w2) x[i]`, an odd one
-`(w0 + w1) x[i] + w2 x[i+1]`, and columns alike. With the sums formed beforehand a
-pixel that becomes four takes 16 products a channel instead of 36. The zeros around the upsampled
-image are the zeros around the small one. In bfloat16 the sums are rounded once more than the
-weights were, which adds 4 to 7% to the decoder's error. Two ways to have it computed:
+The upsampled image contains each row twice, so two of the three rows of a 3x3 kernel always meet
+the same row. An even row of the result is `w0 x[i-1] + (w1 + w2) x[i]`, an odd one is
+`(w0 + w1) x[i] + w2 x[i+1]`; columns behave alike. If these sums of weights are computed once, a
+pixel that becomes four needs 16 products per channel instead of 36. The zero padding stays the
+same. In bfloat16 the sums are rounded once more than the weights were, which adds 4 to 7% to the
+decoder's error. There are two ways to compute it:
 
 - `phases`: a 2x2 convolution with four times the channels, one set for each corner of the 2x2
-  pixels that a pixel becomes, each set read at an offset of its own and put in its place;
-- `transposed`: a transposed 4x4 convolution of stride 2, which needs nothing put anywhere.
+  pixels that a pixel becomes. Each set is read at its own offset and interleaved.
+- `transposed`: a transposed 4x4 convolution of stride 2, whose result needs no interleaving.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ UPSAMPLINGS: tuple[Upsampling, ...] = get_args(Upsampling)
 
 
 def phase_kernel(kernel: torch.Tensor) -> torch.Tensor:
-    """(4 x out, in, 2, 2) from (out, in, 3, 3); the upper left pixels' channels first, then the
-    upper right, lower left and lower right ones'."""
+    """The kernel for `phases`, (4 x out, in, 2, 2), from (out, in, 3, 3). The channels of the upper
+    left pixels come first, then those of the upper right, lower left and lower right ones."""
     summed = kernel.float()
     for dim in (3, 2):
         first, middle, last = summed.unbind(dim)
         even = torch.stack([first, middle + last], dim)
         odd = torch.stack([first + middle, last], dim)
-        # Columns are done first, so that rows come outermost.
+        # Columns first, so that rows become the outermost order.
         summed = torch.cat([even, odd])
     return summed.to(kernel.dtype)
 
 
 def transposed_kernel(kernel: torch.Tensor) -> torch.Tensor:
-    """(in, out, 4, 4), as a transposed convolution has it, from (out, in, 3, 3)."""
+    """The kernel for `transposed`, (in, out, 4, 4), from (out, in, 3, 3)."""
     summed = kernel.float().transpose(0, 1)
     for dim in (2, 3):
         first, middle, last = summed.unbind(dim)
@@ -48,13 +48,13 @@ def transposed_kernel(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def interleave(phases: torch.Tensor) -> torch.Tensor:
-    """(batch, channels, 2 x height, 2 x width) from a 2x2 convolution's four sets of channels,
-    (batch, 4 x channels, height + 1, width + 1)."""
+    """The image (batch, channels, 2 x height, 2 x width) from the result of the `phases`
+    convolution, (batch, 4 x channels, height + 1, width + 1)."""
     batch, sets, height, width = phases.shape
     channels, height, width = sets // 4, height - 1, width - 1
     each, channel, row, column = phases.stride()
-    # The lower pixels' sets are two sets further and are read a row further, the right ones' one
-    # set and one column: a view has all of them in place.
+    # One view puts all pixels in place: the sets of the lower pixels are two sets further on and
+    # are read one row further down, those of the right pixels one set and one column.
     in_place = phases.as_strided(
         (batch, height, 2, width, 2, channels),
         (
@@ -70,10 +70,10 @@ def interleave(phases: torch.Tensor) -> torch.Tensor:
 
 
 class Upsample(Upsample2D):  # type: ignore[misc]
-    """Upsample2D without the upsampled image."""
+    """Upsample2D that never makes the upsampled image."""
 
     summed: torch.Tensor
-    """The kernel of the convolution that takes both places."""
+    """The kernel of the convolution that replaces upsampling and convolution."""
     upsampling: Upsampling
 
     def forward(
@@ -81,28 +81,30 @@ class Upsample(Upsample2D):  # type: ignore[misc]
     ) -> torch.Tensor:
         height, width = hidden_states.shape[2:]
         if output_size is not None and tuple(output_size) != (2 * height, 2 * width):
-            # The way up from a side that was odd on the way down.
+            # A side that was odd before the downsampling: not exactly twice the size.
             return cast(torch.Tensor, super().forward(hidden_states, output_size))
         if self.upsampling == "transposed":
             return F.conv_transpose2d(
                 hidden_states, self.summed, self.conv.bias, stride=2, padding=1
             )
-        # The bias after the copying that puts the pixels in place, which is one pass with it.
+        # The bias is added after interleaving, because the compiler fuses it with that copy.
         pixels = interleave(F.conv2d(hidden_states, self.summed, padding=1))
         return pixels if self.conv.bias is None else pixels + self.conv.bias[:, None, None]
 
 
 def set_upsampling(module: Any, upsampling: Upsampling) -> None:
-    """Have every upsampling of a UNet or a decoder computed this way.
+    """Compute every upsampling of a UNet or a decoder in this way.
 
-    The summed kernels are held beside the weights, which stay what they are: for SDXL's UNet 65 MB
-    in bfloat16, for its decoder 19 MB. The sums are formed in float32 and rounded once.
+    The summed kernels are kept in addition to the unchanged weights: 65 MB in bfloat16 for SDXL's
+    UNet, 19 MB for its decoder. They are summed in float32 and rounded once.
 
     Raises:
-        ValueError: an upsampling is not SDXL's; nothing has been changed then.
+        ValueError: the way is unknown or an upsampling is not SDXL's. The module is unchanged then.
     """
     if upsampling not in UPSAMPLINGS:
-        raise ValueError(f"{upsampling!r} is none of {', '.join(UPSAMPLINGS)}")
+        raise ValueError(
+            f"{upsampling!r} is not an upsampling; choose one of {', '.join(UPSAMPLINGS)}"
+        )
     if upsampling == "nearest":
         return
     upsamples = [part for part in module.modules() if isinstance(part, Upsample2D)]
@@ -134,5 +136,5 @@ def _require_plain(upsample: Any) -> None:
         or conv.padding_mode != "zeros"
     ):
         raise ValueError(
-            "not SDXL's upsampling: it is no nearest one before a plain 3x3 convolution"
+            "not SDXL's upsampling: it is not a nearest one before a plain 3x3 convolution"
         )

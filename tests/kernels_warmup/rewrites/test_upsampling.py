@@ -7,15 +7,15 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from kernels_warmup.rewrites import channels_last
-from kernels_warmup.upsample import Upsample, set_upsampling
+from kernels_warmup.compile import channels_last
+from kernels_warmup.rewrites.upsampling import Upsample, set_upsampling
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_unet, tiny_vae
 
 ROUNDING = 1e-5
 WAYS: Any = ("phases", "transposed")
 
 
-# torch's compiler warns of its own insides.
+# Warnings from inside torch's compiler.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -38,7 +38,9 @@ def features(*size: int) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("memory", ["contiguous", "channels last"])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_pixel_is_the_unmodified_one_the_edges_too(way: Any, memory: str, bias: bool) -> None:
+def test_every_pixel_equals_the_unmodified_one_at_the_edges_too(
+    way: Any, memory: str, bias: bool
+) -> None:
     holder, plain = an_upsampling(bias)
     if memory == "channels last":
         channels_last(holder)
@@ -49,7 +51,7 @@ def test_every_pixel_is_the_unmodified_one_the_edges_too(way: Any, memory: str, 
             given = given.contiguous(memory_format=torch.channels_last)
         result, expected = holder[0](given), plain(given)
         assert result.shape == expected.shape
-        # Not relative to the picture: a wrong edge must not drown in it.
+        # Per pixel, because a wrong edge hardly changes the error of the whole image.
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
         if memory == "channels last" and size[2] > 1:
             assert result.is_contiguous(memory_format=torch.channels_last)
@@ -67,7 +69,7 @@ def test_it_is_traced_without_a_break(way: Any) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_size_that_is_no_double_is_met_as_before(way: Any) -> None:
+def test_a_size_that_is_not_twice_as_large_is_computed_as_before(way: Any) -> None:
     holder, plain = an_upsampling()
     set_upsampling(holder, way)
     given = features(2, 6, 5, 7)
@@ -101,7 +103,7 @@ def test_the_decoder_gives_the_unmodified_result(way: Any) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_bfloat16_sums_are_rounded_once(way: Any) -> None:
-    """The summed kernel's own rounding, beside that of the result, which eager has alone."""
+    """Eager rounds only the result; the summed kernel is rounded in addition."""
     holder, plain = an_upsampling()
     holder, plain = holder.bfloat16(), plain.bfloat16()
     set_upsampling(holder, way)

@@ -1,15 +1,15 @@
-"""A directory of compiled artifacts as one file: whole, checked, and refused if it is not ours.
+"""A directory of compiled artifacts as one file, which is checked before it is unpacked.
 
-Knows neither compilers nor which archive is wanted. **Loading compiled artifacts runs code**, so an
-archive that another user could have written is not read at all; that it is whole is a question of
-faults, not of trust.
+Knows neither compilers nor which archive to use. **Loading compiled artifacts runs code**, so an
+archive that another user could have written is not read at all. The checksum detects faults; it
+does not make an archive trustworthy.
 
-An archive is a manifest, one line of JSON padded with spaces, and then a tar packed by xz:
+An archive is a manifest, one line of JSON padded with spaces, and then a tar compressed by xz:
 
     {"format": 1, "key": {...}, "root": "/tmp/...", "files": 3, "bytes": 9, "payload_bytes": 7,
      "sha256": "..."}
 
-`sha256` is over the tar as packed and then the manifest without that entry, its keys sorted.
+`sha256` is that of the compressed tar followed by the manifest without that entry, keys sorted.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ FORMAT = 1
 _MANIFEST_LIMIT = 1 << 20
 _CHUNK = 1 << 20
 
-# Kernels resemble each other, so what counts is how far back the packer looks. Measured on the demo
-# model's artifacts (13 MB, one core of an EPYC): this packs 53 MB/s to 0.055 and unpacks 345 MB/s;
-# xz's own preset 0, 57 to 0.113 and 162; gzip's level 1, 136 to 0.262 and 319. What every start
-# waits for is reading and unpacking; packing happens once.
+# Kernels resemble each other, so a large dictionary compresses well. Measured on the demo model's
+# artifacts (13 MB, one core of an EPYC): these settings pack 53 MB/s to 0.055 of the size and
+# unpack 345 MB/s; xz's own preset 0 packs 57 to 0.113 and unpacks 162; gzip's level 1 packs 136 to
+# 0.262 and unpacks 319. Every start waits for reading and unpacking; packing happens once.
 _XZ_PRESET = 0
 _XZ_DICTIONARY = 16 << 20
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
-# Triton notes the absolute path of each file of a kernel here, and compiles the kernel anew where
-# the directory has moved. Everything else is found by names within the directory.
+# Triton stores the absolute path of each file of a kernel in these files, and compiles the kernel
+# again if the directory has moved. Everything else is found by names within the directory.
 _TRITON_GROUP = re.compile(r"^triton/.*/__grp__[^/]*\.json$")
 
-# What a content that fits its checksum and no version of this module would lead to.
+# The errors of content that has the right checksum but that no version of this module wrote.
 _UNREADABLE = (tarfile.TarError, EOFError, ValueError, LookupError, TypeError, RecursionError)
 
 
 class Refused(Exception):
-    """An archive that is not read or not written; the text continues a sentence about it."""
+    """An archive that must not be read or written. The text continues a sentence that names it."""
 
 
 class TooLarge(Refused):
@@ -60,10 +60,10 @@ class TooLarge(Refused):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A whole archive.
+    """A complete archive.
 
     Attributes:
-        files: how many it holds.
+        files: the number of files in it.
         bytes: its own size.
     """
 
@@ -74,8 +74,12 @@ class Packed:
 def unpack(path: Path, key: Mapping[str, str], root: Path) -> Packed:
     """Write an archive's files below `root`, an empty directory.
 
-    Raises FileNotFoundError where there is none, Refused where there is one that is not to be used,
-    and OSError where it cannot be read. What had been written until then is left to the caller.
+    Files that were written before an error remain.
+
+    Raises:
+        FileNotFoundError: there is no archive.
+        Refused: the archive must not be used.
+        OSError: it cannot be read.
     """
     lzma = _lzma()
     with _open_trusted(path) as archive:
@@ -88,8 +92,8 @@ def unpack(path: Path, key: Mapping[str, str], root: Path) -> Packed:
                 _unpack_files(tar, manifest, root)
         except (lzma.LZMAError, *_UNREADABLE) as error:
             raise Refused(f"is damaged ({type(error).__name__})") from error
-        # Marks the archive as used: a folder's longest unused ones are the first to go. Where it
-        # is read-only nobody takes any away.
+        # Marks the archive as used: the ones that were not used for longest are removed first. In
+        # a read-only folder, where this fails, none is removed.
         with suppress(OSError):
             os.utime(archive.fileno())
         return Packed(manifest.files, os.fstat(archive.fileno()).st_size)
@@ -100,16 +104,18 @@ def pack(
 ) -> Packed:
     """Write the named files below `root` into `archive`, a new and empty file.
 
-    Raises TooLarge past `max_bytes`, Refused where the file could not be trusted when read again,
-    and OSError.
+    Raises:
+        TooLarge: the archive would exceed `max_bytes`.
+        Refused: the file could not be trusted when it is read again.
+        OSError: it cannot be written.
     """
     lzma = _lzma()
     # Readable by all: it holds no secret, and one user may build an image that another one runs.
-    with suppress(OSError):  # a file system may have modes of its own; what they are is seen below
+    with suppress(OSError):  # a file system may impose its own modes, which are checked below
         os.fchmod(archive.fileno(), 0o644)
     distrust = _distrust(os.fstat(archive.fileno()))
     if distrust is not None:
-        raise Refused(f"{distrust}, and the folder makes every file so")
+        raise Refused(f"{distrust}, and the folder gives every file that owner and mode")
     sizes = {name: (root / name).stat().st_size for name in sorted(names)}
     entries: dict[str, Any] = {
         "format": FORMAT,
@@ -120,7 +126,7 @@ def pack(
         "payload_bytes": 0,
         "sha256": "0" * 64,
     }
-    # Room for a manifest whose last two entries are known only at the end; the number grows.
+    # Reserves room for the last two entries, known only at the end, and for a longer number.
     room = len(json.dumps(entries)) + len(str(max_bytes))
     archive.write(b" " * room + b"\n")
     payload = _Payload(archive, max_bytes - room - 1)
@@ -155,17 +161,17 @@ class _Manifest:
 
 @contextmanager
 def _open_trusted(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that nobody but its owner, us or root, could have written.
+    """Open a file that only its owner, this user or root, could have written.
 
-    What counts is the opened file and not its name, which whoever may write to the folder can give
-    to another file at any time.
+    It checks the opened file, not the path: whoever may write to the folder can replace the file
+    behind a path at any time.
     """
     try:
-        # O_NONBLOCK: opening a named pipe would wait for a writer.
+        # O_NONBLOCK: otherwise opening a named pipe would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise Refused("is a symbolic link, and only a file is read") from None
+            raise Refused("is a symbolic link, not a file") from None
         raise
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
@@ -179,55 +185,57 @@ def _open_trusted(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _distrust(status: os.stat_result) -> str | None:
-    """Why a file of this owner and mode could be another user's work, or None."""
+    """Why another user could have written a file of this owner and mode, or None."""
     if status.st_uid not in (0, os.geteuid()):
-        return f"belongs to user {status.st_uid}, and only one of this user or root is trusted"
+        return f"belongs to user {status.st_uid}; only files of this user or root are trusted"
     if status.st_mode & _WRITABLE_BY_OTHERS:
-        return "may be written by other users, and only one that its owner alone writes is trusted"
+        return (
+            "may be written by other users; only files that their owner alone may write are trusted"
+        )
     return None
 
 
 def _verified_manifest(archive: IO[bytes], key: Mapping[str, str]) -> _Manifest:
-    """Read the manifest and check everything against it; stands at the tar afterwards."""
+    """Read the manifest, check everything against it, and seek to the start of the tar."""
     line = archive.readline(_MANIFEST_LIMIT)
     try:
         entries = json.loads(line)
     except ValueError:
         entries = None
     if not isinstance(entries, dict):
-        raise Refused("is damaged: it does not begin with a manifest")
+        raise Refused("is damaged: it has no manifest")
     if entries.get("format") != FORMAT:
-        raise Refused(f"is of format {entries.get('format')!r}, and only {FORMAT} is read")
+        raise Refused(f"has format {entries.get('format')!r}; only format {FORMAT} can be read")
     tar_at = archive.tell()
     payload_bytes = os.fstat(archive.fileno()).st_size - tar_at
     if payload_bytes != entries.get("payload_bytes"):
         raise Refused(
             f"is damaged: {payload_bytes} bytes follow its manifest "
-            f"and not {entries.get('payload_bytes')}"
+            f"instead of {entries.get('payload_bytes')}"
         )
     hashed = hashlib.sha256()
     while chunk := archive.read(_CHUNK):
         hashed.update(chunk)
     if _digest(hashed, entries) != entries.get("sha256"):
-        raise Refused("is damaged: it does not have its checksum")
+        raise Refused("is damaged: its checksum is wrong")
     theirs = dict(entries["key"])
     for name in sorted(theirs.keys() | key.keys()):
         if theirs.get(name) != key.get(name):
             raise Refused(
-                f"is of another {name}: {theirs.get(name)!r}, and this is {key.get(name)!r}"
+                f"was made for another {name}: {theirs.get(name)!r} instead of {key.get(name)!r}"
             )
     archive.seek(tar_at)
     return _Manifest(entries["root"], entries["files"], entries["bytes"])
 
 
 def _unpack_files(tar: tarfile.TarFile, manifest: _Manifest, root: Path) -> None:
-    """Write what is in the tar: regular files only, each newly made, none outside `root`.
+    """Write the tar's regular files as new files below `root`; refuse anything else.
 
-    tarfile's own extraction, with its links, devices, owners and modes, is not used.
+    tarfile's own extraction is not used, because it handles links, devices, owners and modes.
     """
     free = shutil.disk_usage(root).free
     if manifest.bytes > free:
-        raise Refused(f"unpacks to {manifest.bytes} bytes, and {root} has {free} left")
+        raise Refused(f"unpacks to {manifest.bytes} bytes, but {root} has {free} left")
     files = size = 0
     for member in tar:
         files += 1
@@ -262,13 +270,13 @@ def _write_new(
 
 
 def _moved(before: str, after: Path) -> Callable[[bytes], bytes]:
-    """A list of absolute paths, as JSON, as it would have been written in another directory."""
+    """A function that replaces one directory by another in a JSON list of absolute paths."""
     old, new = (json.dumps(str(path))[1:-1].encode() + b"/" for path in (before, after))
     return lambda content: content.replace(old, new)
 
 
 class _Payload:
-    """A file's rest, hashed, counted and bounded as it is written."""
+    """Writes to a file; hashes, counts and limits the bytes that it writes."""
 
     def __init__(self, file: IO[bytes], max_bytes: int) -> None:
         self._file = file
@@ -292,7 +300,7 @@ def _digest(tar: Any, entries: Mapping[str, Any]) -> str:
 
 
 def _lzma() -> Any:
-    """The module, which a Python built by hand may lack."""
+    """The lzma module, which a Python built by hand may lack."""
     try:
         import lzma
     except ImportError:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from kernels_warmup.attention import set_attention, transformer_blocks
-from kernels_warmup.blocks import ZERO_TEXT, Block, set_blocks
-from kernels_warmup.rewrites import TextOnce
+from kernels_warmup.rewrites.text_once import TextOnce
+from kernels_warmup.rewrites.zero_text import ZERO_TEXT, Block, set_blocks
 from tests.kernels_warmup.tiny import relative_error, step_inputs, tiny_unet
 
 ROUNDING = 1e-5
@@ -28,7 +28,7 @@ def without_negative(batch: int) -> dict[str, Any]:
 
 
 def prepared(inputs: dict[str, Any]) -> Any:
-    """A UNet with these blocks, and its text's keys and values computed."""
+    """A UNet with these blocks, whose text buffers are filled."""
     unet = tiny_unet()
     set_attention(unet, "auto")
     set_blocks(unet)
@@ -60,19 +60,19 @@ def test_zero_text_gives_the_full_result_from_half_the_cross_attention(batch: in
     assert relative_error(unet(**inputs)[0], expected) < ROUNDING
     assert set(rows) == {batch}
     rows.clear()
-    told = inputs | {"cross_attention_kwargs": {ZERO_TEXT: True}}
-    assert relative_error(unet(**told)[0], expected) < ROUNDING
+    with_zero_text = inputs | {"cross_attention_kwargs": {ZERO_TEXT: True}}
+    assert relative_error(unet(**with_zero_text)[0], expected) < ROUNDING
     assert len(rows) == 3 * len(transformer_blocks(unet))
     assert set(rows) == {batch // 2}
 
 
-def test_what_is_left_out_is_the_first_half_and_matters_where_the_text_is_not_zero() -> None:
+def test_the_first_half_skips_its_text_which_matters_if_that_is_not_zero() -> None:
     inputs = step_inputs(2)
     unet = prepared(inputs)
     full = unet(**inputs)[0]
-    told = unet(**inputs, cross_attention_kwargs={ZERO_TEXT: True})[0]
-    assert relative_error(told[1:], full[1:]) < ROUNDING
-    assert relative_error(told[:1], full[:1]) > 1e-4
+    result = unet(**inputs, cross_attention_kwargs={ZERO_TEXT: True})[0]
+    assert relative_error(result[1:], full[1:]) < ROUNDING
+    assert relative_error(result[:1], full[:1]) > 1e-4
 
 
 def test_in_bfloat16_the_zero_half_is_exactly_the_same() -> None:

@@ -1,7 +1,7 @@
-"""Triton's kernels compiled for Hopper, without a GPU: what the assembler says of them.
+"""The Triton kernels compiled for Hopper, without a GPU: registers, shared memory, instructions.
 
-A spilled register or a product outside the tensor cores' own instructions shows here; how fast they
-are does not.
+These tests find spilled registers and products that do not use the tensor cores' instructions. They
+measure no speed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kernels_warmup.triton import (  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 * 1024
-"""What one program may have of a multiprocessor's shared memory."""
+"""The largest shared memory of one program."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     serialized: bool
-    """Whether the assembler waits after each product instead of letting several run."""
+    """Whether the assembler serialises the products instead of letting several run."""
 
     def count(self, instruction: str) -> int:
         return len(re.findall(instruction, self.ptx))
@@ -61,8 +61,11 @@ def compiled(
     warps: int,
     stages: int = 3,
 ) -> Compiled:
-    """types: of the arguments that are no constants; pointers are to 16 bytes' multiples, and so
-    are whole numbers of the type `i32*16`."""
+    """Compile a kernel for Hopper.
+
+    types: those of all arguments that are not constants. Pointers are aligned to 16 bytes; integers
+        of type `i32*16` are multiples of 16.
+    """
     names = kernel.arg_names
     assert set(names) == types.keys() | constants.keys()
     aligned = {
@@ -75,24 +78,24 @@ def compiled(
     source = ASTSource(kernel, signature, values, aligned)
     options = {"num_warps": warps, "num_stages": stages}
     made = triton.compile(source, target=HOPPER, options=options)
-    told = assembled(made.asm["ptx"])
-    registers = re.search(r"Used (\d+) registers", told)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told)
-    assert registers is not None, told
-    assert spills is not None, told
+    report = assembled(made.asm["ptx"])
+    registers = re.search(r"Used (\d+) registers", report)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert registers is not None, report
+    assert spills is not None, report
     result = Compiled(
         made.asm["ptx"],
         int(registers[1]),
         int(spills[1]) + int(spills[2]),
         int(made.metadata.shared),
-        "wgmma.mma_async instructions are serialized" in told,
+        "wgmma.mma_async instructions are serialized" in report,
     )
     print(f"{result.registers} registers, {result.shared_bytes} bytes shared")
     return result
 
 
 def assembled(ptx: str) -> str:
-    """What the assembler that comes with Triton says of its own work."""
+    """The report of the assembler that comes with Triton."""
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     done = subprocess.run(
         [ptxas, "-v", "--gpu-name", "sm_90a", "-o", "/dev/null", "-"],
@@ -136,7 +139,7 @@ def compiled_attention(keys: int, how: cross_attention.Launch) -> Compiled:
 
 
 def compiled_self_attention(how: self_attention.Launch, *, whole: bool = True) -> Compiled:
-    """whole: the tokens fill the tiles of keys, as 1,024 do; 988 of 1216x832 do not."""
+    """whole: the tokens fill the tiles of keys. 1,024 do; the 988 of 1216x832 do not."""
     rows = {"query": how.queries, "key": how.keys, "value": how.keys, "out": how.queries}
     types = {name: f"tensordesc<bf16[1,{count},64]>" for name, count in rows.items()}
     types |= {"tokens": "i32", "scale": "fp32"}
@@ -169,7 +172,7 @@ def compiled_geglu(how: geglu.Launch) -> Compiled:
 def check_norm(made: Compiled, how: layer_norm.Launch) -> None:
     assert made.spilled_bytes == 0
     if how.warps == 1:
-        # A row's sums stay in its warp.
+        # The sums of a row stay in its warp.
         assert made.shared_bytes == 0
         assert made.count(r"bar\.sync") == 0
         assert made.count(r"shfl\.sync\.bfly") > 0
@@ -181,12 +184,12 @@ def test_a_row_stays_in_one_warps_registers(width: int, add: bool) -> None:
     how = layer_norm.launch_for(width)
     made = compiled_norm(width, how, add=add)
     check_norm(made, how)
-    # Every access of every thread is one of 16 bytes; but of 640 channels' last 128, each warp
-    # needs one row of the weight and of the bias, and that is 8 bytes a thread.
+    # Every thread accesses 16 bytes at a time, with one exception: of the last 128 of 640 channels
+    # a warp needs one row of weight and bias, which is 8 bytes per thread.
     narrow = 2 if width == 640 else 0
     assert made.count(r"ld\.global") - narrow == made.count(r"ld\.global\.v4\.b32") > 0
     assert made.count(r"st\.global") == made.count(r"st\.global\.v4\.b32") > 0
-    # So many rows of one warp that a multiprocessor's 65,536 registers hold 16 of them and more.
+    # The 65,536 registers of a multiprocessor suffice for at least 16 programs of one warp.
     assert made.registers <= 128
 
 
@@ -206,10 +209,10 @@ def test_a_norm_as_fp8_stays_in_one_warps_registers(width: int, add: bool, scale
     made = compiled_norm(width, how, add=add, scales=scales)
     check_norm(made, how)
     assert made.registers <= 128
-    # Two at a time, and what is too large for fp8 becomes its largest number.
+    # Two values at a time; a value that is too large becomes fp8's largest number.
     pairs = width * how.rows // 32 // 2
     assert made.count(r"cvt\.rn\.satfinite\.e4m3x2\.f32") == pairs
-    # The 8 neighbours that a thread has are 16 bytes of bfloat16 and 8 of fp8; none are exchanged.
+    # A thread's 8 neighbours are 16 bytes of bfloat16 and 8 of fp8; threads exchange none.
     assert made.count(r"st\.global\.v4\.b32") == (pairs // 4 if add else 0)
     assert made.count(r"st\.global\.v2\.b32") == pairs // 4
     assert made.count(r"st\.global\.b32") == (scales == "row")
@@ -227,7 +230,7 @@ def check_attention(made: Compiled) -> None:
     assert made.spilled_bytes == 0
     assert not made.serialized
     assert made.shared_bytes < SHARED_BYTES // 3
-    # 77 keys are 64 and 16: products of both widths, and no other kind.
+    # 77 keys become 64 and 16: products of both widths and no others.
     assert made.count(r"wgmma\.mma_async\S*m64n64k16") > 0
     assert made.count(r"wgmma\.mma_async\S*m64n16k16") > 0
     assert made.count(r"mma\.sync") == 0
@@ -236,9 +239,9 @@ def check_attention(made: Compiled) -> None:
 def test_attention_to_77_keys_runs_on_the_tensor_cores_from_registers() -> None:
     made = compiled_attention(77, cross_attention.launch_for(1024))
     check_attention(made)
-    # Queries and results are read and written 16 bytes at a time.
+    # Queries are read, and results written, 16 bytes at a time.
     assert made.count(r"st\.global") == made.count(r"st\.global\.v4\.b32") > 0
-    # Three programs of 8 warps fit a multiprocessor, so the 320 of 1,024 tokens run at once.
+    # Three programs of 8 warps fit a multiprocessor, so the 320 for 1,024 tokens run at once.
     assert made.registers * 256 * 3 <= 65536
 
 
@@ -252,13 +255,13 @@ def check_self_attention(made: Compiled, how: self_attention.Launch) -> None:
     assert made.spilled_bytes == 0
     assert not made.serialized
     assert made.shared_bytes <= SHARED_BYTES
-    # Scores of a tile of keys, and 64 channels of values; all operands by bulk copies.
+    # Products for the scores of a tile of keys and for 64 channels; bulk copies load all operands.
     assert made.count(rf"wgmma\.mma_async\S*m64n{how.keys}k16") > 0
     assert made.count(r"wgmma\.mma_async\S*m64n64k16") > 0
     assert made.count(r"mma\.sync") == 0
     assert made.count(r"ld\.global") == 0
     assert made.count(r"st\.global") == 0
-    # Weights go from one product to the next in registers.
+    # The softmax weights pass from one product to the next in registers.
     assert made.count(r"ld\.shared\.(v|b)") == made.count("ldmatrix") == 0
 
 
@@ -267,11 +270,11 @@ def test_all_programs_of_self_attention_run_at_once(whole: bool) -> None:
     how = self_attention.CHOSEN
     made = compiled_self_attention(how, whole=whole)
     check_self_attention(made, how)
-    # 8 tiles of each of 40 heads, at once on 132 multiprocessors: up to three on each.
+    # 8 tiles of each of 40 heads run at once on 132 multiprocessors: up to three on each.
     together = math.ceil(40 * 1024 / how.queries / 132)
     assert together == 3
     assert math.ceil(made.registers / 8) * 8 * 32 * how.warps * together <= 65536
-    # Of 228 kB a program costs one more than it has.
+    # Of the 228 kB, every program uses 1 kB in addition to its own.
     assert (made.shared_bytes + 1024) * together <= 228 * 1024
 
 
@@ -288,9 +291,9 @@ def check_geglu(made: Compiled, how: geglu.Launch) -> None:
     # Value and gate are columns of one product ...
     assert made.count(rf"wgmma\.mma_async\S*m64n{2 * how.columns}k16") > 0
     assert made.count(r"mma\.sync") == 0
-    # ... which one thread holds both of: parting them goes through no shared memory.
+    # ... and one thread holds both, so splitting them needs no shared memory.
     assert made.count(r"ld\.shared\.(v|b)") == 0
-    # Operands come, and results go, by the tensor memory accelerator.
+    # The tensor memory accelerator loads operands and stores results.
     assert made.count(r"cp\.async\.bulk\.tensor\.3d\.shared") > 0
     assert made.count(r"cp\.async\.bulk\.tensor\.2d\.shared") > 0
     assert made.count(r"cp\.async\.bulk\.tensor\.2d\.global") > 0
@@ -309,18 +312,18 @@ def test_no_candidate_of_geglu_spills(how: geglu.Launch) -> None:
 
 
 @pytest.mark.slow
-def test_products_one_by_one_would_be_seen() -> None:
-    """128 keys a step do not fit the registers of four warps beside 128 queries."""
+def test_serialised_products_would_be_detected() -> None:
+    """The registers of four warps are too few for 128 keys per step and 128 queries."""
     assert compiled_self_attention(replace(self_attention.CHOSEN, keys=128)).serialized
 
 
 @pytest.mark.slow
-def test_a_spill_would_be_seen() -> None:
-    """A tile of twice the accumulators does not fit four warps' registers."""
+def test_a_spill_would_be_detected() -> None:
+    """The registers of four warps are too few for a tile with twice as many accumulators."""
     assert compiled_geglu(replace(geglu.Launch(), warps=4)).spilled_bytes > 0
 
 
-def test_every_launch_is_a_candidate_of_the_bench() -> None:
+def test_every_launch_setting_in_use_is_a_candidate_of_the_bench() -> None:
     assert {layer_norm.launch_for(width) for width in (640, 1280)} <= set(layer_norm.CANDIDATES)
     assert {cross_attention.launch_for(n) for n in (1024, 4096)} <= set(cross_attention.CANDIDATES)
     assert self_attention.CHOSEN in self_attention.CANDIDATES
@@ -328,7 +331,7 @@ def test_every_launch_is_a_candidate_of_the_bench() -> None:
     assert geglu.launch_for(8192, 2560, 640) in geglu.CANDIDATES
 
 
-def test_sizes_that_no_kernel_takes_are_named() -> None:
+def test_sizes_that_no_kernel_can_compute_are_refused() -> None:
     with pytest.raises(ValueError, match="a row of 896"):
         layer_norm.split(896)
     with pytest.raises(ValueError, match="multiples of 8 and 16"):

@@ -1,7 +1,7 @@
-"""One UNet forward on seeded inputs: how an optimisation's error is measured.
+"""The numerical error of a change: one UNet forward on seeded inputs, against a reference.
 
-Latents after 30 steps may part chaotically and prove nothing; one forward in the middle of the
-schedule, against the same weights computed in float32, tells what the change itself does.
+The reference is the same weights computed in float32. One forward shows the error of the change
+itself. Latents after 30 steps do not: small differences may grow chaotically on the way.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ from typing import Any, cast
 
 import torch
 
-from kernels_warmup.blocks import ZERO_TEXT
+from kernels_warmup.rewrites.zero_text import ZERO_TEXT
 from kernels_warmup.shapes import CompiledShape
 
 TIMESTEPS = (981.0, 601.0, 21.0)
-"""Early, in the middle and late in a schedule of 1,000."""
+"""An early, a middle and a late one of the schedule's 1,000."""
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Seeded inputs of a guided forward; both halves of the guidance in `text` and `added`."""
+    """Seeded inputs of a guided UNet forward.
+
+    Attributes:
+        latents: (images, 4, height, width); both halves of the guidance start from them.
+        text: (2 x images, 77, text width), the unconditional half first.
+        added: `text_embeds` (2 x images, pooled width) and `time_ids` (2 x images, 6).
+    """
 
     latents: torch.Tensor
     text: torch.Tensor
@@ -31,6 +37,7 @@ class StepInputs:
     def draw(
         cls, unet: Any, shape: CompiledShape, images: int, device: torch.device, dtype: torch.dtype
     ) -> StepInputs:
+        """Draw them for a UNet and an image size; the same arguments give the same inputs."""
         draw = torch.Generator().manual_seed(20)
         pooled = unet.config.projection_class_embeddings_input_dim
         pooled -= 6 * unet.config.addition_time_embed_dim
@@ -49,7 +56,7 @@ class StepInputs:
         )
 
     def without_negative(self) -> StepInputs:
-        """The same with zeros as the unconditional half's text, as without a negative prompt."""
+        """The same with a text of zeros in the unconditional half, as without a negative prompt."""
 
         def zeroed(tensor: torch.Tensor) -> torch.Tensor:
             unconditional, conditional = tensor.chunk(2)
@@ -73,9 +80,13 @@ def forward_once(
     zero_text: bool = False,
     timestep: float = TIMESTEPS[1],
 ) -> torch.Tensor:
-    """One guided UNet forward, of timestep 0 to 999; `zero_text` tells a UNet that was made to take
-    it that the inputs are `without_negative`."""
-    told = {"cross_attention_kwargs": {ZERO_TEXT: True}} if zero_text else {}
+    """One guided UNet forward: the predicted noise, (2 x images, 4, height, width).
+
+    zero_text: run the UNet's function for runs without a negative prompt; the inputs must be
+        `without_negative`, and the UNet must have that function (`takes_zero_text`).
+    timestep: 0 to 999.
+    """
+    options = {"cross_attention_kwargs": {ZERO_TEXT: True}} if zero_text else {}
     sample = torch.cat([inputs.latents] * 2)
     result = forward(
         sample,
@@ -83,17 +94,17 @@ def forward_once(
         encoder_hidden_states=inputs.text,
         added_cond_kwargs=inputs.added,
         return_dict=False,
-        **told,
+        **options,
     )
     return cast(torch.Tensor, result[0])
 
 
 def takes_zero_text(unet: Any) -> bool:
-    """Whether this UNet has a function of its own for runs without a negative prompt."""
+    """Whether this UNet has a separate function for runs without a negative prompt."""
     return bool(getattr(unet.forward, "takes_zero_text", False))
 
 
 def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference over the reference's norm, to four digits; NaN is told, not hidden."""
+    """Norm of the difference over the reference's norm, to four digits; NaN stays NaN."""
     difference = (result.double() - reference.double()).norm()
     return float(f"{float(difference / reference.double().norm()):.4g}")

@@ -1,17 +1,15 @@
-"""Group norm and SiLU for channels_last, in a form the compiler makes fast kernels of.
+"""Group norm and SiLU for channels_last, in a form that inductor turns into fast kernels.
 
-diffusers' modules are turned into the classes here: names, weights and `isinstance` stay as they
-were. What is computed is nn.GroupNorm, otherwise arranged.
+The result is that of nn.GroupNorm; only the order of the computation differs. inductor computes
+nn.GroupNorm by a reduction over the channels and pixels of one group together. In channels_last
+memory, the channels of a group are 8 to 120 consecutive bytes of each pixel, so a program reads in
+short pieces. Here every pass runs along all channels:
 
-inductor writes nn.GroupNorm as a reduction over one group's channels and pixels together. In
-channels_last memory a group's channels are 8 to 120 bytes of each pixel, and that is all a program
-reads at a time. Here every step runs along the channels instead:
-
-1. mean and variance over the pixels, a channel each;
-2. merged to groups: the group's variance is the mean of its channels' variances and of their means'
-   squared distances from the group's, which cancels nothing;
-3. a channel's mean and scale, stored, so that
-4. the pass over all pixels reads them side by side, where it would else work them out per pixel.
+1. Compute mean and variance over the pixels for each channel.
+2. Merge them into groups. The variance of a group is the mean of its channels' variances plus the
+   mean squared distance of the channels' means from the group's mean. Nothing cancels.
+3. Store mean and scale per channel.
+4. In the pass over all pixels, read them; otherwise they would be computed again per pixel.
 
 Shapes: (batch, channels, ...) in any memory order. Statistics are float32.
 """
@@ -27,9 +25,9 @@ from torch import nn
 
 
 def group_norm(features: torch.Tensor, norm: nn.GroupNorm, *, silu: bool = False) -> torch.Tensor:
-    """`norm` of the features, then SiLU if asked; the features' type, channels innermost for
-    features that are channels_last."""
-    # (batch, pixels, channels): from here on loops run in channels_last's order.
+    """`norm` of the features, then SiLU if `silu`. The result has the type of the features, and is
+    channels_last if they are."""
+    # (batch, pixels, channels): loops now run in channels_last's order.
     pixels = features.flatten(2).transpose(1, 2)
     mean, scale = _mean_and_scale(pixels, norm)
     result = (pixels.float() - mean) * scale + norm.bias
@@ -39,7 +37,7 @@ def group_norm(features: torch.Tensor, norm: nn.GroupNorm, *, silu: bool = False
 
 
 def _mean_and_scale(pixels: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is taken off each channel and what it is multiplied by, both (batch, 1, channels)."""
+    """What to subtract from each channel, and what to multiply it by; both (batch, 1, channels)."""
     batch, _, channels = pixels.shape
     variances, means = torch.var_mean(pixels.float(), dim=1, correction=0)
     means = means.reshape(batch, norm.num_groups, -1)
@@ -49,7 +47,7 @@ def _mean_and_scale(pixels: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Ten
     weight = norm.weight.float().reshape(norm.num_groups, -1)
     scale = torch.rsqrt(variance + norm.eps) * weight
     mean = mean.expand(means.shape).clone(memory_format=torch.contiguous_format)
-    # Stored in groups, as they come out of the reductions: so the same kernel can store them.
+    # Stored in groups, the shape of the reductions' results, so that their kernel stores them.
     return (
         stored(mean).reshape(batch, 1, channels),
         stored(scale).reshape(batch, 1, channels),
@@ -57,38 +55,38 @@ def _mean_and_scale(pixels: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Ten
 
 
 def stored(tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor; the compiler keeps it in memory, in this order of strides.
+    """The same tensor, which the compiler now keeps in memory with these strides.
 
-    A view by strides needs something that has them. Otherwise the compiler may work a tensor out
-    anew wherever it is read, or lay it out in another order.
+    A view by strides forces that. Otherwise the compiler may compute the tensor again wherever it
+    is read, or choose another memory order.
     """
     return tensor.as_strided(tensor.shape, tensor.stride())
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm, for channels_last."""
+    """nn.GroupNorm, computed by `group_norm`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return group_norm(input, self)
 
 
 class GroupNormSilu(nn.GroupNorm):
-    """nn.GroupNorm with the SiLU that follows it."""
+    """nn.GroupNorm and the SiLU after it, computed by `group_norm`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return group_norm(input, self, silu=True)
 
 
 class Resnet(ResnetBlock2D):  # type: ignore[misc]
-    """SDXL's residual block with both norms as above: norm, SiLU, convolution, twice."""
+    """SDXL's residual block, norm, SiLU and convolution twice, with `group_norm` for both norms."""
 
     def forward(
         self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         features = input_tensor
         if self.conv_shortcut is not None:
-            # Read three times, so kept in memory by the compiler; but unless told in which order,
-            # in channels-first order, and each of the three then jumps from pixel to pixel.
+            # Three kernels read it, so the compiler keeps it in memory, by default channels-first;
+            # each of the three would then read with a large stride.
             features = stored(features.contiguous(memory_format=torch.channels_last))
         hidden = self.conv1(group_norm(features, self.norm1, silu=True))
         if self.time_emb_proj is not None and temb is not None:
@@ -105,14 +103,14 @@ def set_unet_norms(unet: Any) -> None:
     """Replace every group norm of a diffusers SDXL UNet.
 
     Raises:
-        ValueError: one of them, or what follows it, is not SDXL's; nothing has been changed then.
+        ValueError: a norm, or the module after it, is not SDXL's. The UNet is unchanged then.
     """
     _replace(unet, unet.conv_norm_out is not None and type(unet.conv_act) is nn.SiLU)
     unet.conv_act = nn.Identity()
 
 
 def set_decoder_norms(decoder: Any) -> None:
-    """Replace every group norm of a diffusers VAE decoder. Raises as `set_unet_norms` does."""
+    """Replace every group norm of a diffusers VAE decoder; raises like `set_unet_norms`."""
     _replace(decoder, type(decoder.conv_act) is nn.SiLU)
     decoder.conv_act = nn.Identity()
 
@@ -135,8 +133,8 @@ def _replace(module: Any, silu_at_the_end: bool) -> None:
 
 
 def _differences(resnet: Any) -> list[str]:
-    """In what a residual block does more than SDXL's."""
-    # The decoder's blocks, which know no time, call that "group".
+    """The attributes by which a residual block differs from SDXL's."""
+    # The decoder's blocks, which have no time embedding, call the plain kind "group".
     plain = ("default",) if resnet.time_emb_proj is not None else ("default", "group")
     return [
         name

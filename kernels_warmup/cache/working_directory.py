@@ -1,0 +1,133 @@
+"""The local directory in which inductor and Triton compile, private to one process."""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+WORKING_PREFIX = "stepspan-inductor-"
+
+LEFTOVER_SECONDS = 3600.0
+"""The leftovers of interrupted writes and killed processes are removed after this time."""
+
+# Locks matter to running processes only; files being written have names like these; a precompiled
+# header is 150 MB that speeds up compiling and is not needed to load what was compiled.
+_NOT_KEPT = re.compile(r"(^|/)(locks|precompiled_headers)/|\.(lock|tmp|gch|pch)$|(^|/)tmp\.")
+
+
+def operators_directory() -> str | None:
+    """The directory in TORCHINDUCTOR_CACHE_DIR, if an operator has set it; otherwise None.
+
+    Two values are not an operator's: torch's own default, which importing torch._dynamo sets, and
+    the working directory of a parent process, which its children inherit.
+    """
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not named or Path(named).name.startswith(WORKING_PREFIX):
+        return None
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return None if named == os.path.abspath(default_cache_dir()) else named
+
+
+class WorkingDirectory:
+    """A local directory, private to this process, in which inductor and Triton compile.
+
+    Its name cannot be guessed and no other user may enter it, because whoever can write there can
+    run code in this process. The process holds a lock in it, so the directory of a killed process
+    can be recognised.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+        self._process = os.getpid()
+        self._environment: dict[str, str | None] = {}
+
+    @classmethod
+    def create(cls) -> WorkingDirectory:
+        """Create one, and remove those of processes that have ended."""
+        parent = Path(tempfile.gettempdir())
+        _remove_abandoned(parent)
+        path = Path(tempfile.mkdtemp(prefix=WORKING_PREFIX, dir=parent))
+        # Locked before the file gets its name, so that no process finds it unlocked.
+        lock = os.open(path / ".new.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (path / ".new.lock").rename(path / ".lock")
+        directory = cls(path, lock)
+        atexit.register(directory.remove)
+        return directory
+
+    def use(self) -> None:
+        """Point inductor and Triton here; they read the environment when they compile."""
+        # Inductor sets the same directory for Triton, but only at its own first kernel; a kernel of
+        # ours that runs earlier would be stored in the home directory. An operator's choice is
+        # kept, but not a value inherited from a parent process like this one.
+        wanted = {"TORCHINDUCTOR_CACHE_DIR": self.path}
+        if WORKING_PREFIX in os.environ.get("TRITON_CACHE_DIR", WORKING_PREFIX):
+            wanted["TRITON_CACHE_DIR"] = self.path / "triton" / "0"
+        for name, path in wanted.items():
+            self._environment[name] = os.environ.get(name)
+            os.environ[name] = str(path)
+
+    def files(self) -> dict[str, tuple[int, int]]:
+        """The files worth keeping: relative path -> (bytes, modification time in Unix ns)."""
+        found = {}
+        for directory, _, names in os.walk(self.path):
+            for name in names:
+                path = Path(directory, name)
+                relative = path.relative_to(self.path).as_posix()
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode) and not _NOT_KEPT.search(relative):
+                    found[relative] = (status.st_size, status.st_mtime_ns)
+        return found
+
+    def empty(self) -> None:
+        """Remove everything in it but the lock."""
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != ".lock":
+                path.unlink()
+
+    def remove(self) -> None:
+        """Remove it and restore the environment; does nothing in a forked child."""
+        if os.getpid() != self._process:
+            return
+        atexit.unregister(self.remove)
+        for name, before in self._environment.items():
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
+        self._environment.clear()
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove the working directories of this user's processes that have ended."""
+    for path in parent.glob(f"{WORKING_PREFIX}*"):
+        with suppress(OSError):
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                continue
+            try:
+                lock = os.open(path / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                # It is being created, or its process was killed while creating it.
+                if time.time() - status.st_mtime > LEFTOVER_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)

@@ -1,0 +1,187 @@
+"""The text's share of a step, computed once a run.
+
+The keys and values of SDXL's 70 cross-attentions and the added-condition embedding depend on the
+prompt alone. diffusers computes them in every step; `TextOnce` computes them once and keeps them in
+buffers that the UNet reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, cast
+
+import torch
+
+from kernels_warmup.attention import transformer_blocks
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """The buffers for one batch size from which the steps of a run read its prompts.
+
+    They are refilled in place. Their addresses never change, so a captured graph may read them.
+    """
+
+    projected: dict[int, torch.Tensor]
+    """Attention width -> (2 x attentions, batch x tokens, width), keys and values alternating."""
+    added: torch.Tensor
+    """(batch, time embedding channels): the pooled text and the image size, embedded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ahead:
+    """Identifies one `prepare_ahead`; valid until other text fills the buffers.
+
+    Attributes:
+        shape: the text's, (batch, tokens, text width).
+    """
+
+    shape: torch.Size
+
+
+class TextOnce:
+    """Computes what depends on the prompt alone once, at the start of a run.
+
+    `prepare_conditioning` fills the buffers for a batch; the UNet's attentions and its
+    added-condition embedding read them. It remembers the tensors that it filled them from, so
+    calling it before every step with the same tensors takes only a few comparisons.
+
+    `prepare_ahead` fills the buffers before the steps begin. The pipeline then passes copies of
+    those tensors, which the comparison does not recognise, so `begin_run` has to announce them.
+
+    Raises:
+        ValueError: the UNet's conditioning or a cross-attention is not SDXL's.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        if unet.config.addition_embed_type != "text_time" or unet.encoder_hid_proj is not None:
+            raise ValueError("not SDXL's conditioning: the text is processed in the UNet itself")
+        self._unet = unet
+        # Read once: the UNet walks all of its modules to find its type, which takes milliseconds.
+        self._dtype = unet.dtype
+        self._attentions: dict[int, list[Any]] = {}
+        for block in transformer_blocks(unet):
+            self._attentions.setdefault(block.attn2.inner_dim, []).append(block.attn2)
+        self._weights = {width: _stack(group) for width, group in self._attentions.items()}
+        self._conditions: dict[tuple[int, int], TextCondition] = {}
+        self._attached: TextCondition | None = None
+        self._prepared: tuple[object, ...] = ()
+        self._ahead: Ahead | None = None
+        self._expected: Ahead | None = None
+        self._embed_added = unet.get_aug_embed
+        unet.register_buffer("added_condition", None, persistent=False)
+        unet.get_aug_embed = MethodType(_read_added_condition, unet)
+        for group in self._attentions.values():
+            for attn in group:
+                attn.register_buffer("text_key", None, persistent=False)
+                attn.register_buffer("text_value", None, persistent=False)
+
+    def prepare_conditioning(
+        self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Fill the buffers for these prompts and attach them to the UNet, unless that is done.
+
+        encoder_hidden_states: (batch, tokens, text width), the unconditional half first;
+        added_cond_kwargs: `text_embeds` (batch, pooled width) and `time_ids` (batch, 6).
+        """
+        given = (
+            encoder_hidden_states,
+            *(added_cond_kwargs[k] for k in ("text_embeds", "time_ids")),
+        )
+        state = tuple(item for tensor in given for item in (tensor, _version(tensor)))
+        if len(state) == len(self._prepared) and all(
+            a is b or (isinstance(a, int) and a == b)
+            for a, b in zip(state, self._prepared, strict=True)
+        ):
+            return
+        expected, self._expected = self._expected, None
+        if expected is None or expected.shape != encoder_hidden_states.shape:
+            self._fill(encoder_hidden_states, added_cond_kwargs)
+        self._prepared = state
+
+    def prepare_ahead(
+        self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
+    ) -> Ahead:
+        """Fill the buffers for a run that follows with equal conditioning; pass the result to
+        `begin_run`."""
+        self._fill(encoder_hidden_states, added_cond_kwargs)
+        self._ahead = Ahead(encoder_hidden_states.shape)
+        return self._ahead
+
+    def begin_run(self, ahead: Ahead | None) -> None:
+        """Announce that the next conditioning equals the one that `ahead` was prepared from, though
+        in other tensors. None: it is unknown, and the buffers will be filled."""
+        self._expected = ahead if ahead is self._ahead else None
+
+    def _fill(
+        self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._prepared, self._ahead = (), None
+        batch, tokens, _ = encoder_hidden_states.shape
+        condition = self._conditions.get((batch, tokens))
+        if condition is None:
+            condition = self._conditions[batch, tokens] = self._allocate(batch, tokens)
+        if condition is not self._attached:
+            self._attach(condition, batch, tokens)
+        with torch.no_grad():
+            text = encoder_hidden_states.flatten(0, 1).to(self._dtype)
+            for width, projected in condition.projected.items():
+                weights = self._weights[width]
+                everywhere = text.expand(len(weights), -1, -1)
+                torch.bmm(everywhere, weights.transpose(1, 2), out=projected)
+            added = self._embed_added(
+                emb=condition.added,
+                encoder_hidden_states=encoder_hidden_states,
+                added_cond_kwargs=added_cond_kwargs,
+            )
+            condition.added.copy_(added)
+
+    def _allocate(self, batch: int, tokens: int) -> TextCondition:
+        # Outside inference mode, because an inference tensor cannot be refilled outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            projected = {
+                width: weights.new_empty(len(weights), batch * tokens, width)
+                for width, weights in self._weights.items()
+            }
+            some = next(iter(projected.values()))
+            embedding = self._unet.add_embedding.linear_2.out_features
+            return TextCondition(projected, some.new_empty(batch, embedding))
+
+    def _attach(self, condition: TextCondition, batch: int, tokens: int) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for width, group in self._attentions.items():
+                views = condition.projected[width].view(-1, batch, tokens, width).unbind()
+                for index, attn in enumerate(group):
+                    attn.text_key, attn.text_value = views[2 * index], views[2 * index + 1]
+        self._unet.added_condition = condition.added
+        self._attached = condition
+
+
+def _read_added_condition(
+    unet: Any,
+    emb: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    added_cond_kwargs: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    return cast(torch.Tensor, unet.added_condition)
+
+
+def _stack(attentions: list[Any]) -> torch.Tensor:
+    """The weights of keys and values, alternating, as one (2 x attentions, width, text width).
+
+    The modules' weights become views of it, so that no weight is stored twice.
+    """
+    linears = [linear for attn in attentions for linear in (attn.to_k, attn.to_v)]
+    if any(linear.bias is not None for linear in linears):
+        raise ValueError("not SDXL's cross-attention: its key and value projections have a bias")
+    stacked = torch.stack([linear.weight.data for linear in linears])
+    for linear, weight in zip(linears, stacked.unbind(), strict=True):
+        linear.weight.data = weight
+    return stacked
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """A number that changes when the tensor is written to; inference tensors have none: -1."""
+    return -1 if tensor.is_inference() else tensor._version
