@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kernels_warmup.rewrites import Ahead, TextOnce, all_finite, to_pixels
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError
+from serve.model.scheduler_watch import watch_scheduler
 from serve.settings import DEMO_MODEL, RANDOM_SDXL_BASE, SDXL_BASE
 
 logger = logging.getLogger(__name__)
@@ -50,14 +52,30 @@ _DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Conditioning:
-    """The prompts of one run as the UNet takes them.
+class PreparedText:
+    """What the UNet's steps read of the text, computed before the run's first step.
 
-    Shapes: embeddings (images, 77, width of both encoders), pooled (images, width of the second).
-    The negative ones are None without guidance. `truncated` says of each prompt whether an encoder
-    cut it, `zero_negative` that there is guidance and all negative ones are zeros: nobody asked for
-    anything else, and the model takes zeros for an empty prompt. `ahead` says whose buffers the
-    steps already find filled, and for which size.
+    It lies in buffers that the next preparation overwrites; `TextOnce` notices that by `contents`.
+    """
+
+    contents: Ahead
+    shape: CompiledShape
+    """The image size it was computed for: the size is part of what the steps read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """All that the steps of one run need of its prompts: made by `encode_prompts`, read by
+    `denoise`.
+
+    Attributes:
+        prompt: (images, 77, width of both encoders).
+        pooled: (images, width of the second encoder).
+        negative, negative_pooled: the same of the negative prompts; None without guidance.
+        truncated: for each prompt, whether an encoder cut it.
+        zero_negative: there is guidance and every negative embedding is zeros, as for an empty
+            negative prompt. Steps may skip the attention to it.
+        prepared: computed ahead where the model does that and the size was known.
     """
 
     prompt: torch.Tensor
@@ -66,7 +84,17 @@ class Conditioning:
     negative_pooled: torch.Tensor | None
     truncated: tuple[bool, ...]
     zero_negative: bool = False
-    ahead: tuple[Ahead, CompiledShape] | None = None
+    prepared: PreparedText | None = None
+
+    def as_steps_read_it(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The text and the pooled text as the pipeline passes them to every step: the negative half
+        first."""
+        if self.negative is None or self.negative_pooled is None:
+            return self.prompt, self.pooled
+        return (
+            torch.cat([self.negative, self.prompt]),
+            torch.cat([self.negative_pooled, self.pooled]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +124,10 @@ class SdxlModel:
         self.trained_shapes = trained_shapes
         self.pipeline = pipeline
         self.text: TextOnce | None = None
+        """Computes once a run what its steps read of the text; None: every step computes it."""
         self._loop = prepare_loop(pipeline)
-        self._loop_begins: Callable[[], None] = _nothing
         self._preview_map: torch.Tensor | None = None
         pipeline.set_progress_bar_config(disable=True)
-        self._watch_scheduler()
 
     @torch.no_grad()
     def encode_prompts(
@@ -110,10 +137,11 @@ class SdxlModel:
         guided: bool,
         shape: CompiledShape | None = None,
     ) -> Conditioning:
-        """Both text encoders' view of a run's prompts, and of negative ones where they count.
+        """Encode a run's prompts with both text encoders, and the negative prompts with guidance.
 
-        With the size that the run will have, what its steps read of them is worked out as well,
-        where that is done once a run.
+        Args:
+            shape: the size of the run's images. With it, what the steps read of the text is
+                computed here too, if the model computes that once a run.
         """
         images = len(prompts)
         zeros_for_empty = self.pipeline.config.force_zeros_for_empty_prompt
@@ -131,22 +159,17 @@ class SdxlModel:
                     negative_pooled[image].zero_()
         elif guided:
             negative, negative_pooled = torch.zeros_like(prompt), torch.zeros_like(pooled_prompt)
-        zero_negative = guided and not encode_negative
-        ahead = None
-        if self.text is not None and shape is not None:
-            text, added = self._as_steps_get_it(
-                prompt, pooled_prompt, negative, negative_pooled, shape
-            )
-            ahead = self.text.prepare_ahead(text, added), shape
-        return Conditioning(
+        conditioning = Conditioning(
             prompt,
             pooled_prompt,
             negative,
             negative_pooled,
             truncated[:images],
-            zero_negative,
-            ahead,
+            zero_negative=guided and not encode_negative,
         )
+        if self.text is None or shape is None:
+            return conditioning
+        return replace(conditioning, prepared=self._prepare_text(self.text, conditioning, shape))
 
     def denoise(
         self,
@@ -163,10 +186,10 @@ class SdxlModel:
         """Run the denoising loop; returns latents (images, channels, height / 8, width / 8).
 
         Args:
-            seeds: one an image; an image's noise is the same whatever runs beside it.
-            on_loop_begins: called when the scheduler's loop is about to start.
-            on_step_enqueued: called with each step's index once its work is enqueued, and with the
-                step's latents if `watch_latents`; what it raises ends the loop.
+            seeds: one for each image. An image's noise does not depend on the others of the run.
+            on_loop_begins: called when the loop is about to start.
+            on_step_enqueued: called with the index of each step once its work is enqueued, and with
+                the step's latents if `watch_latents` is set. An exception from it ends the loop.
         """
         # Noise is drawn on the CPU, so that a seed means the same image on every device.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -185,9 +208,10 @@ class SdxlModel:
             on_step_enqueued(index, tensors.get("latents"))
             return {}
 
-        self._loop_begins = on_loop_begins
-        self._begin_run(conditioning, shape)
-        try:
+        with (
+            self._steps_reading(conditioning, shape),
+            watch_scheduler(self._loop.scheduler, on_loop_begins),
+        ):
             output = self._loop(
                 prompt_embeds=conditioning.prompt,
                 pooled_prompt_embeds=conditioning.pooled,
@@ -203,11 +227,8 @@ class SdxlModel:
                 return_dict=False,
                 callback_on_step_end=on_step_end,
                 callback_on_step_end_tensor_inputs=["latents"] if watch_latents else [],
-                cross_attention_kwargs=self._about_the_text(conditioning),
+                cross_attention_kwargs=self._unet_options(conditioning),
             )
-        finally:
-            self._loop_begins = _nothing
-            self._begin_run(None, shape)
         result: torch.Tensor = output[0]
         return result
 
@@ -265,44 +286,36 @@ class SdxlModel:
         truncated = tuple(some or other for some, other in zip(cut, cut_2, strict=True))
         return hidden.to(self.dtype), output_2[0].to(self.dtype), truncated
 
-    def _as_steps_get_it(
-        self,
-        prompt: torch.Tensor,
-        pooled: torch.Tensor,
-        negative: torch.Tensor | None,
-        negative_pooled: torch.Tensor | None,
-        shape: CompiledShape,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The text and the added condition as the pipeline will pass them to each step."""
-        if negative is not None and negative_pooled is not None:
-            prompt, pooled = torch.cat([negative, prompt]), torch.cat([negative_pooled, pooled])
-        time_ids = self._loop.time_ids(shape.height, shape.width, prompt.dtype)
-        return prompt, {"text_embeds": pooled, "time_ids": time_ids.repeat(len(prompt), 1)}
+    def _prepare_text(
+        self, text: TextOnce, conditioning: Conditioning, shape: CompiledShape
+    ) -> PreparedText:
+        """Compute what the steps of a run of this size will read of the text."""
+        embeddings, pooled = conditioning.as_steps_read_it()
+        time_ids = self._loop.time_ids(shape.height, shape.width, embeddings.dtype)
+        added = {"text_embeds": pooled, "time_ids": time_ids.repeat(len(embeddings), 1)}
+        return PreparedText(text.prepare_ahead(embeddings, added), shape)
 
-    def _begin_run(self, conditioning: Conditioning | None, shape: CompiledShape) -> None:
-        """Tell what is kept of a run's text whether the steps to come are that run's."""
+    @contextmanager
+    def _steps_reading(self, conditioning: Conditioning, shape: CompiledShape) -> Iterator[None]:
+        """While open, the steps read this run's prepared text, if it was prepared for this size.
+
+        Otherwise the first step computes it from the tensors that it gets.
+        """
         if self.text is None:
+            yield
             return
-        ahead = None if conditioning is None else conditioning.ahead
-        self.text.begin_run(ahead[0] if ahead is not None and ahead[1] == shape else None)
+        prepared = conditioning.prepared
+        fitting = None if prepared is None or prepared.shape != shape else prepared.contents
+        self.text.begin_run(fitting)
+        try:
+            yield
+        finally:
+            self.text.begin_run(None)
 
-    def _about_the_text(self, conditioning: Conditioning) -> dict[str, Any] | None:
-        """What the UNet is told of a text that is zero, where it can make use of it."""
-        takes_it = getattr(self.pipeline.unet.forward, "takes_zero_text", False)
-        return {ZERO_TEXT: True} if takes_it and conditioning.zero_negative else None
-
-    def _watch_scheduler(self) -> None:
-        """Learn when the loop starts, from the one call the pipeline makes just before it."""
-        scheduler = self._loop.scheduler
-        # The pipeline asks whether there is such a method, and some schedulers have none.
-        original = getattr(scheduler, "set_begin_index", None)
-
-        def set_begin_index(begin_index: int = 0) -> None:
-            if original is not None:
-                original(begin_index)
-            self._loop_begins()
-
-        scheduler.set_begin_index = set_begin_index
+    def _unet_options(self, conditioning: Conditioning) -> dict[str, Any] | None:
+        """What the UNet needs to know of the text beside its embeddings, if it can use that."""
+        uses_it = getattr(self.pipeline.unet.forward, "takes_zero_text", False)
+        return {ZERO_TEXT: True} if uses_it and conditioning.zero_negative else None
 
 
 def load_model(
@@ -481,7 +494,3 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else ""
-
-
-def _nothing() -> None:
-    return None
