@@ -29,8 +29,8 @@ from metrics.sampling import TraceIdentity
 from metrics.tracing import Tracing
 from serve.engine.call import Call, current_call
 from serve.engine.images import data_uri, encode_image
+from serve.engine.readiness import Readiness, State
 from serve.engine.runtime import ENDPOINTS, Runtime
-from serve.engine.startup import Readiness, State
 from serve.errors import (
     BodyTooLarge,
     BodyTooSlow,

@@ -40,7 +40,7 @@ from metrics.sampling import TraceIdentity
 from metrics.spans import call_node, gateway_tree
 from serve import __version__
 from serve.engine.call import Call
-from serve.engine.startup import Readiness, State
+from serve.engine.readiness import Readiness, State
 from serve.errors import (
     ERROR_TYPES,
     NO_RETRY,

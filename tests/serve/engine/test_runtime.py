@@ -18,8 +18,11 @@ from prometheus_client import CollectorRegistry
 
 from kernels_warmup.shapes import CompiledShape
 from serve.engine.call import Call, current_call
-from serve.engine.runtime import Plan, Runtime, build_runtime
-from serve.engine.startup import State
+from serve.engine.failures import explain_failure
+from serve.engine.gpu_run import GpuRun, Outcome, RunRequest
+from serve.engine.planning import PlannedRequest
+from serve.engine.readiness import State
+from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -73,8 +76,7 @@ def test_the_sum_of_steps_is_the_loops_wall_time(
     from torch.profiler import ProfilerActivity, profile, record_function
 
     steps = 6
-    model = runtime._model
-    assert model is not None
+    model = runtime.loaded.model
     denoise = model.denoise
     loop = record_function("the loop")
     moments: list[int] = []
@@ -95,11 +97,11 @@ def test_the_sum_of_steps_is_the_loops_wall_time(
 
     monkeypatch.setattr(model, "denoise", watched)
     call = new_call()
-    plan = runtime._plan(request(num_inference_steps=steps), call)
+    planned = runtime._plan(request(num_inference_steps=steps), call)
 
     def work() -> Any:  # on the model's own thread, where the profiler has to be
         with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
-            runtime._run(plan, call, None)
+            runtime._execute([RunRequest(planned, call)], run_id="r")
         return profiler.events()
 
     events = runtime._gpu.submit(work).result(60)
@@ -137,7 +139,7 @@ def test_guidance_and_negative_prompts_change_the_image(
 @pytest.mark.parametrize(("scale", "guided"), [(0, False), (1, False), (1.01, True)])
 def test_guidance_of_one_and_below_is_off(scale: float, guided: bool) -> None:
     shape = CompiledShape(128, 128)
-    assert Plan(request(), shape, 2, scale, seed=1, run_id="r").guided is guided
+    assert PlannedRequest(request(), shape, 2, scale, seed=1).guided is guided
 
 
 def test_a_cut_prompt_is_said(runtime: Runtime, new_call: NewCall) -> None:
@@ -225,7 +227,7 @@ def test_a_deadline_passes_midway(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[object] = []
-    monkeypatch.setattr(runtime._model, "decode", decoded.append)
+    monkeypatch.setattr(runtime.loaded.model, "decode", decoded.append)
     call = new_call()
     with pytest.raises(DeadlineExceeded):
         generate(runtime, call, num_inference_steps=100, deadline_seconds=0.3)
@@ -238,7 +240,7 @@ def test_a_request_called_off_midway_stops_within_two_steps(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[object] = []
-    monkeypatch.setattr(runtime._model, "decode", decoded.append)
+    monkeypatch.setattr(runtime.loaded.model, "decode", decoded.append)
     call = new_call()
 
     def on_step(index: int, *_: object) -> None:
@@ -290,7 +292,7 @@ def test_an_exception_in_any_stage_is_a_500_without_the_prompt(
     def broken(*_: object, **__: object) -> None:
         raise KeyError(prompt)
 
-    monkeypatch.setattr(runtime._model, stage, broken)
+    monkeypatch.setattr(runtime.loaded.model, stage, broken)
     call = new_call()
     with pytest.raises(GenerationFailed) as caught:
         generate(runtime, call, prompt=prompt)
@@ -310,7 +312,7 @@ def test_out_of_memory_asks_for_no_retry(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 900 GiB")
 
-    monkeypatch.setattr(runtime._model, "denoise", full)
+    monkeypatch.setattr(runtime.loaded.model, "denoise", full)
     with pytest.raises(OutOfMemory) as caught:
         generate(runtime, new_call())
     assert caught.value.headers == UNBILLED | {"X-Fal-Needs-Retry": "0"}
@@ -320,8 +322,7 @@ def test_out_of_memory_asks_for_no_retry(
 def test_values_that_are_not_finite_are_found(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = runtime._model
-    assert model is not None
+    model = runtime.loaded.model
     real = model.denoise
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -338,8 +339,8 @@ def test_a_lost_device_makes_the_process_unhealthy(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("device-side assert")
 
-    monkeypatch.setattr(runtime._model, "denoise", broken)
-    monkeypatch.setattr(runtime._model, "device", torch.device("cuda"))
+    monkeypatch.setattr(runtime.loaded.model, "denoise", broken)
+    monkeypatch.setattr(runtime.loaded.model, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
     try:
         with pytest.raises(DeviceLost) as caught:
@@ -359,19 +360,21 @@ def test_a_fault_that_shows_at_the_copy_to_the_host_is_no_image(
     def fault(*_: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(runtime._clock, "resolve", fault)
-    monkeypatch.setattr(runtime._model, "device", torch.device("cuda"))
+    monkeypatch.setattr(runtime.loaded.clock, "resolve", fault)
+    monkeypatch.setattr(runtime.loaded.model, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "synchronize", fault)
     try:
         call = new_call()
         # The inputs lie on the CPU whatever the device is said to be.
-        monkeypatch.setattr(runtime._model, "encode_prompts", no_conditioning)
-        monkeypatch.setattr(runtime._model, "denoise", lambda *_, **__: torch.zeros(1, 4, 16, 16))
+        monkeypatch.setattr(runtime.loaded.model, "encode_prompts", no_conditioning)
+        monkeypatch.setattr(
+            runtime.loaded.model, "denoise", lambda *_, **__: torch.zeros(1, 4, 16, 16)
+        )
         with pytest.raises(DeviceLost):
             generate(runtime, call)
         assert not runtime.healthy
         assert call.run is not None
-        monkeypatch.setattr(runtime._clock, "begin", fault)
+        monkeypatch.setattr(runtime.loaded.clock, "begin", fault)
         with pytest.raises(DeviceLost):
             generate(runtime, new_call())
     finally:
@@ -395,7 +398,7 @@ def test_a_failure_is_noted_in_the_stage_it_befell(
         monkeypatch.setattr("serve.engine.runtime.encode_image", broken)
     else:
         methods = {"text_encode": "encode_prompts", "denoise": "denoise", "vae_decode": "decode"}
-        monkeypatch.setattr(runtime._model, methods[stage], broken)
+        monkeypatch.setattr(runtime.loaded.model, methods[stage], broken)
     call = new_call()
     with pytest.raises((GenerationFailed, ValueError)):
         generate(runtime, call)
@@ -410,8 +413,7 @@ def test_a_failure_is_noted_in_the_stage_it_befell(
 def test_a_deadline_that_passes_in_the_decode_gives_no_image(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = runtime._model
-    assert model is not None
+    model = runtime.loaded.model
     real = model.decode
 
     def slow(latents: torch.Tensor) -> Any:
@@ -480,7 +482,7 @@ def test_a_failed_run_leaves_no_tensors_behind(
         raise torch.OutOfMemoryError("no")
 
     emptied: list[bool] = []
-    monkeypatch.setattr(runtime._model, "denoise", broken)
+    monkeypatch.setattr(runtime.loaded.model, "denoise", broken)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(held[0]() is None))
     gc.disable()
     try:
@@ -495,17 +497,16 @@ def test_lines_of_the_models_thread_carry_the_request(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Call | None] = []
-    real = runtime._explain
 
-    def explain(error: Exception) -> Any:
+    def explain(error: Exception, device: torch.device) -> Any:
         seen.append(current_call.get())
-        return real(error)
+        return explain_failure(error, device)
 
     def broken(*_: object, **__: object) -> None:
         raise ValueError
 
-    monkeypatch.setattr(runtime, "_explain", explain)
-    monkeypatch.setattr(runtime._model, "denoise", broken)
+    monkeypatch.setattr("serve.engine.gpu_run.explain_failure", explain)
+    monkeypatch.setattr(runtime.loaded.model, "denoise", broken)
     call = new_call()
     token = current_call.set(call)
     with pytest.raises(GenerationFailed):
@@ -626,18 +627,18 @@ def test_one_request_called_off_does_not_stop_those_beside_it(
 ) -> None:
     calls = [new_call(), new_call()]
     outcomes: list[Any] = []
-    real = runtime._run_together
+    real = GpuRun.execute
 
-    def watched(asked: Any) -> Any:
+    def watched(run: GpuRun) -> list[Outcome]:
         calls[0].cancellation.cancel(ClientGone())
-        outcomes.extend(real(asked))
+        outcomes.extend(real(run))
         return outcomes
 
-    monkeypatch.setattr(runtime, "_run_together", watched)
+    monkeypatch.setattr(GpuRun, "execute", watched)
     with pytest.raises(ClientGone):
         together(runtime, calls, {"seed": 1}, {"seed": 2})
     assert isinstance(outcomes[0], ClientGone)
-    assert outcomes[1][0].shape == (128, 128, 3)
+    assert outcomes[1].pixels.shape == (128, 128, 3)
     assert calls[0].failure is not None
     assert calls[1].failure is None
 
@@ -651,6 +652,34 @@ def test_a_run_whose_requests_were_all_called_off_stops(
     with pytest.raises(ClientGone):
         together(runtime, calls, {"seed": 1}, {"seed": 2})
     assert [call.run for call in calls] == [None, None]
+
+
+@pytest.mark.parametrize("called_off", [1, 2])
+def test_a_waiting_run_leaves_the_queue_when_all_its_requests_are_called_off(
+    runtime: Runtime, new_call: NewCall, called_off: int
+) -> None:
+    calls = [new_call(), new_call()]
+    reasons = (ClientGone(), DeadlineExceeded(1))
+
+    async def story() -> list[TextToImageResponse]:
+        requests = [request(seed=seed) for seed in range(2)]
+        waiting = asyncio.create_task(runtime.generate_together(requests, calls))
+        await asyncio.sleep(0.05)
+        for call, reason in list(zip(calls, reasons, strict=True))[:called_off]:
+            call.cancellation.cancel(reason)
+        left, _ = await asyncio.wait({waiting}, timeout=0.5)
+        assert bool(left) is (called_off == 2)
+        gate.open()
+        return await waiting
+
+    gate = Gate(runtime)
+    with pytest.raises(ClientGone):
+        asyncio.run(story())
+    assert [call.outcome for call in calls] == (
+        ["cancelled", "deadline"] if called_off == 2 else ["cancelled", "ok"]
+    )
+    assert [call.run is None for call in calls] == [called_off == 2] * 2
+    assert runtime.admission.waiting == 0
 
 
 def test_requests_that_differ_in_steps_cannot_share_a_run(
