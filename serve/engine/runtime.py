@@ -242,13 +242,10 @@ class Runtime:
 
     @contextlib.contextmanager
     def _admitted(self, request: TextToImageRequest, call: Call) -> Iterator[None]:
-        """Hold a place in the queue until the run has ended, but no longer than the deadline."""
-        with self._deadline(request, call), self.admission.admit(call.cancellation):
-            yield
+        """Hold a place in the queue until the run has ended.
 
-    @contextlib.contextmanager
-    def _deadline(self, request: TextToImageRequest, call: Call) -> Iterator[None]:
-        """Cancel the request when its deadline, counted from its arrival, has passed."""
+        When the deadline, counted from the request's arrival, has passed, it is cancelled.
+        """
         seconds = self.settings.deadline_seconds
         if request.deadline_seconds is not None:
             seconds = min(seconds, request.deadline_seconds)
@@ -258,7 +255,8 @@ class Runtime:
             DeadlineExceeded(seconds),
         )
         try:
-            yield
+            with self.admission.admit(call.cancellation):
+                yield
         finally:
             timer.cancel()
 

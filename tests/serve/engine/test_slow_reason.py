@@ -69,7 +69,7 @@ def test_gpu_throttled(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hot = FakeGpu(reasons=0x40, sm_clock_mhz=900)
-    monkeypatch.setattr(runtime, "_watch", GpuWatch(Gpu(FakeNvml(hot), hot)))
+    monkeypatch.setattr(runtime, "_gpu_watch", GpuWatch(Gpu(FakeNvml(hot), hot)))
     timing = asyncio.run(serve(runtime, new_call()))
     assert told(timing) == "gpu_throttled"
     attributes = dict(named(emitted(timing), "inference").attributes or {})
