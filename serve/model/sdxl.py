@@ -1,8 +1,8 @@
-"""The SDXL model: loaded from one of four places, then encode, denoise, decode.
+"""The SDXL model: loading it, then encode, denoise and decode.
 
-Each method enqueues one stage's work and returns without waiting for the device; timing, pacing and
-errors belong to the caller. The denoising loop is diffusers' own pipeline, called with prompt
-embeddings; text is encoded here because diffusers logs the part of a prompt that it cuts.
+Each stage method enqueues its work and returns without waiting for the device. Timing, pacing and
+errors are the caller's. The denoising loop is diffusers' own pipeline, called with prompt
+embeddings. Text is encoded here, because diffusers logs the part of a prompt that it cuts.
 """
 
 from __future__ import annotations
@@ -99,9 +99,11 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True)
 class DecodedImages:
-    """Pixels on their way to the host: valid once the device has done the copy.
+    """Images in host memory, valid once the device has finished the copy.
 
-    `pixels` is (images, height, width, 3) uint8 and `finite` (images,) bool, both in host memory.
+    Attributes:
+        pixels: (images, height, width, 3) uint8.
+        finite: (images,) bool: whether all of an image's values are finite.
     """
 
     pixels: torch.Tensor
@@ -145,16 +147,16 @@ class SdxlModel:
         """
         images = len(prompts)
         zeros_for_empty = self.pipeline.config.force_zeros_for_empty_prompt
-        counts = [bool(text.strip()) or not zeros_for_empty for text in negative_prompts]
-        encode_negative = guided and any(counts)
+        has_texts = [bool(text.strip()) or not zeros_for_empty for text in negative_prompts]
+        encode_negative = guided and any(has_texts)
         texts = [*prompts, *negative_prompts] if encode_negative else [*prompts]
         hidden, pooled, truncated = self._encode_texts(texts)
         prompt, pooled_prompt = hidden[:images], pooled[:images]
         negative = negative_pooled = None
         if encode_negative:
             negative, negative_pooled = hidden[images:], pooled[images:]
-            for image, says_something in enumerate(counts):
-                if not says_something:
+            for image, has_text in enumerate(has_texts):
+                if not has_text:
                     negative[image].zero_()
                     negative_pooled[image].zero_()
         elif guided:
@@ -197,14 +199,14 @@ class SdxlModel:
         noise = torch.cat([torch.randn(size, generator=each) for each in generators])
         latents = _to_device(noise.to(self.dtype), self.device)
         if self.device.type != "cpu":
-            # What a stochastic scheduler draws in every step is drawn where it is used: a copy from
-            # the host would be a wait inside the loop.
+            # A stochastic scheduler draws noise in every step. It draws on the device, because a
+            # copy from the host would be a wait inside the loop.
             generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
         def on_step_end(
             _pipeline: Any, index: int, _timestep: Any, tensors: dict[str, torch.Tensor]
         ) -> dict[str, torch.Tensor]:
-            # The timestep is a scalar on the device: looking at it would stall the loop.
+            # The timestep is a scalar on the device: reading it would stall the loop.
             on_step_enqueued(index, tensors.get("latents"))
             return {}
 
@@ -234,7 +236,7 @@ class SdxlModel:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> DecodedImages:
-        """Latents to uint8 pixels on the host, without waiting for the device."""
+        """Decode latents to uint8 pixels in host memory, without waiting for the device."""
         vae = self.pipeline.vae
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor
         decoded = vae.decode(scaled, return_dict=False)[0]
@@ -242,11 +244,11 @@ class SdxlModel:
 
     @torch.no_grad()
     def fit_preview(self) -> None:
-        """Fit `preview`'s linear map from latents to pixels to this model's own VAE."""
-        side, pictures = 16, 8
+        """Fit the linear map from latents to pixels that `preview` uses to this model's VAE."""
+        side, samples = 16, 8
         generator = torch.Generator("cpu").manual_seed(0)
         channels = self.pipeline.unet.config.in_channels
-        coarse = torch.randn((pictures, channels, side // 4, side // 4), generator=generator)
+        coarse = torch.randn((samples, channels, side // 4, side // 4), generator=generator)
         latents = torch.nn.functional.interpolate(coarse, scale_factor=4.0)
         vae = self.pipeline.vae
         scaled = (latents / vae.config.scaling_factor).to(self.device, vae.dtype)
@@ -262,10 +264,10 @@ class SdxlModel:
 
     @torch.no_grad()
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """What one image's latents (channels, height / 8, width / 8) look like, roughly:
-        (height / 8, width / 8, 3) uint8 on its way to the host.
+        """Approximate the image of latents (channels, height / 8, width / 8) by a linear map.
 
-        A linear map costs microseconds where the VAE costs a denoising step.
+        Returns (height / 8, width / 8, 3) uint8 in host memory, valid once the device has finished
+        the copy. The map takes microseconds; the VAE takes as long as a denoising step.
         """
         assert self._preview_map is not None, "fit_preview() runs before the first preview"
         cells = latents.float().permute(1, 2, 0)
@@ -276,7 +278,7 @@ class SdxlModel:
         self, texts: list[str]
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[bool, ...]]:
         pipeline = self.pipeline
-        # Both before either encoder runs, so that the device waits for no tokenizer.
+        # Tokenise both before either encoder runs, so that the device waits for no tokenizer.
         tokens, cut = tokenise(pipeline.tokenizer, texts)
         tokens_2, cut_2 = tokenise(pipeline.tokenizer_2, texts)
         tokens, tokens_2 = _to_device(tokens, self.device), _to_device(tokens_2, self.device)
@@ -324,14 +326,14 @@ def load_model(
     device_name: str = "auto",
     dtype_name: str = "auto",
 ) -> SdxlModel:
-    """Load the model a setting names, onto its device.
+    """Load a model onto its device.
 
     Args:
-        name: `demo`, `random:sdxl-base`, a hub repository or a local directory; None picks the
-            demo without a CUDA device and SDXL base with one.
+        name: `demo`, `random:sdxl-base`, a hub repository or a local directory; None: SDXL base
+            on a CUDA device, else the demo.
 
     Raises:
-        ModelError: there is no such model, or what is there is not a whole SDXL pipeline.
+        ModelError: there is no such model, or it is not a complete SDXL pipeline.
     """
     device = choose_device(device_name)
     dtype = _DTYPES[dtype_name] if dtype_name != "auto" else _default_dtype(device)
@@ -361,10 +363,10 @@ def load_model(
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a setting names; `auto` takes CUDA where there is one.
+    """The device of that name; `auto` is CUDA if there is a CUDA device, else the CPU.
 
     Raises:
-        ModelError: a CUDA device was asked for and is not there.
+        ModelError: there is no such CUDA device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -393,13 +395,13 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> StableDiffusionXLPip
 
 
 def _load_hub(name: str, revision: str | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    # Parallel ranges of each file; the hub's client reads this when it starts to download.
+    # Download each file in parallel ranges. The hub's client reads this when a download starts.
     os.environ.setdefault("HF_XET_HIGH_PERFORMANCE", "1")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    # A variant that does not exist is an error to diffusers, so the hub is asked first; offline,
-    # what was downloaded before decides.
+    # diffusers raises for a variant that does not exist, so look for one first. Offline, diffusers
+    # looks in what was downloaded before.
     variant: str | None = "fp16"
     try:
         files = HfApi().list_repo_files(name, revision=revision)
@@ -407,7 +409,7 @@ def _load_hub(name: str, revision: str | None, dtype: torch.dtype) -> StableDiff
             variant = None
     except (OfflineModeIsEnabled, OSError, HfHubHTTPError) as error:
         logger.warning(
-            "the hub could not be asked about %s (%s); trying its fp16 files",
+            "the hub did not list the files of %s (%s); trying the fp16 variant",
             name,
             type(error).__name__,
         )
@@ -425,7 +427,7 @@ def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> StableDif
             **options,
         )
     except Exception as error:
-        # Four libraries read these files, each with errors of its own; all mean the same here.
+        # Four libraries read these files, each with its own errors; all mean the same here.
         raise ModelError(
             f"the model at {name!r} could not be loaded: {type(error).__name__}: "
             f"{_first_line(error)}"
@@ -433,12 +435,14 @@ def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> StableDif
     for part in _PARTS:
         module = getattr(pipeline, part)
         if module is None:
-            raise ModelError(f"the model at {name!r} is no whole SDXL pipeline: it lacks {part}.")
+            raise ModelError(
+                f"the model at {name!r} is not a complete SDXL pipeline: it lacks {part}."
+            )
         if isinstance(module, torch.nn.Module) and any(p.is_meta for p in module.parameters()):
             raise ModelError(f"the model at {name!r} lacks weights of its {part}.")
     if dtype == torch.float16 and pipeline.vae.config.force_upcast:
-        # This VAE overflows in float16, and recasting it on every call breaks captured graphs;
-        # bfloat16 has float32's range.
+        # This VAE overflows in float16; bfloat16 has the range of float32. diffusers would recast
+        # it on every call, which breaks captured graphs.
         pipeline.vae.to(torch.bfloat16)
     return pipeline
 
@@ -453,7 +457,7 @@ def _build_random(device: torch.device, dtype: torch.dtype) -> StableDiffusionXL
 
 
 def _trained_shapes(pipeline: StableDiffusionXLPipeline) -> tuple[CompiledShape, ...]:
-    """SDXL's sizes for a UNet of SDXL's size, else the one square its configuration names."""
+    """SDXL's sizes for a UNet of SDXL's sample size, else the square of its own sample size."""
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     if side == SDXL_SHAPES[0].width:
         return SDXL_SHAPES
@@ -461,30 +465,31 @@ def _trained_shapes(pipeline: StableDiffusionXLPipeline) -> tuple[CompiledShape,
 
 
 def tokenise(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, list[bool]]:
-    """The texts as (texts, limit) token ids on the host, and whether each had to be cut for it.
+    """Token ids (texts, limit) in host memory, and for each text whether it was cut to the limit.
 
-    As CLIP's tokenizer does it when asked to cut and to fill, which would hide what was cut and
-    cost a second call.
+    The ids are those of CLIP's tokenizer with truncation and padding. Those options would not say
+    which texts were cut; finding out would take a second call.
     """
     limit, fill = tokenizer.model_max_length, tokenizer.pad_token_id
-    # `verbose` off: the library's warning on long input is answered by what is returned.
+    # Not verbose: the library would warn of long texts, which the result reports.
     whole: list[list[int]] = tokenizer(texts, verbose=False).input_ids
-    # The last token ends a text, and so it does one that was cut.
+    # The last token marks the end of a text; it also ends a text that was cut.
     rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in whole]
     filled = [ids + [fill] * (limit - len(ids)) for ids in rows]
     return torch.tensor(filled), [len(ids) > limit for ids in whole]
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device; to a GPU from pinned memory, since from any other the copy would wait
-    for the work enqueued so far."""
+    """A copy on the device. To a GPU it goes through pinned memory: from other memory the copy
+    would wait for the work enqueued so far."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory; from a GPU into pinned memory, behind the work enqueued so far."""
+    """A copy in host memory. From a GPU it goes into pinned memory, behind the work enqueued so
+    far, and is not waited for."""
     if tensor.device.type == "cpu":
         return tensor.contiguous()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
