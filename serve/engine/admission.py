@@ -59,7 +59,7 @@ class Cancellation:
 
 
 class Cancellations:
-    """Those of one run's requests. The run stops only when every one of them was called off."""
+    """Those of one run's requests. The run stops only when every one of them was cancelled."""
 
     def __init__(self, each: Sequence[Cancellation]) -> None:
         self._each = each
@@ -80,7 +80,7 @@ class Cancellations:
             cancellation.when_cancelled(one_cancelled)
 
     def raise_if_cancelled(self) -> None:
-        """Raise the first request's reason if every request was called off."""
+        """Raise the first request's reason if every request was cancelled."""
         if self.all_cancelled:
             self._each[0].raise_if_cancelled()
 

@@ -35,7 +35,7 @@ class RunRequest:
     """One request of a run.
 
     Attributes:
-        call: where its timing is kept, and how it is called off.
+        call: where its timing is kept, and how it is cancelled.
         on_step: called for each step; previews are made only if it is given.
     """
 
@@ -125,7 +125,7 @@ class GpuRun:
             call.cancellation.work_started = True
 
     def _begin(self) -> tuple[RunTimeline, StepPacer]:
-        """Start the run's clock. Raises the reason if every request was called off."""
+        """Start the run's clock. Raises the reason if every request was cancelled."""
         self._gpu_watch.begin()
         self._cancellations.raise_if_cancelled()
         timeline = self._timeline = RunTimeline(

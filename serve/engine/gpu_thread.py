@@ -111,7 +111,7 @@ class StepPacer:
         self._reported = 0
 
     def step_enqueued(self) -> None:
-        """A step's work has been enqueued. Raises the reason if every request was called off."""
+        """A step's work has been enqueued. Raises the reason if every request was cancelled."""
         enqueued = self._timeline.step_enqueued()
         self._report_until(enqueued - STEPS_AHEAD)
         while self._reported < enqueued and self._timeline.step_has_ended(self._reported):
