@@ -285,6 +285,7 @@ class PlainCall:
     def __init__(self, scenario: Scenario, work: Work) -> None:
         import torch
 
+        from serve.model.scheduler_watch import watch_scheduler
         from serve.model.sdxl import load_model
 
         self._work = work
@@ -296,31 +297,9 @@ class PlainCall:
             # Ours loads an overflowing float16 decoder in bfloat16; the documented one recasts it.
             self.pipeline.vae.to(getattr(torch, dtype))
         self._clock = make_clock(work.device)
-        self._timeline: RunTimeline | None = None
-        self._watch()
+        self._watch_scheduler = watch_scheduler
         # As documented: one call warms everything that a request uses.
         self.request(0, 0)
-
-    def _watch(self) -> None:
-        """Mark where the scheduler's loop begins and each of its steps ends."""
-        scheduler = self.pipeline.scheduler
-        # The pipeline asks whether there is such a method, and some schedulers have none.
-        begin, step = getattr(scheduler, "set_begin_index", None), scheduler.step
-
-        def set_begin_index(*arguments: Any, **options: Any) -> None:
-            if begin is not None:
-                begin(*arguments, **options)
-            if self._timeline is not None:
-                self._timeline.loop_begins()
-
-        def watched_step(*arguments: Any, **options: Any) -> Any:
-            result = step(*arguments, **options)
-            if self._timeline is not None:
-                self._timeline.step_enqueued()
-            return result
-
-        scheduler.set_begin_index = set_begin_index
-        scheduler.step = watched_step
 
     def call(self, seed: int) -> Any:
         """The call itself; returns a PIL image."""
@@ -342,17 +321,17 @@ class PlainCall:
         started_ns = time.time_ns()
         cpu_ns = time.process_time_ns()
         start_ns = time.perf_counter_ns()
-        self._timeline = RunTimeline(self._clock, anchor, run_id="", shape=shape, guidance=True)
-        try:
+        timeline = RunTimeline(self._clock, anchor, run_id="", shape=shape, guidance=True)
+        with self._watch_scheduler(
+            self.pipeline.scheduler, timeline.loop_begins, timeline.step_enqueued
+        ):
             image = self.call(seed)
-            drawn_ns = time.perf_counter_ns()
-            if self.uploads:
-                png_data_uri(image)
-            end_ns = time.perf_counter_ns()
-            cpu_ns = time.process_time_ns() - cpu_ns
-            run = self._timeline.finish()
-        finally:
-            self._timeline = None
+        drawn_ns = time.perf_counter_ns()
+        if self.uploads:
+            png_data_uri(image)
+        end_ns = time.perf_counter_ns()
+        cpu_ns = time.process_time_ns() - cpu_ns
+        run = timeline.finish()
         stages = {
             "text_encode": (run.steps[0].start_ns - anchor.to_unix(start_ns)) / 1e6,
             "denoise": (run.steps[-1].end_ns - run.steps[0].start_ns) / 1e6,

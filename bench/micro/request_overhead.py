@@ -211,23 +211,24 @@ def _pictures(model: SdxlModel, series: int) -> list[Cost]:
 def _answer(runtime: Runtime, runner: asyncio.Runner, series: int) -> Cost:
     """From pixels to the answer's bytes, hand-overs to threads and back included."""
     from serve.engine.call import Call
+    from serve.engine.gpu_run import GeneratedPixels
     from serve.http.responses import response_body
     from serve.schema import TextToImageRequest
 
     request = TextToImageRequest(prompt=PROMPTS[0], num_inference_steps=1, seed=1)
     call = Call("/", "POST", runtime.tracing.identify())
-    drawn = _noise(), False
+    generated = GeneratedPixels(_noise(), prompt_truncated=False)
 
     async def once() -> float:
         start = time.perf_counter_ns()
-        response_body(await runtime._answer(plan, call, drawn))
+        response_body(await runtime._answer(planned, call, generated))
         return time.perf_counter_ns() - start
 
     async def all_of_them() -> list[float]:
         return [await once() for _ in range(max(1, series // 10))]
 
     runner.run(runtime.generate(request, call))
-    plan = runtime._plan(request, call)
+    planned = runtime._plan(request, call)
     return summary("answer", "noise, from pixels to the answer's bytes", runner.run(all_of_them()))
 
 

@@ -1,6 +1,7 @@
-"""Who may wait, for how long, and how waiting or running work is called off.
+"""The bounded queue in front of the GPU thread, and how queued or running requests are cancelled.
 
-Counts belong to the event loop's thread and need no lock; a `Cancellation` crosses threads.
+`Admission` is used on the event loop's thread only and needs no lock. A `Cancellation` is used
+from any thread.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from contextlib import contextmanager
 
 from serve.errors import Draining, QueueFull, RequestError
 
-# How much the newest run counts in the average that Retry-After is estimated from: about the last
-# ten runs matter.
+# The weight of the newest run in the moving average behind Retry-After: about the last ten runs
+# count.
 _AVERAGE_WEIGHT = 0.1
 
 
 class Cancellation:
-    """A reason to stop, set once from any thread; the first reason stands.
+    """Whether a request was cancelled, and why. Set once, from any thread; the first reason stays.
 
-    `work_started` is set by the thread that does the work: what has started is let finish when
-    the process drains, what has not is called off.
+    `work_started` is set by the GPU thread. When the process drains, a request that has started may
+    finish; one that has not is cancelled.
     """
 
     def __init__(self) -> None:
@@ -58,23 +59,38 @@ class Cancellation:
 
 
 class Cancellations:
-    """Those of one run's requests: the run stops when nobody waits for it any more."""
+    """Those of one run's requests. The run stops only when every one of them was cancelled."""
 
     def __init__(self, each: Sequence[Cancellation]) -> None:
         self._each = each
 
+    @property
+    def all_cancelled(self) -> bool:
+        return all(cancellation.reason is not None for cancellation in self._each)
+
+    def when_all_cancelled(self, callback: Callable[[], object]) -> None:
+        """Call `callback` on the last cancellation, at once if that has happened already. It may be
+        called more than once."""
+
+        def one_cancelled() -> None:
+            if self.all_cancelled:
+                callback()
+
+        for cancellation in self._each:
+            cancellation.when_cancelled(one_cancelled)
+
     def raise_if_cancelled(self) -> None:
-        """Raise the first request's reason once every one was called off."""
-        if all(cancellation.reason is not None for cancellation in self._each):
+        """Raise the first request's reason if every request was cancelled."""
+        if self.all_cancelled:
             self._each[0].raise_if_cancelled()
 
 
 class Admission:
-    """Bounded waiting in front of the one thread that owns the model.
+    """Bounds how many requests wait for the GPU thread.
 
     Args:
-        max_waiting: how many may wait beside the one that runs.
-        on_waiting: told the number of waiting requests whenever it changes.
+        max_waiting: how many may wait, not counting the one that runs.
+        on_waiting: called with the number of waiting requests whenever it changes.
     """
 
     def __init__(self, max_waiting: int, on_waiting: Callable[[int], None]) -> None:
@@ -86,7 +102,7 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait: all admitted ones but the one that runs or is about to."""
+        """How many requests wait: all admitted ones but the one that runs or is about to run."""
         return max(0, len(self._admitted) - 1)
 
     @contextmanager
@@ -94,8 +110,8 @@ class Admission:
         """Hold a place from here until the enclosed run has ended.
 
         Raises:
-            Draining: the process is going down.
-            QueueFull: all places are taken.
+            Draining: the process is shutting down.
+            QueueFull: too many requests wait already.
         """
         if self._draining:
             raise Draining
@@ -110,11 +126,11 @@ class Admission:
             self._on_waiting(self.waiting)
 
     def run_took(self, seconds: float) -> None:
-        """Feed the average that Retry-After is estimated from."""
+        """Add a run's duration to the average behind Retry-After."""
         self._average_run_seconds += _AVERAGE_WEIGHT * (seconds - self._average_run_seconds)
 
     def drain(self) -> None:
-        """Admit nobody from now on and call off all that has not started."""
+        """Admit no request from now on, and cancel those that have not started."""
         self._draining = True
         for cancellation in list(self._admitted):
             if not cancellation.work_started:

@@ -1,7 +1,7 @@
-"""One HTTP call while it is served: its timeline, its identity, its way to be called off.
+"""One HTTP request while it is served: its trace identity, its timing, its cancellation.
 
-A `Call` is made by the middleware when the request arrives, filled by whoever learns something, and
-frozen into a `RequestTiming` when the last byte has left.
+The middleware makes a `Call` when a request arrives. Each layer fills in what it knows. When the
+last byte of the response has left, it is frozen into a `RequestTiming`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from serve.errors import GenerationFailed, RequestError
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A request in progress. Fields are set by one thread at a time, in the order of its life."""
+    """A request in progress. One thread at a time sets its fields."""
 
     endpoint: str
     method: str
@@ -37,15 +37,15 @@ class Call:
     outcome: str = "ok"
     image_bytes: int | None = None
     first_of_run: bool = True
-    """Whether the run is observed with this call; of several calls in one run, the first's."""
+    """Whether this call is the first of its run. The run's metrics are recorded with that one."""
     work: asyncio.Task[Any] | None = None
-    """What goes on beside the handler, as a stream's generation does."""
+    """The task that works for the request beside its handler, as for a stream."""
 
     def fail(self, error: RequestError, at_ns: int | None = None) -> None:
-        """Note what the request fails with; the first failure stands.
+        """Record why the request fails. The first failure stays.
 
-        Call it where the failure happens, while its stage is open: the stage whose time holds
-        `at_ns` (Unix nanoseconds, now by default) is the one that is marked.
+        Call it while the stage that fails is open: the failed stage is the one whose time contains
+        `at_ns` (Unix nanoseconds; default: now).
         """
         if self.failure is not None:
             return
@@ -60,7 +60,7 @@ class Call:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the enclosed work; a failure in it is noted before the stage closes."""
+        """Time the enclosed work as a stage. A failure in it is recorded before the stage ends."""
         with self.timeline.stage(name):
             try:
                 yield
@@ -72,7 +72,7 @@ class Call:
                 raise
 
     def finish(self, status_code: int) -> RequestTiming:
-        """Freeze the call, ending now."""
+        """Freeze the call. It ends now."""
         return self.timeline.finish(
             endpoint=self.endpoint,
             method=self.method,
@@ -87,4 +87,4 @@ class Call:
 
 
 current_call: ContextVar[Call | None] = ContextVar("current_call", default=None)
-"""The call that the running task or thread works for; logs take their ids from it."""
+"""The call that the running task or thread works for; log lines take their ids from it."""

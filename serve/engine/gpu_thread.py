@@ -1,5 +1,4 @@
-"""The one thread that owns the model: what runs on it, how far it may run ahead, and whether it
-still moves.
+"""The one thread that owns the model, and the pacing of a run's steps on it.
 
 CUDA graphs are thread-local, so loading, warm-up and serving share this thread. It is a daemon: a
 hung device must not keep the process from exiting.
@@ -11,54 +10,60 @@ import contextvars
 import queue
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from metrics.timeline import RunTimeline
 from serve.engine.admission import Cancellation, Cancellations
+from serve.engine.failures import clear_frames
 
 T = TypeVar("T")
 
-LEAD_STEPS = 2
-"""How many steps the host may be ahead of the device. One is enough to keep the device fed while
-the host enqueues the next; two leave room for a late host, and make cancellation, deadlines and
-progress true to within two steps."""
+STEPS_AHEAD = 2
+"""How many steps the host may enqueue ahead of the device. One step keeps the device busy while the
+host enqueues the next. The second leaves room for a late host. Cancellation, deadlines and progress
+are accurate to this many steps."""
 
 
 class GpuThread:
-    """Runs work in the order it was submitted, one piece at a time."""
+    """Runs work in the order in which it was submitted, one piece at a time."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any], bool] | None] = (
             queue.SimpleQueue()
         )
         self._last_sign_of_life: float | None = None
+        self._may_be_silent = False
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="gpu", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Queue `work`; its future can be cancelled until it starts."""
+    def submit(self, work: Callable[[], T], may_be_silent: bool = False) -> Future[T]:
+        """Queue `work`. Its future can be cancelled until it starts.
+
+        Args:
+            may_be_silent: the work may take minutes without a sign of life, as a compile does.
+        """
         future: Future[T] = Future()
         # In the caller's context, so that what the work logs carries the caller's ids.
         context = contextvars.copy_context()
-        self._queue.put((future, lambda: context.run(work)))
+        self._queue.put((future, lambda: context.run(work), may_be_silent))
         return future
 
     def sign_of_life(self) -> None:
-        """Called by running work whenever it has got somewhere."""
+        """The running work has made progress. Called by the work itself."""
         self._last_sign_of_life = self._monotonic()
 
     def silent_seconds(self) -> float:
-        """How long the running work has shown no sign of life; 0 when nothing runs."""
+        """How long the running work has shown no sign of life; 0 if nothing runs, or if what runs
+        may be silent."""
         last = self._last_sign_of_life
-        return 0.0 if last is None else self._monotonic() - last
+        return 0.0 if last is None or self._may_be_silent else self._monotonic() - last
 
     def stop(self, timeout_seconds: float) -> bool:
-        """Let the running work end and start no other. False if it did not end in time."""
+        """Let the running work end and start no other. Returns False if it did not end in time."""
         self._stopping = True
         self._queue.put(None)
         self._thread.join(timeout_seconds)
@@ -66,18 +71,17 @@ class GpuThread:
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            future, work = item
+            future, work, may_be_silent = item
             if self._stopping:
                 future.cancel()
             if not future.set_running_or_notify_cancel():
                 continue
+            self._may_be_silent = may_be_silent
             self.sign_of_life()
             try:
                 future.set_result(work())
             except BaseException as error:  # noqa: BLE001 - whoever waits for the future decides
-                # The frames that have ended would keep the run's tensors alive as long as the
-                # exception lives.
-                _clear_frames(error)
+                clear_frames(error)
                 future.set_exception(error)
             finally:
                 self._last_sign_of_life = None
@@ -85,18 +89,12 @@ class GpuThread:
             del future, work, item
 
 
-def _clear_frames(error: BaseException | None) -> None:
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-
-
 class StepPacer:
-    """The pipeline's step callback: marks the step, bounds the host's lead, stops when told to.
+    """The timing of a run's steps: marks each, bounds the host's lead, stops a cancelled run.
 
     Args:
-        on_step: told `(index, duration_ns)` of each step once it has ended on the device, in
-            order; called on this thread.
+        on_step: called with `(index, duration_ns)` of each step once it has ended on the device, in
+            order, on this thread.
     """
 
     def __init__(
@@ -110,23 +108,23 @@ class StepPacer:
         self._cancellation = cancellation
         self._on_step = on_step
         self._sign_of_life = sign_of_life
-        self._told = 0
+        self._reported = 0
 
     def step_enqueued(self) -> None:
-        """A step's work has been enqueued. Raises the reason if the request was called off."""
+        """A step's work has been enqueued. Raises the reason if every request was cancelled."""
         enqueued = self._timeline.step_enqueued()
-        self._tell_until(enqueued - LEAD_STEPS)
-        while self._told < enqueued and self._timeline.step_has_ended(self._told):
-            self._tell_until(self._told + 1)
+        self._report_until(enqueued - STEPS_AHEAD)
+        while self._reported < enqueued and self._timeline.step_has_ended(self._reported):
+            self._report_until(self._reported + 1)
         self._cancellation.raise_if_cancelled()
 
     def drain(self) -> None:
-        """Wait for the steps not yet told of; call it once all of the run's work is enqueued."""
-        self._tell_until(self._timeline.steps_enqueued)
+        """Wait for the steps not yet reported. Call it when all of the run's work is enqueued."""
+        self._report_until(self._timeline.steps_enqueued)
 
-    def _tell_until(self, count: int) -> None:
-        while self._told < count:
-            duration_ns = self._timeline.wait_for_step(self._told)
+    def _report_until(self, count: int) -> None:
+        while self._reported < count:
+            duration_ns = self._timeline.wait_for_step(self._reported)
             self._sign_of_life()
-            self._on_step(self._told, duration_ns)
-            self._told += 1
+            self._on_step(self._reported, duration_ns)
+            self._reported += 1

@@ -1,4 +1,4 @@
-"""Pixels to bytes to a URL. Runs on the request's side, never on the thread that owns the model."""
+"""Image encoding and upload. Runs on a request's own thread, never on the GPU thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from serve.schema import ImageFormat
 
 Upload = Callable[[bytes, ImageFormat], str]
-"""Puts encoded bytes somewhere and returns where, as a URL. May block; may raise."""
+"""Stores an encoded image and returns its URL. May block; may raise."""
 
 CONTENT_TYPES: dict[ImageFormat, str] = {
     "jpeg": "image/jpeg",
@@ -33,22 +33,23 @@ _SAVE_OPTIONS: dict[ImageFormat, dict[str, Any]] = {
 
 
 def encode_image(pixels: Any, image_format: ImageFormat) -> bytes:
-    """Encode (height, width, 3) uint8 pixels; the same pixels give the same bytes."""
+    """Encode (height, width, 3) uint8 pixels. The same pixels give the same bytes."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, image_format, **_SAVE_OPTIONS[image_format])
     return buffer.getvalue()
 
 
 def data_uri(data: bytes, image_format: ImageFormat) -> str:
-    """The image itself as a URL: needs no storage, costs a third more bytes."""
+    """The image as a data URI: it needs no storage and is a third larger."""
     return f"data:{CONTENT_TYPES[image_format]};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def bounded(upload: Upload, seconds: float, at_once: int) -> Upload:
-    """`upload`, given up on after `seconds`; storage clients may go on trying for minutes.
+    """`upload` with a time limit in seconds. Storage clients may retry for minutes.
 
-    Each runs on a daemon thread of its own, so that a stuck one holds up neither the threads that
-    encode images nor the end of the process. While `at_once` are stuck, more fail without waiting.
+    Each upload runs on a daemon thread of its own, so that a stuck one blocks neither the threads
+    that encode images nor the end of the process. While `at_once` uploads are stuck, further ones
+    fail at once.
     """
     slots = threading.Semaphore(at_once)
 
@@ -65,7 +66,7 @@ def bounded(upload: Upload, seconds: float, at_once: int) -> Upload:
             finally:
                 slots.release()
 
-        # In the request's context: fal's client reads the caller's headers from there.
+        # In the request's context, because fal's client reads the caller's headers from it.
         context = contextvars.copy_context()
         threading.Thread(target=context.run, args=(work,), name="upload", daemon=True).start()
         return url.result(seconds)

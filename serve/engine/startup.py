@@ -1,7 +1,7 @@
-"""From an empty process to a warm model: load, restore, prepare, warm shape by shape, verify, keep.
+"""From an empty process to a warm model: load, restore, prepare, warm each shape, verify.
 
-Every piece is one turn of the thread that owns the model, so that with `SDXL_READY_EARLY` requests
-are served in between. What a request does is `runtime.py`'s business.
+`Startup.load` returns a `LoadedModel`; nothing else of the start is read by anyone, except through
+`Readiness`. What a request does is in `runtime.py`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from kernels_warmup.cache.compile_cache import CacheResult, CompileCache
 from kernels_warmup.cache.key import cache_key
@@ -29,10 +28,13 @@ from kernels_warmup.warmup import (
     WarmupReport,
 )
 from metrics.catalogue import GenerationMetrics, RunFlops
-from metrics.clock import Clock, WallAnchor
+from metrics.clock import WallAnchor, make_clock
 from metrics.recorder import Recorder
 from metrics.records import Failure, PhaseTiming, WarmupTiming
 from serve.engine.gpu_thread import GpuThread
+from serve.engine.loaded_model import LoadedModel
+from serve.engine.planning import serves_guidance
+from serve.engine.readiness import Readiness, State
 from serve.errors import Draining, ModelError
 from serve.settings import ServeSettings
 from serve.telemetry.setup import build_budget
@@ -47,56 +49,19 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Prepare = Callable[["SdxlModel"], "CompiledModel | None"]
-"""Makes a loaded model fast, in place, on the thread that owns it; None: as it was loaded."""
-
-
-class State(StrEnum):
-    """Where the process is in its life."""
-
-    STARTING = "starting"
-    READY = "ready"
-    FAILED = "failed"
-    DRAINING = "draining"
-
-
-@dataclass(slots=True)
-class Readiness:
-    """What `/ready` tells."""
-
-    state: State = State.STARTING
-    phase: str = "not started"
-    reason: str = ""
-    model: str = ""
-    device: str = ""
-    shapes: tuple[CompiledShape, ...] = ()
-    phases_ms: dict[str, float] = field(default_factory=dict)
-    compile: dict[str, str | int | float] = field(default_factory=dict)
-    """How the model was made fast, and what that took."""
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Shapes that could not be warmed, and the type of the error each failed with."""
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "state": self.state.value,
-            "phase": self.phase,
-            "reason": self.reason,
-            "model": self.model,
-            "device": self.device,
-            "shapes": [str(shape) for shape in self.shapes],
-            "left_out": self.left_out,
-            "warmup_ms": self.phases_ms,
-            "compile": self.compile,
-        }
+"""Makes a loaded model fast, in place, on the GPU thread; None: it runs as it was loaded."""
 
 
 class Startup:
-    """One process's start, told as it goes in `readiness` and once as a trace.
+    """One process's start: `load`, then `warm`. Progress is written to `readiness`; at the end one
+    trace of the start is recorded.
+
+    Every piece of work is one turn of the GPU thread, so that requests can be served between two
+    pieces with `SDXL_READY_EARLY`.
 
     Args:
         prepare: makes the loaded model fast; None: as the settings say.
-        run_once: runs the production path once at a shape, on the model's thread.
         kinds: the kinds of run that each shape is warmed with; None: every kind that is served.
-        on_ready: called on the event loop when the first request may come.
     """
 
     def __init__(
@@ -106,74 +71,70 @@ class Startup:
         metrics: GenerationMetrics,
         recorder: Recorder,
         gpu: GpuThread,
-        make_clock: Callable[[str], Clock],
-        prepare: Prepare | None,
-        run_once: RunOnce,
-        kinds: Sequence[RunKind] | None,
-        on_ready: Callable[[], None],
+        prepare: Prepare | None = None,
+        kinds: Sequence[RunKind] | None = None,
     ) -> None:
         self._settings = settings
         self._readiness = readiness
         self._metrics = metrics
         self._recorder = recorder
         self._gpu = gpu
-        self._make_clock = make_clock
         self._prepare = prepare or self._prepare_as_set
-        self._run_once = run_once
         self._kinds = kinds
-        self._on_ready = on_ready
         self._on_progress: Callable[[str], None] = lambda _: None
         self._anchor = WallAnchor.now()
         self._phases: list[PhaseTiming] = []
         self._attributes: dict[str, str | int | float | bool] = {}
-        self._told = True
-        self._telling = threading.Lock()
+        self._recorded = True  # there is nothing to record before `load`
+        self._recording = threading.Lock()
         self._cache: CompileCache | None = None
-        self.busy = False
-        """A piece of the start is on the model's thread: compiling is silent for minutes."""
-        # Set on the model's thread by the first piece.
-        self.model: SdxlModel | None = None
-        self.clock: Clock | None = None
-        self.compiled: CompiledModel | None = None
 
-    @property
-    def guided(self) -> bool:
-        """Whether guidance is served: a checkpoint made for none needs no graph of it."""
-        return self._settings.guidance_scale > 1
-
-    @property
-    def kinds(self) -> tuple[RunKind, ...]:
-        """The runs each shape is warmed with; without a negative prompt only where those have a
-        graph of their own."""
-        if self._kinds is not None:
-            return tuple(self._kinds)
-        if not self.guided:
-            return (UNGUIDED,)
-        recipe = None if self.compiled is None else self.compiled.recipe
-        if recipe is not None and recipe.zero_text and recipe.has_graphs:
-            return (GUIDED, GUIDED_BY_NOTHING, UNGUIDED)
-        return (GUIDED, UNGUIDED)
-
-    async def run(self, on_progress: Callable[[str], None]) -> None:
-        """All of it. Goes on after `on_ready` where the process may be ready early. Cancelled, it
-        leaves its trace to `end`.
+    async def load(self, on_progress: Callable[[str], None]) -> LoadedModel:
+        """Load the model, restore compiled artifacts and prepare the model to run.
 
         Raises:
-            ModelError: the model cannot be loaded, or not made fast as the settings ask.
+            ModelError: the model cannot be loaded, or not prepared as the settings ask.
         """
-        self._anchor, self._told = WallAnchor.now(), False
+        self._anchor, self._recorded = WallAnchor.now(), False
         self._on_progress = on_progress
-        try:
-            shapes = await self._piece(self._load)
-            warmup = Warmup(self._run_once, self.kinds, self._progress)
-            for shape in shapes:
-                await self._piece(lambda shape=shape: self._warm(warmup, shape))  # type: ignore[misc]
+        with self._failure_recorded():
+            return await self._on_gpu_thread(self._load)
+
+    async def warm(
+        self, loaded: LoadedModel, run_once: RunOnce, on_ready: Callable[[], None]
+    ) -> None:
+        """Warm every shape, verify that nothing is left to compile, and count the FLOPs.
+
+        Args:
+            run_once: runs the production path once at a shape, on the GPU thread.
+            on_ready: called on the event loop when the first request may come: at the end, or with
+                `SDXL_READY_EARLY` after the first shape.
+        """
+        with self._failure_recorded():
+            warmup = Warmup(run_once, loaded.kinds, self._progress)
+            for shape in loaded.shapes:
+                await self._on_gpu_thread(partial(self._warm, loaded, warmup, shape))
                 if self._settings.ready_early and warmup.warm_shapes:
-                    self._become_ready(warmup)
-            await self._piece(lambda: self._verify(warmup))
+                    self._become_ready(warmup, on_ready)
+            await self._on_gpu_thread(partial(self._verify, loaded, warmup))
             for shape in warmup.warm_shapes:
-                await self._piece(lambda shape=shape: self._count_flops(shape))  # type: ignore[misc]
-            self._become_ready(warmup)
+                await self._on_gpu_thread(partial(self._count_flops, loaded, shape))
+            self._become_ready(warmup, on_ready)
+        self._record(None)
+        self._keep_in_background()
+
+    def close(self) -> None:
+        """The process ends. A start that was cut off is recorded now."""
+        message = "the process was ended before it was warm"
+        self._record(Failure(Draining.error_type, Draining.__name__, message, self._now_ns()))
+        if self._cache is not None:
+            self._cache.close()
+
+    @contextmanager
+    def _failure_recorded(self) -> Iterator[None]:
+        """Record a failed start. A cancelled one is left to `close`."""
+        try:
+            yield
         except Exception as error:
             failure = Failure(
                 error_type="warmup_failed",
@@ -181,53 +142,35 @@ class Startup:
                 message=f"start-up failed with {type(error).__name__}",
                 at_ns=self._now_ns(),
             )
-            if self._readiness.state is State.STARTING:
-                self._readiness.state = State.FAILED
-                self._readiness.reason = (
-                    f"{type(error).__name__} while in phase {self._readiness.phase}"
-                )
-            self._tell(failure)
+            readiness = self._readiness
+            if readiness.state is State.STARTING:
+                readiness.state = State.FAILED
+                readiness.reason = f"{type(error).__name__} while in phase {readiness.phase}"
+            self._record(failure)
             if self._cache is not None:
-                # Should what was restored be the reason, the next start must not meet it again.
+                # The restored artifacts may be the reason; the next start must not load them.
                 self._metrics.compile_cache(self._cache.discard().result)
             raise
-        self._tell(None)
-        self._keep_in_background()
 
-    def end(self, work_left_behind: bool) -> None:
-        """The process ends: tell the trace of a start that did not get to tell it itself, and give
-        the model's memory back unless something still runs on it."""
-        message = "the process was ended before it was warm"
-        self._tell(Failure(Draining.error_type, Draining.__name__, message, self._now_ns()))
-        if self._cache is not None:
-            self._cache.close()
-        if not work_left_behind:
-            self.model = self.compiled = None
+    # On the GPU thread
 
-    # On the thread that owns the model
-
-    async def _piece(self, work: Callable[[], T]) -> T:
+    async def _on_gpu_thread(self, work: Callable[[], T]) -> T:
         def piece() -> T:
             if self._readiness.state is State.DRAINING:
                 raise asyncio.CancelledError
-            self.busy = True
-            try:
-                return work()
-            finally:
-                self.busy = False
+            return work()
 
-        return await asyncio.wrap_future(self._gpu.submit(piece))
+        # Compiling shows no sign of life for minutes.
+        return await asyncio.wrap_future(self._gpu.submit(piece, may_be_silent=True))
 
-    def _load(self) -> tuple[CompiledShape, ...]:
-        """The model, prepared to run; returns the shapes to warm."""
+    def _load(self) -> LoadedModel:
         self._progress("load_model")
         started_ns = self._now_ns()
         from serve.model.sdxl import load_model
 
         settings, readiness = self._settings, self._readiness
         model = load_model(settings.model, settings.model_revision, settings.device, settings.dtype)
-        self.model = model
-        self.clock = self._make_clock(str(model.device))
+        clock = make_clock(str(model.device))
         readiness.model, readiness.device = model.name, str(model.device)
         self._attributes |= {"model.name": model.name, "device": str(model.device)}
         model.fit_preview()
@@ -235,20 +178,37 @@ class Startup:
 
         started_ns = self._now_ns()
         restored = self._restore(model)
-        self.compiled = self._prepare(model)
-        model.text = None if self.compiled is None else self.compiled.text
-        self._say_how(restored)
+        compiled = self._prepare(model)
+        model.text = None if compiled is None else compiled.text
+        self._report_preparation(compiled, restored)
         self._end_phase("prepare", started_ns, dict(readiness.compile))
-        return settings.shapes or _default_shapes(model)
+        return LoadedModel(
+            model,
+            clock,
+            compiled,
+            shapes=settings.shapes or _default_shapes(model),
+            kinds=self._kinds_to_warm(compiled),
+        )
+
+    def _kinds_to_warm(self, compiled: CompiledModel | None) -> tuple[RunKind, ...]:
+        if self._kinds is not None:
+            return tuple(self._kinds)
+        if not serves_guidance(self._settings):
+            return (UNGUIDED,)
+        recipe = None if compiled is None else compiled.recipe
+        if recipe is not None and recipe.zero_text and recipe.has_graphs:
+            # Runs with an empty negative prompt have a graph of their own.
+            return (GUIDED, GUIDED_BY_NOTHING, UNGUIDED)
+        return (GUIDED, UNGUIDED)
 
     def _restore(self, model: SdxlModel) -> CacheResult | None:
-        """Compiled artifacts of an earlier start, before anything is compiled."""
+        """Restore compiled artifacts of an earlier start, before anything is compiled."""
         settings = self._settings
         if settings.cache_dir is None or not self._compiles(model):
             return None
         self._progress("restore")
-        # Not the shapes: inductor finds each graph by what is in it, so that one archive may hold
-        # whatever shapes were ever warm under the other settings.
+        # The shapes are not part of the key: inductor finds a graph by its contents, so one archive
+        # can hold all shapes that were ever warm under these settings.
         key = cache_key(
             str(model.device),
             {
@@ -298,47 +258,38 @@ class Startup:
             model.pipeline, mode, attention=settings.attention, quantize=settings.quantize
         )
 
-    def _say_how(self, restored: CacheResult | None) -> None:
-        how = self._readiness.compile
-        how["mode"] = "off" if self.compiled is None else self.compiled.mode
-        if self.compiled is not None:
-            how["attention"] = self.compiled.attention
-            quantized = self.compiled.quantized
+    def _report_preparation(
+        self, compiled: CompiledModel | None, restored: CacheResult | None
+    ) -> None:
+        report = self._readiness.compile
+        report["mode"] = "off" if compiled is None else compiled.mode
+        if compiled is not None:
+            report["attention"] = compiled.attention
+            quantized = compiled.quantized
             if quantized is not None:
-                how["quantize"] = quantized.quantization
-                how["quantized_layers"] = quantized.layers
-                how["quantization_error"] = quantized.error
+                report["quantize"] = quantized.quantization
+                report["quantized_layers"] = quantized.layers
+                report["quantization_error"] = quantized.error
                 logger.info(
-                    "%s: %d layers quantised; one UNet forward differs by %.2g from before",
+                    "%s: %d layers quantised; relative error of one UNet forward %.2g",
                     quantized.quantization,
                     quantized.layers,
                     quantized.error,
                 )
         if restored is not None:
-            how["cache"] = restored.result
-            how["cache_bytes"] = restored.bytes
+            report["cache"] = restored.result
+            report["cache_bytes"] = restored.bytes
 
-    @contextmanager
-    def _compiling(self) -> Iterator[None]:
-        """Lifts the guard; requests may follow at once, and none of them may compile."""
-        if self.compiled is not None:
-            self.compiled.thaw()
-        try:
-            yield
-        finally:
-            if self.compiled is not None:
-                self.compiled.freeze()
-
-    def _warm(self, warmup: Warmup, shape: CompiledShape) -> None:
-        with self._compiling():
+    def _warm(self, loaded: LoadedModel, warmup: Warmup, shape: CompiledShape) -> None:
+        with loaded.compiling_allowed():
             warmup.warm(shape)
-        self._tell_warmup(warmup.report())
+        self._report_warmup(warmup.report())
 
-    def _verify(self, warmup: Warmup) -> None:
-        with self._compiling():
+    def _verify(self, loaded: LoadedModel, warmup: Warmup) -> None:
+        with loaded.compiling_allowed():
             warmup.verify()
         report = warmup.report()
-        self._tell_warmup(report)
+        self._report_warmup(report)
         self._metrics.graph_breaks(report.compiled.graph_breaks)
         logger.info(
             "warm: %s on %s, shapes %s; %d graphs, %d of them from the cache, in %.1f s",
@@ -350,20 +301,19 @@ class Startup:
             math.fsum(phase.duration_ns for phase in report.phases) / 1e9,
         )
 
-    def _count_flops(self, shape: CompiledShape) -> None:
-        """What a run at this shape is worth: utilisation is a share of it.
+    def _count_flops(self, loaded: LoadedModel, shape: CompiledShape) -> None:
+        """Count the FLOPs of a run at this shape; utilisation is a share of them.
 
-        A piece like the others, because torch counts through hooks that every module of the process
-        runs while it does.
+        On the GPU thread, because torch counts through hooks that every module of the process runs
+        meanwhile.
         """
-        assert self.model is not None
         self._progress(f"count_flops {shape}")
         started_ns = self._now_ns()
         try:
             from kernels_warmup.flops import count_run
 
-            flops = count_run(self.model.pipeline, shape)
-        except Exception as error:  # noqa: BLE001 - images are drawn without it
+            flops = count_run(loaded.model.pipeline, shape)
+        except Exception as error:  # noqa: BLE001 - images are generated without it
             logger.warning("the FLOPs at %s are not counted: %s", shape, type(error).__name__)
         else:
             self._metrics.set_flops(
@@ -371,7 +321,7 @@ class Startup:
             )
             self._end_phase(f"count_flops {shape}", started_ns, {"shape": str(shape)})
 
-    # Telling
+    # Reporting
 
     def _progress(self, phase: str) -> None:
         if self._readiness.state is State.STARTING:
@@ -385,24 +335,24 @@ class Startup:
         self, name: str, started_ns: int, attributes: dict[str, str | int | float | bool]
     ) -> None:
         self._phases.append(PhaseTiming(name, started_ns, self._now_ns(), attributes))
-        self._tell_phases()
+        self._report_phases()
 
-    def _tell_warmup(self, report: WarmupReport) -> None:
+    def _report_warmup(self, report: WarmupReport) -> None:
         before = [p for p in self._phases if p.name in ("load_model", "prepare")]
         self._phases = [*before, *report.phases]
-        how = self._readiness.compile
-        how["graphs"] = report.compiled.graphs
-        how["graphs_from_cache"] = report.compiled.cache_hits
+        compile_report = self._readiness.compile
+        compile_report["graphs"] = report.compiled.graphs
+        compile_report["graphs_from_cache"] = report.compiled.cache_hits
         self._readiness.left_out = {str(shape): error for shape, error in report.failed}
-        self._tell_phases()
+        self._report_phases()
 
-    def _tell_phases(self) -> None:
+    def _report_phases(self) -> None:
         for phase in self._phases:
             self._readiness.phases_ms[phase.name] = phase.duration_ns / 1e6
             kind = phase.name.split(" ")[0]
             self._metrics.set_warmup_phase(kind, _total_seconds(self._phases, kind))
 
-    def _become_ready(self, warmup: Warmup) -> None:
+    def _become_ready(self, warmup: Warmup, on_ready: Callable[[], None]) -> None:
         """Serve the shapes that are warm by now."""
         self._readiness.shapes = warmup.warm_shapes
         self._metrics.set_warm_shapes([str(shape) for shape in warmup.warm_shapes])
@@ -413,24 +363,28 @@ class Startup:
             self._readiness.state = State.READY
             self._readiness.phase = "ready"
             self._metrics.set_ready(True)
-            self._on_ready()
+            on_ready()
 
-    def _tell(self, failure: Failure | None) -> None:
-        """The start's trace, once: at its own end, or at the process's when that comes first."""
-        with self._telling:
-            told, self._told = self._told, True
-        if not told:
+    def _record(self, failure: Failure | None) -> None:
+        """Record the start's trace once: at the end of the start, or of the process if that comes
+        first."""
+        with self._recording:
+            recorded, self._recorded = self._recorded, True
+        if not recorded:
             timing = WarmupTiming(
                 self._anchor.unix_ns, self._now_ns(), tuple(self._phases), failure
             )
             self._recorder.record_warmup(timing, self._attributes)
 
     def _keep_in_background(self) -> None:
-        """Archive what was compiled. On a daemon thread: it takes seconds, nobody waits for it, and
-        a start that is cut off leaves the last archive as it was."""
+        """Archive the compiled artifacts.
+
+        On a daemon thread: it takes seconds and nothing waits for it. A process that ends meanwhile
+        leaves the previous archive as it was.
+        """
         cache = self._cache
         if cache is None or self._readiness.left_out:
-            return  # what a failed compile left behind is not worth keeping
+            return  # a failed compile may have left broken artifacts
 
         def keep() -> None:
             stored = cache.store()
@@ -441,7 +395,8 @@ class Startup:
 
 
 def _default_shapes(model: SdxlModel) -> tuple[CompiledShape, ...]:
-    """The demo is warm in a second at all its sizes; a full-size model compiles one for minutes."""
+    """All of the demo's shapes, which take a second; of a full-size model the first, which takes
+    minutes to compile."""
     return model.trained_shapes if model.name == "demo" else model.trained_shapes[:1]
 
 

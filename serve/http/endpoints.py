@@ -13,8 +13,8 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from metrics.catalogue import render
+from serve.engine.readiness import State
 from serve.engine.runtime import Runtime
-from serve.engine.startup import State
 from serve.http.error_responses import add_exception_handlers
 from serve.http.middleware import RequestMiddleware
 from serve.http.responses import json_response

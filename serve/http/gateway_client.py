@@ -23,7 +23,7 @@ from metrics.catalogue import GenerationMetrics
 from metrics.records import Failure
 from serve import __version__
 from serve.engine.call import Call
-from serve.engine.startup import Readiness, State
+from serve.engine.readiness import Readiness, State
 from serve.errors import (
     ERROR_TYPES,
     NOT_BILLED,

@@ -9,7 +9,7 @@ from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity
 from metrics.tracing import Tracing
 from serve.engine.call import Call, current_call
-from serve.engine.startup import Readiness
+from serve.engine.readiness import Readiness
 from serve.schema import TextToImageRequest
 from serve.settings import ServeSettings
 

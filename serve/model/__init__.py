@@ -1,1 +1,1 @@
-"""SDXL: loading it, and text, denoising and decoding on it."""
+"""The SDXL model: loading it, encoding text, denoising and decoding."""

@@ -1,8 +1,8 @@
-"""The SDXL model: loaded from one of four places, then encode, denoise, decode.
+"""The SDXL model: loading it, then encode, denoise and decode.
 
-Each method enqueues one stage's work and returns without waiting for the device; timing, pacing and
-errors belong to the caller. The denoising loop is diffusers' own pipeline, called with prompt
-embeddings; text is encoded here because diffusers logs the part of a prompt that it cuts.
+Each stage method enqueues its work and returns without waiting for the device. Timing, pacing and
+errors are the caller's. The denoising loop is diffusers' own pipeline, called with prompt
+embeddings. Text is encoded here, because diffusers logs the part of a prompt that it cuts.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from kernels_warmup.rewrites.zero_text import ZERO_TEXT
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError
+from serve.model.scheduler_watch import watch_scheduler
 from serve.settings import DEMO_MODEL, RANDOM_SDXL_BASE, SDXL_BASE
 
 logger = logging.getLogger(__name__)
@@ -51,14 +53,30 @@ _DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Conditioning:
-    """The prompts of one run as the UNet takes them.
+class PreparedText:
+    """What the UNet's steps read of the text, computed before the run's first step.
 
-    Shapes: embeddings (images, 77, width of both encoders), pooled (images, width of the second).
-    The negative ones are None without guidance. `truncated` says of each prompt whether an encoder
-    cut it, `zero_negative` that there is guidance and all negative ones are zeros: nobody asked for
-    anything else, and the model takes zeros for an empty prompt. `ahead` says whose buffers the
-    steps already find filled, and for which size.
+    It lies in buffers that the next preparation overwrites; `TextOnce` notices that by `contents`.
+    """
+
+    contents: Ahead
+    shape: CompiledShape
+    """The image size it was computed for: the size is part of what the steps read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """All that the steps of one run need of its prompts: made by `encode_prompts`, read by
+    `denoise`.
+
+    Attributes:
+        prompt: (images, 77, width of both encoders).
+        pooled: (images, width of the second encoder).
+        negative, negative_pooled: the same of the negative prompts; None without guidance.
+        truncated: for each prompt, whether an encoder cut it.
+        zero_negative: there is guidance and every negative embedding is zeros, as for an empty
+            negative prompt. Steps may skip the attention to it.
+        prepared: computed ahead where the model does that and the size was known.
     """
 
     prompt: torch.Tensor
@@ -67,14 +85,26 @@ class Conditioning:
     negative_pooled: torch.Tensor | None
     truncated: tuple[bool, ...]
     zero_negative: bool = False
-    ahead: tuple[Ahead, CompiledShape] | None = None
+    prepared: PreparedText | None = None
+
+    def as_steps_read_it(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The text and the pooled text as the pipeline passes them to every step: the negative half
+        first."""
+        if self.negative is None or self.negative_pooled is None:
+            return self.prompt, self.pooled
+        return (
+            torch.cat([self.negative, self.prompt]),
+            torch.cat([self.negative_pooled, self.pooled]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedImages:
-    """Pixels on their way to the host: valid once the device has done the copy.
+    """Images in host memory, valid once the device has finished the copy.
 
-    `pixels` is (images, height, width, 3) uint8 and `finite` (images,) bool, both in host memory.
+    Attributes:
+        pixels: (images, height, width, 3) uint8.
+        finite: (images,) bool: whether all of an image's values are finite.
     """
 
     pixels: torch.Tensor
@@ -97,11 +127,10 @@ class SdxlModel:
         self.trained_shapes = trained_shapes
         self.pipeline = pipeline
         self.text: TextOnce | None = None
+        """Computes once a run what its steps read of the text; None: every step computes it."""
         self._loop = prepare_loop(pipeline)
-        self._loop_begins: Callable[[], None] = _nothing
         self._preview_map: torch.Tensor | None = None
         pipeline.set_progress_bar_config(disable=True)
-        self._watch_scheduler()
 
     @torch.no_grad()
     def encode_prompts(
@@ -111,43 +140,39 @@ class SdxlModel:
         guided: bool,
         shape: CompiledShape | None = None,
     ) -> Conditioning:
-        """Both text encoders' view of a run's prompts, and of negative ones where they count.
+        """Encode a run's prompts with both text encoders, and the negative prompts with guidance.
 
-        With the size that the run will have, what its steps read of them is worked out as well,
-        where that is done once a run.
+        Args:
+            shape: the size of the run's images. With it, what the steps read of the text is
+                computed here too, if the model computes that once a run.
         """
         images = len(prompts)
         zeros_for_empty = self.pipeline.config.force_zeros_for_empty_prompt
-        counts = [bool(text.strip()) or not zeros_for_empty for text in negative_prompts]
-        encode_negative = guided and any(counts)
+        has_texts = [bool(text.strip()) or not zeros_for_empty for text in negative_prompts]
+        encode_negative = guided and any(has_texts)
         texts = [*prompts, *negative_prompts] if encode_negative else [*prompts]
         hidden, pooled, truncated = self._encode_texts(texts)
         prompt, pooled_prompt = hidden[:images], pooled[:images]
         negative = negative_pooled = None
         if encode_negative:
             negative, negative_pooled = hidden[images:], pooled[images:]
-            for image, says_something in enumerate(counts):
-                if not says_something:
+            for image, has_text in enumerate(has_texts):
+                if not has_text:
                     negative[image].zero_()
                     negative_pooled[image].zero_()
         elif guided:
             negative, negative_pooled = torch.zeros_like(prompt), torch.zeros_like(pooled_prompt)
-        zero_negative = guided and not encode_negative
-        ahead = None
-        if self.text is not None and shape is not None:
-            text, added = self._as_steps_get_it(
-                prompt, pooled_prompt, negative, negative_pooled, shape
-            )
-            ahead = self.text.prepare_ahead(text, added), shape
-        return Conditioning(
+        conditioning = Conditioning(
             prompt,
             pooled_prompt,
             negative,
             negative_pooled,
             truncated[:images],
-            zero_negative,
-            ahead,
+            zero_negative=guided and not encode_negative,
         )
+        if self.text is None or shape is None:
+            return conditioning
+        return replace(conditioning, prepared=self._prepare_text(self.text, conditioning, shape))
 
     def denoise(
         self,
@@ -164,10 +189,10 @@ class SdxlModel:
         """Run the denoising loop; returns latents (images, channels, height / 8, width / 8).
 
         Args:
-            seeds: one an image; an image's noise is the same whatever runs beside it.
-            on_loop_begins: called when the scheduler's loop is about to start.
-            on_step_enqueued: called with each step's index once its work is enqueued, and with the
-                step's latents if `watch_latents`; what it raises ends the loop.
+            seeds: one for each image. An image's noise does not depend on the others of the run.
+            on_loop_begins: called when the loop is about to start.
+            on_step_enqueued: called with the index of each step once its work is enqueued, and with
+                the step's latents if `watch_latents` is set. An exception from it ends the loop.
         """
         # Noise is drawn on the CPU, so that a seed means the same image on every device.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -175,20 +200,21 @@ class SdxlModel:
         noise = torch.cat([torch.randn(size, generator=each) for each in generators])
         latents = _to_device(noise.to(self.dtype), self.device)
         if self.device.type != "cpu":
-            # What a stochastic scheduler draws in every step is drawn where it is used: a copy from
-            # the host would be a wait inside the loop.
+            # A stochastic scheduler draws noise in every step. It draws on the device, because a
+            # copy from the host would be a wait inside the loop.
             generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
         def on_step_end(
             _pipeline: Any, index: int, _timestep: Any, tensors: dict[str, torch.Tensor]
         ) -> dict[str, torch.Tensor]:
-            # The timestep is a scalar on the device: looking at it would stall the loop.
+            # The timestep is a scalar on the device: reading it would stall the loop.
             on_step_enqueued(index, tensors.get("latents"))
             return {}
 
-        self._loop_begins = on_loop_begins
-        self._begin_run(conditioning, shape)
-        try:
+        with (
+            self._steps_reading(conditioning, shape),
+            watch_scheduler(self._loop.scheduler, on_loop_begins),
+        ):
             output = self._loop(
                 prompt_embeds=conditioning.prompt,
                 pooled_prompt_embeds=conditioning.pooled,
@@ -204,17 +230,14 @@ class SdxlModel:
                 return_dict=False,
                 callback_on_step_end=on_step_end,
                 callback_on_step_end_tensor_inputs=["latents"] if watch_latents else [],
-                cross_attention_kwargs=self._about_the_text(conditioning),
+                cross_attention_kwargs=self._unet_options(conditioning),
             )
-        finally:
-            self._loop_begins = _nothing
-            self._begin_run(None, shape)
         result: torch.Tensor = output[0]
         return result
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> DecodedImages:
-        """Latents to uint8 pixels on the host, without waiting for the device."""
+        """Decode latents to uint8 pixels in host memory, without waiting for the device."""
         vae = self.pipeline.vae
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor
         decoded = vae.decode(scaled, return_dict=False)[0]
@@ -222,11 +245,11 @@ class SdxlModel:
 
     @torch.no_grad()
     def fit_preview(self) -> None:
-        """Fit `preview`'s linear map from latents to pixels to this model's own VAE."""
-        side, pictures = 16, 8
+        """Fit the linear map from latents to pixels that `preview` uses to this model's VAE."""
+        side, samples = 16, 8
         generator = torch.Generator("cpu").manual_seed(0)
         channels = self.pipeline.unet.config.in_channels
-        coarse = torch.randn((pictures, channels, side // 4, side // 4), generator=generator)
+        coarse = torch.randn((samples, channels, side // 4, side // 4), generator=generator)
         latents = torch.nn.functional.interpolate(coarse, scale_factor=4.0)
         vae = self.pipeline.vae
         scaled = (latents / vae.config.scaling_factor).to(self.device, vae.dtype)
@@ -242,10 +265,10 @@ class SdxlModel:
 
     @torch.no_grad()
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """What one image's latents (channels, height / 8, width / 8) look like, roughly:
-        (height / 8, width / 8, 3) uint8 on its way to the host.
+        """Approximate the image of latents (channels, height / 8, width / 8) by a linear map.
 
-        A linear map costs microseconds where the VAE costs a denoising step.
+        Returns (height / 8, width / 8, 3) uint8 in host memory, valid once the device has finished
+        the copy. The map takes microseconds; the VAE takes as long as a denoising step.
         """
         assert self._preview_map is not None, "fit_preview() runs before the first preview"
         cells = latents.float().permute(1, 2, 0)
@@ -256,7 +279,7 @@ class SdxlModel:
         self, texts: list[str]
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[bool, ...]]:
         pipeline = self.pipeline
-        # Both before either encoder runs, so that the device waits for no tokenizer.
+        # Tokenise both before either encoder runs, so that the device waits for no tokenizer.
         tokens, cut = tokenise(pipeline.tokenizer, texts)
         tokens_2, cut_2 = tokenise(pipeline.tokenizer_2, texts)
         tokens, tokens_2 = _to_device(tokens, self.device), _to_device(tokens_2, self.device)
@@ -266,44 +289,36 @@ class SdxlModel:
         truncated = tuple(some or other for some, other in zip(cut, cut_2, strict=True))
         return hidden.to(self.dtype), output_2[0].to(self.dtype), truncated
 
-    def _as_steps_get_it(
-        self,
-        prompt: torch.Tensor,
-        pooled: torch.Tensor,
-        negative: torch.Tensor | None,
-        negative_pooled: torch.Tensor | None,
-        shape: CompiledShape,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The text and the added condition as the pipeline will pass them to each step."""
-        if negative is not None and negative_pooled is not None:
-            prompt, pooled = torch.cat([negative, prompt]), torch.cat([negative_pooled, pooled])
-        time_ids = self._loop.time_ids(shape.height, shape.width, prompt.dtype)
-        return prompt, {"text_embeds": pooled, "time_ids": time_ids.repeat(len(prompt), 1)}
+    def _prepare_text(
+        self, text: TextOnce, conditioning: Conditioning, shape: CompiledShape
+    ) -> PreparedText:
+        """Compute what the steps of a run of this size will read of the text."""
+        embeddings, pooled = conditioning.as_steps_read_it()
+        time_ids = self._loop.time_ids(shape.height, shape.width, embeddings.dtype)
+        added = {"text_embeds": pooled, "time_ids": time_ids.repeat(len(embeddings), 1)}
+        return PreparedText(text.prepare_ahead(embeddings, added), shape)
 
-    def _begin_run(self, conditioning: Conditioning | None, shape: CompiledShape) -> None:
-        """Tell what is kept of a run's text whether the steps to come are that run's."""
+    @contextmanager
+    def _steps_reading(self, conditioning: Conditioning, shape: CompiledShape) -> Iterator[None]:
+        """While open, the steps read this run's prepared text, if it was prepared for this size.
+
+        Otherwise the first step computes it from the tensors that it gets.
+        """
         if self.text is None:
+            yield
             return
-        ahead = None if conditioning is None else conditioning.ahead
-        self.text.begin_run(ahead[0] if ahead is not None and ahead[1] == shape else None)
+        prepared = conditioning.prepared
+        fitting = None if prepared is None or prepared.shape != shape else prepared.contents
+        self.text.begin_run(fitting)
+        try:
+            yield
+        finally:
+            self.text.begin_run(None)
 
-    def _about_the_text(self, conditioning: Conditioning) -> dict[str, Any] | None:
-        """What the UNet is told of a text that is zero, where it can make use of it."""
-        takes_it = getattr(self.pipeline.unet.forward, "takes_zero_text", False)
-        return {ZERO_TEXT: True} if takes_it and conditioning.zero_negative else None
-
-    def _watch_scheduler(self) -> None:
-        """Learn when the loop starts, from the one call the pipeline makes just before it."""
-        scheduler = self._loop.scheduler
-        # The pipeline asks whether there is such a method, and some schedulers have none.
-        original = getattr(scheduler, "set_begin_index", None)
-
-        def set_begin_index(begin_index: int = 0) -> None:
-            if original is not None:
-                original(begin_index)
-            self._loop_begins()
-
-        scheduler.set_begin_index = set_begin_index
+    def _unet_options(self, conditioning: Conditioning) -> dict[str, Any] | None:
+        """What the UNet needs to know of the text beside its embeddings, if it can use that."""
+        uses_it = getattr(self.pipeline.unet.forward, "takes_zero_text", False)
+        return {ZERO_TEXT: True} if uses_it and conditioning.zero_negative else None
 
 
 def load_model(
@@ -312,14 +327,14 @@ def load_model(
     device_name: str = "auto",
     dtype_name: str = "auto",
 ) -> SdxlModel:
-    """Load the model a setting names, onto its device.
+    """Load a model onto its device.
 
     Args:
-        name: `demo`, `random:sdxl-base`, a hub repository or a local directory; None picks the
-            demo without a CUDA device and SDXL base with one.
+        name: `demo`, `random:sdxl-base`, a hub repository or a local directory; None: SDXL base
+            on a CUDA device, else the demo.
 
     Raises:
-        ModelError: there is no such model, or what is there is not a whole SDXL pipeline.
+        ModelError: there is no such model, or it is not a complete SDXL pipeline.
     """
     device = choose_device(device_name)
     dtype = _DTYPES[dtype_name] if dtype_name != "auto" else _default_dtype(device)
@@ -349,10 +364,10 @@ def load_model(
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a setting names; `auto` takes CUDA where there is one.
+    """The device of that name; `auto` is CUDA if there is a CUDA device, else the CPU.
 
     Raises:
-        ModelError: a CUDA device was asked for and is not there.
+        ModelError: there is no such CUDA device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -381,13 +396,13 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> StableDiffusionXLPip
 
 
 def _load_hub(name: str, revision: str | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    # Parallel ranges of each file; the hub's client reads this when it starts to download.
+    # Download each file in parallel ranges. The hub's client reads this when a download starts.
     os.environ.setdefault("HF_XET_HIGH_PERFORMANCE", "1")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    # A variant that does not exist is an error to diffusers, so the hub is asked first; offline,
-    # what was downloaded before decides.
+    # diffusers raises for a variant that does not exist, so look for one first. Offline, diffusers
+    # looks in what was downloaded before.
     variant: str | None = "fp16"
     try:
         files = HfApi().list_repo_files(name, revision=revision)
@@ -395,7 +410,7 @@ def _load_hub(name: str, revision: str | None, dtype: torch.dtype) -> StableDiff
             variant = None
     except (OfflineModeIsEnabled, OSError, HfHubHTTPError) as error:
         logger.warning(
-            "the hub could not be asked about %s (%s); trying its fp16 files",
+            "the hub did not list the files of %s (%s); trying the fp16 variant",
             name,
             type(error).__name__,
         )
@@ -413,7 +428,7 @@ def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> StableDif
             **options,
         )
     except Exception as error:
-        # Four libraries read these files, each with errors of its own; all mean the same here.
+        # Four libraries read these files, each with its own errors; all mean the same here.
         raise ModelError(
             f"the model at {name!r} could not be loaded: {type(error).__name__}: "
             f"{_first_line(error)}"
@@ -421,12 +436,14 @@ def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> StableDif
     for part in _PARTS:
         module = getattr(pipeline, part)
         if module is None:
-            raise ModelError(f"the model at {name!r} is no whole SDXL pipeline: it lacks {part}.")
+            raise ModelError(
+                f"the model at {name!r} is not a complete SDXL pipeline: it lacks {part}."
+            )
         if isinstance(module, torch.nn.Module) and any(p.is_meta for p in module.parameters()):
             raise ModelError(f"the model at {name!r} lacks weights of its {part}.")
     if dtype == torch.float16 and pipeline.vae.config.force_upcast:
-        # This VAE overflows in float16, and recasting it on every call breaks captured graphs;
-        # bfloat16 has float32's range.
+        # This VAE overflows in float16; bfloat16 has the range of float32. diffusers would recast
+        # it on every call, which breaks captured graphs.
         pipeline.vae.to(torch.bfloat16)
     return pipeline
 
@@ -441,7 +458,7 @@ def _build_random(device: torch.device, dtype: torch.dtype) -> StableDiffusionXL
 
 
 def _trained_shapes(pipeline: StableDiffusionXLPipeline) -> tuple[CompiledShape, ...]:
-    """SDXL's sizes for a UNet of SDXL's size, else the one square its configuration names."""
+    """SDXL's sizes for a UNet of SDXL's sample size, else the square of its own sample size."""
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     if side == SDXL_SHAPES[0].width:
         return SDXL_SHAPES
@@ -449,30 +466,31 @@ def _trained_shapes(pipeline: StableDiffusionXLPipeline) -> tuple[CompiledShape,
 
 
 def tokenise(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, list[bool]]:
-    """The texts as (texts, limit) token ids on the host, and whether each had to be cut for it.
+    """Token ids (texts, limit) in host memory, and for each text whether it was cut to the limit.
 
-    As CLIP's tokenizer does it when asked to cut and to fill, which would hide what was cut and
-    cost a second call.
+    The ids are those of CLIP's tokenizer with truncation and padding. Those options would not say
+    which texts were cut; finding out would take a second call.
     """
     limit, fill = tokenizer.model_max_length, tokenizer.pad_token_id
-    # `verbose` off: the library's warning on long input is answered by what is returned.
+    # Not verbose: the library would warn of long texts, which the result reports.
     whole: list[list[int]] = tokenizer(texts, verbose=False).input_ids
-    # The last token ends a text, and so it does one that was cut.
+    # The last token marks the end of a text; it also ends a text that was cut.
     rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in whole]
     filled = [ids + [fill] * (limit - len(ids)) for ids in rows]
     return torch.tensor(filled), [len(ids) > limit for ids in whole]
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device; to a GPU from pinned memory, since from any other the copy would wait
-    for the work enqueued so far."""
+    """A copy on the device. To a GPU it goes through pinned memory: from other memory the copy
+    would wait for the work enqueued so far."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory; from a GPU into pinned memory, behind the work enqueued so far."""
+    """A copy in host memory. From a GPU it goes into pinned memory, behind the work enqueued so
+    far, and is not waited for."""
     if tensor.device.type == "cpu":
         return tensor.contiguous()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -482,7 +500,3 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else ""
-
-
-def _nothing() -> None:
-    return None

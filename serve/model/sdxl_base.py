@@ -1,8 +1,8 @@
-"""SDXL base 1.0's architecture at full size with seeded random weights: `random:sdxl-base`.
+"""SDXL base 1.0 at full size with seeded random weights: `random:sdxl-base`.
 
-Step latency hardly depends on what the weights are, so this measures a GPU without a download. The
-configurations are those published with stable-diffusion-xl-base-1.0; every module is built on the
-meta device and its storage allocated once, where it will be used.
+Step latency hardly depends on the values of the weights, so this measures a GPU without a download.
+The configurations are those of stable-diffusion-xl-base-1.0. Every module is built on the meta
+device, and its storage is allocated once, on the device where it is used.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ TEXT_ENCODER_2_CONFIG: dict[str, Any] = _TEXT_COMMON | {
 def build_random_sdxl_base(
     tokenizer: CLIPTokenizer, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> StableDiffusionXLPipeline:
-    """The pipeline at full size on `device`, its weights drawn from `seed`.
+    """Build the pipeline on `device` with weights drawn from `seed`.
 
     Args:
-        tokenizer: any CLIP tokenizer of at most 49,408 tokens; both text encoders get it, for the
-            published vocabulary is not at hand without a download.
+        tokenizer: any CLIP tokenizer of at most 49,408 tokens, used for both text encoders. The
+            published vocabulary would be a download.
     """
     token_ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -127,11 +127,11 @@ def build_random_sdxl_base(
 def materialise(
     module: torch.nn.Module, device: torch.device, dtype: torch.dtype, seed: int
 ) -> None:
-    """Give a module of meta tensors its storage on `device`, filled from `seed`.
+    """Allocate the storage of a module of meta tensors on `device` and fill it from `seed`.
 
-    Matrices and convolutions are scaled by their fan-in, so that activations keep their size
-    through the network; norms are the identity. Never zeros: matrix products on zeros run faster
-    than on data.
+    Matrices and convolutions are scaled by their fan-in, so that activations keep their magnitude
+    through the network. Norms are the identity. No weight is zero, because matrix products of zeros
+    run faster than those of data.
     """
     generator = torch.Generator(device).manual_seed(seed)
     for owner in module.modules():

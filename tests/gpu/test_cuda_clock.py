@@ -18,7 +18,8 @@ from metrics.records import RunTiming
 from metrics.timeline import RunTimeline
 from serve.engine.admission import Cancellation
 from serve.engine.call import Call
-from serve.engine.gpu_thread import LEAD_STEPS, StepPacer
+from serve.engine.gpu_run import RunRequest
+from serve.engine.gpu_thread import STEPS_AHEAD, StepPacer
 from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import ClientGone
 from serve.schema import TextToImageRequest
@@ -88,10 +89,10 @@ def test_the_host_leads_and_never_by_more_than_its_bound(work: Work) -> None:
     run_loop(work, timeline)
     run = timeline.finish()
     median = sorted(step.duration_ns for step in run.steps)[STEPS // 2]
-    waited = [step.gpu_queue_ns for step in run.steps[LEAD_STEPS + 1 :]]
+    waited = [step.gpu_queue_ns for step in run.steps[STEPS_AHEAD + 1 :]]
     assert min(waited) > 0.5 * median  # the GPU is never starved
     # A step's start is marked before the host waits, so its own step may be in the queue as well.
-    assert max(waited) < (LEAD_STEPS + 1.5) * median
+    assert max(waited) < (STEPS_AHEAD + 1.5) * median
 
 
 def profiled(work: Work, steps: int) -> tuple[RunTiming, Any]:
@@ -220,8 +221,7 @@ def test_the_pipelines_loop_waits_for_nothing_but_its_lead(
     from torch.profiler import ProfilerActivity, profile, record_function
 
     steps = 12
-    assert runtime._model is not None
-    denoise = runtime._model.denoise
+    denoise = runtime.loaded.model.denoise
     loop = record_function("the loop")
 
     def watched(*args: Any, on_loop_begins: Any, on_step_enqueued: Any, **kwargs: Any) -> Any:
@@ -236,15 +236,15 @@ def test_the_pipelines_loop_waits_for_nothing_but_its_lead(
 
         return denoise(*args, on_loop_begins=begins, on_step_enqueued=enqueued, **kwargs)
 
-    monkeypatch.setattr(runtime._model, "denoise", watched)
+    monkeypatch.setattr(runtime.loaded.model, "denoise", watched)
     call = new_call(runtime)
     request = TextToImageRequest(prompt="a red circle", num_inference_steps=steps, seed=1)
-    plan = runtime._plan(request, call)
+    planned = runtime._plan(request, call)
 
     def work() -> Any:
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
         with profile(activities=activities, acc_events=True) as profiler:
-            runtime._run(plan, call, None)
+            runtime._execute([RunRequest(planned, call)], run_id="r")
         return profiler.events()
 
     events = runtime._gpu.submit(work).result(120)
@@ -284,4 +284,4 @@ def test_a_cancelled_run_stops_within_its_lead(runtime: Runtime) -> None:
     with pytest.raises(ClientGone):
         asyncio.run(runtime.generate(request, call, on_step=on_step))
     assert call.run is not None
-    assert len(call.run.steps) <= 4 + LEAD_STEPS + 1
+    assert len(call.run.steps) <= 4 + STEPS_AHEAD + 1

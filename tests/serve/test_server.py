@@ -16,8 +16,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity, TraceSampling
 from serve import server
+from serve.engine.readiness import State
 from serve.engine.runtime import Runtime
-from serve.engine.startup import State
 from serve.errors import ConfigurationError
 from serve.http.request_body import MAX_BODY_BYTES
 from serve.server import bind, create_app
@@ -271,7 +271,7 @@ def test_errors_carry_their_headers(
     def full(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(runtime._model, "denoise", full)
+    monkeypatch.setattr(runtime.loaded.model, "denoise", full)
     answer = post(app, valid())
     assert answer.status_code == 500
     assert answer.json()["error_type"] == "out_of_memory"
@@ -343,7 +343,7 @@ def test_a_stream_that_fails_says_so_last(
     def broken(*_: object) -> None:
         raise KeyError(PROMPT)
 
-    monkeypatch.setattr(runtime._model, "decode", broken)
+    monkeypatch.setattr(runtime.loaded.model, "decode", broken)
     response = post(app, valid(), "/stream")
     assert response.status_code == 200
     name, data = events(response.text)[-1]

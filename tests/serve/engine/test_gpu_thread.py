@@ -10,7 +10,7 @@ import pytest
 from metrics.clock import Clock, CudaEventClock, HostClock, WallAnchor
 from metrics.timeline import RunTimeline
 from serve.engine.admission import Cancellation
-from serve.engine.gpu_thread import LEAD_STEPS, GpuThread, StepPacer
+from serve.engine.gpu_thread import STEPS_AHEAD, GpuThread, StepPacer
 from serve.errors import ClientGone
 from tests.metrics.test_clock import FakeDevice, Ticker
 
@@ -66,6 +66,26 @@ def test_silence_is_measured_while_work_runs_and_not_at_rest() -> None:
     assert gpu.silent_seconds() == 0.0
 
 
+def test_work_that_may_be_silent_does_not_count_as_hung() -> None:
+    now = [0.0]
+    gpu = GpuThread(monotonic=lambda: now[0])
+    for may_be_silent, silent_seconds in ((True, 0.0), (False, 100.0)):
+        started, release = threading.Event(), threading.Event()
+
+        def work(started: threading.Event = started, release: threading.Event = release) -> None:
+            gpu.sign_of_life()
+            started.set()
+            release.wait(5)
+
+        future = gpu.submit(work, may_be_silent=may_be_silent)
+        assert started.wait(5)
+        now[0] += 100.0
+        assert gpu.silent_seconds() == silent_seconds
+        release.set()
+        future.result(5)
+    assert gpu.stop(5)
+
+
 class PacedRun:
     """A pacer over a fake device on which every step takes 40 ms and enqueueing 1 ms."""
 
@@ -108,10 +128,10 @@ def test_the_host_is_never_more_than_two_steps_ahead() -> None:
     for index in range(30):
         run.step()
         ahead_ns = run.device_free_ns - run.host.now_ns
-        assert ahead_ns <= LEAD_STEPS * 40_000_000
-        if index >= LEAD_STEPS:
+        assert ahead_ns <= STEPS_AHEAD * 40_000_000
+        if index >= STEPS_AHEAD:
             assert ahead_ns >= 40_000_000  # and the device is never starved
-    assert run.told == list(range(30 - LEAD_STEPS))
+    assert run.told == list(range(30 - STEPS_AHEAD))
     run.pacer.drain()
     assert run.told == list(range(30))
     assert run.life == 30
@@ -133,7 +153,7 @@ def test_a_cancelled_run_stops_within_two_steps() -> None:
     run.cancellation.cancel(ClientGone())
     with pytest.raises(ClientGone):
         run.step()
-    assert run.device_free_ns - run.host.now_ns <= LEAD_STEPS * 40_000_000
+    assert run.device_free_ns - run.host.now_ns <= STEPS_AHEAD * 40_000_000
 
 
 class FreeDevice:

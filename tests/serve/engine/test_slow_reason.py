@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def test_gpu_throttled(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hot = FakeGpu(reasons=0x40, sm_clock_mhz=900)
-    monkeypatch.setattr(runtime, "_watch", GpuWatch(Gpu(FakeNvml(hot), hot)))
+    monkeypatch.setattr(runtime, "_gpu_watch", GpuWatch(Gpu(FakeNvml(hot), hot)))
     timing = asyncio.run(serve(runtime, new_call()))
     assert told(timing) == "gpu_throttled"
     attributes = dict(named(emitted(timing), "inference").attributes or {})
@@ -99,7 +100,8 @@ class IdleDevice:
 
 
 def test_host_starved(runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runtime, "_clock", CudaEventClock(IdleDevice))
+    starved = replace(runtime.loaded, clock=CudaEventClock(IdleDevice))
+    monkeypatch.setattr(runtime, "_loaded", starved)
     timing = asyncio.run(serve(runtime, new_call(), num_inference_steps=6))
     assert timing.run is not None
     assert timing.run.clock == "cuda"

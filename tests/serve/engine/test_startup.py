@@ -13,6 +13,8 @@ import io
 import itertools
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +34,8 @@ from kernels_warmup.warmup import UNGUIDED, RunKind, compiler_counts
 from metrics.slow_reason import slow_reason
 from serve.demo_model import checkpoint_path
 from serve.engine.call import Call
+from serve.engine.readiness import State
 from serve.engine.runtime import Runtime, build_runtime
-from serve.engine.startup import State
 from serve.errors import InvalidRequest, ModelError
 from serve.schema import TextToImageResponse
 from serve.settings import ServeSettings
@@ -157,7 +159,7 @@ def test_nothing_compiles_in_fifty_mixed_requests(compiled: Runtime) -> None:
 
 
 def test_nothing_compiles_where_runs_without_negative_have_a_graph(rewritten: Runtime) -> None:
-    compiled = rewritten._startup.compiled
+    compiled = rewritten.loaded.compiled
     assert compiled is not None
     full, short, decode = compiled.functions
     # With guidance and without by the full one, with guidance away from nothing by the other.
@@ -196,8 +198,8 @@ def test_images_of_one_run_share_what_their_negatives_allow(
     rewritten: Runtime, negatives: tuple[str, ...], short: bool
 ) -> None:
     """Served eagerly, for no run of two was warmed; what counts is which function it was."""
-    assert rewritten._startup.compiled is not None
-    full, without_negative, _ = rewritten._startup.compiled.functions
+    assert rewritten.loaded.compiled is not None
+    full, without_negative, _ = rewritten.loaded.compiled.functions
     before = (full.fallbacks.cold, without_negative.fallbacks.cold)
     wanted = [request(negative_prompt=n, num_inference_steps=2, seed=3) for n in negatives]
     asyncio.run(rewritten.generate_together(wanted, [new_call(rewritten) for _ in wanted]))
@@ -251,7 +253,7 @@ def test_a_recompile_is_not_taken_but_counted(
 ) -> None:
     """Caused by the one thing a guard sees and no request can change: a weight's own layout."""
     plain = generate(compiled, format="png")
-    unet = compiled._model.pipeline.unet  # type: ignore[union-attr]
+    unet = compiled.loaded.model.pipeline.unet
     weight = unet.conv_in.weight
     before = compiler_counts()
     call = new_call(compiled)
@@ -341,14 +343,14 @@ def test_a_size_that_fails_is_left_out_and_the_others_serve(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     runtime = build()
-    real = runtime._startup._run_once
+    real = runtime._warm_once
 
     def run_once(shape: CompiledShape, kind: RunKind) -> None:
         if shape.width == 128:
             raise NotImplementedError("no kernel")
         real(shape, kind)
 
-    runtime._startup._run_once = run_once
+    runtime._warm_once = run_once
     asyncio.run(runtime.start())
     assert runtime.readiness.state is State.READY
     assert runtime.readiness.as_json()["shapes"] == ["160x96"]
@@ -366,7 +368,7 @@ def test_where_no_size_can_be_warmed_the_start_fails() -> None:
     def run_once(shape: CompiledShape, kind: RunKind) -> None:
         raise NotImplementedError("no kernel")
 
-    runtime._startup._run_once = run_once
+    runtime._warm_once = run_once
     with pytest.raises(NotImplementedError):
         asyncio.run(runtime.start())
     assert runtime.readiness.state is State.FAILED
@@ -375,7 +377,7 @@ def test_where_no_size_can_be_warmed_the_start_fails() -> None:
 
 def test_ready_early_serves_between_the_sizes() -> None:
     runtime = build(ready_early=True)
-    real = runtime._startup._run_once
+    real = runtime._warm_once
     second_may_begin = asyncio.Event()
     served_early: list[str] = []
 
@@ -387,7 +389,7 @@ def test_ready_early_serves_between_the_sizes() -> None:
                 asyncio.run_coroutine_threadsafe(second_may_begin.wait(), loop).result(60)
             real(shape, kind)
 
-        runtime._startup._run_once = run_once
+        runtime._warm_once = run_once
         await runtime.start()
         assert runtime.readiness.as_json()["state"] == "ready"
         assert runtime.readiness.as_json()["shapes"] == ["128x128"]
@@ -412,10 +414,21 @@ def test_ready_early_serves_between_the_sizes() -> None:
 def test_a_hung_run_shows_while_compiling_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = build(shapes=(CompiledShape(128, 128),))
     asyncio.run(runtime.start())
-    monkeypatch.setattr(runtime._gpu, "silent_seconds", lambda: 1000.0)
-    assert not runtime.healthy
-    runtime._startup.busy = True
-    assert runtime.healthy
+    for may_be_silent in (False, True):
+        started, release = threading.Event(), threading.Event()
+
+        def work(started: threading.Event = started, release: threading.Event = release) -> None:
+            started.set()
+            release.wait(30)
+
+        future = runtime._gpu.submit(work, may_be_silent=may_be_silent)
+        assert started.wait(30)
+        now = time.monotonic()
+        monkeypatch.setattr(runtime._gpu, "_monotonic", lambda now=now: now + 1000)
+        assert runtime.healthy is may_be_silent
+        monkeypatch.undo()
+        release.set()
+        future.result(30)
     runtime.close(1)
 
 
@@ -484,16 +497,16 @@ def test_a_checkpoint_for_few_steps_without_guidance(scheduler: str, tmp_path: P
     runtime = build(
         model=str(model), steps=4, guidance_scale=0.0, shapes=(CompiledShape(128, 128),)
     )
-    real = runtime._startup._run_once
+    real = runtime._warm_once
 
     def run_once(shape: CompiledShape, kind: RunKind) -> None:
         warmed.append(kind)
         real(shape, kind)
 
-    runtime._startup._run_once = run_once
+    runtime._warm_once = run_once
     asyncio.run(runtime.start())
     assert set(warmed) == {UNGUIDED}
-    assert type(runtime._model.pipeline.scheduler).__name__ == scheduler  # type: ignore[union-attr]
+    assert type(runtime.loaded.model.pipeline.scheduler).__name__ == scheduler
     call = new_call(runtime)
     by_default = generate(runtime, call, num_inference_steps=None, format="png")
     assert call.facts is not None
@@ -535,13 +548,12 @@ def test_a_request_finds_its_texts_warm_with_and_without_a_negative_prompt() -> 
         prepare=lambda model: compile_model(model.pipeline, recipe=recipe),
     )
     asyncio.run(runtime.start())
-    compiled = runtime._startup.compiled
+    compiled = runtime.loaded.compiled
     assert compiled is not None
     *_, first, second = compiled.functions
     texts = {(((count, 77), torch.int64),) for count in (1, 2)}
     assert first.met == second.met == texts
-    assert runtime._model is not None
-    assert runtime._model.text is compiled.text
+    assert runtime.loaded.model.text is compiled.text
     for negative in ("", "blue"):
         for scale in (5.0, 1.0):
             call = new_call(runtime)

@@ -151,9 +151,8 @@ def test_a_profiled_run_that_fails_has_its_profile(
 ) -> None:
     app = create_app(profiled_runtime)
     before = len(written(profiled_runtime))
-    assert profiled_runtime._model is not None
     monkeypatch.setattr(
-        profiled_runtime._model, "decode", lambda _: (_ for _ in ()).throw(OSError(PROMPT))
+        profiled_runtime.loaded.model, "decode", lambda _: (_ for _ in ()).throw(OSError(PROMPT))
     )
     ask(app, "/debug/profile", {"requests": 1})
     answer = ask(app, "/", {"prompt": PROMPT, "num_inference_steps": STEPS, "seed": 1})

@@ -1,0 +1,63 @@
+"""Where the process is in its life, as `/ready` reports it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from kernels_warmup.shapes import CompiledShape
+
+
+class State(StrEnum):
+    """Where the process is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    FAILED = "failed"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True)
+class Readiness:
+    """The body of `/ready`. Written by the start-up and by `drain`; everything else only reads.
+
+    With `SDXL_READY_EARLY` the start-up adds shapes while requests are served.
+
+    Attributes:
+        phase: the start-up's phase, then `ready`, then `draining`.
+        reason: why the start failed; empty if it did not.
+        shapes: the shapes that are warm; the first is the default size.
+        phases_ms: duration of each finished phase of the start-up.
+        compile: how the model was prepared to run, and what the compiler did.
+        left_out: the shapes that could not be warmed, and the type of the error of each.
+    """
+
+    state: State = State.STARTING
+    phase: str = "not started"
+    reason: str = ""
+    model: str = ""
+    device: str = ""
+    shapes: tuple[CompiledShape, ...] = ()
+    phases_ms: dict[str, float] = field(default_factory=dict)
+    compile: dict[str, str | int | float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def drain(self) -> None:
+        """No request is accepted from now on. A failed start stays failed."""
+        if self.state is not State.FAILED:
+            self.state = State.DRAINING
+        self.phase = "draining"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "state": self.state.value,
+            "phase": self.phase,
+            "reason": self.reason,
+            "model": self.model,
+            "device": self.device,
+            "shapes": [str(shape) for shape in self.shapes],
+            "left_out": self.left_out,
+            "warmup_ms": self.phases_ms,
+            "compile": self.compile,
+        }

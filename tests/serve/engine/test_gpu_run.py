@@ -1,0 +1,175 @@
+"""A run of one or more requests: what they share, and what each of them gets."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serve.engine.call import Call
+from serve.engine.gpu_run import GpuRun, Outcome, RunRequest
+from serve.engine.runtime import Runtime
+from serve.errors import (
+    ClientGone,
+    DeadlineExceeded,
+)
+from serve.schema import TextToImageResponse
+from tests.serve.conftest import request
+from tests.support.engine import Gate, NewCall, generate
+
+
+def png(response: TextToImageResponse) -> np.ndarray[Any, Any]:
+    data = base64.b64decode(response.image.url.split(",")[1])
+    return np.asarray(Image.open(io.BytesIO(data))).astype(np.int16)
+
+
+def together(
+    runtime: Runtime, calls: list[Call], *changes: dict[str, Any]
+) -> list[TextToImageResponse]:
+    requests = [request(format="png", **change) for change in changes]
+    return asyncio.run(runtime.generate_together(requests, calls))
+
+
+THREE: tuple[dict[str, Any], ...] = (
+    {"seed": 1},
+    {"seed": 2, "prompt": "a blue square", "negative_prompt": "green"},
+    {"seed": 3, "negative_prompt": " "},
+)
+
+
+def test_requests_that_share_a_run_get_the_pictures_they_get_alone(
+    runtime: Runtime, new_call: NewCall
+) -> None:
+    calls = [new_call() for _ in THREE]
+    answers = together(runtime, calls, *THREE)
+    alone = [generate(runtime, new_call(), format="png", **change) for change in THREE]
+    for shared, single in zip(answers, alone, strict=True):
+        assert shared.seed == single.seed
+        assert int(np.abs(png(shared) - png(single)).max()) <= 1
+    runs = {call.run for call in calls}
+    assert len(runs) == 1
+    assert next(iter(runs)).batch_size == 3  # type: ignore[union-attr]
+    assert [call.finish(200).observes_run for call in calls] == [True, False, False]
+
+
+def test_a_run_of_one_request_is_the_same_to_the_byte(runtime: Runtime, new_call: NewCall) -> None:
+    (shared,) = together(runtime, [new_call()], {"seed": 7})
+    assert shared.image.url == generate(runtime, new_call(), format="png", seed=7).image.url
+
+
+def test_one_request_called_off_does_not_stop_those_beside_it(
+    runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [new_call(), new_call()]
+    outcomes: list[Any] = []
+    real = GpuRun.execute
+
+    def watched(run: GpuRun) -> list[Outcome]:
+        calls[0].cancellation.cancel(ClientGone())
+        outcomes.extend(real(run))
+        return outcomes
+
+    monkeypatch.setattr(GpuRun, "execute", watched)
+    with pytest.raises(ClientGone):
+        together(runtime, calls, {"seed": 1}, {"seed": 2})
+    assert isinstance(outcomes[0], ClientGone)
+    assert outcomes[1].pixels.shape == (128, 128, 3)
+    assert calls[0].failure is not None
+    assert calls[1].failure is None
+
+
+def test_a_run_whose_requests_were_all_called_off_stops(
+    runtime: Runtime, new_call: NewCall
+) -> None:
+    calls = [new_call(), new_call()]
+    for call in calls:
+        call.cancellation.cancel(ClientGone())
+    with pytest.raises(ClientGone):
+        together(runtime, calls, {"seed": 1}, {"seed": 2})
+    assert [call.run for call in calls] == [None, None]
+
+
+@pytest.mark.parametrize("called_off", [1, 2])
+def test_a_waiting_run_leaves_the_queue_when_all_its_requests_are_called_off(
+    runtime: Runtime, new_call: NewCall, called_off: int
+) -> None:
+    calls = [new_call(), new_call()]
+    reasons = (ClientGone(), DeadlineExceeded(1))
+
+    async def story() -> list[TextToImageResponse]:
+        requests = [request(seed=seed) for seed in range(2)]
+        waiting = asyncio.create_task(runtime.generate_together(requests, calls))
+        await asyncio.sleep(0.05)
+        for call, reason in list(zip(calls, reasons, strict=True))[:called_off]:
+            call.cancellation.cancel(reason)
+        left, _ = await asyncio.wait({waiting}, timeout=0.5)
+        assert bool(left) is (called_off == 2)
+        gate.open()
+        return await waiting
+
+    gate = Gate(runtime)
+    with pytest.raises(ClientGone):
+        asyncio.run(story())
+    assert [call.outcome for call in calls] == (
+        ["cancelled", "deadline"] if called_off == 2 else ["cancelled", "ok"]
+    )
+    assert [call.run is None for call in calls] == [called_off == 2] * 2
+    assert runtime.admission.waiting == 0
+
+
+def test_requests_that_differ_in_steps_cannot_share_a_run(
+    runtime: Runtime, new_call: NewCall
+) -> None:
+    with pytest.raises(ValueError, match="one number of steps"):
+        together(runtime, [new_call(), new_call()], {}, {"num_inference_steps": 3})
+
+
+def test_the_sum_of_steps_is_the_loops_wall_time(
+    runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host's clock, against a stopwatch around the real pipeline's loop and against
+    torch.profiler's timeline of it."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    steps = 6
+    model = runtime.loaded.model
+    denoise = model.denoise
+    loop = record_function("the loop")
+    moments: list[int] = []
+
+    def watched(*args: Any, on_loop_begins: Any, on_step_enqueued: Any, **kwargs: Any) -> Any:
+        def begins() -> None:
+            on_loop_begins()
+            moments.append(time.perf_counter_ns())
+            loop.__enter__()
+
+        def enqueued(index: int, latents: Any) -> None:
+            if index == steps - 1:
+                loop.__exit__(None, None, None)
+                moments.append(time.perf_counter_ns())
+            on_step_enqueued(index, latents)
+
+        return denoise(*args, on_loop_begins=begins, on_step_enqueued=enqueued, **kwargs)
+
+    monkeypatch.setattr(model, "denoise", watched)
+    call = new_call()
+    planned = runtime._plan(request(num_inference_steps=steps), call)
+
+    def work() -> Any:  # on the model's own thread, where the profiler has to be
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+            runtime._execute([RunRequest(planned, call)], run_id="r")
+        return profiler.events()
+
+    events = runtime._gpu.submit(work).result(60)
+    profiled_us = next(e.time_range.elapsed_us() for e in events if e.name == "the loop")
+    assert call.run is not None
+    assert len(call.run.steps) == steps
+    total_ns = sum(step.duration_ns for step in call.run.steps)
+    assert total_ns == pytest.approx(moments[1] - moments[0], rel=0.01)
+    assert total_ns == pytest.approx(profiled_us * 1e3, rel=0.01)
