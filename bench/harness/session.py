@@ -31,12 +31,13 @@ from typing import TYPE_CHECKING
 
 from bench.errors import BenchError
 from bench.harness.result_file import BenchResult, MeasuredScenario
-from bench.harness.run import ATTEMPTS, NO_TIME, TIME_IS_UP, code_digest
+from bench.harness.rounds import TIME_IS_UP
+from bench.harness.run_record import ATTEMPTS, NO_TIME, code_digest
 from bench.harness.scenarios import SCENARIOS, Scenario, chosen
 from bench.stats.verdict import FEWEST_ROUNDS
 
 if TYPE_CHECKING:
-    from bench.harness.drive import Work
+    from bench.harness.work import Work
 
 Start = Callable[[Sequence[str], float, Path | None], int]
 """Runs `python -m ARGUMENTS` for at most so many seconds, its output going to a file where one is
@@ -128,8 +129,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
-    from bench.harness.drive import choose_work
     from bench.harness.environment import machine_slug
+    from bench.harness.work import choose_work
 
     chosen(options.scenario)
     if options.requests < 1 or options.piece_seconds <= SPARE_SECONDS:
