@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 from bench.harness.result_file import BenchResult
 from bench.report.show import lines
 from bench.report.targets import render as render_targets
+from bench.stats.intervals import ratio_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 STACK = ROOT / "bench" / "results" / "h200-2026-11-22-unet-stack.json"
@@ -34,24 +33,6 @@ ROWS = (
     ("vae-bf16-eager", "VAE decode: bf16, eager"),
     ("vae-whole", "VAE decode: `default`, what ships"),
 )
-RESAMPLES = 10_000
-
-
-def ratio_interval(base: list[float], head: list[float]) -> tuple[float, float, float]:
-    """The ratio of medians head / base and its 95% interval, rounds resampled in pairs."""
-    if len(base) != len(head):
-        raise ValueError("rounds must come in pairs")
-    generator = random.Random(0)
-    rounds = list(zip(base, head, strict=True))
-    ratios = []
-    for _ in range(RESAMPLES):
-        drawn = generator.choices(rounds, k=len(rounds))
-        ratios.append(
-            statistics.median(h for _, h in drawn) / statistics.median(b for b, _ in drawn)
-        )
-    ratios.sort()
-    point = statistics.median(head) / statistics.median(base)
-    return point, ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES) - 1]
 
 
 def render_figures(figures: dict[str, Any]) -> str:
@@ -87,16 +68,15 @@ def render_stack(results: dict[str, Any]) -> str:
         "| | ms | of the first such row (95% interval) | error of one forward | compile |",
         "|---|---|---|---|---|",
     ]
-    for name, told in ROWS:
+    for name, label in ROWS:
         scenario = scenarios[name]
         base = DECODE_BASELINE if name.startswith("vae") else STEP_BASELINE
         ratio = "1"
         if name != base:
-            point, low, high = ratio_interval(scenarios[base]["runs_ms"], scenario["runs_ms"])
-            ratio = f"{point:.3f} ({low:.3f} to {high:.3f})"
+            ratio = str(ratio_interval(scenarios[base]["runs_ms"], scenario["runs_ms"]))
         compiled = f"{scenario['prepare_seconds']:.0f} s" if "compile" in scenario["what"] else "-"
         lines.append(
-            f"| {told} | {scenario['median_ms']:.1f} | {ratio} "
+            f"| {label} | {scenario['median_ms']:.1f} | {ratio} "
             f"| {scenario['error_vs_fp32']:.4f} | {compiled} |"
         )
     return "\n".join(lines)

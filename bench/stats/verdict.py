@@ -30,13 +30,13 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.harness.result_file import MeasuredScenario, RequestSample
+from bench.stats.intervals import bootstrap
 
 Verdict = Literal[
     "improved", "regressed", "no difference", "inconclusive", "not interleaved", "not comparable"
@@ -252,7 +252,7 @@ def _estimate(values: NDArray[np.float64]) -> _Estimate:
     """Of at least FEWEST_ROUNDS independent values. Seeded: the same file, the same verdict."""
     count = len(values)
     # Resamples vary about the sample as if it were everything: too little by this factor.
-    error = float(middle_mean(values[_resamples(count)]).std()) * math.sqrt(count / (count - 1))
+    error = float(bootstrap(values, middle_mean, RESAMPLES).std()) * math.sqrt(count / (count - 1))
     spread = float(np.ptp(values))
     return _Estimate(
         value=float(middle_mean(values)),
@@ -260,13 +260,6 @@ def _estimate(values: NDArray[np.float64]) -> _Estimate:
         freedom=count - 2 * (count // 4) - 1,
         rounds=count,
     )
-
-
-@lru_cache(maxsize=8)
-def _resamples(count: int) -> NDArray[np.intp]:
-    """Indices of resamples of `count` values, (RESAMPLES, count); fewer of very many values."""
-    resamples = min(RESAMPLES, max(400, 2_000_000 // count))
-    return np.random.default_rng(0).integers(0, count, (resamples, count), dtype=np.intp)
 
 
 _ROUNDING = 1e-12
