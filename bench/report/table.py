@@ -1,7 +1,7 @@
-"""`python -m bench.report.table`: the README's tables, rendered from the raw results alone.
+"""`python -m bench.report.table`: render the README's tables from the result files.
 
-Ratios come from one run, whose scenarios were timed in interleaved rounds; the interval is a paired
-bootstrap over rounds, seeded, so that the same file gives the same table.
+Ratios are of one run, whose scenarios were timed in interleaved rounds. The same files always give
+the same tables.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROWS = (
 
 
 def render_figures(figures: dict[str, Any]) -> str:
-    """`bench.report.figures` on the demo model, as Markdown."""
+    """The result of `bench.report.figures` as a Markdown table."""
     stages = figures["stage_median_ms"]
     model = ("text_encode", "denoise", "vae_decode")
     which_times = ("median", "p95", "max")
@@ -62,7 +62,7 @@ def render_figures(figures: dict[str, Any]) -> str:
 
 
 def render_stack(results: dict[str, Any]) -> str:
-    """The first session on one GPU, whose file is older than the result format, as Markdown."""
+    """The first session on a GPU as a Markdown table. Its file is older than the result format."""
     scenarios = results["scenarios"]
     lines = [
         "| | ms | of the first such row (95% interval) | error of one forward | compile |",
@@ -83,19 +83,21 @@ def render_stack(results: dict[str, Any]) -> str:
 
 
 def render_runs() -> str:
-    """Every `python -m bench run` that is kept, one table a machine, as Markdown."""
+    """A Markdown table for each kept result of `python -m bench run`."""
     read = (BenchResult.read(path) for path in sorted(RESULTS.glob("*-bench.json")))
     return "\n\n".join(render_run(result) for result in read if is_shown(result))
 
 
 def is_shown(result: BenchResult) -> bool:
-    """A full-size model on a CPU, at whatever size that has time for, says that the bench works and
-    nothing that a reader should compare."""
+    """Whether the README shows the result.
+
+    A full-size model on a CPU, at a small size, only shows that the bench works.
+    """
     return result.environment.device == "cuda" or not result.workload.model.startswith("random:")
 
 
 def render_run(result: BenchResult) -> str:
-    """One result, its scenarios in the order of the stack; what could not run below."""
+    """One result as a Markdown table, with the scenarios that could not run below it."""
     work, environment, code = result.workload, result.environment, result.code[-1]
     machine = environment.gpu or f"{environment.cores} cores of {environment.cpu}"
     guidance = "guidance on" if work.guidance else "guidance off"
@@ -105,7 +107,7 @@ def render_run(result: BenchResult) -> str:
     day = datetime.fromtimestamp(result.sessions[0].start.at_ns / 1e9, UTC).date()
     where = f"{machine}, torch {code.versions.get('torch', '?')}, {day}"
     what = f"{work.model} at {work.shape}, {work.steps} steps, {guidance}{weights}"
-    told = [
+    text = [
         f"{where}: {what}.",
         "",
         "| scenario | step, ms | of the first (interval) | request, ms | images/s | error | |",
@@ -117,18 +119,18 @@ def render_run(result: BenchResult) -> str:
         if judged is not None:
             ratio += f" ({judged.low:.3f} to {judged.high:.3f})"
         error = "-" if scenario.error_vs_fp32 is None else f"{scenario.error_vs_fp32:.4f}"
-        told.append(
+        text.append(
             f"| {line.label} | {scenario.step_ms:.2f} | {ratio} | {scenario.request_ms:.1f} "
             f"| {scenario.images_per_second:.3f} | {error} | {scenario.what} |"
         )
     if result.not_run:
         reasons = "; ".join(f"{n.name} ({n.why})" for n in result.not_run)
-        told += ["", f"Not run here: {reasons}."]
-    return "\n".join(told)
+        text += ["", f"Not run here: {reasons}."]
+    return "\n".join(text)
 
 
 def tables() -> dict[str, str]:
-    """Each table by the name of its place in the README."""
+    """Each table by the name of its markers in the README."""
     return {
         "target table": render_targets(RESULTS),
         "bench tables": render_runs(),
@@ -138,7 +140,7 @@ def tables() -> dict[str, str]:
 
 
 def in_place(text: str, name: str) -> tuple[str, str, str]:
-    """The README's text before, in and behind the place called `name`."""
+    """The text before, between and after the markers called `name`."""
     before, rest = text.split(f"<!-- {name}: begin -->")
     inside, after = rest.split(f"<!-- {name}: end -->")
     return before, inside.strip(), after
@@ -146,7 +148,7 @@ def in_place(text: str, name: str) -> tuple[str, str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report.table", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the tables into the README")
+    parser.add_argument("--write", action="store_true", help="write the tables into the README")
     options = parser.parse_args()
     text = README.read_text()
     for name, table in tables().items():
