@@ -40,30 +40,30 @@ COMMANDS = {
     ),
     "overhead": Command("service.overhead", "telemetry overhead of a request: wall time and CPU"),
     "coldstart": Command(
-        "service.coldstart", "time from process start to first image, by phase, cold and cached"
+        "service.coldstart", "time from process start to first image, cold and from cache, by phase"
     ),
-    "micro": Command("micro.pieces", "time single parts of the service's own code"),
-    "kernels": Command("kernels.profile", "profile a step or a decode by kernel"),
+    "micro": Command(
+        "micro.pieces", "time of our own code: telemetry, and the work around a request's steps"
+    ),
+    "kernels": Command("kernels.profile", "where the time of a step goes, by kernel"),
     "launches": Command(
-        "kernels.launches", "count what a step launches on a Hopper GPU, without having one"
+        "kernels.launches", "the kernels a step launches on a Hopper GPU, counted without one"
     ),
     "numerics": Command(
-        "kernels.numerics", "check that lossless scenarios are as near to float32 as eager bfloat16"
+        "kernels.numerics",
+        "whether each lossless scenario is as close to float32 as eager bfloat16",
     ),
     "operators": Command(
-        "kernels.operators", "time every product, convolution and attention of a step by itself"
+        "kernels.operators",
+        "time of every product, convolution, attention and norm of a step, each by itself",
     ),
     "peers": Command(
-        "service.peers", "throughput of this service and of fal's documented example, served"
+        "service.peers", "throughput with concurrent clients, compared with the documented example"
     ),
-    "bare": Command(
-        "micro.harness_check", "check the bench's figures against the same work without the bench"
-    ),
+    "bare": Command("micro.harness_check", "what the bench reports, against a minimal timing loop"),
     "compare": Command("stats.compare", "judge whether HEAD is faster than BASE, and by how much"),
     "show": Command("report.show", "show a result as a table, or as a page with plots"),
-    "load": Command(
-        "service.load", "latency, goodput and rejections of a server at a given rate of requests"
-    ),
+    "load": Command("service.load", "latency, goodput and rejections of a server under load"),
 }
 """By name, in the order of `--help`."""
 

@@ -187,15 +187,16 @@ def prepare(scenario: Scenario, model: SdxlModel) -> CompiledModel | None:
     """Compile a loaded model in the scenario's way. Runs on the thread that owns the model."""
     from kernels_warmup.compile import compile_model, mode_for
 
-    mode = mode_for(scenario.compile, model.device)
-    attention: Any = scenario.attention
-    quantize: Any = scenario.quantize
     recipe = None if scenario.recipe is None else recipe_of(scenario.recipe)
     decoder_recipe = None if scenario.decoder is None else recipe_of(scenario.decoder)
     if decoder_recipe is not None:
         return _compile_with_decoder_recipe(scenario, model, decoder_recipe)
     return compile_model(
-        model.pipeline, mode, attention=attention, quantize=quantize, recipe=recipe
+        model.pipeline,
+        mode_for(scenario.compile, model.device),
+        attention=scenario.attention,  # type: ignore[arg-type]
+        quantize=scenario.quantize,  # type: ignore[arg-type]
+        recipe=recipe,
     )
 
 
