@@ -1,8 +1,8 @@
-"""`python -m bench`: the subcommands. Only the one that is asked for is imported, so that `--help`
-answers without a model library.
+"""`python -m bench`: measure the service and its model, and judge and show the results.
 
-A subcommand is a module with `add_arguments(parser)` and `run(options) -> int`, its exit status. It
-raises BenchError for what it cannot do.
+Each subcommand is a module with `add_arguments(parser)` and `run(options) -> int`, which returns
+the exit status and raises BenchError if it cannot run. Only the module of the given subcommand is
+imported, so that `--help` answers at once and without torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.errors import BenchError
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand's module in `bench`, and its line in `--help`."""
+    """A subcommand: its module in `bench`, and its line in `--help`."""
 
     module: str
     help: str
@@ -30,40 +30,40 @@ class Command:
 
 COMMANDS = {
     "session": Command(
-        "harness.session", "everything the targets need on this machine, in resumable pieces"
+        "harness.session", "measure everything in the table of targets, in resumable pieces"
     ),
     "precompile": Command(
-        "harness.precompile", "compile several scenarios at once, so that timing them does not wait"
+        "harness.precompile", "compile several scenarios at once, before they are timed"
     ),
     "run": Command(
-        "harness.run", "time scenarios in interleaved rounds, of this commit or beside another"
+        "harness.run", "time scenarios in interleaved rounds, of this commit or of two commits"
     ),
-    "overhead": Command("service.overhead", "what telemetry costs a request: wall time and CPU"),
+    "overhead": Command("service.overhead", "telemetry overhead of a request: wall time and CPU"),
     "coldstart": Command(
-        "service.coldstart", "process start to first image, cold and from cache, by phase"
+        "service.coldstart", "time from process start to first image, cold and from cache, by phase"
     ),
-    "micro": Command("micro.pieces", "what our own pieces cost by themselves"),
+    "micro": Command(
+        "micro.pieces", "time of our own code: telemetry, and the work around a request's steps"
+    ),
     "kernels": Command("kernels.profile", "where the time of a step goes, by kernel"),
     "launches": Command(
-        "kernels.launches", "what a step launches on a Hopper GPU, counted without one"
+        "kernels.launches", "the kernels a step launches on a Hopper GPU, counted without one"
     ),
     "numerics": Command(
-        "kernels.numerics", "whether each lossless scenario is as near to float32 as eager bfloat16"
+        "kernels.numerics",
+        "whether each lossless scenario is as close to float32 as eager bfloat16",
     ),
     "operators": Command(
-        "kernels.operators", "every product, convolution and attention of a step by itself"
+        "kernels.operators",
+        "time of every product, convolution, attention and norm of a step, each by itself",
     ),
     "peers": Command(
-        "service.peers", "throughput beside the documented example, served as written"
+        "service.peers", "throughput with concurrent clients, compared with the documented example"
     ),
-    "bare": Command(
-        "micro.harness_check", "what the bench reports against the same work timed bare"
-    ),
-    "compare": Command("stats.compare", "is HEAD faster than BASE, by how much, and is that real"),
-    "show": Command("report.show", "a result as a table, or as a page with plots"),
-    "load": Command(
-        "service.load", "latency, goodput and rejections of a server under a given rate of requests"
-    ),
+    "bare": Command("micro.harness_check", "what the bench reports, against a minimal timing loop"),
+    "compare": Command("stats.compare", "judge whether HEAD is faster than BASE, and by how much"),
+    "show": Command("report.show", "show a result as a table, or as a page with plots"),
+    "load": Command("service.load", "latency, goodput and rejections of a server under load"),
 }
 """By name, in the order of `--help`."""
 
@@ -71,14 +71,16 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status; 2 is wrong usage or input."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, and judge.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Measure the service, and judge the results."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    asked_for = arguments[0] if arguments else None
+    given = arguments[0] if arguments else None
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(
             name, help=command.help, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if name == asked_for:
+        if name == given:
             module = command.load()
             subparser.description = module.__doc__
             module.add_arguments(subparser)
@@ -90,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+    except BrokenPipeError:  # the reader closed the pipe early, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return status

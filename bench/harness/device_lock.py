@@ -1,7 +1,7 @@
-"""One bench at a time on a device: two would measure each other.
+"""A lock that lets one bench at a time use a device, because two would slow each other down.
 
-The lock is the kernel's (`flock`), so it ends with its process however that ends; the file's text
-only says who holds it.
+The kernel releases the lock (`flock`) when its process ends, however it ends. The file's text only
+names the process that holds it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def only_bench_on(device: str) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise BenchError(
-                f"another bench runs on {device} (process {holder}); one at a time is allowed"
+                f"another bench runs on {device} (process {holder}); wait until it has ended"
             ) from None
         file.seek(0)
         file.truncate()

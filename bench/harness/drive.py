@@ -1,163 +1,92 @@
-"""Scenarios made ready, and one request of one of them timed as its caller sees it.
+"""Load a scenario, and time one request of it as the caller sees it.
 
-`Served` is `serve`'s own runtime, from `build_runtime` to the encoded image; `PlainCall` is
-diffusers' pipeline called as the documentation does, watched from outside through its scheduler.
-Both give the same `RequestSample`. torch is reached inside functions.
+`Served` runs the service's own runtime, from `build_runtime` to the encoded image. `PlainCall`
+calls diffusers' pipeline as its documentation does and records step times from outside, through
+the scheduler. Both return the same `RequestSample`. torch is imported inside functions.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import gc
 import io
-import math
-import os
-import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry
 
 from bench.errors import BenchError
-from bench.harness.result_file import Flops, RequestSample
-from bench.harness.scenarios import KERNELS, Scenario
-from kernels_warmup.shapes import CompiledShape
+from bench.harness.result_file import RequestSample
+from bench.harness.scenarios import Scenario
+from bench.harness.torch_state import (
+    check_settings_unchanged,
+    compiler_settings,
+    release_memory,
+)
+from bench.harness.work import (
+    GUIDANCE,
+    PROMPT,
+    ScenarioFailed,
+    Work,
+    check_can_run,
+    dtype_name,
+    one_line,
+)
 from kernels_warmup.warmup import RunKind
 from metrics.clock import WallAnchor, make_clock
 from metrics.records import RunTiming
 from metrics.timeline import RunTimeline
 from serve.engine.call import Call
-from serve.engine.runtime import build_runtime
+from serve.engine.runtime import Runtime, build_runtime
 from serve.schema import TextToImageRequest
-from serve.settings import DEMO_MODEL, ServeSettings
+from serve.settings import ServeSettings
 
 if TYPE_CHECKING:
-    import torch
-
     from kernels_warmup.compile import CompiledModel
-    from kernels_warmup.numerical_error import StepInputs
     from kernels_warmup.recipes import Recipe
     from serve.model.sdxl import SdxlModel
 
 T = TypeVar("T")
 
-PROMPT = "a small red circle left of a large blue square on a white background"
-GUIDANCE = 5.0
-"""diffusers' own default, and ours."""
 
-
-@dataclass(frozen=True)
-class Work:
-    """What every request of a run asks for, and of which model."""
-
-    model: str
-    device: str
-    """As torch names it."""
-    shape: CompiledShape
-    steps: int
-
-    @property
-    def on_cuda(self) -> bool:
-        return self.device.startswith("cuda")
-
-
-class CannotRun(Exception):
-    """A scenario that needs what this machine lacks; the message says what, in a sentence."""
-
-
-class ScenarioFailed(CannotRun):
-    """A scenario that was tried here and failed."""
-
-
-class Driven(Protocol):
-    """A scenario in memory, warm."""
+class LoadedScenario(Protocol):
+    """A scenario in memory, warm and ready to be timed."""
 
     def request(self, seed: int, round_number: int) -> RequestSample:
-        """One request of `images` pictures, timed."""
+        """Run and time one request."""
 
     def with_pipeline(self, work: Callable[[Any], T]) -> T:
-        """Do something with its diffusers pipeline, on the thread that owns it."""
+        """Call `work` with the diffusers pipeline, on the thread that owns it."""
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
 
 
-def refuse_what_cannot_run(scenario: Scenario, work: Work) -> None:
-    """Raises CannotRun where a scenario means nothing here or needs what is not here."""
-    if scenario.cuda_only and not work.on_cuda:
-        raise CannotRun("it needs a CUDA device, and there is none here")
-    if scenario.cpu_only and work.on_cuda:
-        raise CannotRun("it is for a CPU, and this is a GPU")
-    if scenario.quantize != "none":
-        import torch
-
-        from kernels_warmup.quantize import why_unusable as why_unquantizable
-
-        reason = why_unquantizable(
-            scenario.quantize,  # type: ignore[arg-type]
-            torch.device(work.device),
-        )
-        if reason is not None:
-            raise CannotRun(reason)
-    if any((scenario.recipe or {}).get(field) for field in KERNELS):
-        import torch
-
-        try:
-            from kernels_warmup.triton import why_unusable as why_no_kernels
-        except ImportError:
-            raise CannotRun("that commit has no kernels of its own") from None
-        reason = why_no_kernels(
-            torch.device(work.device), getattr(torch, dtype_name(scenario, work))
-        )
-        if reason is not None:
-            raise CannotRun(reason)
-    if scenario.attention != "auto":
-        import torch
-
-        from kernels_warmup.attention import why_unusable
-
-        reason = why_unusable(
-            scenario.attention,  # type: ignore[arg-type]
-            torch.device(work.device),
-            getattr(torch, dtype_name(scenario, work)),
-        )
-        if reason is not None:
-            raise CannotRun(reason)
-
-
-def drive(scenario: Scenario, work: Work, runner: asyncio.Runner) -> Driven:
+def load_scenario(scenario: Scenario, work: Work, runner: asyncio.Runner) -> LoadedScenario:
     """Load, compile and warm a scenario.
 
     Raises:
-        CannotRun: it needs what is not here.
-        ScenarioFailed: it failed to get ready.
+        CannotRun: this machine lacks what it needs.
+        ScenarioFailed: loading, compiling or warming failed.
     """
-    refuse_what_cannot_run(scenario, work)
+    check_can_run(scenario, work)
     try:
         if scenario.way == "served":
             return Served(scenario, work, runner)
         return PlainCall(scenario, work)
     except Exception as error:
-        # A compiler, a driver, memory: one scenario never ends the others.
+        # Compilers and drivers raise many types. One scenario must not end the others.
         release_memory()
-        raise ScenarioFailed(told(error)) from error
+        raise ScenarioFailed(one_line(error)) from error
 
 
-def dtype_name(scenario: Scenario, work: Work) -> str:
-    """The UNet's type, by torch's name."""
-    if scenario.dtype == "half":
-        return "float16" if work.on_cuda else "float32"
-    if scenario.dtype == "auto":
-        return "bfloat16" if work.on_cuda else "float32"
-    return scenario.dtype
+# Through the service's runtime -------------------------------------------------------------------
 
 
 class Served:
-    """A scenario behind `serve`'s runtime."""
+    """A scenario run by the service's runtime."""
 
     def __init__(self, scenario: Scenario, work: Work, runner: asyncio.Runner) -> None:
         self._scenario, self._work, self._runner = scenario, work, runner
@@ -168,7 +97,7 @@ class Served:
                 "dtype": dtype_name(scenario, work),
                 "shapes": (work.shape,),
                 "compile": scenario.compile,
-                # Said, so that nobody's environment changes what a scenario is.
+                # Set here, so that the environment cannot change what a scenario is.
                 "attention": "auto",
                 "quantize": "none",
                 "cache_dir": None,
@@ -178,28 +107,25 @@ class Served:
                 "ENABLE_TRACING": False,
             }
         )
-        self._settings_before: dict[str, object] = {}
         self.runtime = build_runtime(
             settings,
             CollectorRegistry(),
             prepare=self._prepare,
-            # No other kind of run is timed, and each has graphs of its own to compile.
+            # Only this kind of run is timed, and each kind compiles graphs of its own.
             kinds=(RunKind(guided=True, images=scenario.images),),
         )
         try:
             runner.run(self.runtime.start())
-            after = self.runtime.on_model(lambda _: compiler_settings()).result()
-            refuse_changed_settings(self._settings_before, after)
         except BaseException:
             self.close()
             raise
 
     def _prepare(self, model: SdxlModel) -> CompiledModel | None:
-        # Compared here and after the start: the settings of newer torch versions belong to one turn
-        # of the model's thread, those of older ones to the process.
-        self._settings_before = compiler_settings()
+        # What the compiler itself sets while it compiles, such as how many threads it uses, is no
+        # fault of the scenario's; `LibrarySettings` puts it back before the next one.
+        before = compiler_settings()
         compiled = prepare(self._scenario, model)
-        refuse_changed_settings(self._settings_before, compiler_settings())
+        check_settings_unchanged(before, compiler_settings())
         return compiled
 
     def request(self, seed: int, round_number: int) -> RequestSample:
@@ -256,7 +182,7 @@ class Served:
 
 
 def prepare(scenario: Scenario, model: SdxlModel) -> CompiledModel | None:
-    """Make a loaded model fast in the scenario's way, on the thread that owns it."""
+    """Compile a loaded model in the scenario's way. Runs on the thread that owns the model."""
     from kernels_warmup.compile import compile_model
     from kernels_warmup.recipes import mode_for
 
@@ -273,14 +199,29 @@ def prepare(scenario: Scenario, model: SdxlModel) -> CompiledModel | None:
 
 
 def recipe_of(fields: Any) -> Recipe:
-    """A recipe that does nothing but what these fields say."""
+    """A recipe with these fields set and everything else off."""
     from kernels_warmup.recipes import RECIPES
 
     return replace(RECIPES["off"], **fields)
 
 
+def check_entry_points() -> None:
+    """Raise BenchError if the imported commit lacks a function or argument that `Served` uses."""
+    import inspect
+
+    for name in ("prepare", "kinds"):
+        if name not in inspect.signature(build_runtime).parameters:
+            raise BenchError(f"its serve.engine.runtime.build_runtime has no argument `{name}`")
+    for name in ("generate", "on_model"):
+        if not hasattr(Runtime, name):
+            raise BenchError(f"its serve.engine.runtime.Runtime has no method `{name}`")
+
+
+# Through a plain diffusers call ------------------------------------------------------------------
+
+
 class PlainCall:
-    """diffusers' pipeline, called as a user calls it; nothing of the model is changed."""
+    """diffusers' pipeline, called as its documentation does; the model is not changed."""
 
     def __init__(self, scenario: Scenario, work: Work) -> None:
         import torch
@@ -294,7 +235,8 @@ class PlainCall:
         model = load_model(work.model, None, work.device, dtype)
         self.pipeline = model.pipeline
         if self.pipeline.vae.dtype != getattr(torch, dtype):
-            # Ours loads an overflowing float16 decoder in bfloat16; the documented one recasts it.
+            # `load_model` loads a decoder that overflows in float16 as bfloat16. The documented
+            # example converts it instead.
             self.pipeline.vae.to(getattr(torch, dtype))
         self._clock = make_clock(work.device)
         self._watch_scheduler = watch_scheduler
@@ -302,7 +244,7 @@ class PlainCall:
         self.request(0, 0)
 
     def call(self, seed: int) -> Any:
-        """The call itself; returns a PIL image."""
+        """Call the pipeline; returns a PIL image."""
         import torch
 
         shape = self._work.shape
@@ -311,7 +253,7 @@ class PlainCall:
             height=shape.height,
             width=shape.width,
             num_inference_steps=self._work.steps,
-            # As documented but for the seed, so that all scenarios draw the same.
+            # As documented, but with a seed, so that all scenarios draw the same image.
             generator=torch.Generator("cpu").manual_seed(seed),
         ).images[0]
 
@@ -335,7 +277,7 @@ class PlainCall:
         stages = {
             "text_encode": (run.steps[0].start_ns - anchor.to_unix(start_ns)) / 1e6,
             "denoise": (run.steps[-1].end_ns - run.steps[0].start_ns) / 1e6,
-            # To pixels in host memory, as PIL has them.
+            # Up to the pixels in host memory, as a PIL image.
             "vae_decode": (anchor.to_unix(drawn_ns) - run.steps[-1].end_ns) / 1e6,
         }
         if self.uploads:
@@ -361,10 +303,13 @@ class PlainCall:
 
 
 def png_data_uri(image: Any) -> str:
-    """A PIL image as fal's `Image.from_pil` makes it, held in memory: PNG at level 1, in base64."""
+    """Encode a PIL image as fal's `Image.from_pil` does: PNG at level 1, in a base64 data URI."""
     buffer = io.BytesIO()
     image.save(buffer, format="png", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+# One request's sample ----------------------------------------------------------------------------
 
 
 def sample_of(
@@ -376,7 +321,7 @@ def sample_of(
     cpu_ns: int,
     stages_ms: dict[str, float],
 ) -> RequestSample:
-    """A finished run as the result file keeps it: the first step apart."""
+    """A finished run as the result file keeps it, with the first step apart."""
     steps = [step.duration_ns / 1e6 for step in run.steps]
     on_device = run.clock != "host"
     return RequestSample(
@@ -389,190 +334,3 @@ def sample_of(
         stages_ms={name: max(0.0, value) for name, value in stages_ms.items()},
         cpu_ms=cpu_ns / 1e6,
     )
-
-
-class References:
-    """float32 forwards of the weights that scenarios of each type start with."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._by_dtype: dict[str, tuple[StepInputs, torch.Tensor]] = {}
-
-    def error(self, driven: Driven, dtype: str) -> float | None:
-        """Relative error of one of its forwards; None where it is no number."""
-        from kernels_warmup.numerical_error import forward_once, relative_error, takes_zero_text
-
-        inputs, reference = self.of(dtype)
-
-        def once(pipeline: Any) -> torch.Tensor:
-            unet = pipeline.unet
-            zero_text = takes_zero_text(unet)
-            return forward_once(unet, inputs.cast(unet.dtype), zero_text=zero_text).clone()
-
-        error = relative_error(driven.with_pipeline(once), reference)
-        return error if math.isfinite(error) else None
-
-    def of(self, dtype: str) -> tuple[StepInputs, torch.Tensor]:
-        """Seeded inputs, and their forward with weights of that type in float32 arithmetic."""
-        if dtype not in self._by_dtype:
-            self._by_dtype[dtype] = self._compute(dtype)
-            release_memory()
-        return self._by_dtype[dtype]
-
-    def _compute(self, dtype: str) -> tuple[StepInputs, torch.Tensor]:
-        import torch
-
-        from kernels_warmup.numerical_error import StepInputs, forward_once
-        from serve.model.sdxl import load_model
-
-        work = self._work
-        unet = load_model(work.model, None, work.device, dtype).pipeline.unet.float()
-        device = torch.device(work.device)
-        # Drawn in the narrowest type, so that every scenario gets the very same numbers; without a
-        # negative prompt, as the timed requests are.
-        drawn = StepInputs.draw(unet, work.shape, 1, device, torch.bfloat16)
-        inputs = drawn.without_negative()
-        tf32 = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
-        try:
-            with torch.no_grad():
-                return inputs, forward_once(unet, inputs.cast(torch.float32))
-        finally:
-            torch.backends.cudnn.allow_tf32 = tf32
-
-
-def count_flops(driven: Driven, work: Work, images: int) -> Flops:
-    """Nominal FLOPs of one run, from the configurations of what is loaded."""
-    from kernels_warmup.flops import count_run
-
-    counted = driven.with_pipeline(
-        lambda pipeline: count_run(pipeline, work.shape, guidance=True, images=images)
-    )
-    return Flops(counted.text_encode, counted.step, counted.vae_decode)
-
-
-def choose_work(model: str | None, device: str, shape: str | None, steps: int) -> Work:
-    """What is left open, decided as the service decides it.
-
-    Raises:
-        BenchError: the device, the size or the number of steps is not allowed.
-    """
-    from serve.errors import ModelError
-    from serve.model.sdxl import choose_device
-    from serve.settings import SDXL_BASE
-
-    if steps < 2:
-        raise BenchError(f"{steps} steps are not enough: the first is not steady; 2 and more are")
-    try:
-        found = str(choose_device(device))
-        size = None if shape is None else CompiledShape.parse(shape)
-    except (ModelError, ValueError, RuntimeError) as error:
-        raise BenchError(str(error)) from None
-    if model is None:
-        model = SDXL_BASE if found.startswith("cuda") else DEMO_MODEL
-    if size is None:
-        side = 128 if model == DEMO_MODEL else 1024
-        size = CompiledShape(side, side)
-    return Work(model, found, size, steps)
-
-
-def compiler_settings() -> dict[str, object]:
-    """Every setting of dynamo and inductor by name, as this thread sees them."""
-    import torch._dynamo.config
-    import torch._inductor.config
-
-    found: dict[str, object] = {}
-    for module in (torch._dynamo.config, torch._inductor.config):
-        copied = module.get_config_copy()
-        found |= {f"{module.__name__}.{name}": value for name, value in copied.items()}
-    return found
-
-
-def refuse_changed_settings(before: Mapping[str, object], after: Mapping[str, object]) -> None:
-    """Raises RuntimeError where a setting changed: it would change how the next scenario compiles,
-    and no two of them could be compared."""
-    changed = sorted(name for name in after if before.get(name) != after[name])
-    if changed:
-        raise RuntimeError(f"it changed the compiler's settings: {', '.join(changed)}")
-
-
-class LibrarySettings:
-    """torch's process-wide settings as one scenario left them.
-
-    Preparing a compiled model changes some, and the baselines must meet the library's defaults.
-    """
-
-    def __init__(self) -> None:
-        import torch
-
-        self._compiler = compiler_settings()
-        self._benchmark = torch.backends.cudnn.benchmark
-        self._tf32 = torch.backends.cudnn.allow_tf32
-        self._matmul_tf32 = torch.backends.cuda.matmul.allow_tf32
-
-    def apply(self) -> None:
-        import torch
-
-        for name, value in compiler_settings().items():
-            if value != self._compiler[name]:
-                module, _, setting = name.partition(".config.")
-                setattr(sys.modules[f"{module}.config"], setting, self._compiler[name])
-        torch.backends.cudnn.benchmark = self._benchmark
-        torch.backends.cudnn.allow_tf32 = self._tf32
-        torch.backends.cuda.matmul.allow_tf32 = self._matmul_tf32
-
-
-def device_memory(device: str) -> tuple[int, int]:
-    """Bytes in use, by torch on a GPU and by the process on a CPU, and bytes that are free."""
-    import torch
-
-    if device.startswith("cuda"):
-        return torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo").read_text()
-    available = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable"))
-    return resident, int(available.split()[1]) * 1024
-
-
-def peak_memory(device: str) -> int:
-    """The most bytes in use since this was last asked."""
-    import torch
-
-    if not device.startswith("cuda"):
-        return 0
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
-
-
-def release_memory() -> None:
-    """Give back what nothing refers to any more."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def told(error: BaseException) -> str:
-    """An exception in one line. Its prompt is the bench's own, so it holds no user's text."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-def check_entry_points() -> None:
-    """Whether the code imported here has what is driven.
-
-    Raises:
-        BenchError: it has not.
-    """
-    import inspect
-
-    from serve.engine.runtime import Runtime
-
-    for name in ("prepare", "kinds"):
-        if name not in inspect.signature(build_runtime).parameters:
-            raise BenchError(f"serve.engine.runtime.build_runtime takes no `{name}`")
-    for name in ("generate", "on_model"):
-        if not hasattr(Runtime, name):
-            raise BenchError(f"serve.engine.runtime.Runtime has no `{name}`")

@@ -1,7 +1,7 @@
-"""Where a measurement was taken: the machine, the code, the state of the device, what it can reach.
+"""Describe the machine, the code, the device's state, and the rates that the device reaches.
 
-Without a driver, a git checkout or `/proc` the answer is None, never a guess. torch is reached
-inside functions.
+What cannot be read, without a driver, a git checkout or `/proc`, is None and never guessed. torch
+is imported inside functions.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from metrics.gpu import throttle_reasons
 ROOT = Path(__file__).resolve().parents[2]
 
 MEASURED = ("serve", "kernels_warmup", "metrics")
-"""Our packages whose speed it is; the bench itself is the same on both sides of a comparison."""
+"""The packages whose speed is measured. Both sides of a comparison run the same bench."""
 
 DECIDING_PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "torchao")
-"""Those whose version decides the speed."""
+"""Libraries whose version decides the speed."""
 
 _GPU_FIELDS = (
     "clocks.sm",
@@ -41,12 +41,12 @@ _GPU_FIELDS = (
 
 
 def describe_machine(device: str) -> Environment:
-    """The machine that runs this; `device` as torch names it."""
+    """Describe this machine; `device` as torch names it."""
     import torch
 
     on_cuda = device.startswith("cuda")
     kind: Literal["cpu", "cuda"] = "cuda" if on_cuda else "cpu"
-    driver = _ask_driver(device, ("driver_version",)) if on_cuda else None
+    driver = _query_driver(device, ("driver_version",)) if on_cuda else None
     return Environment(
         device=kind,
         cpu=cpu_name(),
@@ -61,7 +61,7 @@ def describe_machine(device: str) -> Environment:
 
 
 def machine_slug(device: str) -> str:
-    """The kind of machine in a file's name: `h200`, `a100`, `cpu`."""
+    """A short name of the machine for file names: `h200`, `a100`, `cpu`."""
     if not device.startswith("cuda"):
         return "cpu"
     import torch
@@ -72,10 +72,10 @@ def machine_slug(device: str) -> str:
 
 
 def describe_code(side: Side, root: Path = ROOT, commit: str | None = None) -> Code:
-    """The commit checked out at `root`, and the versions of what it runs on.
+    """The commit checked out at `root`, and the versions of its libraries.
 
     Args:
-        commit: what is measured, where there is no git to ask.
+        commit: the measured commit, where there is no git checkout.
     """
     status = git(root, "status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
     return Code(
@@ -90,7 +90,7 @@ def describe_code(side: Side, root: Path = ROOT, commit: str | None = None) -> C
 
 
 def source_digest(root: Path, packages: Sequence[str]) -> str:
-    """A short digest of these packages' Python files, names and contents."""
+    """A short digest of the names and contents of these packages' Python files."""
     digest = hashlib.sha256()
     for path in sorted(file for name in packages for file in (root / name).rglob("*.py")):
         content = path.read_bytes()
@@ -99,7 +99,7 @@ def source_digest(root: Path, packages: Sequence[str]) -> str:
 
 
 def where(device: str) -> dict[str, Any]:
-    """The machine, the code and the moment, for the result of a command without a format."""
+    """The machine, the code and the time, for results that are plain JSON."""
     code = describe_code("head")
     return {
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -111,13 +111,13 @@ def where(device: str) -> dict[str, Any]:
 
 
 def conditions(device: str) -> Conditions:
-    """The state of the machine now."""
+    """The present state of the machine."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    told = _ask_driver(device, _GPU_FIELDS) if device.startswith("cuda") else None
-    if told is None:
+    values = _query_driver(device, _GPU_FIELDS) if device.startswith("cuda") else None
+    if values is None:
         return Conditions(at_ns=time.time_ns(), load_average=load)
-    numbers = [_number(value) for value in told[:5]]
-    reasons = _bits(told[5])
+    numbers = [_number(value) for value in values[:5]]
+    reasons = _bits(values[5])
     return Conditions(
         at_ns=time.time_ns(),
         sm_clock_mhz=numbers[0],
@@ -131,7 +131,7 @@ def conditions(device: str) -> Conditions:
 
 
 def measure_ceilings(device: str) -> Ceilings:
-    """What the device reaches now: large matrix products by dtype and a large copy, sustained."""
+    """Measure the sustained rates of large matrix products, by dtype, and of a large copy."""
     import torch
 
     on_cuda = device.startswith("cuda")
@@ -160,7 +160,7 @@ def measure_ceilings(device: str) -> Ceilings:
 
 
 def _fp8_product(device: str, side: int) -> Callable[[], Any] | None:
-    """A product of fp8 matrices with one scale each, where the GPU has the units for it."""
+    """A product of fp8 matrices with one scale each; None if the GPU has no fp8 units."""
     import torch
 
     if torch.cuda.get_device_capability(device) < (8, 9):
@@ -179,7 +179,7 @@ def _fp8_product(device: str, side: int) -> Callable[[], Any] | None:
 
 
 def _seconds(call: Callable[[], Any], device: str, repeats: int) -> float:
-    """Of one call: the median of three series on a CPU, one sustained series on a GPU."""
+    """Seconds a call: the median of three series on a CPU, one sustained series on a GPU."""
     import torch
 
     call()
@@ -199,18 +199,18 @@ def _seconds(call: Callable[[], Any], device: str, repeats: int) -> float:
     return statistics.median(series)
 
 
-def _ask_driver(device: str, fields: tuple[str, ...]) -> list[str] | None:
-    """The driver's answers for the GPU that torch calls `device`; None without a driver to ask."""
+def _query_driver(device: str, fields: tuple[str, ...]) -> list[str] | None:
+    """What nvidia-smi reports of the GPU that torch calls `device`; None without a driver."""
     index = int(device.split(":")[1]) if ":" in device else 0
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     name = visible[index] if index < len(visible) and visible[index] else str(index)
     query = [f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     command = ["nvidia-smi", f"--id={name}", *query]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    values = [value.strip() for value in told.stdout.partition("\n")[0].split(",")]
+    values = [value.strip() for value in ended.stdout.partition("\n")[0].split(",")]
     return values if len(values) == len(fields) else None
 
 
@@ -229,7 +229,7 @@ def _bits(text: str) -> int:
 
 
 def cpu_name() -> str:
-    """The processor's own name."""
+    """The name of the processor."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -246,11 +246,11 @@ def _version(package: str) -> str | None:
 
 
 def git(root: Path, *arguments: str) -> str | None:
-    """What git says; None when it fails."""
+    """The output of a git command; None if it fails."""
     try:
-        told = subprocess.run(
+        ended = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return told.stdout.strip()
+    return ended.stdout.strip()

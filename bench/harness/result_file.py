@@ -1,12 +1,12 @@
-"""The result file of the bench: what was measured, raw, and where, as one JSON document.
+"""The result file of the bench: every sample, and where it was measured, as one JSON document.
 
-A file holds every sample and nothing that was made out of them: medians, ratios and utilisation are
-worked out again by whoever reads it. The one exception is the block `figures` of each scenario, for
-people and `jq`; reading ignores it. A digest over the content shows when a file was edited by hand.
+A file holds no derived figures: whoever reads it computes medians, ratios and utilisation from the
+samples. The exception is the block `figures` of each scenario, for people and `jq`, which is
+ignored when the file is read. A digest over the content shows whether a file was edited by hand.
 
     {"format": "stepspan-bench", "schema_version": 1, "digest": "sha256:...", "result": {...}}
 
-Durations are milliseconds, moments Unix nanoseconds. Nothing here measures or judges.
+Durations are in milliseconds, times in Unix nanoseconds. Nothing here measures or judges.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMAT = "stepspan-bench"
 SCHEMA_VERSION = 1
 
 Side = Literal["base", "head"]
-"""Which commit a sample is of. A run of one commit has the side `head` only."""
+"""The commit that a sample belongs to. A run of one commit has only the side `head`."""
 
 
 _CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -43,28 +43,27 @@ Name = Annotated[str, Field(min_length=1)]
 
 @dataclass(frozen=True, config=_CLOSED)
 class RequestSample:
-    """One request as it was measured."""
+    """The measurements of one request."""
 
     round: Annotated[int, Field(ge=0)]
-    """Which pass over the scenarios it belongs to, numbered through the file: samples of one round
-    were taken one after the other, and a run that is resumed goes on numbering. Samples of
-    different scenarios or sides that share a round are interleaved."""
+    """The pass over the scenarios, numbered through the file and across resumed runs. Samples of
+    one round were taken one after the other, so its scenarios and sides are interleaved."""
     started_ns: Annotated[int, Field(ge=0)]
     total_ms: Duration
-    """End to end, as its caller sees it."""
+    """End to end, as the caller sees it."""
     first_step_ms: Duration
     """Step 0, which also fills the launch queue and the text buffers."""
     steps_ms: Annotated[tuple[Duration, ...], Field(min_length=1)]
-    """Steps 1 and up, the steady state."""
+    """Steps 1 and up, which are steady."""
     gpu_queue_ms: tuple[NotNegative, ...] = Field(
         default=(), validation_alias=AliasChoices("gpu_queue_ms", "leads_ms")
     )
-    """How long each step, step 0 included, waited in the GPU's queue; empty where the clock is the
+    """How long each step, step 0 included, waited in the GPU's queue; empty if the clock is the
     host's. Files up to 2026-11-25 call it `leads_ms`."""
     stages_ms: dict[str, NotNegative] = Field(default_factory=dict)
     """By stage: `queue`, `text_encode`, `denoise`, `vae_decode`, `image_encode`, ..."""
     cpu_ms: NotNegative | None = None
-    """CPU time the process took for it, all threads."""
+    """CPU time of the process, in all threads."""
 
     def __post_init__(self) -> None:
         if self.gpu_queue_ms and len(self.gpu_queue_ms) != 1 + len(self.steps_ms):
@@ -75,13 +74,13 @@ class RequestSample:
 
     @property
     def step_ms(self) -> float:
-        """The median of its steady steps: the one figure a request contributes to a verdict."""
+        """The median of its steady steps, which is its one figure in a verdict."""
         return statistics.median(self.steps_ms)
 
 
 @dataclass(frozen=True, config=_CLOSED)
 class Flops:
-    """Nominal floating-point operations of one run: all of its images together."""
+    """Nominal floating-point operations of one run, for all of its images."""
 
     text_encode: Annotated[int, Field(ge=0)]
     step: Annotated[int, Field(gt=0)]
@@ -90,34 +89,34 @@ class Flops:
 
 @dataclass(frozen=True, config=_CLOSED)
 class MeasuredScenario:
-    """One scenario on one side, with every sample that was taken of it."""
+    """One scenario on one side, with every sample of it."""
 
     name: Name
     side: Side
     what: str
-    """What it does, as a person reads it in a table."""
+    """A description for people."""
     dtype: Name
-    """Of the UNet: `bfloat16`, `float16`, `float32`, or a quantisation, `fp8`, `int8`."""
+    """Of the UNet: `bfloat16`, `float16`, `float32`, or a quantization, `fp8`, `int8`."""
     requests: Annotated[tuple[RequestSample, ...], Field(min_length=1)]
     warmups: tuple[RequestSample, ...] = ()
-    """Taken before the first round; never part of a figure."""
+    """Measured before the first round; never part of a figure."""
     images: Annotated[int, Field(ge=1)] = 1
     """Images a request, drawn in one batch."""
     steps: Annotated[int, Field(ge=2)] | None = None
-    """Where they are not the workload's."""
+    """If they differ from the workload's."""
     settings: dict[str, str] = Field(default_factory=dict)
-    """What makes it this scenario: `compile`, `attention`, `quantize`, ..."""
+    """The settings that define it: `compile`, `attention`, `quantize`, ..."""
     calibration: bool = False
-    """Runs no code of ours, so that two files in which it differs are of two different states of
-    the machine."""
+    """Runs no code of this project. If it differs between two files, the machine was in two
+    different states."""
     lossy: bool = False
-    """Changes what is drawn by more than rounding."""
+    """Changes the image by more than rounding."""
     prepare_seconds: NotNegative | None = None
     """Compilation and first run."""
     peak_memory_bytes: Annotated[int, Field(ge=0)] | None = None
     flops: Flops | None = None
     error_vs_fp32: NotNegative | None = None
-    """Relative error of one UNet forward against float32 on the same inputs."""
+    """Relative error of one UNet forward pass against float32 on the same inputs."""
 
     @property
     def step_ms(self) -> float:
@@ -131,24 +130,24 @@ class MeasuredScenario:
 
     @property
     def images_per_second(self) -> float:
-        """One request after the other."""
+        """Images a second with one request at a time."""
         return 1000 * self.images / self.request_ms
 
     def stage_ms(self, stage: str) -> float | None:
-        """Median of one stage; None where no request had it."""
+        """Median of one stage; None if no request had it."""
         values = [r.stages_ms[stage] for r in self.requests if stage in r.stages_ms]
         return statistics.median(values) if values else None
 
     def mfu(self, ceilings: Ceilings | None) -> float | None:
-        """Model FLOPs utilisation of a step: nominal FLOPs over what the measured rate of matrix
-        products in its dtype would have done in that time. None where either is not known."""
+        """Model FLOPs utilisation of a step: its nominal FLOPs over the FLOPs that matrix products
+        in its dtype do in that time. None if either is unknown."""
         rate = None if ceilings is None else ceilings.matmul_tflops.get(self.dtype)
         if rate is None or self.flops is None:
             return None
         return self.flops.step / (self.step_ms / 1000 * rate * 1e12)
 
     def cost_per_thousand_images(self, price_per_hour: float | None) -> float | None:
-        """In the currency of the price; None without one."""
+        """In the currency of the price; None without a price."""
         if price_per_hour is None:
             return None
         return price_per_hour / 3600 * 1000 / self.images_per_second
@@ -156,18 +155,18 @@ class MeasuredScenario:
 
 @dataclass(frozen=True, config=_CLOSED)
 class NotRun:
-    """A scenario that was asked for and could not be measured here, and why."""
+    """A scenario that was asked for but could not be measured, and why."""
 
     name: Name
     reason: Name
     side: Side | None = None
-    """None: neither side."""
+    """None: all sides."""
     failed: bool = False
-    """It was tried and failed. False: this machine lacks what it needs, or there was no time."""
+    """Whether it was tried and failed. If not, the machine lacks what it needs, or time was up."""
 
     @property
     def why(self) -> str:
-        """The reason, and whether it is a failure, for people."""
+        """The reason for people, marked if it is a failure."""
         return f"FAILED: {self.reason}" if self.failed else self.reason
 
 
@@ -176,7 +175,7 @@ class NotRun:
 
 @dataclass(frozen=True, config=_CLOSED)
 class Conditions:
-    """The state of the machine at one moment; None is not known."""
+    """The state of the machine at one time; None is unknown."""
 
     at_ns: int
     sm_clock_mhz: NotNegative | None = None
@@ -191,27 +190,27 @@ class Conditions:
 
 @dataclass(frozen=True, config=_CLOSED)
 class Ceilings:
-    """What the device reached in this session with nothing in its way, sustained."""
+    """The sustained rates that the device reached in this session."""
 
     matmul_tflops: dict[str, Duration]
-    """A large matrix product, by dtype."""
+    """Of a large matrix product, by dtype."""
     copy_gb_per_second: Duration
-    """Device memory to device memory, bytes read plus bytes written."""
+    """Of a copy within device memory; bytes read plus bytes written."""
 
 
 @dataclass(frozen=True, config=_CLOSED)
 class Code:
-    """What ran on one side."""
+    """The code of one side."""
 
     side: Side
     commit: str | None
-    """None: not in a git checkout."""
+    """None: not a git checkout."""
     dirty: bool
-    """Files differed from the commit."""
+    """Whether files differed from the commit."""
     versions: dict[str, str]
-    """Of `torch`, `diffusers` and whatever else decides the speed."""
+    """Of `torch`, `diffusers` and other libraries that decide the speed."""
     source: str | None = None
-    """A digest of the measured packages' files, which also names code outside a git checkout."""
+    """A digest of the measured packages' files, to identify code outside a git checkout."""
 
 
 @dataclass(frozen=True, config=_CLOSED)
@@ -225,17 +224,17 @@ class Session:
     """None: interrupted."""
     ceilings: Ceilings | None = None
     code: tuple[Code, ...] = ()
-    """What ran, where that is not the file's `code`: the code was changed before a later call."""
+    """The code of this session, if it differs from the file's `code`."""
 
 
 @dataclass(frozen=True, config=_CLOSED)
 class Environment:
-    """The machine, which does not change between sessions; None is not known or not there."""
+    """The machine, which is the same in all sessions; None is unknown or absent."""
 
     device: Literal["cpu", "cuda"]
     cpu: Name
     cores: Annotated[int, Field(ge=1)]
-    """That the process may use."""
+    """Cores that the process may use."""
     memory_bytes: Annotated[int, Field(ge=0)]
     platform: str
     python: Name
@@ -246,13 +245,13 @@ class Environment:
 
 @dataclass(frozen=True, config=_CLOSED)
 class Workload:
-    """What every request asked for."""
+    """The model and the parameters of every request."""
 
     model: Name
     shape: Annotated[str, Field(pattern=r"^\d+x\d+$")]
     """WIDTHxHEIGHT in pixels."""
     steps: Annotated[int, Field(ge=2)]
-    """At least two: the first is not steady."""
+    """At least two, because the first is not steady."""
     guidance: bool
 
 
@@ -261,21 +260,21 @@ class Workload:
 
 @dataclass(frozen=True, config=_CLOSED)
 class BenchResult:
-    """Everything one run of the bench has to tell."""
+    """The content of a result file."""
 
     command: str
-    """How to run it again, without paths of the machine."""
+    """The command that repeats the run, without paths of the machine."""
     workload: Workload
     environment: Environment
     code: Annotated[tuple[Code, ...], Field(min_length=1, max_length=2)]
     sessions: Annotated[tuple[Session, ...], Field(min_length=1)]
     scenarios: Annotated[tuple[MeasuredScenario, ...], Field(min_length=1)]
-    """In the order of the stack: the baseline first, what ships last."""
+    """In the order of SCENARIOS: the baseline first, the default last."""
     not_run: tuple[NotRun, ...] = ()
     partial: bool = False
-    """Interrupted: what was measured until then is here."""
+    """Whether the run was interrupted; the file holds its samples up to then."""
     price_per_hour: Duration | None = None
-    """Of the machine, for the cost of images."""
+    """The price of the machine, for the cost of images."""
 
     def __post_init__(self) -> None:
         sides = [code.side for code in self.code]
@@ -313,7 +312,7 @@ class BenchResult:
         return tuple(code.side for code in self.code)
 
     def of_side(self, side: Side) -> dict[str, MeasuredScenario]:
-        """That side's scenarios by name, in the order of the stack."""
+        """The scenarios of a side by name, in the file's order."""
         return {s.name: s for s in self.scenarios if s.side == side}
 
     def code_of(self, side: Side) -> Code:
@@ -321,7 +320,7 @@ class BenchResult:
 
     @property
     def ceilings(self) -> Ceilings | None:
-        """The best of all sessions: a ceiling that was reached once was there all along."""
+        """The best of all sessions."""
         measured = [s.ceilings for s in self.sessions if s.ceilings is not None]
         if not measured:
             return None
@@ -333,7 +332,7 @@ class BenchResult:
 
     @classmethod
     def read(cls, path: Path | str) -> Self:
-        """The file's content, checked. Raises ResultFileError."""
+        """Read and validate a file. Raises ResultFileError."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
@@ -344,7 +343,7 @@ class BenchResult:
 
     @classmethod
     def parse(cls, text: str, *, name: str = "the result") -> Self:
-        """A file's text as a result; `name` is what errors call it. Raises ResultFileError."""
+        """Parse and validate a file's text; errors call it `name`. Raises ResultFileError."""
         document = _load(text, name)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ResultFileError(f"{name} is not a result of this bench: its format is not named")
@@ -372,7 +371,7 @@ class BenchResult:
             raise ResultFileError(f"{name} is not valid: {_first_fault(error)}") from error
 
     def to_json(self) -> str:
-        """The file's text, digest included."""
+        """The file's text, with its digest."""
         content = TypeAdapter(type(self)).dump_python(self, mode="json")
         for scenario, written in zip(self.scenarios, content["scenarios"], strict=True):
             written["figures"] = self._figures(scenario)
@@ -385,8 +384,11 @@ class BenchResult:
         return _laid_out(document)
 
     def write(self, path: Path | str) -> None:
-        """Replace the file in one go: an interrupted write leaves the one before. Raises
-        ResultFileError."""
+        """Replace the file at once, so that an interrupted write leaves the old one.
+
+        Raises:
+            ResultFileError: the file cannot be written.
+        """
         path = Path(path)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -410,7 +412,7 @@ class BenchResult:
 
 
 def _laid_out(document: dict[str, Any]) -> str:
-    """Indented, with each request on a line of its own."""
+    """Indented JSON, with each request on a line of its own."""
     lines: dict[str, str] = {}
     digest = document["digest"]  # in no text of the document but its own
 

@@ -1,8 +1,8 @@
-"""What the bench can time, as data: the baseline that everyone knows, then one change at a time.
+"""The scenarios that the bench can time, as data: a known baseline, then one change at a time.
 
-The first two run no code of this project's, so they also say whether two files were measured on a
-machine in the same state. Each of the others is served by `serve`'s own runtime and names what
-makes it differ: from the one before it in the stack of lossless changes, else from what it names.
+The first two run no code of this project. They show whether two files were measured on a machine in
+the same state. All others run in the service's own runtime. A description that begins with "+"
+names the change from the scenario before; any other names the scenario that it differs from.
 """
 
 from __future__ import annotations
@@ -14,54 +14,52 @@ from typing import Any, Literal
 from bench.errors import BenchError
 
 Way = Literal["documented", "diffusers", "served"]
-"""Who runs a request: fal's documented example, a plain diffusers call, our runtime."""
+"""What runs a request: fal's documented example, a plain diffusers call, the service's runtime."""
 
 Fields = Mapping[str, str | bool | Mapping[str, str | bool | int]]
-"""Of `recipes.Recipe`; the one that holds more than a word is inductor's `options`."""
+"""Fields of `recipes.Recipe`. `options`, which go to inductor, are a mapping themselves."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One row. What it needs beyond a model is in its fields, so that whoever prepares it can say
-    why it cannot run here."""
+    """One scenario. Its fields name what it needs, so that the bench can say why it cannot run."""
 
     name: str
     what: str
+    """A description for people."""
     way: Way = "served"
     dtype: str = "auto"
     """As SDXL_DTYPE; `half` is float16 on CUDA and float32 on a CPU."""
     compile: str = "off"
-    """As SDXL_COMPILE, for the mode's own recipe."""
+    """As SDXL_COMPILE; the mode's own recipe is used unless `recipe` is set."""
     recipe: Fields | None = None
-    """Fields of `recipes.Recipe` that differ from doing nothing; None: the mode's recipe."""
+    """Fields of `recipes.Recipe` to turn on; None: the mode's own recipe."""
     decoder: Fields | None = None
-    """The same for the VAE's decoder, where it differs from the UNet's."""
+    """Another recipe for the VAE's decoder; None: the same as for the UNet."""
     attention: str = "auto"
     quantize: str = "none"
     images: int = 1
     """Images a request, in one run."""
     steps: int | None = None
-    """Denoising steps a request, where they are no choice; None: as the run asks for."""
+    """Denoising steps a request; None: as many as the run's `--steps`."""
     cuda_only: bool = False
-    """Means nothing on a CPU."""
     cpu_only: bool = False
-    """Says nothing about a GPU."""
     lossy: bool = False
+    """Changes the image by more than rounding."""
     prepare_seconds: tuple[float, float] = (10, 20)
-    """To load, compile and warm the one kind of run that is timed, at most: on one H100-class GPU
-    at 1024x1024, and for the demo model on two CPU cores. A scenario that would not be ready within
-    a time limit is not started. Code that an earlier scenario compiled is found in the compiler's
-    cache."""
+    """The longest time to load, compile and warm it: on one H100-class GPU at 1024x1024, and for
+    the demo model on two CPU cores. It is not started if a time limit is nearer than this. Code
+    that an earlier scenario compiled is in the compiler's cache."""
 
     @property
     def calibration(self) -> bool:
-        """Runs no code of ours."""
+        """Whether it runs no code of this project."""
         return self.way != "served"
 
     @property
     def settings(self) -> dict[str, str]:
-        """What makes it this scenario, for the result file."""
-        told = {
+        """The fields that define it, as text, for the result file."""
+        settings = {
             "way": self.way,
             "compile": self.compile,
             "attention": self.attention,
@@ -69,23 +67,23 @@ class Scenario:
             "images": str(self.images),
         }
         if self.steps is not None:
-            told["steps"] = str(self.steps)
-        return told | _told("recipe", self.recipe) | _told("decoder", self.decoder)
+            settings["steps"] = str(self.steps)
+        return settings | _flat("recipe", self.recipe) | _flat("decoder", self.decoder)
 
 
-def _told(name: str, fields: Mapping[str, Any] | None) -> dict[str, str]:
-    """Recipe fields by their full name, options one by one."""
-    told: dict[str, str] = {}
+def _flat(name: str, fields: Mapping[str, Any] | None) -> dict[str, str]:
+    """Recipe fields as text by their full name, each option by itself."""
+    flat: dict[str, str] = {}
     for field, value in (fields or {}).items():
         if isinstance(value, Mapping):
-            told |= _told(f"{name}.{field}", value)
+            flat |= _flat(f"{name}.{field}", value)
         else:
-            told[f"{name}.{field}"] = str(value).lower()
-    return told
+            flat[f"{name}.{field}"] = str(value).lower()
+    return flat
 
 
-# The stack of lossless changes, as fields of a recipe that starts as doing nothing. On CUDA the
-# graph comes first: launched from Python, a step is bound by the host and hides what others buy.
+# Lossless changes one after the other, as fields of a recipe. On CUDA the graph comes first: a step
+# that Python launches is limited by the host, which would hide the effect of the other changes.
 _GRAPH: dict[str, str | bool | Mapping[str, str | bool | int]] = {"replay": "captured"}
 _LAST = _GRAPH | {"channels_last": True}
 _FUSED = _LAST | {"fuse_qkv": True}
@@ -94,12 +92,13 @@ _VAE = _TEXT | {"vae_attention": True}
 _WHOLE = _VAE | {"scope": "whole"}
 
 KERNELS = ("layer_norm", "residual_products", "self_attention", "cross_attention", "geglu")
-"""Fields of a recipe that do nothing where `kernels_warmup.triton` cannot run."""
+"""Fields of a recipe that need `kernels_warmup.triton`."""
 
-# Ways that no GPU has measured yet, each by itself on what `compiled` does, and all at once.
+# Rewrites that no GPU has measured yet: each by itself together with `compiled`, and all at once.
 _UNMEASURED: dict[str, Any] = {
     "group_norm": True,
-    # By phases a decode alone is 8% further from float32 than eager bfloat16 (notes.md).
+    # Not by phases: a decode is then 8% further from float32 than eager bfloat16
+    # (results/notes.md).
     "upsample": "transposed",
     "zero_text": True,
     "time_once": True,
@@ -112,18 +111,18 @@ _ALL = _WHOLE | _UNMEASURED
 def _attention(name: str) -> Scenario:
     return Scenario(
         f"attention-{name}",
-        f"vae-attention's, with {name} attention",
+        f"vae-attention, with {name} attention",
         recipe=_VAE,
         attention=name,
         cuda_only=name != "math",
     )
 
 
-def _beside(name: str, what: str, *, cuda_only: bool = False, **fields: Any) -> Scenario:
-    """`compiled` with these fields of its recipe changed; its UNet and decoder compile anew."""
+def _compiled_with(name: str, what: str, *, cuda_only: bool = False, **fields: Any) -> Scenario:
+    """`compiled` with these fields of its recipe changed; the UNet and decoder compile again."""
     return Scenario(
         name,
-        f"compiled's, {what}",
+        f"compiled, with {what}",
         recipe=_WHOLE | fields,
         cuda_only=cuda_only,
         prepare_seconds=(100, 150),
@@ -131,13 +130,13 @@ def _beside(name: str, what: str, *, cuda_only: bool = False, **fields: Any) -> 
 
 
 def _all_but(field: str) -> Scenario:
-    """`all-lossless` without one of its ways, so that a bad one cannot hide the others."""
+    """`all-lossless` without one rewrite, so that a slow one cannot hide the others."""
     left_out = {field} | ({"residual_products"} if field == "layer_norm" else set())
     recipe = {name: value for name, value in _ALL.items() if name not in left_out}
     name = field.replace("_", "-")
     return Scenario(
         f"all-but-{name}",
-        f"all-lossless's, without {name}",
+        f"all-lossless, without {name}",
         recipe=recipe,
         cuda_only=field in (*KERNELS, "text_encoders"),
         prepare_seconds=(100, 150),
@@ -147,22 +146,22 @@ def _all_but(field: str) -> Scenario:
 def _inductor(
     name: str, what: str, options: Mapping[str, str | bool | int], prepare_seconds: float = 100
 ) -> Scenario:
-    """`compiled` with options of inductor's own, which the compiler is given on CUDA only."""
-    scenario = _beside(name, what, cuda_only=True, options=options)
+    """`compiled` with options for inductor, which are used on CUDA only."""
+    scenario = _compiled_with(name, what, cuda_only=True, options=options)
     return replace(scenario, prepare_seconds=(prepare_seconds, 0))
 
 
 def _batch(
     images: int, *, quantize: str = "none", recipe: Fields | None = None, steps: int | None = None
 ) -> Scenario:
-    """Several images a run, as it ships or by a recipe; `steps` where it is the offline case."""
+    """Several images a run, by the default or by a recipe; with `steps`, the offline case."""
     kind = f"batch-{images}" if steps is None else "offline"
     lossy = quantize != "none"
     what = f"{images} images a run" + ("" if steps is None else f" of {steps} steps")
-    whose = "what ships" if recipe is None else "all-lossless's"
+    base = "default" if recipe is None else "all-lossless"
     return Scenario(
         "-".join([*(["all"] if recipe else []), *([quantize] if lossy else []), kind]),
-        f"lossy: {quantize} linears, otherwise {whose}, {what}" if lossy else f"{whose}, {what}",
+        f"lossy: {base}, with {quantize} linears, {what}" if lossy else f"{base}, with {what}",
         compile="auto" if recipe is None else "off",
         recipe=recipe,
         quantize=quantize,
@@ -174,7 +173,7 @@ def _batch(
 
 
 def _fp8(name: str, what: str, **fields: bool) -> Scenario:
-    """fp8 beside every lossless way, with these fields of the recipe changed."""
+    """fp8 and every lossless rewrite, with these fields of the recipe changed."""
     return Scenario(
         name,
         f"lossy: {what}",
@@ -187,19 +186,19 @@ def _fp8(name: str, what: str, **fields: bool) -> Scenario:
 
 
 OFFLINE_STEPS = 20
-"""As MLPerf's offline case asks, which counts images a second and no latency."""
+"""As in MLPerf's offline case, which counts images a second and no latency."""
 
 
 def _kernel(field: str, what: str) -> Scenario:
-    what += " by a kernel of our own"
-    return _beside(field.replace("_", "-"), what, cuda_only=True, **{field: True})
+    what += " by our own kernel"
+    return _compiled_with(field.replace("_", "-"), what, cuda_only=True, **{field: True})
 
 
 def _uncompiled(name: str, what: str, **fields: Any) -> Scenario:
-    """`served` on a CPU with these rewrites of the model and nothing compiled."""
+    """`served` on a CPU with these rewrites of the model, and nothing compiled."""
     return Scenario(
         f"uncompiled-{name}",
-        f"served's, {what}",
+        f"served, with {what}",
         dtype="half",
         recipe=fields,
         cpu_only=True,
@@ -215,16 +214,21 @@ SCENARIOS: tuple[Scenario, ...] = (
         dtype="half",
     ),
     Scenario("diffusers", "a plain diffusers call, no upload", way="diffusers", dtype="half"),
-    Scenario("served", "the same model through our runtime, nothing changed", dtype="half"),
+    Scenario("served", "the same model in the service's runtime, nothing changed", dtype="half"),
     Scenario("bf16", "+ bfloat16", dtype="bfloat16"),
     Scenario("graph", "+ one captured CUDA graph", recipe=_GRAPH, cuda_only=True),
     Scenario("channels-last", "+ channels_last convolutions", recipe=_LAST),
     Scenario("fused-qkv", "+ fused QKV", recipe=_FUSED),
-    Scenario("text-once", "+ the prompt's keys and values once a run", recipe=_TEXT),
-    Scenario("vae-attention", "+ the VAE's attention in the model's type", recipe=_VAE),
-    # What a CPU's `default` was chosen from.
-    _uncompiled("text-once", "the prompt's keys and values once a run", text_once=True),
-    _uncompiled("zero-text", "the same, zero text left out", text_once=True, zero_text=True),
+    Scenario("text-once", "+ the prompt's keys and values computed once a run", recipe=_TEXT),
+    Scenario("vae-attention", "+ the VAE's attention in the model's dtype", recipe=_VAE),
+    # The candidates that a CPU's `default` was chosen from.
+    _uncompiled("text-once", "the prompt's keys and values computed once a run", text_once=True),
+    _uncompiled(
+        "zero-text",
+        "the same, and no attention to text that is zero",
+        text_once=True,
+        zero_text=True,
+    ),
     _uncompiled("channels-last", "channels_last convolutions", channels_last=True),
     _uncompiled("fused-qkv", "fused QKV", fuse_qkv=True),
     _uncompiled("time-once", "the step's embedding projected once a step", time_once=True),
@@ -234,7 +238,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     *(_attention(name) for name in ("cudnn", "flash", "xformers", "math")),
     Scenario(
         "vae-compiled",
-        "vae-attention's, the VAE decoder alone compiled",
+        "vae-attention, with only the VAE decoder compiled",
         recipe=_VAE,
         decoder=_WHOLE,
         prepare_seconds=(60, 60),
@@ -256,57 +260,63 @@ SCENARIOS: tuple[Scenario, ...] = (
         "each kernel's start overlapped with the end of the one before it",
         {"triton.enable_pdl": True},
     ),
-    # By what is expected of them, bench/results/notes.md.
-    _beside("group-norm", "group norms along the channels", group_norm=True),
+    # Ordered by their expected effect (bench/results/notes.md).
+    _compiled_with("group-norm", "group norms along the channels", group_norm=True),
     _kernel("layer_norm", "the blocks' sums and norms"),
-    _beside(
+    _compiled_with(
         "residual-products",
-        "the blocks' sums by the products before them, norms by a kernel of our own",
+        "the blocks' sums in the products before them, norms by our own kernel",
         cuda_only=True,
         layer_norm=True,
         residual_products=True,
     ),
-    _beside("zero-text", "no text attended to where it is zero", zero_text=True),
+    _compiled_with("zero-text", "no attention to text that is zero", zero_text=True),
     _inductor(
         "multi-kernel",
-        "reductions of up to 16,384 read once or in a loop, by timing",
+        "reductions of up to 16,384 values read once or in a loop, chosen by timing",
         {"triton.multi_kernel": 1},
     ),
     _kernel("self_attention", "self-attention over 1,024 tokens"),
     _kernel("geglu", "the feed-forwards' gated products"),
     _kernel("cross_attention", "attention to the text"),
-    _beside(
+    _compiled_with(
         "upsample-transposed",
-        "upsampling before its image, by a transposed product",
+        "upsampling by a transposed product",
         upsample="transposed",
     ),
-    _beside("text-encoders", "captured text encoders", cuda_only=True, text_encoders=True),
+    _compiled_with("text-encoders", "captured text encoders", cuda_only=True, text_encoders=True),
     replace(
-        _beside("upsample-phases", "lossy: the same, by phases", upsample="phases"), lossy=True
+        _compiled_with("upsample-phases", "upsampling by phases (lossy)", upsample="phases"),
+        lossy=True,
     ),
-    _beside("time-once", "the step's embedding projected once a step", time_once=True),
+    _compiled_with("time-once", "the step's embedding projected once a step", time_once=True),
     _inductor(
-        "tuned-kernels", "generated kernels' launches tuned", {"max_autotune_pointwise": True}, 200
+        "tuned-kernels",
+        "tuned launches of generated kernels",
+        {"max_autotune_pointwise": True},
+        200,
     ),
-    _beside("all-lossless", "every lossless way that is not measured yet", **_UNMEASURED),
+    _compiled_with(
+        "all-lossless", "every lossless rewrite that no GPU has measured yet", **_UNMEASURED
+    ),
     *(_all_but(field) for field in _UNMEASURED),
     Scenario(
         "launched",
-        "compiled whole, launched kernel by kernel",
+        "compiled, launched kernel by kernel without a CUDA graph",
         recipe=_WHOLE | {"replay": "none"},
         cuda_only=True,
         prepare_seconds=(120, 0),
     ),
     Scenario(
         "trees",
-        "compiled whole, inductor's own graph trees",
+        "compiled, with inductor's own CUDA graph trees",
         recipe=_WHOLE | {"replay": "trees"},
         cuda_only=True,
         prepare_seconds=(150, 0),
     ),
     _inductor(
         "tuned-products",
-        "every product tuned",
+        "every matrix product tuned",
         {
             "max_autotune_gemm": True,
             "max_autotune_gemm_backends": "ATEN,TRITON",
@@ -317,14 +327,14 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "max",
-        "all-lossless's, every product and kernel tuned",
+        "all-lossless, with every product and kernel tuned",
         compile="max",
         cuda_only=True,
         prepare_seconds=(400, 0),
     ),
     Scenario(
         "int8",
-        "lossy: int8 linears, otherwise as it ships",
+        "lossy: default, with int8 linears",
         compile="auto",
         quantize="int8",
         lossy=True,
@@ -332,17 +342,17 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "fp8",
-        "lossy: the large linears in fp8, scaled by row, otherwise as it ships",
+        "lossy: default, with large linears in fp8, scaled by row",
         compile="auto",
         quantize="fp8",
         lossy=True,
         prepare_seconds=(150, 40),
     ),
-    _fp8("all-fp8", "the same, otherwise all-lossless's"),
-    _fp8("fp8-fused", "all-fp8's, norms written as fp8 by our own kernel", fp8_norms=True),
+    _fp8("all-fp8", "all-lossless, with large linears in fp8, scaled by row"),
+    _fp8("fp8-fused", "all-fp8, with norms written as fp8 by our own kernel", fp8_norms=True),
     _fp8(
         "fp8-static",
-        "fp8-fused's, one calibrated scale for a product's activations",
+        "fp8-fused, with one calibrated scale for a product's activations",
         fp8_norms=True,
         fp8_static=True,
     ),
@@ -354,24 +364,24 @@ SCENARIOS: tuple[Scenario, ...] = (
     _batch(8, steps=OFFLINE_STEPS, quantize="fp8"),
     _batch(8, steps=OFFLINE_STEPS, recipe=_ALL),
     _batch(8, steps=OFFLINE_STEPS, quantize="fp8", recipe=_ALL),
-    Scenario("default", "what ships", compile="auto", prepare_seconds=(120, 20)),
+    Scenario("default", "the service's default", compile="auto", prepare_seconds=(120, 20)),
 )
-"""In the order of the stack: the baseline first, what ships last."""
+"""The baseline first, the default last."""
 
 BASELINE = SCENARIOS[0]
 _BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 
 
 def chosen(names: Sequence[str] | None) -> list[Scenario]:
-    """The scenarios of these names in the stack's order; all without a name.
+    """The scenarios of these names, in the order of SCENARIOS; all of them without a name.
 
     Raises:
-        BenchError: there is none of that name.
+        BenchError: a name is unknown.
     """
     if not names:
         return list(SCENARIOS)
     for name in names:
         if name not in _BY_NAME:
             allowed = ", ".join(_BY_NAME)
-            raise BenchError(f"there is no scenario {name!r}; one of {allowed} is allowed")
+            raise BenchError(f"there is no scenario {name!r}; use one of {allowed}")
     return [scenario for scenario in SCENARIOS if scenario.name in names]

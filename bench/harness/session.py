@@ -1,16 +1,16 @@
-"""One measurement session: everything the targets need, in pieces, the most informative first.
+"""Measure everything in the table of targets, in pieces, the most informative first.
 
     python -m bench session --device cuda --model random:sdxl-base --shape 1024x1024 --minutes 9
     python -m bench session --archive /tmp/half-hour.tar.gz --minutes 9
     python -m bench session --model demo --shape 64x64 --steps 2 --requests 2 --list
 
-Each piece is one command in a process of its own with a time limit. A later call does what is
+Each piece is one command in a process of its own, with a time limit. A later call measures what is
 missing. A piece or a scenario that failed is tried once more, and again whenever the code changed.
-With --archive the results and the logs are one file outside the tree; where that file exists, the
-call continues from it.
+With --archive the results and the logs are kept in one file outside the tree, and a later call with
+the same file continues from it.
 
 Exit status: 0 everything is measured, or needs what this machine lacks; 1 something failed; 2 wrong
-usage; 75 nothing failed, and the time was not enough: the same command continues.
+usage; 75 nothing failed, but the time was not enough: the same command continues.
 """
 
 from __future__ import annotations
@@ -31,40 +31,41 @@ from typing import TYPE_CHECKING
 
 from bench.errors import BenchError
 from bench.harness.result_file import BenchResult, MeasuredScenario
-from bench.harness.run import ATTEMPTS, NO_TIME, TIME_IS_UP, code_digest
+from bench.harness.rounds import TIME_IS_UP
+from bench.harness.run_record import ATTEMPTS, NO_TIME, code_digest
 from bench.harness.scenarios import SCENARIOS, Scenario, chosen
 from bench.stats.verdict import FEWEST_ROUNDS
 
 if TYPE_CHECKING:
-    from bench.harness.drive import Work
+    from bench.harness.work import Work
 
 Start = Callable[[Sequence[str], float, Path | None], int]
-"""Runs `python -m ARGUMENTS` for at most so many seconds, its output going to a file where one is
-named; returns its exit status."""
+"""Runs `python -m ARGUMENTS` with a time limit in seconds and an optional file for its output;
+returns the exit status."""
 
 PIECE_SECONDS = 470.0
-"""Time limit of a piece, where a machine's commands may take ten minutes."""
+"""Time limit of a piece, for machines whose commands may take ten minutes."""
 SPARE_SECONDS = 40.0
-"""The end of a piece's time, in which it starts no scenario but writes its results."""
+"""How long before its time limit a piece stops starting scenarios, to write its results."""
 START_SECONDS = 60.0
-"""To import the libraries, measure the device's ceilings and compute a float32 reference."""
+"""The time to import libraries, measure the device's ceilings and compute a reference."""
 CACHED_SECONDS = 40.0
-"""To prepare a scenario whose code is in the compiler's cache, at most."""
+"""The longest time to prepare a scenario whose code is in the compiler's cache."""
 TEST_SECONDS = 150.0
 
 FIRST = ("documented", "compiled", "all-lossless", "all-but-geglu")
-"""What decides everything else: the baseline, what ships, and what is to ship."""
+"""The baseline, the present default, and the candidate for the next default."""
 FIRST_REQUESTS = FEWEST_ROUNDS
-"""The fewest that a verdict is given on: minutes on a GPU are scarce."""
-WAYS = ("layer-norm", "group-norm", "zero-text", "geglu")
-"""The single ways of which most is expected."""
+"""The fewest that a verdict needs, because minutes on a GPU are scarce."""
+SINGLE = ("layer-norm", "group-norm", "zero-text", "geglu")
+"""The single rewrites from which most is expected."""
 FP8 = ("fp8", "fp8-fused")
 BATCH = ("batch-8",)
 MORE_BATCHES = ("all-batch-8",)
 MORE_FP8 = ("all-fp8", "fp8-static", "fp8-batch-8", "all-fp8-batch-8")
 OFFLINE = ("offline", "fp8-offline", "all-offline", "all-fp8-offline")
 TUNED = ("tuned-kernels", "tuned-products", "max")
-"""Last: each may take a session by itself, and continues where it was cut off."""
+"""These come last, because each may take a session by itself."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,11 @@ class Piece:
     """Arguments of `python -m`, without those that name the result file."""
     out: Path
     seconds: float
-    """The piece is started only where so many are left. A piece that times scenarios stops starting
-    new ones before its own time limit."""
+    """The piece is started only if so many seconds are left."""
     scenarios: tuple[str, ...] = ()
-    """The scenarios it adds to a file that other pieces write to as well."""
+    """The scenarios that it adds to the result file, which other pieces write to as well."""
     requests: int = 0
-    """Timed requests of each of these."""
+    """Timed requests of each of these scenarios."""
     out_option: tuple[str, ...] = ("--out",)
 
 
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scenario", nargs="+", metavar="NAME", help=f"time only these (default: all): {names}"
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="only the pieces whose names begin like this"
+        "--only", nargs="+", metavar="NAME", help="run only the pieces whose names begin like this"
     )
     parser.add_argument(
         "--minutes", type=float, metavar="M", help="start no piece that would end later"
@@ -114,30 +114,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--results",
         type=Path,
         metavar="DIR",
-        help="the folder for one file a piece (default: bench/results)",
+        help="folder for the result files (default: bench/results)",
     )
     parser.add_argument(
         "--archive",
         type=Path,
         metavar="FILE.tar.gz",
-        help="keep all results and logs in this one file instead, and continue from it",
+        help="keep all results and logs in this file instead, and continue from it",
     )
-    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
+    parser.add_argument("--commit", help="the measured commit, where there is no git checkout")
     parser.add_argument("--list", action="store_true", help="print the plan, and run nothing")
 
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
-    from bench.harness.drive import choose_work
     from bench.harness.environment import machine_slug
+    from bench.harness.work import choose_work
 
     chosen(options.scenario)
     if options.requests < 1 or options.piece_seconds <= SPARE_SECONDS:
         raise BenchError(
-            f"--requests: 1 and more; --piece-seconds: above {SPARE_SECONDS:.0f} are allowed"
+            f"--requests must be at least 1, and --piece-seconds above {SPARE_SECONDS:.0f}"
         )
     if options.archive is not None and options.results is not None:
-        raise BenchError("--archive and --results both name a place: one of them is allowed")
+        raise BenchError(
+            "--archive and --results both name a place for the results; use one of them"
+        )
     work = choose_work(options.model, options.device, options.shape, options.steps)
     with ExitStack() as stack:
         folder = options.results or Path("bench/results")
@@ -146,7 +148,7 @@ def run(options: argparse.Namespace) -> int:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stepspan-")))
             archive = Archive(options.archive, folder)
         if not folder.is_dir():
-            raise BenchError(f"{folder} is not a folder to write results to")
+            raise BenchError(f"{folder}, the place for the results, is not a folder")
         day = time.strftime("%Y-%m-%d", time.gmtime())
         model = Path(work.model).name.replace(":", "-")
         stem = f"{machine_slug(work.device)}-{day}-{model}-{work.shape}"
@@ -158,7 +160,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def start(command: Sequence[str], seconds: float, log: Path | None = None) -> int:
-    """As `Start`. SIGTERM first, so that what was measured is kept."""
+    """Implements `Start`. A process past its limit gets SIGTERM first, to keep its samples."""
     with ExitStack() as stack:
         output = None if log is None else stack.enter_context(log.open("ab"))
         process = subprocess.Popen(
@@ -182,7 +184,7 @@ def start(command: Sequence[str], seconds: float, log: Path | None = None) -> in
 
 
 class Archive:
-    """A folder kept as one compressed file; the folder starts with what the file already holds.
+    """Keeps a folder in one compressed file. At first the file, if it exists, fills the folder.
 
     Raises:
         BenchError: the file cannot be read or written.
@@ -191,7 +193,7 @@ class Archive:
     def __init__(self, path: Path, folder: Path) -> None:
         self._path, self._folder = path, folder
         if not path.exists():
-            self.write()  # now, and not after the first minutes on a GPU
+            self.write()  # fails now, and not after the first minutes on a GPU
             return
         try:
             with tarfile.open(path) as kept:
@@ -200,7 +202,7 @@ class Archive:
             raise BenchError(f"{path} cannot be read: {type(error).__name__}") from None
 
     def write(self) -> None:
-        """Replace the file by the folder as it is now."""
+        """Replace the file with the present content of the folder."""
         beside = self._path.with_name(f".{self._path.name}.new")
         try:
             with tarfile.open(beside, "w:gz") as kept:
@@ -212,9 +214,10 @@ class Archive:
 
 
 class PieceLog:
-    """What became of each piece, in a file beside the results.
+    """The outcome of each piece, in a file beside the results.
 
-    Unsuccessful tries count for the code they were made with; changed code starts from none.
+    Failed attempts are counted for one state of the code: when it changes, the counts start at
+    zero.
     """
 
     def __init__(self, path: Path) -> None:
@@ -222,32 +225,32 @@ class PieceLog:
         kept = json.loads(path.read_text()) if path.exists() else {}
         self._succeeded: dict[str, bool] = kept.get("succeeded", {})
         same = kept.get("code") == self._code
-        self._tries: dict[str, int] = kept.get("tries", {}) if same else {}
+        self._attempts: dict[str, int] = kept.get("tries", {}) if same else {}
 
     def succeeded(self, name: str) -> bool:
         return self._succeeded.get(name, False)
 
-    def spent(self, name: str) -> bool:
-        """Whether it was tried as often as is allowed, without success."""
-        return self._tries.get(name, 0) >= ATTEMPTS
+    def exhausted(self, name: str) -> bool:
+        """Whether the piece failed as often as is allowed."""
+        return self._attempts.get(name, 0) >= ATTEMPTS
 
     def begin(self, name: str) -> None:
-        self._tries[name] = self._tries.get(name, 0) + 1
-        self._keep()
+        self._attempts[name] = self._attempts.get(name, 0) + 1
+        self._write()
 
     def end(self, name: str, *, success: bool) -> None:
-        """It ended as it should; `success` where nothing of it is left to do."""
-        self._tries.pop(name, None)
+        """Record that the piece ended without failing; `success` if it is complete."""
+        self._attempts.pop(name, None)
         self._succeeded[name] = success
-        self._keep()
+        self._write()
 
-    def _keep(self) -> None:
-        kept = {"code": self._code, "tries": self._tries, "succeeded": self._succeeded}
+    def _write(self) -> None:
+        kept = {"code": self._code, "tries": self._attempts, "succeeded": self._succeeded}
         self._path.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 class MeasurementSession:
-    """The pieces in order, run until all are done or the time is up."""
+    """Runs the pieces in order until all are done or the time is up."""
 
     def __init__(
         self,
@@ -263,8 +266,8 @@ class MeasurementSession:
         self._began = clock()
         self._asked = tuple(scenario.name for scenario in chosen(options.scenario))
         self._log = PieceLog(stem.with_name(f"{stem.name}-session.json"))
-        self._over: dict[str, str] = {}
-        """Why a piece is not tried again in this call."""
+        self._given_up: dict[str, str] = {}
+        """The reason why a piece is not tried again in this call, by name."""
         self._read: tuple[int, BenchResult] | None = None
 
     def run(self) -> int:
@@ -274,54 +277,54 @@ class MeasurementSession:
             if self._archive is not None:
                 self._archive.write()
         left = [piece for piece in self.pieces() if not self.done(piece)]
-        late = [piece for piece in left if piece.name not in self._over]
+        late = [piece for piece in left if piece.name not in self._given_up]
         for line in self._summary(late):
             print(line, flush=True)
         if self._work.on_cuda:
             from bench.report.targets import render
 
             print(render(self._stem.parent))
-        return 1 if self._over or self._failed() else TIME_IS_UP if late else 0
+        return 1 if self._given_up or self._failed() else TIME_IS_UP if late else 0
 
     def print_plan(self) -> None:
-        """Every piece, whether it is done, and the command that does it."""
+        """Print every piece, whether it is done, and its command."""
         for piece in self.pieces():
             mark = "done" if self.done(piece) else f"{piece.seconds:.0f} s"
             print(f"{mark:>6}  {piece.name:32} python -m {' '.join(piece.command)}")
 
     def _summary(self, late: Sequence[Piece]) -> Iterator[str]:
-        """Each scenario with its step time or the reason why it has none, then the pieces."""
+        """A line for each scenario, with its step time or why it has none, then for the pieces."""
         result = self._result()
         if result is not None:
             for scenario in result.of_side("head").values():
                 yield f"{scenario.name:24} {scenario.step_ms:9.3f} ms a step"
             for missing in result.not_run:
                 yield f"{missing.name:24} {missing.why}"
-        for name, reason in self._over.items():
+        for name, reason in self._given_up.items():
             yield f"{name:24} FAILED: {reason}"
         for piece in late:
-            yield f"{piece.name:24} not started: up to {piece.seconds:.0f} s are needed"
-        if not late and not self._over:
+            yield f"{piece.name:24} not started: it may need {piece.seconds:.0f} s"
+        if not late and not self._given_up:
             yield "every piece is done"
 
     def _failed(self) -> list[str]:
-        """Scenarios that were tried and failed."""
+        """Names of the scenarios that failed."""
         result = self._result()
         return [] if result is None else [n.name for n in result.not_run if n.failed]
 
     def _next(self) -> Piece | None:
-        """The first that is not done and fits into what time is left."""
+        """The first piece that is not done and fits into the time left."""
         for piece in self.pieces():
-            if self.done(piece) or piece.name in self._over:
+            if self.done(piece) or piece.name in self._given_up:
                 continue
-            if self._log.spent(piece.name):
-                self._over[piece.name] = f"it failed or was cut off {ATTEMPTS} times"
+            if self._log.exhausted(piece.name):
+                self._given_up[piece.name] = f"it failed or was interrupted {ATTEMPTS} times"
             elif piece.seconds <= self._left():
                 return piece
         return None
 
     def _left(self) -> float:
-        """Seconds of this call."""
+        """Seconds left to this call."""
         minutes: float | None = self._options.minutes
         return math.inf if minutes is None else 60 * minutes - (self._clock() - self._began)
 
@@ -343,20 +346,22 @@ class MeasurementSession:
         if status in (0, TIME_IS_UP):
             self._log.end(piece.name, success=status == 0)
         if status == 0 and not self.done(piece):
-            self._over[piece.name] = "it ended well, and not all of it is there"
-        elif status not in (0, TIME_IS_UP) and (status in (1, 2) or self._log.spent(piece.name)):
-            self._over[piece.name] = f"it ended with status {status}"
+            self._given_up[piece.name] = "it exited with status 0, but its result is incomplete"
+        elif status not in (0, TIME_IS_UP) and (
+            status in (1, 2) or self._log.exhausted(piece.name)
+        ):
+            self._given_up[piece.name] = f"it exited with status {status}"
         if log is not None and status not in (0, TIME_IS_UP):
             print(log.read_text(errors="replace")[-2000:], file=sys.stderr, flush=True)
 
     def done(self, piece: Piece) -> bool:
-        """Whether its file has what it adds, or why that cannot be there."""
+        """Whether the piece's file has all its results, or reasons why they cannot be measured."""
         if not piece.scenarios:
             return self._log.succeeded(piece.name) and piece.out.exists()
         return not self._unmeasured(piece.scenarios, piece.requests)
 
     def _unmeasured(self, names: Sequence[str], requests: int) -> list[str]:
-        """Those of these scenarios that are to be timed yet: not measured, nor impossible here."""
+        """Those of these scenarios that are not measured and not impossible on this machine."""
         result = self._result()
         if result is None:
             return list(names)
@@ -368,7 +373,7 @@ class MeasurementSession:
         path = self._file("bench")
         if not path.exists():
             return None
-        # Every piece asks for it, and it is megabytes by the end of the day.
+        # Read again only after a change: every piece needs it, and it grows to megabytes.
         written = path.stat().st_mtime_ns
         if self._read is None or self._read[0] != written:
             self._read = written, BenchResult.read(path)
@@ -377,14 +382,14 @@ class MeasurementSession:
     # The plan
 
     def pieces(self) -> list[Piece]:
-        """In order. Which scenario is profiled depends on what has been measured until then."""
+        """All pieces in order. The scenario to profile depends on the results so far."""
         only = tuple(self._options.only or ())
         return [piece for piece in self._all() if not only or piece.name.startswith(only)]
 
     def _all(self) -> Iterator[Piece]:
         on_cuda = self._work.on_cuda
         if on_cuda:
-            # A kernel that is wrong makes every figure with it worthless.
+            # First, because a wrong kernel makes every figure with it worthless.
             tests = ("pytest", "-x", "-q", "-m", "gpu", "-p", "no:cacheprovider")
             yield Piece(
                 "gpu-tests",
@@ -398,13 +403,13 @@ class MeasurementSession:
         profiled = self._profiled()
         if profiled is not None:
             yield self._kernels(profiled)
-        yield from self._timed("ways", WAYS, FIRST_REQUESTS)
+        yield from self._timed("ways", SINGLE, FIRST_REQUESTS)
         yield from self._timed("fp8", FP8, FIRST_REQUESTS)
         yield from self._timed("batch", BATCH, FIRST_REQUESTS)
         yield self._cold_start("default" if on_cuda else "auto")
         yield self._piece("operators", seconds=(150, 120))
         all_but = [s.name for s in SCENARIOS if s.name.startswith("all-but-")]
-        ways = [name for name in _ways() if name not in WAYS]
+        ways = [name for name in _single_rewrites() if name not in SINGLE]
         yield from self._timed("all-but", all_but, FIRST_REQUESTS)
         yield from self._timed("more-ways", ways, FIRST_REQUESTS)
         yield from self._timed("more-batches", MORE_BATCHES, FIRST_REQUESTS)
@@ -417,13 +422,14 @@ class MeasurementSession:
         fastest = self._fastest()
         if fastest is not None and fastest != profiled:
             yield self._kernels(fastest)
-        # On a GPU the ways that a session decides about, which the compiler's cache has by then.
-        names = ("compiled", *_ways(), "all-lossless") if on_cuda else self._asked
+        # On a GPU only the scenarios that the session decides about. The compiler's cache has them
+        # by now.
+        names = ("compiled", *_single_rewrites(), "all-lossless") if on_cuda else self._asked
         if asked := [name for name in names if name in self._asked]:
             uncompiled = () if on_cuda else ("--uncompiled",)
             yield self._piece("numerics", "--scenario", *asked, *uncompiled, seconds=(460, 120))
         planned = {
-            *(*first, *WAYS, *FP8, *BATCH, *MORE_BATCHES, *MORE_FP8, *OFFLINE, *TUNED),
+            *(*first, *SINGLE, *FP8, *BATCH, *MORE_BATCHES, *MORE_FP8, *OFFLINE, *TUNED),
             *(*all_but, *ways),
         }
         rest = [s.name for s in SCENARIOS if s.name not in planned]
@@ -437,15 +443,15 @@ class MeasurementSession:
         most_requests: int,
         beside: Sequence[str] = ("documented", "compiled"),
     ) -> Iterator[Piece]:
-        """A run of these scenarios in the same rounds as what they differ from, compiled before."""
+        """Compile these scenarios, and time them in the same rounds as those they differ from."""
         asked = [one for one in names if one in self._asked]
         if not asked:
             return
         requests = min(self._options.requests, most_requests)
         if self._work.on_cuda and (missing := self._unmeasured(asked, 1)):
             command = ("bench", "precompile", *self._workload(), "--scenario", *missing)
-            # The compiler's cache stays on the machine, and so does the file that says what it has:
-            # another machine compiles again.
+            # The compiler's cache stays on the machine, and so must the file that names its
+            # content: another machine compiles again.
             out = Path(tempfile.gettempdir()) / self._file(f"precompile-{name}").name
             if any(s.prepare_seconds[0] > CACHED_SECONDS for s in chosen(missing)):
                 yield Piece(f"precompile-{name}", command, out, 150)
@@ -469,7 +475,7 @@ class MeasurementSession:
         )
 
     def _prepare_seconds(self, scenario: Scenario) -> float:
-        """At most; what was prepared on this machine is found in the compiler's cache."""
+        """An upper bound; what was prepared on this machine is in the compiler's cache."""
         seconds = scenario.prepare_seconds[0 if self._work.on_cuda else 1]
         known = scenario.name not in self._unmeasured([scenario.name], 1)
         return (
@@ -479,8 +485,8 @@ class MeasurementSession:
     def _precompiled(self, name: str) -> bool:
         pattern = f"{self._stem.name}-precompile-*.json"
         for path in Path(tempfile.gettempdir()).glob(pattern):
-            told = json.loads(path.read_text() or "{}").get("scenarios", {})
-            if str(told.get(name, "")).startswith("compiled"):
+            outcomes = json.loads(path.read_text() or "{}").get("scenarios", {})
+            if str(outcomes.get(name, "")).startswith("compiled"):
                 return True
         return False
 
@@ -512,7 +518,7 @@ class MeasurementSession:
         return self._stem.with_name(f"{self._stem.name}-{name}.json")
 
     def _lossless(self) -> list[MeasuredScenario]:
-        """Measured, served, one image a request, and lossless; in the file's own order."""
+        """Measured scenarios that are served, lossless and draw one image, in the file's order."""
         result = self._result()
         if result is None:
             return []
@@ -523,7 +529,7 @@ class MeasurementSession:
         ]
 
     def _profiled(self) -> str | None:
-        """What is profiled first: everything at once, or where that cannot run the fastest."""
+        """The scenario to profile first: all-lossless if it was measured, else the fastest."""
         measured = [s.name for s in self._lossless()]
         return "all-lossless" if "all-lossless" in measured else self._fastest()
 
@@ -535,8 +541,8 @@ class MeasurementSession:
         print(f"[session {self._clock() - self._began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
-def _ways() -> list[str]:
-    """Each a single change of what `compiled` does; they stand behind it in the stack."""
+def _single_rewrites() -> list[str]:
+    """Scenarios that change one thing of `compiled`: SCENARIOS lists them after it."""
     names = [scenario.name for scenario in SCENARIOS]
     between = names[names.index("compiled") + 1 : names.index("all-lossless")]
     return [name for name in between if name not in TUNED]

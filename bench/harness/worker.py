@@ -1,9 +1,9 @@
-"""One commit's scenarios, ready to be asked for requests: in this process, or in one of its own.
+"""The worker protocol: load one commit's scenarios, time them, and release them.
 
-`LocalSide` drives the code that is imported here. `python -m bench.harness.worker` does the same in
-a process of its own and answers over a pipe, one JSON object a line; `RemoteSide` is the caller's
-end of that pipe. Both have the same methods, so a comparison of two commits and a run of one differ
-in nothing else.
+`LocalWorker` runs the code imported in this process. `WorkerProcess` starts `python -m
+bench.harness.worker` in another commit's directory and sends it the same calls, one JSON object a
+line over a pipe. The bench uses both through `BenchWorker`, so a run of one commit and a comparison
+of two run the same code.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import TypeAdapter
 
@@ -27,54 +27,63 @@ from bench.errors import BenchError
 from bench.harness.result_file import Code, Flops, RequestSample, Side
 from bench.harness.scenarios import Scenario, chosen
 
+if TYPE_CHECKING:
+    from bench.harness.drive import LoadedScenario
+    from bench.harness.torch_state import LibrarySettings
+    from bench.harness.work import Work
+
 WARMUPS = 2
-"""Requests of a scenario before its first round: caches fill, clocks rise."""
+"""Requests of a scenario before its first round, in which caches fill and clocks rise."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A scenario that can be timed, and what getting it ready took."""
+    """What preparing a scenario took, and what was measured of it before the rounds."""
 
     dtype: str
-    """The UNet's, or its quantisation."""
+    """Of the UNet, or its quantization."""
     prepare_seconds: float
     warmups: tuple[RequestSample, ...]
     error_vs_fp32: float | None
     flops: Flops
     peak_memory_bytes: int | None
     held_bytes: int
-    """Of the device's memory, for as long as it stays."""
+    """Device memory that the scenario holds until it is released."""
 
 
-class Asked(Protocol):
-    """What a side answers."""
+class BenchWorker(Protocol):
+    """Runs the scenarios of one side."""
 
     side: Side
 
     def code(self) -> Code:
-        """What runs here."""
+        """The commit and the library versions that run here."""
 
     def prepare(self, scenario: Scenario) -> Ready:
-        """Get it ready and keep it. Raises CannotRun, or ScenarioFailed where it was tried."""
+        """Load and warm a scenario, and keep it. Raises CannotRun or ScenarioFailed."""
 
     def measure(self, name: str, round_number: int, seeds: list[int]) -> list[RequestSample]:
-        """One timed request for each seed. Raises ScenarioFailed."""
+        """Time one request for each seed. Raises ScenarioFailed."""
 
     def release(self, names: list[str]) -> None:
-        """Give these scenarios' memory back."""
+        """Free the memory of these scenarios."""
 
     def free_bytes(self) -> int:
-        """Of the device's memory."""
+        """Free memory of the device."""
 
     def close(self) -> None:
-        """End it."""
+        """Release everything and stop."""
 
 
-class LocalSide:
-    """The code of this process."""
+# In this process ---------------------------------------------------------------------------------
 
-    def __init__(self, work: Any, side: Side = "head", commit: str | None = None) -> None:
-        from bench.harness.drive import LibrarySettings, References
+
+class LocalWorker:
+    """A worker in this process."""
+
+    def __init__(self, work: Work, side: Side = "head", commit: str | None = None) -> None:
+        from bench.harness.references import References
+        from bench.harness.torch_state import LibrarySettings
 
         self.side: Side = side
         self._work = work
@@ -82,7 +91,7 @@ class LocalSide:
         self._runner = asyncio.Runner()
         self._references = References(work)
         self._defaults = LibrarySettings()
-        self._driven: dict[str, tuple[Any, LibrarySettings]] = {}
+        self._loaded: dict[str, tuple[LoadedScenario, LibrarySettings]] = {}
         self._flops: dict[int, Flops] = {}
 
     def code(self) -> Code:
@@ -91,28 +100,36 @@ class LocalSide:
         return describe_code(self.side, commit=self._commit)
 
     def prepare(self, scenario: Scenario) -> Ready:
-        from bench.harness import drive
+        from bench.harness.drive import load_scenario
+        from bench.harness.references import count_flops
+        from bench.harness.torch_state import (
+            LibrarySettings,
+            device_memory,
+            peak_memory,
+            release_memory,
+        )
+        from bench.harness.work import ScenarioFailed, dtype_name, one_line
 
         work = self._work
         self._defaults.apply()
-        dtype = drive.dtype_name(scenario, work)
+        dtype = dtype_name(scenario, work)
         self._check(scenario, dtype)
-        drive.peak_memory(work.device)
-        in_use, free = drive.device_memory(work.device)
+        peak_memory(work.device)
+        in_use, free = device_memory(work.device)
         began = time.perf_counter()
-        driven = drive.drive(scenario, work, self._runner)
+        loaded = load_scenario(scenario, work, self._runner)
         seconds = time.perf_counter() - began
         try:
-            warmups = tuple(driven.request(seed, 0) for seed in range(WARMUPS))
-            peak = drive.peak_memory(work.device) - in_use if work.on_cuda else None
-            error = self._references.error(driven, dtype)
+            warmups = tuple(loaded.request(seed, 0) for seed in range(WARMUPS))
+            peak = peak_memory(work.device) - in_use if work.on_cuda else None
+            error = self._references.error(loaded, dtype)
             if scenario.images not in self._flops:
-                self._flops[scenario.images] = drive.count_flops(driven, work, scenario.images)
+                self._flops[scenario.images] = count_flops(loaded, work, scenario.images)
         except Exception as failure:
-            driven.close()
-            raise drive.ScenarioFailed(drive.told(failure)) from failure
-        drive.release_memory()
-        self._driven[scenario.name] = driven, drive.LibrarySettings()
+            loaded.close()
+            raise ScenarioFailed(one_line(failure)) from failure
+        release_memory()
+        self._loaded[scenario.name] = loaded, LibrarySettings()
         return Ready(
             dtype=dtype if scenario.quantize == "none" else scenario.quantize,
             prepare_seconds=seconds,
@@ -120,110 +137,116 @@ class LocalSide:
             error_vs_fp32=error,
             flops=self._flops[scenario.images],
             peak_memory_bytes=peak,
-            held_bytes=max(0, self._held(in_use, free)),
+            held_bytes=max(0, self._held_since(in_use, free)),
         )
 
     def _check(self, scenario: Scenario, dtype: str) -> None:
-        """Whether it can run here, and its reference, while no weights of its own are in memory."""
-        from bench.harness.drive import ScenarioFailed, refuse_what_cannot_run, told
+        """Check that the scenario can run, and compute its float32 reference.
+
+        The reference comes first, while the scenario's own weights are not in memory yet.
+        """
+        from bench.harness.work import ScenarioFailed, check_can_run, one_line
         from serve.errors import ModelError
 
-        refuse_what_cannot_run(scenario, self._work)
+        check_can_run(scenario, self._work)
         try:
             self._references.of(dtype)
         except ModelError as error:
-            # No scenario can do without a model.
+            # Without the model no scenario can run.
             raise BenchError(str(error)) from None
         except Exception as error:
-            raise ScenarioFailed(f"its float32 reference failed with {told(error)}") from error
+            raise ScenarioFailed(f"its float32 reference failed with {one_line(error)}") from error
 
-    def _held(self, in_use: int, free: int) -> int:
-        """How much more is held than when that was in use and free."""
-        from bench.harness.drive import device_memory
+    def _held_since(self, in_use: int, free: int) -> int:
+        """Device memory taken since these bytes were in use and free."""
+        from bench.harness.torch_state import device_memory
 
         in_use_now, free_now = device_memory(self._work.device)
-        # A graph's pool and the driver's own are not in torch's count; a host's free memory is
-        # not ours alone.
+        # torch does not count the pool of a CUDA graph and the driver's own memory. On a CPU other
+        # processes change the free memory.
         return free - free_now if self._work.on_cuda else in_use_now - in_use
 
     def measure(self, name: str, round_number: int, seeds: list[int]) -> list[RequestSample]:
-        from bench.harness.drive import ScenarioFailed, told
+        from bench.harness.work import ScenarioFailed, one_line
 
-        driven, settings = self._driven[name]
+        loaded, settings = self._loaded[name]
         settings.apply()
         try:
-            return [driven.request(seed, round_number) for seed in seeds]
+            return [loaded.request(seed, round_number) for seed in seeds]
         except Exception as error:
-            raise ScenarioFailed(told(error)) from error
+            raise ScenarioFailed(one_line(error)) from error
 
     def release(self, names: list[str]) -> None:
-        for name in names:
-            driven, _ = self._driven.pop(name)
-            driven.close()
-        from bench.harness.drive import release_memory
+        from bench.harness.torch_state import release_memory
 
+        for name in names:
+            loaded, _ = self._loaded.pop(name)
+            loaded.close()
         release_memory()
 
     def free_bytes(self) -> int:
-        from bench.harness.drive import device_memory
+        from bench.harness.torch_state import device_memory
 
         return device_memory(self._work.device)[1]
 
     def close(self) -> None:
-        self.release(list(self._driven))
+        self.release(list(self._loaded))
         self._runner.close()
 
 
-class RemoteSide:
-    """A side in a process of its own, whose working directory holds its commit.
+# In a process of its own -------------------------------------------------------------------------
+
+
+class WorkerProcess:
+    """A worker in a process of its own, whose working directory holds its commit.
 
     Raises:
-        BenchError: it ended, or said nothing that can be understood.
+        BenchError: the commit cannot be measured, or the process ended.
     """
 
     def __init__(
         self, root: Path, work: Mapping[str, Any], side: Side, commit: str | None = None
     ) -> None:
         self.side: Side = side
-        ours, theirs = os.pipe()
+        our_end, its_end = os.pipe()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         environment = os.environ | {"PYTHONPATH": _search_path(root)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.harness.worker", str(theirs)],
+            [sys.executable, "-m", "bench.harness.worker", str(its_end)],
             cwd=root,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            # A file: nobody reads along, and a full pipe would stop the process.
+            # A file: nobody reads meanwhile, and a full pipe would block the process.
             stderr=self._errors,
             text=True,
-            pass_fds=(theirs,),
-            # Ctrl-C is the parent's to deal with.
+            pass_fds=(its_end,),
+            # The parent handles Ctrl-C.
             start_new_session=True,
         )
-        os.close(theirs)
-        self._lines = os.fdopen(ours)
+        os.close(its_end)
+        self._replies = os.fdopen(our_end)
         try:
-            self._ask("open", work=dict(work), side=side, commit=commit)
+            self._call("open", work=dict(work), side=side, commit=commit)
         except BaseException:
             self.close()
             raise
 
     def code(self) -> Code:
-        return TypeAdapter(Code).validate_python(self._ask("code"))
+        return TypeAdapter(Code).validate_python(self._call("code"))
 
     def prepare(self, scenario: Scenario) -> Ready:
-        return TypeAdapter(Ready).validate_python(self._ask("prepare", name=scenario.name))
+        return TypeAdapter(Ready).validate_python(self._call("prepare", name=scenario.name))
 
     def measure(self, name: str, round_number: int, seeds: list[int]) -> list[RequestSample]:
-        told = self._ask("measure", name=name, round_number=round_number, seeds=seeds)
-        return TypeAdapter(list[RequestSample]).validate_python(told)
+        samples = self._call("measure", name=name, round_number=round_number, seeds=seeds)
+        return TypeAdapter(list[RequestSample]).validate_python(samples)
 
     def release(self, names: list[str]) -> None:
-        self._ask("release", names=names)
+        self._call("release", names=names)
 
     def free_bytes(self) -> int:
-        free: int = self._ask("free_bytes")
+        free: int = self._call("free_bytes")
         return free
 
     def close(self) -> None:
@@ -236,88 +259,99 @@ class RemoteSide:
                 process.kill()
                 process.wait()
         assert process.stdin is not None
-        for stream in (process.stdin, self._errors, self._lines):
+        for stream in (process.stdin, self._errors, self._replies):
             with contextlib.suppress(OSError):
                 stream.close()
 
-    def _ask(self, what: str, **arguments: Any) -> Any:
+    def _call(self, method: str, **arguments: Any) -> Any:
+        """Call a method of the process's worker; returns its result as JSON has it."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"ask": what, **arguments}) + "\n")
+            self._process.stdin.write(json.dumps({"method": method, **arguments}) + "\n")
             self._process.stdin.flush()
-        line = self._lines.readline()
+        line = self._replies.readline()
         if not line:
-            raise BenchError(self._last_words(what))
-        answer = json.loads(line)
-        if "cannot_run" in answer:
-            from bench.harness.drive import CannotRun, ScenarioFailed
+            raise BenchError(self._why_ended(method))
+        reply = json.loads(line)
+        if "error" in reply:
+            raise BenchError(f"the {self.side} commit cannot be measured: {reply['error']}")
+        if "cannot_run" in reply:
+            from bench.harness.work import CannotRun, ScenarioFailed
 
-            raise (ScenarioFailed if answer["failed"] else CannotRun)(answer["cannot_run"])
-        return answer["answer"]
+            raise (ScenarioFailed if reply["failed"] else CannotRun)(reply["cannot_run"])
+        return reply["result"]
 
-    def _last_words(self, what: str) -> str:
+    def _why_ended(self, method: str) -> str:
         status = self._process.wait()
         self._errors.seek(0)
-        told = self._errors.read().strip().splitlines()
-        reason = told[-1][:300] if told else f"it exited with status {status}"
-        if what == "open":
+        lines = self._errors.read().strip().splitlines()
+        reason = lines[-1][:300] if lines else f"it exited with status {status}"
+        if method == "open":
             return (
-                f"the {self.side} commit cannot be measured: its code does not import or lacks "
-                f"what the bench drives ({reason})"
+                f"the {self.side} commit cannot be measured: its code cannot be imported ({reason})"
             )
-        return f"the {self.side} side ended while asked to {what} ({reason})"
+        return f"the process of the {self.side} commit ended during `{method}` ({reason})"
 
 
 def _search_path(root: Path) -> str:
-    """The commit's packages before any installed ones."""
+    """PYTHONPATH with the commit's packages before any installed ones."""
     others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     return os.pathsep.join([str(root), *others])
 
 
 def main(arguments: list[str]) -> int:
-    """Answer what is asked on standard input until it closes."""
-    answers = os.fdopen(int(arguments[0]), "w")
-    side: LocalSide | None = None
+    """Answer calls from standard input until it closes."""
+    replies = os.fdopen(int(arguments[0]), "w")
+    worker: LocalWorker | None = None
 
-    def answer(**told: Any) -> None:
-        answers.write(json.dumps(told) + "\n")
-        answers.flush()
+    def reply(**content: Any) -> None:
+        replies.write(json.dumps(content) + "\n")
+        replies.flush()
 
     for line in sys.stdin:
-        question = json.loads(line)
-        match question.pop("ask"):
-            case "open":
-                from bench.harness.drive import Work, check_entry_points
-                from kernels_warmup.shapes import CompiledShape
-
-                check_entry_points()
-                work = question["work"]
-                shape = CompiledShape.parse(work.pop("shape"))
-                side = LocalSide(Work(shape=shape, **work), question["side"], question["commit"])
-                answer(answer=None)
-            case what:
-                assert side is not None
-                _answer(side, what, question, answer)
-    if side is not None:
-        side.close()
+        call = json.loads(line)
+        method = call.pop("method")
+        try:
+            if method == "open":
+                worker = _open(**call)
+                reply(result=None)
+            else:
+                assert worker is not None
+                _answer(worker, method, call, reply)
+        except BenchError as error:
+            reply(error=str(error))
+    if worker is not None:
+        worker.close()
     return 0
 
 
-def _answer(side: LocalSide, what: str, question: dict[str, Any], answer: Any) -> None:
-    from bench.harness.drive import CannotRun, ScenarioFailed
+def _open(work: dict[str, Any], side: Side, commit: str | None) -> LocalWorker:
+    from bench.harness.drive import check_entry_points
+    from bench.harness.work import Work
+    from kernels_warmup.shapes import CompiledShape
+
+    check_entry_points()
+    shape = CompiledShape.parse(work.pop("shape"))
+    return LocalWorker(Work(shape=shape, **work), side, commit)
+
+
+def _answer(
+    worker: LocalWorker, method: str, arguments: dict[str, Any], reply: Callable[..., None]
+) -> None:
+    from bench.harness.work import CannotRun, ScenarioFailed
 
     try:
-        if what == "prepare":
-            (scenario,) = chosen([question["name"]])
-            answer(answer=asdict(side.prepare(scenario)))
-        elif what == "measure":
-            answer(answer=[asdict(sample) for sample in side.measure(**question)])
-        elif what == "code":
-            answer(answer=asdict(side.code()))
+        if method == "prepare":
+            (scenario,) = chosen([arguments["name"]])
+            reply(result=asdict(worker.prepare(scenario)))
+        elif method == "measure":
+            reply(result=[asdict(sample) for sample in worker.measure(**arguments)])
+        elif method == "code":
+            reply(result=asdict(worker.code()))
         else:
-            answer(answer=getattr(side, what)(**question))
+            reply(result=getattr(worker, method)(**arguments))
     except CannotRun as reason:
-        answer(cannot_run=str(reason), failed=isinstance(reason, ScenarioFailed))
+        reply(cannot_run=str(reason), failed=isinstance(reason, ScenarioFailed))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from bench.harness.scenarios import Scenario, chosen
 if TYPE_CHECKING:
     import torch
 
-    from bench.harness.drive import Work
+    from bench.harness.work import Work
     from kernels_warmup.numerical_error import StepInputs
 
 PARTS = ("step", "step, empty negative prompt", "decode")
@@ -74,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
     from bench.harness.device_lock import only_bench_on
-    from bench.harness.drive import CannotRun, ScenarioFailed, choose_work
     from bench.harness.environment import where
+    from bench.harness.work import CannotRun, ScenarioFailed, choose_work
     from serve.errors import ModelError
 
     work = choose_work(options.model, options.device, options.shape, 2)
@@ -146,7 +146,7 @@ def references(
     """Seeded inputs, float32's answers by part, and how far eager bfloat16's are from them."""
     import torch
 
-    from bench.harness.drive import release_memory
+    from bench.harness.torch_state import release_memory
     from kernels_warmup.numerical_error import StepInputs, relative_error
     from serve.model.sdxl import load_model
 
@@ -210,19 +210,14 @@ def check(
     """
     import torch
 
-    from bench.harness.drive import (
-        LibrarySettings,
-        ScenarioFailed,
-        prepare,
-        refuse_what_cannot_run,
-        release_memory,
-        told,
-    )
+    from bench.harness.drive import prepare
+    from bench.harness.torch_state import LibrarySettings, release_memory
+    from bench.harness.work import ScenarioFailed, check_can_run, one_line
     from kernels_warmup.numerical_error import relative_error
     from serve.model.sdxl import load_model
 
     scenario = replace(scenario, dtype="bfloat16")
-    refuse_what_cannot_run(scenario, work)
+    check_can_run(scenario, work)
     defaults = LibrarySettings()
     began = time.perf_counter()
     model: Any = None
@@ -234,7 +229,7 @@ def check(
             second = answers(model.pipeline, inputs)
     except Exception as failure:
         # A compiler, a driver, memory: one scenario never ends the others.
-        raise ScenarioFailed(told(failure)) from failure
+        raise ScenarioFailed(one_line(failure)) from failure
     finally:
         del model
         defaults.apply()

@@ -26,8 +26,8 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from bench.harness.device_lock import only_bench_on
-    from bench.harness.drive import choose_work
     from bench.harness.environment import measure_ceilings, where
+    from bench.harness.work import choose_work
     from bench.kernels.operator_times import time_operators
     from kernels_warmup.numerical_error import StepInputs
     from serve.model.sdxl import load_model

@@ -77,8 +77,9 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from bench.harness.device_lock import only_bench_on
-    from bench.harness.drive import CannotRun, choose_work, drive, dtype_name
+    from bench.harness.drive import load_scenario
     from bench.harness.environment import measure_ceilings, where
+    from bench.harness.work import CannotRun, choose_work, dtype_name
     from bench.kernels.roofline import count, read_launches
 
     (scenario,) = chosen([options.scenario])
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     with only_bench_on(work.device), asyncio.Runner() as runner:
         ceilings = measure_ceilings(work.device)
         try:
-            driven = drive(scenario, work, runner)
+            driven = load_scenario(scenario, work, runner)
         except CannotRun as reason:
             raise BenchError(f"{scenario.name} cannot run here: {reason}") from None
 

@@ -23,7 +23,8 @@ from bench.errors import BenchError
 from bench.harness.scenarios import Scenario, chosen
 
 if TYPE_CHECKING:
-    from bench.harness.drive import Driven, Work
+    from bench.harness.drive import LoadedScenario
+    from bench.harness.work import Work
 
 ALLOWED = 0.005
 """By how much the two may differ."""
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     if options.pairs < 1:
         raise BenchError("--pairs: 1 and more are allowed")
     from bench.harness.device_lock import only_bench_on
-    from bench.harness.drive import CannotRun, choose_work
+    from bench.harness.work import CannotRun, choose_work
 
     scenarios = chosen(options.scenario)
     if any(scenario.images != 1 for scenario in scenarios):
@@ -82,9 +83,9 @@ def run(options: argparse.Namespace) -> int:
 
 def compare(scenario: Scenario, work: Work, runner: asyncio.Runner, pairs: int) -> list[Truth]:
     """Alternate reported and bare requests of one loaded scenario. Raises CannotRun."""
-    from bench.harness.drive import PlainCall, drive
+    from bench.harness.drive import PlainCall, load_scenario
 
-    driven = drive(scenario, work, runner)
+    driven = load_scenario(scenario, work, runner)
     plain = isinstance(driven, PlainCall)
     bare = bare_call(cast(Any, driven)) if plain else bare_loop(cast(Any, driven), work)
     try:
@@ -100,7 +101,7 @@ def compare(scenario: Scenario, work: Work, runner: asyncio.Runner, pairs: int) 
     return [Truth(scenario.name, of, found.point, found.low, found.high, pairs)]
 
 
-def _pair(driven: Driven, bare: Callable[[int], float], index: int, whole: bool) -> float:
+def _pair(driven: LoadedScenario, bare: Callable[[int], float], index: int, whole: bool) -> float:
     """Reported over bare, changing who is first."""
     bare_ms = bare(index) if index % 2 else 0.0
     sample = driven.request(index, 0)
@@ -125,7 +126,7 @@ def bare_call(driven: Any) -> Callable[[int], float]:
 
 def bare_loop(driven: Any, work: Work) -> Callable[[int], float]:
     """Milliseconds from where the scheduler's loop begins to where its last step has ended."""
-    from bench.harness.drive import GUIDANCE, PROMPT
+    from bench.harness.work import GUIDANCE, PROMPT
 
     def on_thread(model: Any, seed: int) -> float:
         import torch

@@ -1,1 +1,1 @@
-"""Results for people: tables, pages, the README."""
+"""Show results: tables in a terminal, HTML pages, the tables of the README."""

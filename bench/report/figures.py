@@ -1,7 +1,7 @@
-"""`python -m bench.report.figures`: the service's own figures as the README states them.
+"""`python -m bench.report.figures`: measure the service's own figures in the README.
 
-Start-up to ready, memory, import time, unattributed time and where a request's time goes, on the
-model that the settings name. Comparisons and their verdicts are other commands' business.
+Start-up time, memory, import time, unattributed time, and the stages of a request, of the model
+that the settings name. It compares and judges nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from metrics.sampling import TraceIdentity
 from serve.settings import load_settings
 
 FIRST_REQUESTS = 5
-"""Left out of the figures: caches fill, clocks rise."""
+"""Left out of the figures, because caches fill and clocks rise."""
 
 _CLIENT = """
 import json, sys, urllib.request
@@ -42,7 +42,7 @@ for seed in range(count):
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What was measured; seconds, megabytes and milliseconds as the names say."""
+    """The figures; each name ends in its unit."""
 
     machine: str
     gpu: str
@@ -67,7 +67,7 @@ class Figures:
 
 
 class _KeepingRecorder(Recorder):
-    """A recorder that keeps the timings it is handed."""
+    """A recorder that keeps the timings of every request."""
 
     def record(self, request: RequestTiming, identity: TraceIdentity) -> None:
         self.kept = [*getattr(self, "kept", []), request]
@@ -75,10 +75,12 @@ class _KeepingRecorder(Recorder):
 
 
 def measure(requests: int, steps: int) -> Figures:
-    """Measure everything, by the environment's settings; about a minute for the demo on two cores.
+    """Measure all figures with the settings of the environment.
+
+    It takes about a minute for the demo model on two cores.
 
     Args:
-        requests: how many are measured, after a few that are not.
+        requests: how many are timed, after FIRST_REQUESTS that are not.
         steps: denoising steps of each.
     """
     ready_seconds, resident_mb = _start_a_server(steps)
@@ -107,7 +109,8 @@ def measure(requests: int, steps: int) -> Figures:
         requests=len(timings),
         request_median_ms=statistics.median(timing.duration_ns / 1e6 for timing in timings),
         stage_median_ms={name: statistics.median(values) for name, values in stages.items()},
-        # The median of each request's own median: pooled steps mix a request's noise with itself.
+        # The median of each request's own median, because the steps of one request are not
+        # independent.
         step_median_ms=statistics.median(
             statistics.median(step.duration_ns / 1e6 for step in run.steps[1:] or run.steps)
             for run in runs
@@ -122,7 +125,7 @@ def measure(requests: int, steps: int) -> Figures:
 
 
 def _start_a_server(steps: int) -> tuple[float, float]:
-    """`python -m serve` to its ready line, and its resident memory after ten requests."""
+    """Seconds until `python -m serve` is ready, and its resident megabytes after ten requests."""
     start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "serve", "--port", "0"],
@@ -152,7 +155,7 @@ def _start_a_server(steps: int) -> tuple[float, float]:
 
 
 async def _serve_requests(requests: int, steps: int) -> list[RequestTiming]:
-    """The self-hosted app in this process, its client in another, so that they share no lock."""
+    """Serve in this process; the client is another one, so that they share no interpreter lock."""
     import uvicorn
     from prometheus_client import CollectorRegistry
 

@@ -1,7 +1,7 @@
-"""A result as one HTML page: plots that answer questions, and the table behind them.
+"""A result as one HTML page: plots, and the table of all figures.
 
-The page holds plotly's own script, so that it opens anywhere and years from now. Colours follow the
-reader's light or dark scheme; text that comes out of a file is escaped.
+The page contains plotly's script, so that it opens without a network. Colours follow the reader's
+light or dark scheme. Text from the result file is escaped.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from bench.errors import BenchError
 from bench.harness.result_file import BenchResult
 from bench.report.show import Line, cells, columns, digits, facts, lines, remarks
 from bench.stats.compare import COLOURS as VERDICT_COLOURS
-from bench.stats.compare import Measured, change, compare
+from bench.stats.compare import ComparedSide, change, compare
 from bench.stats.verdict import by_round
 
 PALETTE = (
     "#3b7dd8", "#e07b39", "#2f9e77", "#b84a8c", "#8a6fd1",
     "#c9a227", "#4aa3b8", "#c8553d", "#7a8b3a", "#7d7f8c",
 )  # fmt: skip
-"""Told apart on white and on near-black, and by most of the colour-blind."""
+"""Distinct on white and on near-black, and for most of the colour-blind."""
 STAGES = ("queue", "text_encode", "denoise", "vae_decode", "image_encode", "upload")
 ROW_PIXELS = 34
 MANY = 6
 
 
 def as_page(result: BenchResult, title: str) -> str:
-    """The page's text."""
+    """The HTML of the page."""
     shown = lines(result)
     plots = [(name, why, draw(shown)) for draw, name, why in PLOTS]
     figures = [(name, why, figure) for name, why, figure in plots if figure is not None]
@@ -67,7 +67,7 @@ def as_page(result: BenchResult, title: str) -> str:
 
 
 def _colours(shown: Sequence[Line]) -> list[str]:
-    """One a scenario, in every plot the same; where both sides are shown, base's is paler."""
+    """One colour a scenario, the same in every plot; of two sides, base's is paler."""
     names = list(dict.fromkeys(line.scenario.name for line in shown))
     both = len({line.scenario.side for line in shown}) == 2
     colours = []
@@ -85,8 +85,11 @@ def _paler(colour: str) -> str:
     return "#" + "".join(f"{(part + 160) // 2:02x}" for part in _parts(colour))
 
 
-def _at_first(shown: Sequence[Line], line: Line) -> bool | str:
-    """Among many lines a plot begins with the baseline and what ships; a click shows the others."""
+def _visible(shown: Sequence[Line], line: Line) -> bool | str:
+    """Whether a line is visible at first: of many, only the first and last scenario are.
+
+    A click in the legend shows the others.
+    """
     names = {shown[0].scenario.name, shown[-1].scenario.name}
     return True if len(shown) <= MANY or line.scenario.name in names else "legendonly"
 
@@ -108,7 +111,7 @@ def _rows_height(rows: int) -> int:
 
 
 def stack(shown: Sequence[Line]) -> go.Figure:
-    """Horizontal bars, the baseline on top."""
+    """Step times as horizontal bars, the baseline on top."""
     figure = _figure(_rows_height(len(shown)), showlegend=False, bargap=0.35)
     above, below, texts = [], [], []
     for line in shown:
@@ -142,7 +145,7 @@ def stack(shown: Sequence[Line]) -> go.Figure:
 
 
 def floor(shown: Sequence[Line]) -> go.Figure | None:
-    """Each step as its floor and the rest; None where no floor is known."""
+    """Each step time as its floor and the rest; None if no floor is known."""
     known = [line for line in shown if line.floor_ms is not None]
     if not known:
         return None
@@ -179,7 +182,7 @@ def floor(shown: Sequence[Line]) -> go.Figure | None:
 
 
 def by_index(shown: Sequence[Line]) -> go.Figure:
-    """A line a scenario, in the colour it has in the stack."""
+    """Step times by index, a line a scenario."""
     figure = _figure(420, legend={"orientation": "h", "y": -0.2}, hovermode="x unified")
     for line, label, colour in zip(shown, _labels(shown), _colours(shown), strict=True):
         steps = [(r.first_step_ms, *r.steps_ms) for r in line.scenario.requests]
@@ -196,7 +199,7 @@ def by_index(shown: Sequence[Line]) -> go.Figure:
             fillcolor=f"rgba({red},{green},{blue},0.15)",
             line_width=0,
             legendgroup=label,
-            visible=_at_first(shown, line),
+            visible=_visible(shown, line),
             showlegend=False,
             hoverinfo="skip",
         )
@@ -205,7 +208,7 @@ def by_index(shown: Sequence[Line]) -> go.Figure:
             y=[median(column) for column in columns],
             name=label,
             legendgroup=label,
-            visible=_at_first(shown, line),
+            visible=_visible(shown, line),
             mode="lines+markers",
             marker={"size": 5, "color": colour},
             line={"color": colour, "width": 2},
@@ -220,7 +223,7 @@ def spread(shown: Sequence[Line]) -> go.Figure:
     figure = _figure(_rows_height(len(shown)) + 20 * len(shown), showlegend=False)
     for line, label, colour in zip(shown, _labels(shown), _colours(shown), strict=True):
         figure.add_box(
-            x=[_off(request.step_ms, line) for request in line.scenario.requests],
+            x=[_percent_off(request.step_ms, line) for request in line.scenario.requests],
             name=label,
             boxpoints="all",
             jitter=0.6,
@@ -234,13 +237,13 @@ def spread(shown: Sequence[Line]) -> go.Figure:
     return figure
 
 
-def _off(step_ms: float, line: Line) -> float:
-    """Percent from the scenario's median."""
+def _percent_off(step_ms: float, line: Line) -> float:
+    """The difference from the scenario's median, in percent."""
     return 100 * (step_ms / line.scenario.step_ms - 1)
 
 
 def drift(shown: Sequence[Line]) -> go.Figure | None:
-    """Percent from the scenario's own median, by round; None with a single round."""
+    """Each round's difference from the scenario's median; None with a single round."""
     figure = _figure(380, legend={"orientation": "h", "y": -0.2}, hovermode="x unified")
     longest = 0
     for line, label, colour in zip(shown, _labels(shown), _colours(shown), strict=True):
@@ -248,9 +251,9 @@ def drift(shown: Sequence[Line]) -> go.Figure | None:
         longest = max(longest, len(rounds))
         figure.add_scatter(
             x=sorted(rounds),
-            y=[_off(rounds[number], line) for number in sorted(rounds)],
+            y=[_percent_off(rounds[number], line) for number in sorted(rounds)],
             name=label,
-            visible=_at_first(shown, line),
+            visible=_visible(shown, line),
             mode="lines+markers",
             marker={"size": 5, "color": colour},
             line={"color": colour, "width": 1.5},
@@ -262,7 +265,7 @@ def drift(shown: Sequence[Line]) -> go.Figure | None:
 
 
 def stages(shown: Sequence[Line]) -> go.Figure | None:
-    """Stacked bars; what no stage covers is shown as such. None where no stage was timed."""
+    """The stages of a request as stacked bars; None if no stage was timed."""
     timed = [line for line in shown if any(line.scenario.stage_ms(stage) for stage in STAGES)]
     if not timed:
         return None
@@ -303,8 +306,8 @@ PLOTS: tuple[tuple[Callable[[Sequence[Line]], go.Figure | None], str, str], ...]
         stack,
         "The stack",
         (
-            "A steady step, from the baseline down to what ships, median of requests. Whiskers: "
-            "the interval of its ratio to the baseline. Dotted: the floor of the last."
+            "A steady step, median of requests, from the baseline to the default. Whiskers: the "
+            "interval of its ratio to the baseline. Dotted: the floor of the last scenario."
         ),
     ),
     (
@@ -312,7 +315,7 @@ PLOTS: tuple[tuple[Callable[[Sequence[Line]], go.Figure | None], str, str], ...]
         "Distance from the floor",
         (
             "A step's nominal FLOPs at the rate of matrix products measured in the same session, "
-            "and what it takes beyond."
+            "and the time beyond that."
         ),
     ),
     (
@@ -326,26 +329,26 @@ PLOTS: tuple[tuple[Callable[[Sequence[Line]], go.Figure | None], str, str], ...]
     (
         spread,
         "Distributions",
-        ("One dot a request: the median of its steady steps, against the scenario's median."),
+        "One dot a request: the median of its steady steps, relative to the scenario's median.",
     ),
     (
         drift,
         "Through the run",
         (
-            "Each round's step against the scenario's own median. What all scenarios do together "
-            "is the machine: drift, heat, a neighbour."
+            "Each round's step relative to the scenario's median. A change that all scenarios have "
+            "in common is the machine's: drift, heat, another process."
         ),
     ),
     (stages, "Where a request goes", "Median of each stage."),
 )
-"""How each is drawn, its title, and what it shows; one that draws None has nothing to show."""
+"""The function that draws each plot, its title and its caption. A plot that is None is left out."""
 
 
 # Text --------------------------------------------------------------------------------------------
 
 
 def _cards(shown: Sequence[Line]) -> str:
-    """The last scenario of the stack, which is what ships, in a few figures."""
+    """A few figures of the last scenario, which is the default."""
     last = shown[-1]
     cards = [(f"{digits(last.scenario.step_ms)} ms", f"a step, {last.label}")]
     if last.ratio is not None:
@@ -368,7 +371,7 @@ def _comparison(result: BenchResult) -> str:
     if len(result.sides) != 2:
         return ""
     try:
-        found = compare(Measured("base", result, "base"), Measured("head", result, "head"))
+        found = compare(ComparedSide("base", result, "base"), ComparedSide("head", result, "head"))
     except BenchError as error:
         return f"<section><h2>Did it help</h2><p>{html.escape(str(error))}</p></section>"
     rows = [

@@ -1,11 +1,11 @@
-"""A result as a table, or as a page with plots.
+"""Show a result as a table, or as a page with plots.
 
     python -m bench show RESULT
     python -m bench show RESULT --html PAGE.html
 
-The page is one file that needs no network: the stack from the baseline to what ships, step latency
-by index, distributions, drift through the run, and how far each step is from the floor, which is
-its nominal FLOPs at the rate of matrix products that was measured in the same session.
+The page is one file that needs no network. It shows every scenario from the baseline to the
+default, step times by index, distributions, drift through the run, and how far each step is from
+its floor: its nominal FLOPs at the rate of matrix products measured in the same session.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from bench.stats.verdict import Judgement, by_round, judge
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="RESULT")
-    parser.add_argument("--html", type=Path, metavar="PAGE", help="write a page there instead")
+    parser.add_argument(
+        "--html", type=Path, metavar="PAGE", help="write an HTML page to PAGE instead"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         from bench.report.page import as_page
     except ModuleNotFoundError as error:
         raise BenchError(
-            f"a page needs the package {error.name}, which is not installed: "
+            f"an HTML page needs the package {error.name}, which is not installed: "
             "pip install 'stepspan[bench]'"
         ) from error
     try:
@@ -53,24 +55,24 @@ def run(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Line:
-    """One scenario of one side beside its side's baseline, which is the first."""
+    """One scenario of one side, with its ratio to the side's first scenario, the baseline."""
 
     label: str
     scenario: MeasuredScenario
     ratio: float | None
-    """A steady step's over the baseline's, as their medians have it, each by its images; None for
-    the baseline."""
+    """The median steady step over the baseline's, each divided by its images; None for the
+    baseline."""
     of_baseline: Judgement | None
-    """The same with its interval, from rounds that both share; None where those are too few."""
+    """The same with its interval, from the rounds that both have; None if those are too few."""
     mfu: float | None
     floor_ms: float | None
-    """What a step's nominal FLOPs take at the measured rate of matrix products."""
+    """The time of a step's nominal FLOPs at the measured rate of matrix products."""
     cost: float | None
-    """Of a thousand images."""
+    """The price of a thousand images."""
 
     @property
     def image_step_ms(self) -> float:
-        """A step's share that one image has."""
+        """The step's time divided by its images."""
         return self.scenario.step_ms / self.scenario.images
 
     @property
@@ -79,16 +81,16 @@ class Line:
 
 
 def lines(result: BenchResult) -> list[Line]:
-    """In the order of the stack, base's beside head's."""
+    """One line a scenario and side, in the file's order, base before head."""
     order = list(dict.fromkeys(s.name for s in reversed(result.scenarios)))[::-1]
-    told = []
+    rows = []
     for scenario in sorted(result.scenarios, key=lambda s: (order.index(s.name), s.side)):
         baseline = next(iter(result.of_side(scenario.side).values()))
         judgement = None
         if scenario is not baseline:
             judgement = judge(_image_steps(baseline), _image_steps(scenario))
         alone = len(result.sides) == 1
-        told.append(
+        rows.append(
             Line(
                 label=scenario.name if alone else f"{scenario.name} ({scenario.side})",
                 scenario=scenario,
@@ -101,11 +103,11 @@ def lines(result: BenchResult) -> list[Line]:
                 cost=scenario.cost_per_thousand_images(result.price_per_hour),
             )
         )
-    return told
+    return rows
 
 
 def _image_steps(scenario: MeasuredScenario) -> dict[int, float]:
-    """A step's share that one image has, by round."""
+    """The step's time divided by its images, by round."""
     return {number: ms / scenario.images for number, ms in by_round(scenario, "step").items()}
 
 
@@ -135,7 +137,7 @@ COLUMNS = (
 
 
 def cells(line: Line) -> tuple[str, ...]:
-    """One line's texts, in the order of COLUMNS."""
+    """The cells of one line, in the order of COLUMNS."""
     scenario = line.scenario
     shift, interval = ("" if line.ratio is None else percent(line.ratio - 1)), ""
     if line.of_baseline is not None:
@@ -157,14 +159,14 @@ def cells(line: Line) -> tuple[str, ...]:
 
 
 def columns(shown: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, without the columns of what nobody measured."""
+    """Header and rows, without columns that are empty."""
     rows = [cells(line) for line in shown]
     kept = [index for index in range(len(COLUMNS)) if any(row[index] for row in rows)]
     return [COLUMNS[index] for index in kept], [[row[index] for index in kept] for row in rows]
 
 
 def digits(value: float) -> str:
-    """Four significant digits, as a plain number."""
+    """A number with four significant digits."""
     return f"{value:.{max(0, 3 - math.floor(math.log10(value)))}f}"
 
 
@@ -175,7 +177,7 @@ def _bytes(count: int | None) -> str:
 
 
 def facts(result: BenchResult) -> Iterator[tuple[str, str]]:
-    """What was measured, where, and in what state the machine was; by name."""
+    """The workload, the machine, the code and the machine's state, by name."""
     workload, environment = result.workload, result.environment
     guidance = "guidance on" if workload.guidance else "guidance off"
     yield "workload", f"{workload.model}, {workload.shape}, {workload.steps} steps, {guidance}"
@@ -211,9 +213,9 @@ def _revision(code: Code) -> str:
 
 
 def _state(session: Session) -> str:
-    """At the start and at the end."""
+    """Clocks, power, temperature and load at the start and at the end."""
     moments = [session.start] if session.end is None else [session.start, session.end]
-    told = []
+    parts = []
     for name, unit in (
         ("sm_clock_mhz", "MHz"),
         ("memory_clock_mhz", "MHz memory"),
@@ -225,31 +227,31 @@ def _state(session: Session) -> str:
         values = [getattr(moment, name) for moment in moments]
         if any(value is not None for value in values):
             seen = [f"{value:.4g}" if value is not None else "?" for value in values]
-            told.append(f"{' -> '.join(dict.fromkeys(seen))} {unit}")
-    return ", ".join(told)
+            parts.append(f"{' -> '.join(dict.fromkeys(seen))} {unit}")
+    return ", ".join(parts)
 
 
 def remarks(result: BenchResult) -> Iterator[str]:
-    """What a reader should know before believing a figure."""
+    """What a reader should know about the figures."""
     if result.partial:
-        yield "interrupted: what had been measured until then is here"
+        yield "the run was interrupted; these are its samples up to then"
     yield from busy(result)
     for name, scenario in result.of_side(result.sides[-1]).items():
         if scenario.images > 1:
             yield (
-                f"{name} draws {scenario.images} images a request: its step is of all of them, and "
-                f"what it is of the first is an image's"
+                f"{name} draws {scenario.images} images a request: its step is of all of them, "
+                f"and its ratio to the first scenario is of one image"
             )
         if scenario.lossy:
-            yield f"{name} is lossy: its speed counts only beside what it does to the images"
+            yield f"{name} is lossy: judge its speed together with what it changes in the images"
 
 
 def as_text(result: BenchResult) -> str:
     shown = lines(result)
-    told = [f"{name:<10} {value}" for name, value in facts(result)]
-    told += ["", table(*columns(shown))]
+    text = [f"{name:<10} {value}" for name, value in facts(result)]
+    text += ["", table(*columns(shown))]
     if result.not_run:
-        told += ["", "not run:"]
-        told += [f"  {missing.name}: {missing.why}" for missing in result.not_run]
-    told += [coloured(f"note: {remark}", "yellow") for remark in remarks(result)]
-    return "\n".join(told)
+        text += ["", "not run:"]
+        text += [f"  {missing.name}: {missing.why}" for missing in result.not_run]
+    text += [coloured(f"note: {remark}", "yellow") for remark in remarks(result)]
+    return "\n".join(text)

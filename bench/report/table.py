@@ -1,15 +1,13 @@
-"""`python -m bench.report.table`: the tables of docs/performance.md, from the raw results alone.
+"""`python -m bench.report.table`: render the tables of docs/performance.md from the result files.
 
-Ratios come from one run, whose scenarios were timed in interleaved rounds; the interval is a paired
-bootstrap over rounds, seeded, so that the same file gives the same table.
+Ratios are of one run, whose scenarios were timed in interleaved rounds. The same files always give
+the same tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 from bench.harness.result_file import BenchResult
 from bench.report.show import lines
 from bench.report.targets import render as render_targets
+from bench.stats.intervals import ratio_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 STACK = ROOT / "bench" / "results" / "h200-2026-11-22-unet-stack.json"
@@ -34,28 +33,10 @@ ROWS = (
     ("vae-bf16-eager", "VAE decode: bf16, eager"),
     ("vae-whole", "VAE decode: `default`, what ships"),
 )
-RESAMPLES = 10_000
-
-
-def ratio_interval(base: list[float], head: list[float]) -> tuple[float, float, float]:
-    """The ratio of medians head / base and its 95% interval, rounds resampled in pairs."""
-    if len(base) != len(head):
-        raise ValueError("rounds must come in pairs")
-    generator = random.Random(0)
-    rounds = list(zip(base, head, strict=True))
-    ratios = []
-    for _ in range(RESAMPLES):
-        drawn = generator.choices(rounds, k=len(rounds))
-        ratios.append(
-            statistics.median(h for _, h in drawn) / statistics.median(b for b, _ in drawn)
-        )
-    ratios.sort()
-    point = statistics.median(head) / statistics.median(base)
-    return point, ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES) - 1]
 
 
 def render_figures(figures: dict[str, Any]) -> str:
-    """`bench.report.figures` on the demo model, as Markdown."""
+    """The result of `bench.report.figures` as a Markdown table."""
     stages = figures["stage_median_ms"]
     model = ("text_encode", "denoise", "vae_decode")
     which_times = ("median", "p95", "max")
@@ -81,41 +62,42 @@ def render_figures(figures: dict[str, Any]) -> str:
 
 
 def render_stack(results: dict[str, Any]) -> str:
-    """The first session on one GPU, whose file is older than the result format, as Markdown."""
+    """The first session on a GPU as a Markdown table. Its file is older than the result format."""
     scenarios = results["scenarios"]
     lines = [
         "| | ms | of the first such row (95% interval) | error of one forward | compile |",
         "|---|---|---|---|---|",
     ]
-    for name, told in ROWS:
+    for name, label in ROWS:
         scenario = scenarios[name]
         base = DECODE_BASELINE if name.startswith("vae") else STEP_BASELINE
         ratio = "1"
         if name != base:
-            point, low, high = ratio_interval(scenarios[base]["runs_ms"], scenario["runs_ms"])
-            ratio = f"{point:.3f} ({low:.3f} to {high:.3f})"
+            ratio = str(ratio_interval(scenarios[base]["runs_ms"], scenario["runs_ms"]))
         compiled = f"{scenario['prepare_seconds']:.0f} s" if "compile" in scenario["what"] else "-"
         lines.append(
-            f"| {told} | {scenario['median_ms']:.1f} | {ratio} "
+            f"| {label} | {scenario['median_ms']:.1f} | {ratio} "
             f"| {scenario['error_vs_fp32']:.4f} | {compiled} |"
         )
     return "\n".join(lines)
 
 
 def render_runs() -> str:
-    """Every `python -m bench run` that is kept, one table a machine, as Markdown."""
+    """A Markdown table for each kept result of `python -m bench run`."""
     read = (BenchResult.read(path) for path in sorted(RESULTS.glob("*-bench.json")))
     return "\n\n".join(render_run(result) for result in read if is_shown(result))
 
 
 def is_shown(result: BenchResult) -> bool:
-    """A full-size model on a CPU, at whatever size that has time for, says that the bench works and
-    nothing that a reader should compare."""
+    """Whether the README shows the result.
+
+    A full-size model on a CPU, at a small size, only shows that the bench works.
+    """
     return result.environment.device == "cuda" or not result.workload.model.startswith("random:")
 
 
 def render_run(result: BenchResult) -> str:
-    """One result, its scenarios in the order of the stack; what could not run below."""
+    """One result as a Markdown table, with the scenarios that could not run below it."""
     work, environment, code = result.workload, result.environment, result.code[-1]
     machine = environment.gpu or f"{environment.cores} cores of {environment.cpu}"
     guidance = "guidance on" if work.guidance else "guidance off"
@@ -125,7 +107,7 @@ def render_run(result: BenchResult) -> str:
     day = datetime.fromtimestamp(result.sessions[0].start.at_ns / 1e9, UTC).date()
     where = f"{machine}, torch {code.versions.get('torch', '?')}, {day}"
     what = f"{work.model} at {work.shape}, {work.steps} steps, {guidance}{weights}"
-    told = [
+    text = [
         f"{where}: {what}.",
         "",
         "| scenario | step, ms | of the first (interval) | request, ms | images/s | error | |",
@@ -137,18 +119,18 @@ def render_run(result: BenchResult) -> str:
         if judged is not None:
             ratio += f" ({judged.low:.3f} to {judged.high:.3f})"
         error = "-" if scenario.error_vs_fp32 is None else f"{scenario.error_vs_fp32:.4f}"
-        told.append(
+        text.append(
             f"| {line.label} | {scenario.step_ms:.2f} | {ratio} | {scenario.request_ms:.1f} "
             f"| {scenario.images_per_second:.3f} | {error} | {scenario.what} |"
         )
     if result.not_run:
         reasons = "; ".join(f"{n.name} ({n.why})" for n in result.not_run)
-        told += ["", f"Not run here: {reasons}."]
-    return "\n".join(told)
+        text += ["", f"Not run here: {reasons}."]
+    return "\n".join(text)
 
 
 def tables() -> dict[str, str]:
-    """Each table by the name of its place on the page."""
+    """Each table by the name of its markers on the page."""
     return {
         "target table": render_targets(RESULTS),
         "bench tables": render_runs(),
@@ -158,7 +140,7 @@ def tables() -> dict[str, str]:
 
 
 def in_place(text: str, name: str) -> tuple[str, str, str]:
-    """A page's text before, in and behind the place called `name`."""
+    """The text before, between and after the markers called `name`."""
     before, rest = text.split(f"<!-- {name}: begin -->")
     inside, after = rest.split(f"<!-- {name}: end -->")
     return before, inside.strip(), after

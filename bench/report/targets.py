@@ -1,7 +1,7 @@
-"""The targets beside what was measured of each, from the files of the latest sitting on a GPU.
+"""The table of targets, with the figures of the latest measurement session on a GPU.
 
-Only what was measured on CUDA at 1024x1024 with SDXL base's architecture is shown; everything else
-is "not measured". Of several ways to reach a target the fastest is shown, and named.
+Only figures measured on CUDA at 1024x1024 with SDXL base's architecture are shown; every other row
+says "not measured". Where several scenarios reach a target, the fastest is shown and named.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ END = "-bench.json"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A sitting's files: the scenarios, and what else lies beside them by the piece's name."""
+class SessionResults:
+    """The files of a measurement session: the timed scenarios, and the other pieces by name."""
 
     result: BenchResult
     others: Mapping[str, Mapping[str, Any]]
@@ -33,7 +33,7 @@ class Measured:
     def best(
         self, key: Callable[[MeasuredScenario], float], **wanted: object
     ) -> MeasuredScenario | None:
-        """Of our own scenarios with this quantisation, images and steps: the least by `key`."""
+        """The served scenario with the smallest `key`, of this quantization, images and steps."""
         found = [
             s
             for s in self.result.of_side("head").values()
@@ -47,51 +47,55 @@ class Measured:
 
 @dataclass(frozen=True)
 class Target:
-    """One row: what is asked, the best that others publish of it, and how to read what we have."""
+    """One row: its name, the best figure that others publish, and how to read the results."""
 
     name: str
     published: str
-    value: Callable[[Measured], str | None]
+    value: Callable[[SessionResults], str | None]
 
 
-def _image_step(**wanted: object) -> Callable[[Measured], str | None]:
-    def value(measured: Measured) -> str | None:
-        best = measured.best(lambda s: s.step_ms / s.images, **wanted)
+def _image_step(**wanted: object) -> Callable[[SessionResults], str | None]:
+    def value(results: SessionResults) -> str | None:
+        best = results.best(lambda s: s.step_ms / s.images, **wanted)
         if best is None:
             return None
-        return _told([r.step_ms / best.images for r in best.requests], "ms", best.name)
+        return _with_interval([r.step_ms / best.images for r in best.requests], "ms", best.name)
 
     return value
 
 
-def _images_per_second(quantize: str) -> Callable[[Measured], str | None]:
-    def value(measured: Measured) -> str | None:
-        best = measured.best(
+def _images_per_second(quantize: str) -> Callable[[SessionResults], str | None]:
+    def value(results: SessionResults) -> str | None:
+        best = results.best(
             lambda s: -s.images_per_second, quantize=quantize, images=8, steps=OFFLINE_STEPS
         )
         if best is None:
             return None
         rates = [1000 * best.images / r.total_ms for r in best.requests]
-        return _told(rates, "images/s", best.name)
+        return _with_interval(rates, "images/s", best.name)
 
     return value
 
 
-def _decode(measured: Measured) -> str | None:
-    best = measured.best(lambda s: s.stage_ms("vae_decode") or float("inf"))
+def _decode(results: SessionResults) -> str | None:
+    best = results.best(lambda s: s.stage_ms("vae_decode") or float("inf"))
     if best is None or best.stage_ms("vae_decode") is None:
         return None
     times = [r.stages_ms["vae_decode"] for r in best.requests if "vae_decode" in r.stages_ms]
-    return _told(times, "ms", best.name)
+    return _with_interval(times, "ms", best.name)
 
 
-def _request(measured: Measured) -> str | None:
-    best = measured.best(lambda s: s.request_ms)
-    return None if best is None else _told([r.total_ms for r in best.requests], "ms", best.name)
+def _request(results: SessionResults) -> str | None:
+    best = results.best(lambda s: s.request_ms)
+    return (
+        None
+        if best is None
+        else _with_interval([r.total_ms for r in best.requests], "ms", best.name)
+    )
 
 
-def _tracing(measured: Measured) -> str | None:
-    micro = measured.others.get("micro")
+def _tracing(results: SessionResults) -> str | None:
+    micro = results.others.get("micro")
     if micro is None or micro["device"] == "cpu":
         return None
     cost = {one["name"]: one for one in micro["costs"]}
@@ -100,35 +104,37 @@ def _tracing(measured: Measured) -> str | None:
     def a_step(which: str) -> float:
         return float(sum(calls[name] * cost[name][which] for name in ("mark", "poll")))
 
-    told = f"{a_step('median_us'):.1f} ({a_step('low_us'):.1f} to {a_step('high_us'):.1f}) us"
-    step = measured.best(lambda s: s.step_ms)
+    text = f"{a_step('median_us'):.1f} ({a_step('low_us'):.1f} to {a_step('high_us'):.1f}) us"
+    step = results.best(lambda s: s.step_ms)
     share = "" if step is None else f", {a_step('median_us') / step.step_ms / 10:.2f}% of a step"
-    return f"{told}{share}"
+    return f"{text}{share}"
 
 
-def _warm_up(case: str) -> Callable[[Measured], str | None]:
-    def value(measured: Measured) -> str | None:
-        told = measured.others.get("coldstart-default")
-        starts = [one for one in (told or {}).get("starts", ()) if one["case"] == case]
+def _warm_up(case: str) -> Callable[[SessionResults], str | None]:
+    def value(results: SessionResults) -> str | None:
+        found = results.others.get("coldstart-default")
+        starts = [one for one in (found or {}).get("starts", ()) if one["case"] == case]
         if not starts:
             return None
         phases = [
             sum(ms for name, ms in one["phases_ms"].items() if name.startswith("compile")) / 1000
             for one in starts
         ]
-        return _told(phases, "s", "SDXL_COMPILE=default")
+        return _with_interval(phases, "s", "SDXL_COMPILE=default")
 
     return value
 
 
-def _first_image(measured: Measured) -> str | None:
-    """Of a cold start in the mode that serves soonest."""
+def _first_image(results: SessionResults) -> str | None:
+    """A cold start in the compile mode that serves its first image soonest."""
     found = []
     for mode in ("off", "regional", "default"):
-        told = measured.others.get(f"coldstart-{mode}")
-        times = [s["first_image_s"] for s in (told or {}).get("starts", ()) if s["case"] == "cold"]
+        kept = results.others.get(f"coldstart-{mode}")
+        times = [s["first_image_s"] for s in (kept or {}).get("starts", ()) if s["case"] == "cold"]
         if times:
-            found.append((interval(times).point, _told(times, "s", f"SDXL_COMPILE={mode}")))
+            found.append(
+                (interval(times).point, _with_interval(times, "s", f"SDXL_COMPILE={mode}"))
+            )
     return min(found)[1] if found else None
 
 
@@ -164,24 +170,24 @@ TARGETS: tuple[Target, ...] = (
 )
 
 
-def _told(values: Sequence[float], unit: str, how: str) -> str:
-    """The median with its interval, where there is more than one value."""
+def _with_interval(values: Sequence[float], unit: str, how: str) -> str:
+    """The median, with its interval if there is more than one value."""
     found = interval(values)
     digits = 3 if found.point < 10 else 2 if found.point < 100 else 0
-    told = f"{found.point:.{digits}f}"
+    text = f"{found.point:.{digits}f}"
     if len(values) > 1:
-        told += f" ({found.low:.{digits}f} to {found.high:.{digits}f})"
-    return f"{told} {unit}, `{how}`"
+        text += f" ({found.low:.{digits}f} to {found.high:.{digits}f})"
+    return f"{text} {unit}, `{how}`"
 
 
-def latest(results: Path) -> Measured | None:
-    """The newest sitting whose scenarios ran on CUDA, at full size, on the full-size model."""
+def latest(folder: Path) -> SessionResults | None:
+    """The newest session on CUDA, at full size, with the full-size model; None without one."""
     found: list[tuple[int, Path, BenchResult]] = []
-    for path in results.glob(f"*{END}"):
+    for path in folder.glob(f"*{END}"):
         try:
             result = BenchResult.read(path)
         except ResultFileError:
-            continue  # whoever shows that file says what is wrong with it
+            continue  # `bench show` reports what is wrong with the file
         work = result.workload
         full_size = work.shape == SHAPE and "sdxl" in work.model.lower() and work.guidance
         if result.environment.device == "cuda" and full_size:
@@ -192,24 +198,24 @@ def latest(results: Path) -> Measured | None:
     stem = path.name.removesuffix(END)
     others = {
         other.stem.removeprefix(f"{stem}-"): json.loads(other.read_text())
-        for other in results.glob(f"{stem}-*.json")
+        for other in folder.glob(f"{stem}-*.json")
         if other != path
     }
-    return Measured(result, others)
+    return SessionResults(result, others)
 
 
-def render(results: Path) -> str:
-    """Every target as a row, in Markdown."""
-    measured = latest(results)
+def render(folder: Path) -> str:
+    """The targets as a Markdown table."""
+    results = latest(folder)
     rows = [
         f"| {target.name} | {target.published or '-'} "
-        f"| {(measured and target.value(measured)) or NOT_MEASURED} |"
+        f"| {(results and target.value(results)) or NOT_MEASURED} |"
         for target in TARGETS
     ]
     table = "\n".join(["| target | published | measured (95% interval) |", "|---|---|---|", *rows])
-    if measured is None:
+    if results is None:
         return table
-    environment, code = measured.result.environment, measured.result.code[-1]
-    day = datetime.fromtimestamp(measured.result.sessions[-1].start.at_ns / 1e9, UTC).date()
+    environment, code = results.result.environment, results.result.code[-1]
+    day = datetime.fromtimestamp(results.result.sessions[-1].start.at_ns / 1e9, UTC).date()
     where = f"{environment.gpu}, torch {code.versions.get('torch', '?')}, {day}"
-    return f"{where}: {measured.result.workload.model} at {SHAPE}, guidance on.\n\n{table}"
+    return f"{where}: {results.result.workload.model} at {SHAPE}, guidance on.\n\n{table}"

@@ -1,4 +1,4 @@
-"""Text for a person at a terminal: columns that line up, and colour where it is seen."""
+"""Tables and coloured text for a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ COLOURS = {"red": "31", "green": "32", "yellow": "33", "faint": "2", "bold": "1"
 
 
 def coloured(text: str, colour: str | None) -> str:
-    """`text` in a colour if standard output is a terminal and NO_COLOR is not set."""
+    """The text in a colour, if standard output is a terminal and NO_COLOR is not set."""
     if colour is None or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return text
     return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m"
@@ -23,15 +23,20 @@ def table(
     left: int = 1,
     colours: Sequence[str | None] = (),
 ) -> str:
-    """Columns two spaces apart; the first `left` of them are words and the others numbers, except
-    that a last column of words stands on its left too. `colours` are of whole rows."""
+    """A table with aligned columns, two spaces apart.
+
+    Args:
+        left: how many first columns are aligned left. The others are aligned right, but for a last
+            column of words.
+        colours: one for each row.
+    """
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    wordy = {len(header) - 1} if any(not _number(row[-1]) for row in rows) else set()
-    wordy |= set(range(left))
+    aligned_left = {len(header) - 1} if any(not _is_number(row[-1]) for row in rows) else set()
+    aligned_left |= set(range(left))
 
     def line(row: Sequence[str]) -> str:
         cells = [
-            cell.ljust(width) if index in wordy else cell.rjust(width)
+            cell.ljust(width) if index in aligned_left else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         return "  ".join(cells).rstrip()
@@ -43,10 +48,10 @@ def table(
     )
 
 
-def _number(text: str) -> bool:
+def _is_number(text: str) -> bool:
     return not text or text[0].isdigit() or text[0] in "+-."
 
 
 def percent(share: float) -> str:
-    """A change with its sign."""
+    """A change in percent, with its sign."""
     return f"{100 * share:+.1f}%"

@@ -74,8 +74,8 @@ def run(options: argparse.Namespace) -> int:
             raise BenchError(f"--set takes NAME=VALUE, not {pair!r}")
         environment[name] = value
     from bench.harness.device_lock import only_bench_on
-    from bench.harness.drive import choose_work
     from bench.harness.environment import where
+    from bench.harness.work import choose_work
 
     device = choose_work(options.model, options.device, options.shape, 2).device
     starts: list[Start] = []

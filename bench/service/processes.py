@@ -21,8 +21,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bench.errors import BenchError
-from bench.harness.drive import PROMPT
 from bench.harness.environment import ROOT
+from bench.harness.work import PROMPT
 
 SETTINGS = ("SDXL_", "OTEL_", "ENABLE_TRACING", "FAL_")
 _READY = re.compile(r"ready at (http://\S+)")

@@ -30,7 +30,8 @@ def create_app(model: str) -> FastAPI:
     """The example as an app; it is warm when this returns."""
     import torch
 
-    from bench.harness.drive import choose_work, png_data_uri
+    from bench.harness.drive import png_data_uri
+    from bench.harness.work import choose_work
     from serve.model.sdxl import load_model
 
     work = choose_work(model, "auto", None, 2)

@@ -1,1 +1,1 @@
-"""Whether a difference is real."""
+"""Judge whether a measured difference is real."""

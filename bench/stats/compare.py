@@ -1,20 +1,21 @@
-"""Is HEAD faster than BASE, by how much, and is that real?
+"""Judge whether HEAD is faster than BASE, by how much, and whether the difference is real.
 
     python -m bench compare RESULT        one file with both sides, as `bench run --base` writes it
-    python -m bench compare BASE HEAD     two files; judged only by way of a calibration scenario
+    python -m bench compare BASE HEAD     two files; judged relative to a calibration scenario
 
-Each row is one quantity of one scenario. The interval is of the ratio head / base, wide enough for
-all rows together: where nothing changed, at most 5 of 100 comparisons call any row different.
+Each row is one quantity of one scenario. The interval is of the ratio head / base. It is wide
+enough for all rows together: where nothing changed, at most 5 of 100 comparisons call any row
+different.
 
-    improved        faster, and by at least the smallest change that matters
-    regressed       slower, likewise
-    no difference   whatever changed is smaller than that
-    inconclusive    cannot be told with these samples; the reason says what would tell
-    not interleaved measured in separate runs, and no calibration shows that the machine was alike
+    improved        faster by at least the smallest change that matters
+    regressed       slower by at least the smallest change that matters
+    no difference   any change is smaller than that
+    inconclusive    these samples do not decide; the reason says what would
+    not interleaved separate runs, and no calibration shows that the machine was in the same state
     not comparable  different machines, workloads or versions, which are named
 
 Exit status: 0 no regression, 1 something regressed, 2 wrong usage or input, 3 nothing regressed
-but something could not be told.
+but something could not be decided.
 """
 
 from __future__ import annotations
@@ -41,17 +42,20 @@ from bench.stats.verdict import (
 )
 
 QUANTITIES = ("step", "request", "text_encode", "vae_decode", "image_encode", "cpu")
-JUDGED_UNLESS_SAID = ("step", "request")
-REGRESSED, CANNOT_TELL = 1, 3
+DEFAULT_QUANTITIES = ("step", "request")
+REGRESSED, UNDECIDED = 1, 3
 COLOURS = {"improved": "green", "regressed": "red", "no difference": None}
-OF_SCENARIO = ("dtype", "images")
-"""What makes two scenarios of one name incomparable."""
+SCENARIO_FACTS = ("dtype", "images")
+"""Fields of a scenario that must be equal for a comparison."""
 WORSE_ERROR = 1.1
-"""An error of one forward this much larger is told: below, it is another order of additions."""
+"""A note reports an error of one forward pass that rose by this factor. A smaller rise comes from
+another order of additions."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="BASE HEAD, or one")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="BASE and HEAD, or one file with both"
+    )
     parser.add_argument(
         "--smallest-change",
         type=share,
@@ -63,29 +67,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantity",
         nargs="+",
         choices=QUANTITIES,
-        default=JUDGED_UNLESS_SAID,
-        help="what to judge (default: a steady step, and the whole request)",
+        default=DEFAULT_QUANTITIES,
+        help="quantities to judge (default: a steady step, and the whole request)",
     )
-    parser.add_argument("--scenario", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--scenario", nargs="+", metavar="NAME", help="judge only these scenarios")
     parser.add_argument(
         "--allow",
         nargs="+",
         default=(),
         metavar="WHAT",
-        help="compare though this differs, by the name that `not comparable` gives it",
+        help="compare although these differ, by the names in the reason of `not comparable`",
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def share(text: str) -> float:
-    """`1%` or `0.01`, between 0 and one half."""
+    """Parse `1%` or `0.01`; between 0 and one half."""
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < 0.5:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; a share between 0 and 50% is, as 1% or 0.01"
+            f"{text!r} is not a share between 0 and 50%, such as 1% or 0.01"
         )
     return value
 
@@ -111,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ComparedSide:
     """One side of one file."""
 
     name: str
@@ -132,29 +136,29 @@ class Measured:
         return f"{commit} with changes" if self.code.dirty else commit
 
     def why_not_run(self, scenario: str) -> str | None:
-        """The reason it gave for not running a scenario; None if it was not asked to."""
+        """The recorded reason why a scenario was not run; None if there is none."""
         for missing in self.result.not_run:
             if missing.name == scenario and missing.side in (None, self.side):
                 return missing.reason
         return None
 
 
-def _sides(files: Sequence[Path]) -> tuple[Measured, Measured]:
+def _sides(files: Sequence[Path]) -> tuple[ComparedSide, ComparedSide]:
     if len(files) > 2:
-        raise BenchError(f"{len(files)} files were given; one or two can be compared")
+        raise BenchError(f"{len(files)} files were given; compare one or two")
     results = [BenchResult.read(path) for path in files]
     if len(files) == 1:
         name, result = files[0].name, results[0]
         if len(result.sides) != 2:
             raise BenchError(
-                f"{files[0]} holds one side; name a BASE and a HEAD, or run with --base"
+                f"{files[0]} holds one side; give a BASE and a HEAD, or measure with --base"
             )
-        return Measured(name, result, "base"), Measured(name, result, "head")
+        return ComparedSide(name, result, "base"), ComparedSide(name, result, "head")
     for path, result in zip(files, results, strict=True):
         if len(result.sides) != 1:
-            raise BenchError(f"{path} holds both sides already; compare it by itself")
+            raise BenchError(f"{path} holds both sides; compare it by itself")
     base, head = (
-        Measured(path.name, result, result.sides[0])
+        ComparedSide(path.name, result, result.sides[0])
         for path, result in zip(files, results, strict=True)
     )
     return base, head
@@ -176,10 +180,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What can be said about two sides."""
+    """Every judgement on two sides, and what a reader should know beside them."""
 
-    base: Measured
-    head: Measured
+    base: ComparedSide
+    head: ComparedSide
     smallest_change: float
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
@@ -193,10 +197,10 @@ class Comparison:
         verdicts = {row.judgement.verdict for row in self.rows}
         if "regressed" in verdicts:
             return REGRESSED
-        return 0 if verdicts <= {"improved", "no difference"} else CANNOT_TELL
+        return 0 if verdicts <= {"improved", "no difference"} else UNDECIDED
 
     def as_json(self) -> dict[str, Any]:
-        """Ratios are head over base."""
+        """The comparison for `--json`; ratios are head over base."""
         return {
             "base": {"file": self.base.name, **asdict(self.base.code)},
             "head": {"file": self.head.name, **asdict(self.head.code)},
@@ -235,7 +239,7 @@ class Comparison:
         what = f"{workload.model}, {workload.shape}, {workload.steps} steps"
         how = "interleaved" if self.interleaved else "not interleaved"
         matters = f"{100 * self.smallest_change:.3g}%"
-        told = [
+        parts = [
             f"base  {self.base.revision}  {self.base.name}",
             f"head  {self.head.revision}  {self.head.name}",
             f"{what}, on {machine(self.head.result)}, {how}; changes under {matters} do not matter",
@@ -244,14 +248,14 @@ class Comparison:
         ]
         reasons = _grouped_reasons(self.rows)
         if reasons or self.notes:
-            told.append("")
-        told += reasons
-        told += [coloured(f"note: {note}", "faint") for note in self.notes]
-        return "\n".join(told)
+            parts.append("")
+        parts += reasons
+        parts += [coloured(f"note: {note}", "faint") for note in self.notes]
+        return "\n".join(parts)
 
 
 def change(judgement: Judgement) -> tuple[str, str]:
-    """The change and its interval, signed; empty where there is none."""
+    """The change and its interval as signed percentages; empty strings if there is none."""
     if judgement.ratio is None or judgement.low is None or judgement.high is None:
         return "", ""
     interval = f"{percent(judgement.low - 1)} to {percent(judgement.high - 1)}"
@@ -272,7 +276,7 @@ def _milliseconds(value: float | None) -> str:
 
 
 def _grouped_reasons(rows: Sequence[Row]) -> list[str]:
-    """Each reason once, behind the rows it is of."""
+    """Each reason once, after the names of its rows."""
     of_reason: dict[str, list[str]] = {}
     for row in rows:
         if row.judgement.reason:
@@ -284,21 +288,24 @@ def _grouped_reasons(rows: Sequence[Row]) -> list[str]:
 
 
 def compare(
-    base: Measured,
-    head: Measured,
+    base: ComparedSide,
+    head: ComparedSide,
     *,
-    quantities: Sequence[str] = JUDGED_UNLESS_SAID,
+    quantities: Sequence[str] = DEFAULT_QUANTITIES,
     scenarios: Sequence[str] | None = None,
     smallest_change: float = SMALLEST_CHANGE,
     allow: Sequence[str] = (),
 ) -> Comparison:
-    """Every quantity of every scenario that both sides were asked for. Raises BenchError where
-    there is none."""
+    """Judge every quantity of every scenario that both sides were asked for.
+
+    Raises:
+        BenchError: there is no such scenario, or `allow` has an unknown name.
+    """
     names = _compared_names(base, head, scenarios)
-    may_differ = {*_facts(base), *_facts(head), *OF_SCENARIO}
+    may_differ = {*_facts(base), *_facts(head), *SCENARIO_FACTS}
     for name in allow:
         if name not in may_differ:
-            raise BenchError(f"--allow {name} is not allowed; {', '.join(sorted(may_differ))} are")
+            raise BenchError(f"--allow {name}: unknown; use one of {', '.join(sorted(may_differ))}")
     different = [
         f"{name} ({was} and {became})"
         for name, was, became in _differences(base, head)
@@ -334,8 +341,10 @@ def _median(figures: dict[int, float]) -> float | None:
     return statistics.median(figures.values()) if figures else None
 
 
-def _compared_names(base: Measured, head: Measured, wanted: Sequence[str] | None) -> list[str]:
-    """What both were asked for, in head's order; the calibration is the yardstick, not a row."""
+def _compared_names(
+    base: ComparedSide, head: ComparedSide, wanted: Sequence[str] | None
+) -> list[str]:
+    """The scenarios that both sides were asked for, in head's order, without the calibration."""
     known = {**head.scenarios, **base.scenarios}
     if wanted is not None:
         unknown = [name for name in wanted if name not in known]
@@ -360,19 +369,24 @@ def _compared_names(base: Measured, head: Measured, wanted: Sequence[str] | None
 
 
 def _judge_by_calibration(
-    base: Measured,
-    head: Measured,
+    base: ComparedSide,
+    head: ComparedSide,
     name: str,
     quantity: str,
     smallest_change: float,
     error_rate: float,
 ) -> Judgement:
-    """By the first calibration scenario that both hold, which nothing is by itself."""
-    for yardstick, scenario in base.scenarios.items():
-        other = head.scenarios.get(yardstick)
-        if not scenario.calibration or other is None or not other.calibration or yardstick == name:
+    """Judge two runs relative to the first calibration scenario that both timed.
+
+    A calibration scenario is never judged relative to itself.
+    """
+    for calibration, scenario in base.scenarios.items():
+        other = head.scenarios.get(calibration)
+        if not scenario.calibration or other is None or not other.calibration:
             continue
-        # A stage that the calibration does not time is held against its steps.
+        if calibration == name:
+            continue
+        # A stage that the calibration does not time is taken relative to its steps.
         timed = by_round(scenario, quantity) and by_round(other, quantity)
         return judge_separate(
             by_round(base.scenarios[name], quantity),
@@ -384,15 +398,17 @@ def _judge_by_calibration(
         )
     return Judgement(
         "not interleaved",
-        "measured in separate runs, which hold no calibration scenario in common: measure both in "
-        "one run with --base",
+        "measured in separate runs with no calibration scenario in common: measure both in one run "
+        "with --base",
         interleaved=False,
     )
 
 
-def _broken_control(base: Measured, head: Measured, smallest_change: float) -> str | None:
-    """Why an interleaved run is not to be trusted: a calibration, the same code on both sides, that
-    is not the same speed."""
+def _broken_control(base: ComparedSide, head: ComparedSide, smallest_change: float) -> str | None:
+    """Why an interleaved run cannot be trusted; None if it can.
+
+    A calibration scenario runs the same code on both sides, so its speed must be the same.
+    """
     controls = [
         (name, by_round(scenario, "step"), by_round(head.scenarios[name], "step"))
         for name, scenario in base.scenarios.items()
@@ -407,8 +423,9 @@ def _broken_control(base: Measured, head: Measured, smallest_change: float) -> s
         )
         if found.verdict in ("improved", "regressed") and found.ratio is not None:
             return (
-                f"{name}, in which no code of ours runs, is {percent(found.ratio - 1)} between the "
-                f"two sides: their processes were not alike, measure again"
+                f"{name}, which runs no code of this project, differs by "
+                f"{percent(found.ratio - 1)} between the two sides, so their processes were not in "
+                f"the same state: measure again"
             )
     return None
 
@@ -416,17 +433,17 @@ def _broken_control(base: Measured, head: Measured, smallest_change: float) -> s
 # What differs ------------------------------------------------------------------------------------
 
 
-def _differences(base: Measured, head: Measured) -> Iterator[tuple[str, object, object]]:
-    """What makes figures of two files incomparable, by name, with both values."""
+def _differences(base: ComparedSide, head: ComparedSide) -> Iterator[tuple[str, object, object]]:
+    """The facts in which two files differ, by name, with both values."""
     facts_of_base, facts_of_head = _facts(base), _facts(head)
     for name in dict.fromkeys([*facts_of_base, *facts_of_head]):
         was, became = facts_of_base.get(name), facts_of_head.get(name)
         if was != became:
-            yield name, _told(was), _told(became)
+            yield name, _text(was), _text(became)
 
 
-def _facts(measured: Measured) -> dict[str, object]:
-    result, environment = measured.result, measured.result.environment
+def _facts(side: ComparedSide) -> dict[str, object]:
+    result, environment = side.result, side.result.environment
     limits = {s.start.power_limit_watts for s in result.sessions} - {None}
     return {
         **asdict(result.workload),
@@ -435,27 +452,28 @@ def _facts(measured: Measured) -> dict[str, object]:
             for name in ("device", "gpu", "driver", "cuda", "cpu", "cores", "platform", "python")
         },
         "power limit": ", ".join(f"{limit:.0f} W" for limit in sorted(filter(None, limits))),
-        **measured.code.versions,
+        **side.code.versions,
     }
 
 
-def _told(value: object) -> str:
+def _text(value: object) -> str:
     return "none" if value in (None, "") else str(value)
 
 
 def _not_comparable(
-    base: Measured, head: Measured, name: str, different: list[str], allow: Sequence[str]
+    base: ComparedSide, head: ComparedSide, name: str, different: list[str], allow: Sequence[str]
 ) -> Judgement | None:
-    for said, measured in (("base", base), ("head", head)):
-        if name not in measured.scenarios:
-            reason = measured.why_not_run(name) or "it was not asked for"
-            return Judgement("not comparable", f"{said} did not run it: {reason}")
+    for side in (base, head):
+        if name not in side.scenarios:
+            reason = side.why_not_run(name) or "it was not asked for"
+            which = "base" if side is base else "head"
+            return Judgement("not comparable", f"{which} did not run it: {reason}")
     if different:
         return Judgement("not comparable", f"these differ: {', '.join(different)}")
     here, there = base.scenarios[name], head.scenarios[name]
     of_scenario = [
         f"{what} ({was} and {became})"
-        for what in OF_SCENARIO
+        for what in SCENARIO_FACTS
         if (was := getattr(here, what)) != (became := getattr(there, what)) and what not in allow
     ]
     if of_scenario:
@@ -463,15 +481,15 @@ def _not_comparable(
     return None
 
 
-def _notes(base: Measured, head: Measured, names: Sequence[str]) -> Iterator[str]:
+def _notes(base: ComparedSide, head: ComparedSide, names: Sequence[str]) -> Iterator[str]:
     """What a reader should know beside the verdicts."""
-    for said, measured in (("base", base), ("head", head)):
-        if measured.result.partial and (said == "head" or base.result is not head.result):
-            yield f"{measured.name} was interrupted; what it had measured is judged"
+    for side in (base, head) if base.result is not head.result else (head,):
+        if side.result.partial:
+            yield f"{side.name} was interrupted; its samples up to then are judged"
     if base.code.commit is not None and base.code.commit == head.code.commit:
         dirty = base.code.dirty or head.code.dirty
         yield "both sides are the same commit" + (", one with changes" if dirty else "")
-    for result in {id(m.result): m.result for m in (base, head)}.values():
+    for result in {id(side.result): side.result for side in (base, head)}.values():
         yield from busy(result)
     for name in names:
         here, there = base.scenarios.get(name), head.scenarios.get(name)
@@ -484,7 +502,7 @@ def _notes(base: Measured, head: Measured, names: Sequence[str]) -> Iterator[str
                 if here.settings.get(key) != there.settings.get(key)
             )
             yield f"{name}: settings differ: " + ", ".join(
-                f"{key} {_told(here.settings.get(key))} -> {_told(there.settings.get(key))}"
+                f"{key} {_text(here.settings.get(key))} -> {_text(there.settings.get(key))}"
                 for key in changed
             )
         if (
@@ -493,7 +511,7 @@ def _notes(base: Measured, head: Measured, names: Sequence[str]) -> Iterator[str
             and there.error_vs_fp32 > WORSE_ERROR * here.error_vs_fp32
         ):
             yield (
-                f"{name}: the error of one forward against float32 rose from "
+                f"{name}: the error of one forward pass against float32 rose from "
                 f"{here.error_vs_fp32:.2g} to {there.error_vs_fp32:.2g}"
             )
     for missing in set(base.scenarios) ^ set(head.scenarios):
@@ -502,7 +520,7 @@ def _notes(base: Measured, head: Measured, names: Sequence[str]) -> Iterator[str
 
 
 def busy(result: BenchResult) -> Iterator[str]:
-    """Signs that the machine was not at rest when the bench began, or was throttled."""
+    """Notes on a machine that was busy when the bench began, or whose GPU was throttled."""
     throttled: set[str] = set()
     for session in result.sessions:
         load = session.start.load_average

@@ -1,9 +1,9 @@
-"""`python -m bench.stats.error_rates`: how often the verdict errs, on pairs whose truth is known.
+"""`python -m bench.stats.error_rates`: measure how often the verdict is wrong.
 
-Each world makes noise of one kind for requests that follow one another; base and head take turns in
-it, the order within a round alternating as `bench run --base` does. Nothing of a world is known to
-the verdict. Beside the made-up worlds stands a real one: a run of one commit against itself, in two
-processes on a machine that others used meanwhile, cut into stretches.
+It judges pairs whose true difference is known. Each simulated kind of noise gives the times of
+requests in sequence; base and head alternate in it, and the order within a round alternates, as
+with `bench run --base`. The verdict knows nothing of the noise. One kind is real: stretches of a
+run of one commit against itself, in two processes, on a machine that other work used meanwhile.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Generator = np.random.Generator
 Logs = NDArray[np.float64]
 
 
-# Worlds ------------------------------------------------------------------------------------------
+# Kinds of noise ----------------------------------------------------------------------------------
 
 
 def quiet(generator: Generator, requests: int) -> Logs:
@@ -57,15 +57,17 @@ def heavy_tails(generator: Generator, requests: int) -> Logs:
 
 
 def drifting(generator: Generator, requests: int) -> Logs:
-    """A trend of up to 5% through the run and a walk of 2% on top, as clocks and heat make it."""
+    """A trend of up to 5% through the run, and a random walk of 2%, as from clocks and heat."""
     trend = generator.uniform(-0.05, 0.05) * np.linspace(0, 1, requests)
     walk = 0.02 * np.cumsum(generator.normal(0, 1, requests)) / math.sqrt(requests)
     return quiet(generator, requests) + trend + walk
 
 
 def _neighbour(generator: Generator, requests: int, length: float, share: float) -> Logs:
-    """Present for `share` of the time, `length` requests in a row on average, when each request
-    takes 5% to 40% longer."""
+    """Another process that runs for `share` of the time, for `length` requests in a row on average.
+
+    Each request meanwhile takes 5% to 40% longer.
+    """
     leaves, comes = 1 / length, share / (1 - share) / length
     present = generator.random() < share
     slowed = np.zeros(requests)
@@ -104,21 +106,21 @@ WORLDS: dict[str, Callable[[Generator, int], Logs]] = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of all trials."""
+    """Shares of all trials with one kind of noise."""
 
     world: str
     rounds: int
     trials: int
     false_alarm: float
-    """No change, and called improved or regressed."""
+    """There was no change, and the verdict was improved or regressed."""
     found: float
-    """A change of 3%, and called what it is."""
+    """There was a change of 3%, and the verdict was right."""
     wrong_way: float
-    """A change of 3%, and called the opposite."""
+    """There was a change of 3%, and the verdict was the opposite."""
 
 
 def interleaved(world: str, rounds: int, trials: int, seed: int = 0) -> Rates:
-    """Base and head in pairs, one request a round and side."""
+    """Base and head in pairs, with one request a round and side."""
     make = WORLDS[world]
 
     def trial(generator: Generator, change: float) -> Judgement:
@@ -130,8 +132,10 @@ def interleaved(world: str, rounds: int, trials: int, seed: int = 0) -> Rates:
 
 
 def of_a_real_run(result: BenchResult, rounds: int, trials: int, seed: int = 0) -> Rates:
-    """Stretches of `rounds` rounds, from anywhere in the run, of one of its scenarios; which side
-    is called head is drawn, and a change is made by multiplying its times."""
+    """Random stretches of `rounds` rounds of one scenario of a real run.
+
+    Which side is called head is random, and a change multiplies its times.
+    """
     pairs = []
     for name, scenario in result.of_side("base").items():
         base, head = (by_round(s, "step") for s in (scenario, result.of_side("head")[name]))
@@ -148,17 +152,20 @@ def of_a_real_run(result: BenchResult, rounds: int, trials: int, seed: int = 0) 
 
 
 def separate(rounds: int, trials: int, seed: int = 0, *, calibrated: bool = True) -> Rates:
-    """Two runs, each at a speed of its own, which a calibration feels by up to a half more or less
-    than what is compared does. Without calibration: as if the two were one sample each."""
+    """Two runs, each at a speed of its own.
+
+    The speed affects the calibration by up to a half more or less than the scenario. Without
+    calibration the two runs are compared as two samples of one.
+    """
 
     def trial(generator: Generator, change: float) -> Judgement:
         figures = []
         for of_head in (0, 1):
             session = generator.normal(0, 0.01)
             noise = quiet(generator, 2 * rounds).reshape(rounds, 2)
-            felt = session * generator.uniform(0.5, 1.5)
+            common = session * generator.uniform(0.5, 1.5)
             figures += [
-                _figures(noise[:, 0] + felt + of_head * change),
+                _figures(noise[:, 0] + common + of_head * change),
                 _figures(noise[:, 1] + session),
             ]
         base, base_calibration, head, head_calibration = figures
@@ -171,8 +178,11 @@ def separate(rounds: int, trials: int, seed: int = 0, *, calibrated: bool = True
 
 
 def of_steps(rounds: int, trials: int, seed: int = 0, *, pooled: bool) -> Rates:
-    """Steps with 1% noise of their own, in requests that share another 1%: every step as a sample,
-    or one median a request. Any change counts, so that the interval alone is judged."""
+    """Steps with 1% noise each, in requests with another 1% common to their steps.
+
+    Every step is one figure (`pooled`), or one median a request is. Any change counts, so that only
+    the interval decides.
+    """
 
     def trial(generator: Generator, change: float) -> Judgement:
         sides = []
@@ -210,12 +220,12 @@ def all_rates(trials: int) -> list[Rates]:
     real = BenchResult.read(NO_CHANGE)
     rates += [of_a_real_run(real, rounds, trials) for rounds in (6, 10, 20, 40)]
     rates += [separate(20, trials, calibrated=calibrated) for calibrated in (True, False)]
-    # Fewer: each draws as many samples as twenty others.
+    # Fewer trials, because each draws as many samples as twenty others.
     return rates + [of_steps(20, max(1, trials // 4), pooled=pooled) for pooled in (True, False)]
 
 
 def render(rates: list[Rates]) -> str:
-    """As Markdown, in percent."""
+    """A Markdown table, in percent."""
     lines = [
         "| | requests a side | no change, called one | 3% found | 3% called the wrong way |",
         "|---|---|---|---|---|",
@@ -229,7 +239,9 @@ def render(rates: list[Rates]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.stats.error_rates", description=__doc__)
-    parser.add_argument("--trials", type=int, default=2000, help="of each kind (default: 2000)")
+    parser.add_argument(
+        "--trials", type=int, default=2000, help="trials of each kind (default: 2000)"
+    )
     parser.add_argument("--out", type=Path, default=OUT, help=f"default: bench/results/{OUT.name}")
     options = parser.parse_args()
     rates = all_rates(options.trials)

@@ -1,27 +1,27 @@
-"""Is head faster than base, by how much, and is that real.
+"""Is head faster than base, by how much, and is the difference real?
 
-**One figure a request.** Steps of one request share its clock, its temperature and its neighbours,
-so they are not independent: pooled into one sample they make an interval far too narrow. With as
-much noise shared by a request's steps as there is in each of them, half of all comparisons of two
-equal programs are called a change; the more is shared, the more are. The median of a request's
-steady steps is one independent figure, and the same comparison errs in 3 of 100.
+**One figure a request.** The steps of one request share its clock, its temperature and its
+neighbours, so they are not independent. Taken together as one sample they make an interval that is
+far too narrow: with as much noise common to a request's steps as there is in each step, half of all
+comparisons of two equal programs report a change. The median of a request's steady steps is one
+independent figure, and then 3 in 100 such comparisons report a change.
 `python -m bench.stats.error_rates` measures both.
 
-**Rounds in pairs.** Where base and head were interleaved, each round gives one ratio, and whatever
-lasts longer than a round (drift, a neighbour that comes and goes) is in both of its halves and
-cancels. The estimate is the mean of the middle half of the rounds' log ratios, which a round that a
-neighbour hit on one side only cannot move far. Its error is bootstrapped over rounds, and the
-interval is Student's, with the rounds that are left in the middle half as its degrees of freedom:
-percentiles of so few resampled rounds would be too narrow.
+**Rounds in pairs.** Where base and head were interleaved, each round gives one ratio. Whatever
+lasts longer than a round (drift, another process that comes and goes) is in both of its halves and
+cancels. The estimate is the mean of the middle half of the rounds' log ratios, so that a round
+disturbed on one side only cannot move it far. Its standard error is bootstrapped over rounds. The
+interval is Student's, with the rounds in the middle half as degrees of freedom, because percentiles
+of so few resampled rounds would be too narrow.
 
-**Two hurdles.** `improved` and `regressed` say that the interval leaves out 1 and that the estimate
-is at least the smallest change that matters; `no difference`, that the whole interval is smaller
-than it. Everything else is `inconclusive`, with the number of requests that would tell.
+**Two conditions.** `improved` and `regressed`: the interval excludes 1, and the estimate is at
+least the smallest change that matters. `no difference`: the whole interval is within that change.
+Otherwise `inconclusive`, with the number of requests that would decide.
 
-**Separate runs** are of two states of the machine, and no statistic of one of them knows the
-other. They are judged only where both hold a calibration scenario, which runs no code of ours, in
-the same rounds as what is compared, and only when it agrees. Then each side is taken relative to
-it, with its uncertainty. Otherwise the verdict is `not interleaved`.
+**Separate runs** are of two states of the machine, and neither run knows the other's. They are
+judged only if both timed a calibration scenario, which runs no code of this project, in the same
+rounds, and only if the calibration agrees between the runs. Each side is then taken relative to the
+calibration, whose uncertainty is added. Otherwise the verdict is `not interleaved`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.harness.result_file import MeasuredScenario, RequestSample
+from bench.stats.intervals import bootstrap
 
 Verdict = Literal[
     "improved", "regressed", "no difference", "inconclusive", "not interleaved", "not comparable"
@@ -48,10 +48,10 @@ ERROR_RATE = 0.05
 FEWEST_ROUNDS = 6
 """Of five rounds that all point one way, one in sixteen does so by chance."""
 CALIBRATION_TOLERANCE = 2.0
-"""How far the calibration may be off, in smallest changes: past that, what the sessions differ by
-could be larger than what is looked for."""
+"""How far the calibration may differ between two runs, in smallest changes. Beyond that, the
+difference between the runs could be larger than the change that is looked for."""
 RESAMPLES = 2_000
-"""Enough for a standard error to within 2% of itself."""
+"""Enough for a standard error within 2% of itself."""
 
 Rounds = Mapping[int, float]
 """One figure for each round in which something was measured."""
@@ -59,16 +59,16 @@ Rounds = Mapping[int, float]
 
 @dataclass(frozen=True)
 class Judgement:
-    """What can be said about one quantity of one scenario; ratios are head over base."""
+    """The verdict on one quantity of one scenario; ratios are head over base."""
 
     verdict: Verdict
     reason: str = ""
-    """Why not more can be said; empty where the verdict says it all."""
+    """Why the verdict is not more definite; empty if it is."""
     ratio: float | None = None
     low: float | None = None
     high: float | None = None
     rounds: int = 0
-    """The fewest independent figures that a side contributed."""
+    """The smaller of the two sides' numbers of independent figures."""
     interleaved: bool = True
 
 
@@ -76,7 +76,7 @@ class Judgement:
 
 
 def figure(request: RequestSample, quantity: str) -> float | None:
-    """`step`, `request`, `cpu` or a stage's name, in milliseconds; None where it has none."""
+    """`step`, `request`, `cpu` or a stage by name, in milliseconds; None if it was not timed."""
     if quantity == "step":
         return request.step_ms
     if quantity == "request":
@@ -87,7 +87,7 @@ def figure(request: RequestSample, quantity: str) -> float | None:
 
 
 def by_round(scenario: MeasuredScenario, quantity: str) -> dict[int, float]:
-    """The median over each round's requests, in milliseconds; a figure of 0 is none."""
+    """The median over each round's requests, in milliseconds; a figure of 0 counts as not timed."""
     values: dict[int, list[float]] = {}
     for request in scenario.requests:
         value = figure(request, quantity)
@@ -106,7 +106,7 @@ def judge(
     smallest_change: float = SMALLEST_CHANGE,
     error_rate: float = ERROR_RATE,
 ) -> Judgement:
-    """Interleaved figures: those of rounds that both sides have. Smaller is better."""
+    """Judge interleaved figures, of the rounds that both sides have. Smaller is better."""
     shared = sorted(base.keys() & head.keys())
     if len(shared) < FEWEST_ROUNDS:
         return _too_few(len(shared), interleaved=True)
@@ -123,7 +123,7 @@ def judge_separate(
     smallest_change: float = SMALLEST_CHANGE,
     error_rate: float = ERROR_RATE,
 ) -> Judgement:
-    """Figures of two runs, each beside the calibration's in the same rounds of its own run."""
+    """Judge figures of two runs, each relative to the calibration in the rounds of its own run."""
     shared_base = sorted(base.keys() & base_calibration.keys())
     shared_head = sorted(head.keys() & head_calibration.keys())
     fewest = min(len(shared_base), len(shared_head))
@@ -139,8 +139,8 @@ def judge_separate(
     if max(-low, high) > math.log1p(tolerance):
         return Judgement(
             "not interleaved",
-            f"the calibration, which no change of ours touches, is {_percent(low)} to "
-            f"{_percent(high)} between the two runs, where {100 * tolerance:.3g}% is allowed: "
+            f"the calibration, which runs no code of this project, differs by {_percent(low)} to "
+            f"{_percent(high)} between the two runs, and {100 * tolerance:.3g}% is allowed: "
             f"measure both in one run with --base",
             rounds=fewest,
             interleaved=False,
@@ -159,8 +159,10 @@ def judge_unpaired(
     smallest_change: float = SMALLEST_CHANGE,
     error_rate: float = ERROR_RATE,
 ) -> Judgement:
-    """Two samples as if one machine in one state had given both: only for showing what that is
-    worth, and for the calibration itself."""
+    """Judge two samples as if one machine in one state had given both.
+
+    Only for `bench.stats.error_rates`, which shows how often that errs.
+    """
     fewest = min(len(base), len(head))
     if fewest < FEWEST_ROUNDS:
         return _too_few(fewest, interleaved=False)
@@ -179,11 +181,12 @@ def _too_few(rounds: int, *, interleaved: bool) -> Judgement:
 
 @dataclass(frozen=True)
 class _Estimate:
-    """A log ratio or a log duration and its standard error."""
+    """A log ratio or a log duration, and its standard error."""
 
     value: float
     error: float
     freedom: int
+    """Degrees of freedom."""
     rounds: int
 
     def interval(self, error_rate: float) -> tuple[float, float]:
@@ -208,12 +211,12 @@ def _judge(
         verdict = "no difference"
     else:
         verdict = "inconclusive"
-        # The error falls with the root of the rounds. An interval as wide as the smallest change
-        # tells whatever the estimate turns out to be, unless the truth is the smallest change.
+        # The error falls with the root of the number of rounds. An interval as wide as the smallest
+        # change decides, unless the true change is the smallest change itself.
         needed = math.ceil(estimate.rounds * ((high - low) / matters) ** 2)
         reason = (
             f"{_percent(low)} to {_percent(high)}: about "
-            f"{max(needed, estimate.rounds + 1)} requests a side would tell"
+            f"{max(needed, estimate.rounds + 1)} requests a side would decide"
         )
     return Judgement(
         verdict,
@@ -249,10 +252,11 @@ def middle_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _estimate(values: NDArray[np.float64]) -> _Estimate:
-    """Of at least FEWEST_ROUNDS independent values. Seeded: the same file, the same verdict."""
+    """The middle mean of at least FEWEST_ROUNDS independent values."""
     count = len(values)
-    # Resamples vary about the sample as if it were everything: too little by this factor.
-    error = float(middle_mean(values[_resamples(count)]).std()) * math.sqrt(count / (count - 1))
+    # Resamples vary around the sample, which is itself one of many: their spread is too small by
+    # this factor.
+    error = float(bootstrap(values, middle_mean, RESAMPLES).std()) * math.sqrt(count / (count - 1))
     spread = float(np.ptp(values))
     return _Estimate(
         value=float(middle_mean(values)),
@@ -262,19 +266,12 @@ def _estimate(values: NDArray[np.float64]) -> _Estimate:
     )
 
 
-@lru_cache(maxsize=8)
-def _resamples(count: int) -> NDArray[np.intp]:
-    """Indices of resamples of `count` values, (RESAMPLES, count); fewer of very many values."""
-    resamples = min(RESAMPLES, max(400, 2_000_000 // count))
-    return np.random.default_rng(0).integers(0, count, (resamples, count), dtype=np.intp)
-
-
 _ROUNDING = 1e-12
-"""Logarithms of equal figures differ by no more."""
+"""The logarithms of equal figures differ by no more than this."""
 
 
 def _difference(head: _Estimate, base: _Estimate) -> _Estimate:
-    """Of two independent estimates, with Welch's degrees of freedom."""
+    """Head minus base, two independent estimates, with Welch's degrees of freedom."""
     head_share, base_share = head.error**2, base.error**2
     total = head_share + base_share
     freedom = min(head.freedom, base.freedom)
@@ -301,8 +298,10 @@ def student(probability: float, freedom: int) -> float:
 
 
 def _student_within(t: float, freedom: int) -> float:
-    """The probability between -t and t; a finite series for whole degrees of freedom (Abramowitz
-    and Stegun, 26.7.3 and 26.7.4)."""
+    """The probability between -t and t.
+
+    A finite series for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
     angle = math.atan(t / math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2

@@ -65,7 +65,7 @@ def scenario(
 
 
 def result(*scenarios: MeasuredScenario, environment: Environment = CPU) -> BenchResult:
-    """A file of these scenarios, measured in one sitting."""
+    """A file of these scenarios, measured in one session."""
     sides = {s.side: None for s in scenarios}
     rounds = 1 + max(r.round for s in scenarios for r in s.requests)
     commits: dict[Side, str] = {"base": "a" * 40, "head": "b" * 40}

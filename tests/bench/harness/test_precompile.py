@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.harness.precompile import all_of, bytes_needed
+from bench.harness.precompile import bytes_needed, compile_all
 from bench.harness.result_file import BenchResult
 from bench.harness.scenarios import Scenario, chosen
 
@@ -37,7 +37,7 @@ class Starts:
 
 def test_so_many_at_once_and_each_is_told_of() -> None:
     start = Starts(0.1, failing="bf16")
-    told = all_of(chosen(NAMES), start, at_once=2)
+    told = compile_all(chosen(NAMES), start, at_once=2)
     assert start.most_at_once == 2
     assert set(told) == set(NAMES)
     assert told["bf16"].startswith("failed with status 1")
@@ -48,14 +48,14 @@ def test_processes_share_the_gpus_memory_by_the_images_they_draw() -> None:
     one, eight = (bytes_needed(scenario) for scenario in chosen(["compiled", "batch-8"]))
     assert eight - one >= 8.6e9 * 7 / 8  # the activations of a decode of eight
     start = Starts(0.2)
-    told = all_of(
-        chosen(["compiled", "batch-8", "default"]), start, at_once=3, room=one + eight - 1
+    told = compile_all(
+        chosen(["compiled", "batch-8", "default"]), start, at_once=3, memory=one + eight - 1
     )
     assert start.most_at_once == 2  # the two of one image
     assert all(one.startswith("compiled in") for one in told.values())
     # One that needs more than there is gets its chance alone.
     start = Starts(0.1)
-    all_of(chosen(["batch-8", "compiled"]), start, at_once=2, room=one)
+    compile_all(chosen(["batch-8", "compiled"]), start, at_once=2, memory=one)
     assert start.most_at_once == 1
     assert len(start.processes) == 2
 
@@ -63,7 +63,7 @@ def test_processes_share_the_gpus_memory_by_the_images_they_draw() -> None:
 def test_what_takes_too_long_is_ended() -> None:
     start = Starts(60)
     began = time.monotonic()
-    told = all_of(chosen(NAMES), start, at_once=3, seconds_limit=0.1)
+    told = compile_all(chosen(NAMES), start, at_once=3, seconds_limit=0.1)
     assert time.monotonic() - began < 20
     assert set(told.values()) == {"there was no time left for it"}
     assert set(told) == set(NAMES)
@@ -79,7 +79,7 @@ def test_an_interruption_ends_them_too() -> None:
         return start(scenario)
 
     with pytest.raises(KeyboardInterrupt):
-        all_of(chosen(NAMES), interrupted, at_once=2)
+        compile_all(chosen(NAMES), interrupted, at_once=2)
     assert all(process.poll() is not None for process in start.processes)
 
 

@@ -22,12 +22,18 @@ import torch
 
 from bench.__main__ import main
 from bench.errors import BenchError
-from bench.harness import drive, environment, run
+from bench.harness import drive, environment, rounds, run
 from bench.harness.device_lock import only_bench_on
-from bench.harness.drive import CannotRun, ScenarioFailed, Work
 from bench.harness.environment import ROOT
 from bench.harness.result_file import BenchResult, Ceilings, Code, Flops, RequestSample
+from bench.harness.run_record import NO_TIME
 from bench.harness.scenarios import SCENARIOS, Scenario, chosen
+from bench.harness.torch_state import (
+    LibrarySettings,
+    check_settings_unchanged,
+    compiler_settings,
+)
+from bench.harness.work import CannotRun, ScenarioFailed, Work, choose_work
 from bench.harness.worker import Ready
 from bench.harness.worktree import worktree
 from kernels_warmup.recipes import RECIPES, TUNED
@@ -151,7 +157,7 @@ def test_nothing_measured_is_an_error_with_the_reason(
 # By fakes ----------------------------------------------------------------------------------------
 
 
-class FakeSide:
+class FakeWorker:
     """Answers at once; `held` bytes a scenario out of `memory`, and fails where it is told to."""
 
     side = "head"
@@ -196,19 +202,21 @@ class FakeSide:
         self.in_memory = []
 
 
-def bench(side: FakeSide, out: Path, *names: str, **changes: Any) -> tuple[int, BenchResult | None]:
+def bench(
+    side: FakeWorker, out: Path, *names: str, **changes: Any
+) -> tuple[int, BenchResult | None]:
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
     options = parser.parse_args(["--requests", "2", "--out", str(out)])
     for name, value in changes.items():
         setattr(options, name, value)
     work = Work("demo", "cpu", CompiledShape(128, 128), 2)
-    status = run.Bench(work, [side], out, options).measure(chosen(names))  # type: ignore[list-item]
+    status = rounds.Bench(work, [side], out, options).measure(chosen(names))  # type: ignore[list-item]
     return status, BenchResult.read(out) if out.exists() else None
 
 
 def test_what_does_not_fit_in_memory_is_timed_in_groups_beside_the_baseline(tmp_path: Path) -> None:
-    side = FakeSide(memory=39, held=10)
+    side = FakeWorker(memory=39, held=10)
     names = ("documented", "diffusers", "served", "bf16", "default")
     _, result = bench(side, tmp_path / "out.json", *names)
     assert side.most_at_once == 3
@@ -222,7 +230,7 @@ def test_what_does_not_fit_in_memory_is_timed_in_groups_beside_the_baseline(tmp_
 
 
 def test_where_only_one_fits_each_is_timed_alone(tmp_path: Path) -> None:
-    side = FakeSide(memory=20, held=10)
+    side = FakeWorker(memory=20, held=10)
     _, found = bench(side, tmp_path / "out.json", "documented", "served", "bf16")
     assert side.most_at_once == 1
     assert found is not None
@@ -231,16 +239,16 @@ def test_where_only_one_fits_each_is_timed_alone(tmp_path: Path) -> None:
 
 def test_what_is_beside_is_in_the_rounds_of_each_call(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    bench(FakeSide(), out, "documented", "compiled")
+    bench(FakeWorker(), out, "documented", "compiled")
     names = ("documented", "compiled", "pdl")
-    _, found = bench(FakeSide(), out, *names, resume=True, beside=["documented", "compiled"])
+    _, found = bench(FakeWorker(), out, *names, resume=True, beside=["documented", "compiled"])
     assert found is not None
     rounds = {n: [r.round for r in s.requests] for n, s in found.of_side("head").items()}
     assert rounds == {"documented": [0, 1, 2, 3], "compiled": [0, 1, 2, 3], "pdl": [2, 3]}
 
 
 def test_a_scenario_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
-    side = FakeSide()
+    side = FakeWorker()
     side.unready["bf16"] = ScenarioFailed("RuntimeError: no such kernel")
     side.fails_in_round["served"] = 1
     status, result = bench(side, tmp_path / "out.json", "documented", "served", "bf16", "default")
@@ -252,7 +260,7 @@ def test_a_scenario_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
 
 
 def test_what_the_machine_lacks_is_no_failure(tmp_path: Path) -> None:
-    side = FakeSide()
+    side = FakeWorker()
     side.unready["graph"] = CannotRun("it needs a CUDA device")
     status, result = bench(side, tmp_path / "out.json", "documented", "graph")
     assert status == 0
@@ -264,7 +272,7 @@ def test_a_failure_is_tried_once_more_and_again_after_the_code_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out.json"
-    broken, tries = FakeSide(), []
+    broken, tries = FakeWorker(), []
     broken.unready["bf16"] = ScenarioFailed("RuntimeError: no such kernel")
     prepare = broken.prepare
 
@@ -281,8 +289,8 @@ def test_a_failure_is_tried_once_more_and_again_after_the_code_changed(
         assert result is not None
         assert [n.name for n in result.not_run] == ["bf16"]
     # Repaired: what was measured is kept, and the later rounds name the code they ran.
-    monkeypatch.setattr(run, "code_digest", lambda: "repaired")
-    mended = FakeSide()
+    monkeypatch.setattr(rounds, "code_digest", lambda: "repaired")
+    mended = FakeWorker()
     monkeypatch.setattr(
         mended, "code", lambda: Code("head", "badcab", False, {"torch": "2"}, "repaired")
     )
@@ -293,15 +301,15 @@ def test_a_failure_is_tried_once_more_and_again_after_the_code_changed(
     assert set(result.of_side("head")) == set(names)
     assert [s.code and s.code[0].source for s in result.sessions] == [(), "repaired"]
     # Samples of other libraries never share a file.
-    other = FakeSide()
+    other = FakeWorker()
     monkeypatch.setattr(other, "code", lambda: Code("head", "badcab", False, {"torch": "3"}))
     with pytest.raises(BenchError, match="versions was"):
         bench(other, out, *names, "served", resume=True)
 
 
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> None:
-    side = FakeSide(memory=14, held=10)
-    side.unready["bf16"] = run.Interrupted(signal.SIGTERM)
+    side = FakeWorker(memory=14, held=10)
+    side.unready["bf16"] = rounds.Interrupted(signal.SIGTERM)
     status, result = bench(side, tmp_path / "out.json", "diffusers", "bf16")
     assert status == 128 + signal.SIGTERM
     assert result is not None
@@ -310,11 +318,11 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> Non
 
 
 def test_a_round_that_is_interrupted_midway_is_kept_as_far_as_it_came(tmp_path: Path) -> None:
-    side = FakeSide()
+    side = FakeWorker()
     names = ("documented", "diffusers", "served", "default")
     second_round = random.Random(1).sample(chosen(names), len(names))
     side.fails_in_round[second_round[2].name] = 1
-    side.failure = run.Interrupted(signal.SIGINT)
+    side.failure = rounds.Interrupted(signal.SIGINT)
     status, result = bench(side, tmp_path / "out.json", *names)
     assert status == 130
     assert result is not None
@@ -325,8 +333,8 @@ def test_a_round_that_is_interrupted_midway_is_kept_as_far_as_it_came(tmp_path: 
 
 
 def test_an_interruption_before_anything_was_measured_leaves_no_file(tmp_path: Path) -> None:
-    side = FakeSide()
-    side.unready["documented"] = run.Interrupted(signal.SIGINT)
+    side = FakeWorker()
+    side.unready["documented"] = rounds.Interrupted(signal.SIGINT)
     assert bench(side, tmp_path / "out.json", "documented") == (130, None)
 
 
@@ -334,12 +342,12 @@ def test_nothing_is_started_that_cannot_end_in_time_and_a_later_call_goes_on(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out.json"
-    side = FakeSide()
+    side = FakeWorker()
     names = ("documented", "regional")
     told, result = bench(side, out, *names, seconds_limit=60, resume=True)
-    assert told == run.TIME_IS_UP
+    assert told == rounds.TIME_IS_UP
     assert result is not None
-    assert [n.reason for n in result.not_run] == [run.NO_TIME]
+    assert [n.reason for n in result.not_run] == [NO_TIME]
     told, result = bench(side, out, *names, seconds_limit=600, resume=True)
     assert told == 0
     assert result is not None
@@ -351,7 +359,7 @@ def test_each_call_of_a_resumed_run_starts_something(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     names = ("documented", "regional", "compiled", "vae-compiled")
     calls = 0
-    while bench(FakeSide(), out, *names, seconds_limit=60, resume=True)[0] == run.TIME_IS_UP:
+    while bench(FakeWorker(), out, *names, seconds_limit=60, resume=True)[0] == rounds.TIME_IS_UP:
         calls += 1
         assert calls < 5
     result = BenchResult.read(out)
@@ -360,8 +368,8 @@ def test_each_call_of_a_resumed_run_starts_something(tmp_path: Path) -> None:
 
 def test_what_was_cut_off_twice_while_getting_ready_is_not_tried_again(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    side = FakeSide()
-    side.unready["max"] = run.Interrupted(signal.SIGTERM)
+    side = FakeWorker()
+    side.unready["max"] = rounds.Interrupted(signal.SIGTERM)
     for _ in range(2):
         assert bench(side, out, "documented", "max", resume=True)[0] == 143
     status, result = bench(side, out, "documented", "max", "default", resume=True)
@@ -425,7 +433,7 @@ def test_sigterm_keeps_what_was_measured(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of its own with this code in it, and a commit before that does not import."""
+    """A repository of its own with this code in it, and commits that cannot be measured."""
     if shutil.which("git") is None:
         pytest.skip("needs git")
     place = tmp_path_factory.mktemp("clone")
@@ -449,6 +457,15 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git("rm", "-rqf", "kernels_warmup")
     git("commit", "-qam", "empty")
     git("tag", "empty")
+    git("checkout", "-q", "whole")
+    runtime.write_text(text + "\n\ndef build_runtime() -> None:\n    return None\n")
+    git("commit", "-qam", "other entry points")
+    git("tag", "other-entry-points")
+    git("checkout", "-q", "whole")
+    git("mv", "serve/engine/runtime.py", "serve/runtime.py")
+    git("rm", "-rqf", "serve/engine")
+    git("commit", "-qam", "without serve/engine")
+    git("tag", "without-engine")
     git("checkout", "-q", "whole")
     assert runtime.read_text() == text
     return place
@@ -483,8 +500,10 @@ def test_two_commits_are_timed_in_the_same_rounds(
 @pytest.mark.parametrize(
     ("revision", "said"),
     [
-        ("broken", "the base commit cannot be measured: its code does not import .*half a change"),
-        ("empty", "has no kernels_warmup/ to measure"),
+        ("broken", "base commit cannot be measured.*half a change"),
+        ("other-entry-points", "base commit cannot be measured.*build_runtime.*prepare"),
+        ("empty", "base commit [0-9a-f]{12} cannot be measured.*kernels_warmup/"),
+        ("without-engine", "base commit [0-9a-f]{12} cannot be measured.*serve/engine/"),
     ],
 )
 def test_a_base_that_cannot_be_measured_is_one_sentence(
@@ -494,8 +513,9 @@ def test_a_base_that_cannot_be_measured_is_one_sentence(
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
     options = parser.parse_args(["--scenario", "served", *SMALL, "--base", revision])
-    with pytest.raises(BenchError, match=said):
+    with pytest.raises(BenchError, match=said) as refused:
         run.run(options)
+    assert "\n" not in str(refused.value)
     assert worktrees(clone) == 1
 
 
@@ -527,7 +547,7 @@ def test_a_batch_is_warm_and_a_run_that_is_not_is_refused(monkeypatch: pytest.Mo
     # Traced and not generated: that is enough for a shape to be cold.
     compile_eagerly = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", lambda function, **_: compile_eagerly(function))
-    work = drive.choose_work("demo", "cpu", "64x64", 2)
+    work = choose_work("demo", "cpu", "64x64", 2)
     (compiled,) = (replace(s, compile="off", recipe={"scope": "whole"}) for s in chosen(["served"]))
     with asyncio.Runner() as runner:
         batch = drive.Served(replace(compiled, images=2), work, runner)
@@ -552,9 +572,9 @@ def test_scenarios_have_names_of_their_own_and_recipes_that_exist() -> None:
 def test_a_scenario_may_have_steps_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     (asked,) = chosen(["offline"])
-    work = drive.choose_work("demo", "cpu", "64x64", 2)
+    work = choose_work("demo", "cpu", "64x64", 2)
     with asyncio.Runner() as runner:
-        batch = drive.drive(replace(asked, images=2, steps=3), work, runner)
+        batch = drive.load_scenario(replace(asked, images=2, steps=3), work, runner)
         sample = batch.request(0, 0)
         batch.close()
     assert len(sample.steps_ms) == 2
@@ -581,9 +601,9 @@ def test_no_scenario_changes_how_another_is_compiled(name: str) -> None:
     (scenario,) = chosen([name])
     if scenario.quantize == "fp8" or scenario.attention not in ("auto", "math"):
         pytest.skip("cannot be prepared without a GPU; there `run` itself refuses such a change")
-    before = drive.compiler_settings()
+    before = compiler_settings()
     drive.prepare(scenario, load_model(DEMO_MODEL, None, "cpu", "float32"))
-    drive.refuse_changed_settings(before, drive.compiler_settings())
+    check_settings_unchanged(before, compiler_settings())
 
 
 def test_a_scenario_that_changes_the_compiler_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -593,24 +613,24 @@ def test_a_scenario_that_changes_the_compiler_has_failed(monkeypatch: pytest.Mon
         config.coordinate_descent_tuning = not config.coordinate_descent_tuning
 
     (served,) = chosen(["served"])
-    work = drive.choose_work("demo", "cpu", "64x64", 2)
-    defaults = drive.LibrarySettings()
+    work = choose_work("demo", "cpu", "64x64", 2)
+    defaults = LibrarySettings()
     monkeypatch.setattr(drive, "prepare", careless)
     try:
         with asyncio.Runner() as runner, pytest.raises(ScenarioFailed) as failed:
-            drive.drive(served, work, runner)
+            drive.load_scenario(served, work, runner)
         assert "coordinate_descent_tuning" in str(failed.value)
         # The setting may belong to the process, as before torch 2.12; it is put back either way.
         careless()
         defaults.apply()
-        assert drive.LibrarySettings()._compiler == defaults._compiler
+        assert LibrarySettings()._compiler == defaults._compiler
     finally:
         defaults.apply()
 
 
 def test_only_the_kind_of_run_that_is_timed_is_warmed() -> None:
     (text_once,) = chosen(["text-once"])
-    work = drive.choose_work("demo", "cpu", "64x64", 2)
+    work = choose_work("demo", "cpu", "64x64", 2)
     with asyncio.Runner() as runner:
         for images in (1, 2):
             driven = drive.Served(replace(text_once, images=images), work, runner)

@@ -15,11 +15,12 @@ import pytest
 from bench.__main__ import COMMANDS, main
 from bench.errors import BenchError
 from bench.harness import session
-from bench.harness.drive import Work
 from bench.harness.environment import ROOT
 from bench.harness.result_file import BenchResult, NotRun
-from bench.harness.run import NO_TIME, TIME_IS_UP
+from bench.harness.rounds import TIME_IS_UP
+from bench.harness.run_record import NO_TIME
 from bench.harness.session import Archive, MeasurementSession
+from bench.harness.work import Work
 from kernels_warmup.shapes import CompiledShape
 from tests.bench import made_up
 

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
 
 from bench.harness.result_file import NotRun
-from bench.report.table import PAGE, in_place, is_shown, ratio_interval, render_run, tables
+from bench.report.table import PAGE, in_place, is_shown, render_run, tables
 from tests.bench.made_up import GPU, result, scenario
 
 
@@ -14,28 +13,6 @@ from tests.bench.made_up import GPU, result, scenario
 @pytest.mark.parametrize("name", ["gpu table", "target table", "cpu table", "bench tables"])
 def test_the_page_shows_what_the_results_say(name: str) -> None:
     assert in_place(PAGE.read_text(), name)[1] == tables()[name]
-
-
-def test_a_ratio_lies_in_its_interval() -> None:
-    generator = random.Random(1)
-    base = [100 + generator.gauss(0, 1) for _ in range(20)]
-    head = [90 + generator.gauss(0, 1) for _ in range(20)]
-    point, low, high = ratio_interval(base, head)
-    assert low <= point <= high
-    assert low < 0.9 < high
-    assert high < 1
-
-
-def test_no_change_is_not_called_one() -> None:
-    generator = random.Random(2)
-    samples = [[50 + generator.gauss(0, 0.5) for _ in range(20)] for _ in range(2)]
-    _, low, high = ratio_interval(*samples)
-    assert low < 1 < high
-
-
-def test_unpaired_rounds_are_refused() -> None:
-    with pytest.raises(ValueError, match="pairs"):
-        ratio_interval([1.0], [1.0, 2.0])
 
 
 def test_a_run_is_one_table_in_the_order_of_its_stack() -> None:

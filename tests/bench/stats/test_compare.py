@@ -155,7 +155,7 @@ def test_what_may_differ_can_be_allowed(tmp_path: Path, capsys: Capture) -> None
     both = single(1.0), other_torch(single(0.9, seed=5))
     assert compared(tmp_path, capsys, *both, also=("--allow", "torch"))[0] == 0
     assert main(["compare", *(str(tmp_path / f"{i}.json") for i in (0, 1)), "--allow", "trch"]) == 2
-    assert "--allow trch is not allowed" in capsys.readouterr().err
+    assert "--allow trch" in capsys.readouterr().err
 
 
 def test_scenarios_of_one_name_that_differ_are_not_compared(
@@ -193,7 +193,7 @@ def test_the_control_of_an_interleaved_run_must_hold(tmp_path: Path, capsys: Cap
     scenarios = [slow if (s.name, s.side) == ("documented", "head") else s for s in both.scenarios]
     status, told = compared(tmp_path, capsys, replace(both, scenarios=tuple(scenarios)))
     assert (status, verdicts(told)) == (3, {"inconclusive"})
-    assert "in which no code of ours runs, is +5" in told["rows"][0]["reason"]
+    assert "which runs no code of this project, differs by +5" in told["rows"][0]["reason"]
 
 
 def test_a_table_of_many_rows_errs_no_more_often_than_one(tmp_path: Path, capsys: Capture) -> None:
@@ -242,7 +242,7 @@ def test_what_a_person_reads(tmp_path: Path, capsys: Capture) -> None:
     assert "the machine was busy when the bench began: load 3.5 on 2 cores" in said
     assert "the GPU was throttled: sw_thermal_slowdown" in said
     assert "attention none -> cudnn" in said
-    assert "error of one forward against float32 rose from 1e-05 to 0.012" in said
+    assert "error of one forward pass against float32 rose from 1e-05 to 0.012" in said
     assert "\x1b" not in said
 
 
@@ -250,13 +250,13 @@ def test_what_a_person_reads(tmp_path: Path, capsys: Capture) -> None:
     ("arguments", "said"),
     [
         (("r.json", "--scenario", "fp9"), "no scenario fp9 was measured; there are documented"),
-        (("r.json", "r.json"), "holds both sides already; compare it by itself"),
-        (("one.json",), "holds one side; name a BASE and a HEAD"),
-        (("r.json",) * 3, "3 files were given; one or two can be compared"),
+        (("r.json", "r.json"), "holds both sides"),
+        (("one.json",), "holds one side"),
+        (("r.json",) * 3, "3 files were given"),
         (("nowhere.json",), "cannot be read: No such file"),
-        (("r.json", "--smallest-change", "0"), "'0' is not allowed; a share between 0 and 50%"),
-        (("r.json", "--smallest-change", "much"), "'much' is not allowed"),
-        (("r.json", "--smallest-change", "nan"), "'nan' is not allowed"),
+        (("r.json", "--smallest-change", "0"), "'0' is not a share between 0 and 50%"),
+        (("r.json", "--smallest-change", "much"), "'much' is not a share"),
+        (("r.json", "--smallest-change", "nan"), "'nan' is not a share"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_status_2(
