@@ -111,7 +111,7 @@ def cache_settings(folder: Path) -> dict[str, str]:
 
 def start(case: str, environment: Mapping[str, str], steps: int) -> Start:
     """One start to its first image. Raises BenchError where there is none."""
-    from bench.service.processes import connect, running
+    from bench.service.processes import connect, free_port, running
 
     port = free_port()
     module = ["serve", "--port", str(port)]
@@ -162,15 +162,6 @@ def wait_until_kept(server: Server) -> None:
             return
         time.sleep(POLL_SECONDS)
     raise BenchError(f"{server.name} kept nothing of what it compiled in {KEEPING_SECONDS} s")
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def tell(one: Start) -> str:
