@@ -7,8 +7,8 @@ import torch
 
 from bench.demo_model.architecture import build_pipeline
 from bench.demo_model.evaluate import (
+    DrawSettings,
     Question,
-    Sampling,
     Scores,
     as_table,
     as_text,
@@ -84,8 +84,8 @@ def test_the_same_seed_draws_the_same_picture_alone_or_in_a_batch() -> None:
     torch.set_num_threads(1)
     pipeline = build_pipeline(0)
     asked = questions(3, 1, 128, 128)
-    together = draw(pipeline, asked, Sampling(steps=2, batch=3))
-    alone = draw(pipeline, asked, Sampling(steps=2, batch=1))
+    together = draw(pipeline, asked, DrawSettings(steps=2, batch=3))
+    alone = draw(pipeline, asked, DrawSettings(steps=2, batch=1))
     for one, other in zip(together, alone, strict=True):
         assert abs(one.astype(int) - other.astype(int)).max() <= 1
     assert (together[0] != together[1]).any()

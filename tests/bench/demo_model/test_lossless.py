@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench.demo_model.evaluate import Question, Sampling, score
+from bench.demo_model.evaluate import DrawSettings, Question, score
 from bench.demo_model.lossless import (
     PREPARATIONS,
     REWRITES,
     Distance,
-    Verdict,
+    PictureComparison,
     as_text,
     asked_for,
     compare,
@@ -46,7 +46,7 @@ def plain() -> SdxlModel:
 
 def assert_lossless(plain: SdxlModel, prepared: SdxlModel, prompts: int) -> None:
     asked = asked_for(prompts)
-    before, after = (draw_all(model, asked, Sampling()) for model in (plain, prepared))
+    before, after = (draw_all(model, asked, DrawSettings()) for model in (plain, prepared))
     for row, verdict in compare(asked, before, after).items():
         assert verdict.prepared == verdict.plain, row
         assert verdict.distance.mean < LARGEST_MEAN, row
@@ -81,7 +81,7 @@ def test_compiling_is_lossless(plain: SdxlModel, name: str) -> None:
 def test_a_loss_would_be_seen(plain: SdxlModel) -> None:
     prepared = load_model("demo", device_name="cpu", dtype_name="bfloat16")
     asked = {"one": asked_for(1)["128x128 one object"]}
-    before, after = (draw_all(model, asked, Sampling()) for model in (plain, prepared))
+    before, after = (draw_all(model, asked, DrawSettings()) for model in (plain, prepared))
     far = compare(asked, before, after)["one"].distance
     assert far.mean > LARGEST_MEAN
     assert far.maximum > LARGEST_DISTANCE
@@ -89,7 +89,7 @@ def test_a_loss_would_be_seen(plain: SdxlModel) -> None:
 
 def test_pictures_are_drawn_one_by_one_and_repeat(plain: SdxlModel) -> None:
     asked = asked_for(2)["160x96 one object"]
-    first, second = (draw(plain, asked, Sampling(steps=3)) for _ in range(2))
+    first, second = (draw(plain, asked, DrawSettings(steps=3)) for _ in range(2))
     assert [picture.shape for picture in first] == [(96, 160, 3)] * 2
     assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
 
@@ -107,7 +107,7 @@ def test_a_changed_score_is_said() -> None:
     asked = [Question(scene, "", 0)]
     right, wrong = ([render(some)] for some in (scene, Scene(128, 128, scene.background, ())))
     same, changed = (
-        Verdict(score(asked, right), score(asked, pictures), distance(right, pictures))
+        PictureComparison(score(asked, right), score(asked, pictures), distance(right, pictures))
         for pictures in (right, wrong)
     )
     text = as_text("default", {"same": same, "changed": changed})
