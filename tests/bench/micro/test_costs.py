@@ -88,12 +88,12 @@ def samples(on_ms: float, on_cpu_ms: float) -> Samples:
 
 
 def test_the_overhead_is_told_as_a_ratio_and_a_difference() -> None:
-    told = overhead.judge(samples(on_ms=102, on_cpu_ms=1.5))
-    assert told["on"]["wall_ratio"]["point"] == pytest.approx(1.02, abs=0.001)
-    assert told["on"]["cpu_ms_more_a_request"]["point"] == pytest.approx(1.5)
-    assert told["sampled out"]["wall_ratio"]["point"] == 1
-    assert told["scraped every second"]["wall_ratio"]["point"] == pytest.approx(1.03)
-    assert any("CPU +1.50 ms" in line for line in overhead.tell(samples(102, 1.5), told))
+    figures = overhead.summarise(samples(on_ms=102, on_cpu_ms=1.5))
+    assert figures["on"]["wall_ratio"]["point"] == pytest.approx(1.02, abs=0.001)
+    assert figures["on"]["cpu_ms_more_a_request"]["point"] == pytest.approx(1.5)
+    assert figures["sampled out"]["wall_ratio"]["point"] == 1
+    assert figures["scraped every second"]["wall_ratio"]["point"] == pytest.approx(1.03)
+    assert any("CPU +1.50 ms" in line for line in overhead.report(samples(102, 1.5), figures))
 
 
 @pytest.mark.parametrize(
