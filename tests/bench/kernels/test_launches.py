@@ -14,7 +14,7 @@ from bench.__main__ import main
 from bench.errors import BenchError
 from bench.harness.scenarios import Scenario
 from bench.kernels.hopper_code import FP8_PRODUCTS, Launch, Lowered
-from bench.kernels.launches import Work, lower_part, summarise
+from bench.kernels.launches import CountedModel, lower_part, summarise
 from kernels_warmup.attention import transformer_blocks
 from kernels_warmup.flops import count_step
 from kernels_warmup.shapes import CompiledShape
@@ -29,7 +29,7 @@ SMALL = ["--model", "demo", "--shape", "64x64", "--top", "3"]
 
 def count(scenario: Scenario, part: str = "step") -> Lowered:
     unet, vae = (dict(module.config) for module in (tiny_unet(), tiny_vae()))
-    return lower_part(scenario, part, Work(unet, vae, SHAPE, images=1))
+    return lower_part(scenario, part, CountedModel(unet, vae, SHAPE, images=1))
 
 
 def calls(lowered: Lowered, kind: str) -> int:

@@ -1,4 +1,4 @@
-"""Whether a lossless scenario is told from one that is not."""
+"""Whether a lossless scenario is distinguished from one that is not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_each_lossless_way_stands_beside_eager(
     assert checked["served"]["errors"] == found["eager"]
     assert checked["compiled"]["settings"]["recipe.scope"] == "none"
     assert all(one["passed"] and one["again"] for one in checked.values())
-    assert "as near" in capsys.readouterr().out
+    assert "as close" in capsys.readouterr().out
 
 
 @pytest.mark.slow
