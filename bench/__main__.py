@@ -38,32 +38,32 @@ COMMANDS = {
     "run": Command(
         "harness.run", "time scenarios in interleaved rounds, of this commit or beside another"
     ),
-    "overhead": Command("service.overhead", "what telemetry costs a request: wall time and CPU"),
+    "overhead": Command("service.overhead", "telemetry overhead of a request: wall time and CPU"),
     "coldstart": Command(
-        "service.coldstart", "process start to first image, cold and from cache, by phase"
+        "service.coldstart", "time from process start to first image, cold and from cache, by phase"
     ),
-    "micro": Command("micro.pieces", "what our own pieces cost by themselves"),
+    "micro": Command(
+        "micro.pieces", "time of our own code: telemetry, and the work around a request's steps"
+    ),
     "kernels": Command("kernels.profile", "where the time of a step goes, by kernel"),
     "launches": Command(
-        "kernels.launches", "what a step launches on a Hopper GPU, counted without one"
+        "kernels.launches", "the kernels a step launches on a Hopper GPU, counted without one"
     ),
     "numerics": Command(
-        "kernels.numerics", "whether each lossless scenario is as near to float32 as eager bfloat16"
+        "kernels.numerics",
+        "whether each lossless scenario is as close to float32 as eager bfloat16",
     ),
     "operators": Command(
-        "kernels.operators", "every product, convolution and attention of a step by itself"
+        "kernels.operators",
+        "time of every product, convolution, attention and norm of a step, each by itself",
     ),
     "peers": Command(
-        "service.peers", "throughput beside the documented example, served as written"
+        "service.peers", "throughput with concurrent clients, compared with the documented example"
     ),
-    "bare": Command(
-        "micro.harness_check", "what the bench reports against the same work timed bare"
-    ),
+    "bare": Command("micro.harness_check", "what the bench reports, against a minimal timing loop"),
     "compare": Command("stats.compare", "is HEAD faster than BASE, by how much, and is that real"),
     "show": Command("report.show", "a result as a table, or as a page with plots"),
-    "load": Command(
-        "service.load", "latency, goodput and rejections of a server under a given rate of requests"
-    ),
+    "load": Command("service.load", "latency, goodput and rejections of a server under load"),
 }
 """By name, in the order of `--help`."""
 

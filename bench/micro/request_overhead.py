@@ -1,7 +1,7 @@
-"""What a request costs the host beside its steps and its decode: rows of `python -m bench micro`.
+"""The host's time for a request outside its steps and its decode: rows of `python -m bench micro`.
 
-The service runs as it is, on the demo model and a CPU, but for a UNet that returns at once where
-the loop is timed, and a model that does where the thread's turns are.
+The service runs unchanged on the demo model and a CPU, except for two replacements that return at
+once: the UNet where the loop is timed, and the model where the thread's turns are timed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 LOOP_STEPS = 20
 SIDE = 1024
-"""Of the pictures, and of the latents times eight."""
+"""Pixels of a picture's side; latents have an eighth."""
 PROMPTS = (
     "a red circle on the left and a big blue square, photograph, 35mm, golden hour",
     "blurry, low quality, deformed",
 )
 QUEUED = 8
-"""Requests that wait when the thread's turns are timed."""
+"""Requests in the queue when the thread's turns are timed."""
 
 
 def measure(series: int) -> list[Cost]:
-    """Every piece, in the order in which a request meets them."""
+    """Every piece, in the order in which a request runs them."""
     from prometheus_client import CollectorRegistry
 
     from kernels_warmup.shapes import CompiledShape
@@ -77,7 +77,7 @@ def _tokens(model: SdxlModel, series: int) -> Cost:
 
 
 def _loop(model: SdxlModel, series: int) -> list[Cost]:
-    """From the entry of `denoise` to the first UNet call, and from there a step outside it."""
+    """From the entry of `denoise` to the first UNet call, and then a step outside the UNet."""
     from kernels_warmup.shapes import CompiledShape
 
     calls: list[int] = []
@@ -116,7 +116,7 @@ def _loop(model: SdxlModel, series: int) -> list[Cost]:
 
 
 def _turn(runtime: Runtime, model: SdxlModel, runner: asyncio.Runner, series: int) -> Cost:
-    """What the model's thread does between two queued requests, outside the model."""
+    """The model's thread between two queued requests, outside the model."""
     from serve.engine.call import Call
     from serve.schema import TextToImageRequest
 
@@ -137,8 +137,10 @@ def _turn(runtime: Runtime, model: SdxlModel, runner: asyncio.Runner, series: in
 
 @contextmanager
 def _instant(model: Any) -> Iterator[list[tuple[int, int]]]:
-    """A model that answers at once; yields when each request's first and last call began and
-    ended."""
+    """A block in which the model's methods return at once.
+
+    Yields a list of (start of a request's first call, end of its last call), in nanoseconds.
+    """
     conditioning = model.encode_prompts([PROMPTS[0]], [""], True)
     pixels = model.decode(_latents(model))
     turns: list[tuple[int, int]] = []
@@ -164,12 +166,12 @@ def _instant(model: Any) -> Iterator[list[tuple[int, int]]]:
         turns.append((begun, time.perf_counter_ns()))
         return pixels
 
-    stand_ins = {"encode_prompts": encode_prompts, "denoise": denoise, "decode": decode}
-    vars(model).update(stand_ins)
+    replacements = {"encode_prompts": encode_prompts, "denoise": denoise, "decode": decode}
+    vars(model).update(replacements)
     try:
         yield turns
     finally:
-        for name in stand_ins:
+        for name in replacements:
             del vars(model)[name]
 
 
@@ -204,12 +206,12 @@ def _pictures(model: SdxlModel, series: int) -> list[Cost]:
         cost("png", "the picture as PNG", lambda: encode_image(drawn, "png"), few, 1),
         cost("webp", "the picture as WebP", lambda: encode_image(drawn, "webp"), few, 1),
         cost("uri", f"{kilobytes} kB as a data URI", lambda: data_uri(jpeg, "jpeg"), series, 1),
-        cost("body", "the answer with it as JSON", lambda: response_body(response), series, 1),
+        cost("body", "the response with it as JSON", lambda: response_body(response), series, 1),
     ]
 
 
 def _answer(runtime: Runtime, runner: asyncio.Runner, series: int) -> Cost:
-    """From pixels to the answer's bytes, hand-overs to threads and back included."""
+    """From pixels to the response's bytes, including the switches between threads."""
     from serve.engine.call import Call
     from serve.http.asgi import response_body
     from serve.schema import TextToImageRequest
@@ -228,7 +230,9 @@ def _answer(runtime: Runtime, runner: asyncio.Runner, series: int) -> Cost:
 
     runner.run(runtime.generate(request, call))
     plan = runtime._plan(request, call)
-    return summary("answer", "noise, from pixels to the answer's bytes", runner.run(all_of_them()))
+    return summary(
+        "answer", "noise, from pixels to the response's bytes", runner.run(all_of_them())
+    )
 
 
 def _noise() -> Any:
@@ -238,7 +242,7 @@ def _noise() -> Any:
 
 
 def _drawn(model: SdxlModel) -> Any:
-    """A picture of the demo's, enlarged."""
+    """A picture of the demo model, enlarged."""
     import numpy as np
     from PIL import Image
 
