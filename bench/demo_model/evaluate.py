@@ -34,11 +34,11 @@ _GRID_GAP = 4
 
 
 @dataclass(frozen=True)
-class Question:
-    """A held-out scene, a prompt that describes it, and the seed of the picture."""
+class HeldOutPrompt:
+    """A held-out scene, a text that describes it, and the seed of the picture."""
 
     scene: Scene
-    prompt: str
+    text: str
     seed: int
 
 
@@ -64,52 +64,52 @@ class Scores:
     everything: float
 
 
-def questions(count: int, objects: int, width: int, height: int) -> list[Question]:
+def held_out_prompts(count: int, objects: int, width: int, height: int) -> list[HeldOutPrompt]:
     """Held-out scenes with complete captions; the same in every run."""
     rng = np.random.default_rng([_PROMPT_SEED, objects, width, height])
-    asked = []
+    prompts = []
     for seed in range(count):
         scene = draw_scene(rng, width, height, objects=objects, held_out=True)
-        asked.append(Question(scene, full_caption(scene, rng), seed))
-    return asked
+        prompts.append(HeldOutPrompt(scene, full_caption(scene, rng), seed))
+    return prompts
 
 
 def draw(
     pipeline: StableDiffusionXLPipeline,
-    asked: Sequence[Question],
+    prompts: Sequence[HeldOutPrompt],
     settings: DrawSettings,
 ) -> list[Pixels]:
-    """A picture for each question, (height, width, 3) bytes; all questions must have one size."""
+    """A picture for each prompt, (height, width, 3) bytes; all prompts must have one size."""
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[Pixels] = []
-    for start in range(0, len(asked), settings.batch):
-        chunk = asked[start : start + settings.batch]
+    for start in range(0, len(prompts), settings.batch):
+        chunk = prompts[start : start + settings.batch]
         drawn = pipeline(
-            prompt=[question.prompt for question in chunk],
+            prompt=[prompt.text for prompt in chunk],
             width=chunk[0].scene.width,
             height=chunk[0].scene.height,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             # Noise from the CPU, so that a seed gives the same picture on every device.
-            generator=[torch.Generator("cpu").manual_seed(question.seed) for question in chunk],
+            generator=[torch.Generator("cpu").manual_seed(prompt.seed) for prompt in chunk],
             output_type="np",
         ).images
         pictures += [np.rint(picture * 255).astype(np.uint8) for picture in drawn]
     return pictures
 
 
-def score(asked: Sequence[Question], pictures: Sequence[Pixels]) -> Scores:
-    """Compare each picture with its question."""
+def score(prompts: Sequence[HeldOutPrompt], pictures: Sequence[Pixels]) -> Scores:
+    """Compare each picture with its prompt."""
     marks = np.array(
         [
-            _marks(question.scene, read(picture))
-            for question, picture in zip(asked, pictures, strict=True)
+            _marks(prompt.scene, read(picture))
+            for prompt, picture in zip(prompts, pictures, strict=True)
         ],
         dtype=float,
     )
     background, colour, shape, size, place = (float(share) for share in marks.mean(axis=0))
     everything = float(marks.all(axis=1).mean())
-    return Scores(len(asked), background, colour, shape, size, place, everything)
+    return Scores(len(prompts), background, colour, shape, size, place, everything)
 
 
 def _marks(scene: Scene, seen: Reading) -> tuple[bool, bool, bool, bool, bool]:
@@ -162,18 +162,21 @@ def reconstruction_psnr(vae: AutoencoderKL, width: int, height: int, count: int)
 
 
 def evaluate(
-    pipeline: StableDiffusionXLPipeline, settings: DrawSettings, prompts: int
+    pipeline: StableDiffusionXLPipeline, settings: DrawSettings, count: int
 ) -> dict[str, dict[str, float]]:
-    """All figures of the model card, for each size that the model was trained at."""
+    """All figures of the model card, for each size that the model was trained at.
+
+    `count`: prompts for each size and number of objects.
+    """
     figures: dict[str, dict[str, float]] = {}
     for width, height in DEMO_SIZES:
         size = f"{width}x{height}"
-        psnr = reconstruction_psnr(pipeline.vae, width, height, prompts)
+        psnr = reconstruction_psnr(pipeline.vae, width, height, count)
         figures[f"{size} vae"] = {"psnr_db": psnr}
         for objects, name in ((1, "one object"), (2, "two objects")):
-            asked = questions(prompts, objects, width, height)
-            pictures = draw(pipeline, asked, settings)
-            figures[f"{size} {name}"] = asdict(score(asked, pictures))
+            prompts = held_out_prompts(count, objects, width, height)
+            pictures = draw(pipeline, prompts, settings)
+            figures[f"{size} {name}"] = asdict(score(prompts, pictures))
     return figures
 
 
@@ -211,8 +214,8 @@ def grid(pipeline: StableDiffusionXLPipeline, settings: DrawSettings) -> Image.I
     """64 held-out pictures in 8 rows; every fourth row has two objects, the others one."""
     width, height = DEMO_SIZES[0]
     rows = _GRID_SIDE
-    paired = questions(rows // 4 * _GRID_SIDE, 2, width, height)
-    single = questions((rows - rows // 4) * _GRID_SIDE, 1, width, height)
+    paired = held_out_prompts(rows // 4 * _GRID_SIDE, 2, width, height)
+    single = held_out_prompts((rows - rows // 4) * _GRID_SIDE, 1, width, height)
     pairs, singles = draw(pipeline, paired, settings), draw(pipeline, single, settings)
     sheet = Image.new(
         "RGB",

@@ -19,10 +19,10 @@ import numpy as np
 
 from bench.demo_model.evaluate import (
     DrawSettings,
-    Question,
+    HeldOutPrompt,
     Scores,
     circumstances,
-    questions,
+    held_out_prompts,
     score,
 )
 from bench.demo_model.scenes import Pixels
@@ -63,18 +63,20 @@ class PictureComparison:
     distance: Distance
 
 
-def draw(model: SdxlModel, asked: Sequence[Question], settings: DrawSettings) -> list[Pixels]:
-    """A picture for each question, (height, width, 3) bytes, drawn one at a time like requests."""
-    return [_draw_one(model, question, settings) for question in asked]
+def draw(
+    model: SdxlModel, prompts: Sequence[HeldOutPrompt], settings: DrawSettings
+) -> list[Pixels]:
+    """A picture for each prompt, (height, width, 3) bytes, drawn one at a time like requests."""
+    return [_draw_one(model, prompt, settings) for prompt in prompts]
 
 
-def _draw_one(model: SdxlModel, question: Question, settings: DrawSettings) -> Pixels:
+def _draw_one(model: SdxlModel, prompt: HeldOutPrompt, settings: DrawSettings) -> Pixels:
     latents = model.denoise(
-        model.encode_prompts([question.prompt], [""], guided=settings.guidance > 1),
-        shape=CompiledShape(question.scene.width, question.scene.height),
+        model.encode_prompts([prompt.text], [""], guided=settings.guidance > 1),
+        shape=CompiledShape(prompt.scene.width, prompt.scene.height),
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance,
-        seeds=[question.seed],
+        seeds=[prompt.seed],
         on_loop_begins=lambda: None,
         on_step_enqueued=lambda *_: None,
     )
@@ -88,35 +90,35 @@ def distance(some: Sequence[Pixels], others: Sequence[Pixels]) -> Distance:
     return Distance(float(apart.mean()), int(apart.max()), float((apart > 0).mean()))
 
 
-def asked_for(prompts: int) -> dict[str, list[Question]]:
-    """The evaluation's first `prompts` questions for each size and number of objects."""
+def prompts_by_row(count: int) -> dict[str, list[HeldOutPrompt]]:
+    """The evaluation's first `count` prompts for each size and number of objects."""
     return {
-        f"{width}x{height} {name}": questions(prompts, objects, width, height)
+        f"{width}x{height} {name}": held_out_prompts(count, objects, width, height)
         for width, height in DEMO_SIZES
         for objects, name in ((1, "one object"), (2, "two objects"))
     }
 
 
 def draw_all(
-    model: SdxlModel, asked: dict[str, list[Question]], settings: DrawSettings
+    model: SdxlModel, prompts: dict[str, list[HeldOutPrompt]], settings: DrawSettings
 ) -> dict[str, list[Pixels]]:
-    """All pictures, by the keys of `asked`."""
-    return {row: draw(model, some, settings) for row, some in asked.items()}
+    """All pictures, by the keys of `prompts`."""
+    return {row: draw(model, some, settings) for row, some in prompts.items()}
 
 
 def compare(
-    asked: dict[str, list[Question]],
+    prompts: dict[str, list[HeldOutPrompt]],
     plain: dict[str, list[Pixels]],
     prepared: dict[str, list[Pixels]],
 ) -> dict[str, PictureComparison]:
-    """A comparison for each key of `asked`."""
+    """A comparison for each key of `prompts`."""
     return {
         row: PictureComparison(
             score(some, plain[row]),
             score(some, prepared[row]),
             distance(plain[row], prepared[row]),
         )
-        for row, some in asked.items()
+        for row, some in prompts.items()
     }
 
 
@@ -147,14 +149,14 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = DrawSettings(arguments.steps, batch=1)
     start = time.perf_counter()
-    asked = asked_for(arguments.prompts)
+    prompts = prompts_by_row(arguments.prompts)
     plain = load_model(DEMO_MODEL, device_name=arguments.device, dtype_name=arguments.dtype)
-    before = draw_all(plain, asked, settings)
+    before = draw_all(plain, prompts, settings)
     results = {}
     for name in [arguments.only] if arguments.only else PREPARATIONS:
         model = load_model(DEMO_MODEL, device_name=arguments.device, dtype_name=arguments.dtype)
         PREPARATIONS[name](model)
-        comparisons = compare(asked, before, draw_all(model, asked, settings))
+        comparisons = compare(prompts, before, draw_all(model, prompts, settings))
         results[name] = {row: asdict(comparison) for row, comparison in comparisons.items()}
         sys.stdout.write(f"{as_text(name, comparisons)}\n")
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The model card that is written beside the trained checkpoint."""
+"""The model card that is written with the trained checkpoint."""
 
 from typing import Any
 

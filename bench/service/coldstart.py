@@ -164,7 +164,7 @@ def wait_until_kept(server: Server) -> None:
     """
     until = time.monotonic() + KEEPING_SECONDS
     while time.monotonic() < until:
-        compiled = json.loads(server.ask("GET", "/ready")[1]).get("compile", {})
+        compiled = json.loads(server.request("GET", "/ready")[1]).get("compile", {})
         if "cache" not in compiled or "cache_store" in compiled:
             return
         time.sleep(POLL_SECONDS)

@@ -121,7 +121,7 @@ def measure(options: argparse.Namespace) -> Samples:
         if options.scrape:
             samples.scraped_wall_ms = _scraped(server, options.pairs, options.steps)
         time.sleep(SETTLE_SECONDS)
-        samples.spans_received = int(receiver.ask("GET", "/count")[1])
+        samples.spans_received = int(receiver.request("GET", "/count")[1])
     if not samples.spans_received:
         raise BenchError("no span reached the receiver, so nothing was measured")
     return samples

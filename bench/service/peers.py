@@ -96,7 +96,7 @@ def measure(model: str, clients: int, blocks: int, requests: int, steps: int) ->
 
 def load(server: Any, clients: int, requests: int, steps: int) -> float:
     """Seconds until all requests are answered; each client sends its next one at once."""
-    from bench.service.processes import ask, connect, request_body
+    from bench.service.processes import connect, request_body, send_request
 
     seeds: queue.SimpleQueue[int] = queue.SimpleQueue()
     for seed in range(requests):
@@ -108,7 +108,7 @@ def load(server: Any, clients: int, requests: int, steps: int) -> float:
         try:
             while not failures:
                 seed = seeds.get_nowait()
-                status, body = ask(connection, "POST", "/", request_body(seed, steps))
+                status, body = send_request(connection, "POST", "/", request_body(seed, steps))
                 if status != 200:
                     failures.append(f"{server.name} answered {status}: {body[:200]!r}")
         except queue.Empty:

@@ -96,15 +96,15 @@ class Server:
     address: str = ""
     _connection: http.client.HTTPConnection | None = field(default=None, init=False)
 
-    def ask(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
+    def request(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
         """Status and body of one request, on a connection that is kept."""
         if self._connection is None:
             self._connection = connect(self.address)
-        return ask(self._connection, method, path, body)
+        return send_request(self._connection, method, path, body)
 
     def generate(self, seed: int, steps: int, **more: object) -> dict[str, Any]:
         """Request one image. Raises BenchError unless the status is 200."""
-        status, body = self.ask("POST", "/", request_body(seed, steps) | more)
+        status, body = self.request("POST", "/", request_body(seed, steps) | more)
         if status != 200:
             raise BenchError(f"{self.name} answered {status} to a request: {body[:200]!r}")
         answer: dict[str, Any] = json.loads(body)
@@ -116,7 +116,7 @@ class Server:
         return time.clock_gettime((~self.process.pid << 3) | 2)
 
     def close(self) -> None:
-        """Close the connection that `ask` keeps."""
+        """Close the connection that `request` keeps."""
         if self._connection is not None:
             self._connection.close()
 
@@ -182,7 +182,7 @@ def connect(address: str) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(parts.hostname, parts.port, timeout=600)
 
 
-def ask(
+def send_request(
     connection: http.client.HTTPConnection, method: str, path: str, body: object = None
 ) -> tuple[int, bytes]:
     """Status and body of one request. Reopens a kept connection that the server has closed."""

@@ -119,8 +119,8 @@ for workers in (1, 2):
     folder = pathlib.Path(sys.argv[1], str(workers))
     folder.mkdir()
     rendered = render_scenes(plan, workers, folder)
-    told = [pixels.tobytes() + "|".join(captions).encode() for pixels, captions in rendered]
-    print(hashlib.sha256(b"".join(told)).hexdigest())
+    parts = [pixels.tobytes() + "|".join(captions).encode() for pixels, captions in rendered]
+    print(hashlib.sha256(b"".join(parts)).hexdigest())
 """
     command = [sys.executable, "-c", program, str(tmp_path)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -51,9 +51,9 @@ def test_overlapping_kernels_are_counted_once() -> None:
 
 def traced(category: str, name: str, ts: float, stream: int = 7, **args: object) -> dict[str, Any]:
     """One event of the device, as kineto writes it into a Chrome trace."""
-    told = {"External id": 5, "device": 0, "context": 1, "stream": stream, "correlation": 9}
+    common = {"External id": 5, "device": 0, "context": 1, "stream": stream, "correlation": 9}
     event = {"ph": "X", "cat": category, "name": name, "pid": 0, "tid": stream, "ts": ts}
-    return event | {"dur": 2.0, "args": told | args}
+    return event | {"dur": 2.0, "args": common | args}
 
 
 def test_a_memset_belongs_to_the_kernel_that_follows_on_its_stream() -> None:
@@ -90,7 +90,7 @@ def test_a_memset_belongs_to_the_kernel_that_follows_on_its_stream() -> None:
     ]
 
 
-def test_a_profile_tells_where_the_time_went(
+def test_a_profile_gives_the_time_by_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
@@ -146,12 +146,12 @@ def test_the_counted_flops_of_a_step_equal_the_flop_counters() -> None:
     assert (without_text["gemm"].bytes or 0) < (step["gemm"].bytes or 0)
 
 
-def test_a_kind_stands_beside_what_it_could_reach(tmp_path: Path) -> None:
+def test_a_kind_is_compared_with_its_roofline(tmp_path: Path) -> None:
     ceilings = Ceilings({"bfloat16": 700.0}, 4000.0)
     launches = tmp_path / "launches.json"
-    told = {"launches": 300, "bytes": 4e9, "flops": 0}
+    row = {"launches": 300, "bytes": 4e9, "flops": 0}
     counted = {"scenario": "compiled", "part": "step", "shape": "1024x1024"}
-    counted |= {"by_kind": {"generated: pointwise": told}}
+    counted |= {"by_kind": {"generated: pointwise": row}}
     launches.write_text(json.dumps({"counted": [counted]}))
     amounts = {"gemm": FlopsAndBytes(7e12, 1e9)}
     amounts |= read_launches(launches, "compiled", "step", "1024x1024")

@@ -18,7 +18,7 @@ SMALL = ["numerics", "--model", "demo", "--device", "cpu", "--shape", "64x64"]
 
 
 @pytest.mark.slow
-def test_each_lossless_way_stands_beside_eager(
+def test_each_lossless_scenario_is_compared_with_eager(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "numerics.json"

@@ -166,14 +166,14 @@ def test_the_overhead_of_real_servers(tmp_path: Path) -> None:
     out = tmp_path / "overhead.json"
     command = ["overhead", "--pairs", "20", "--blocks", "2", "--steps", "2", "--scrape"]
     assert main([*command, "--out", str(out)]) == 0
-    told = json.loads(out.read_text())
+    written = json.loads(out.read_text())
     # The first 5, 20 in rounds, 20 in blocks and 20 around the scraper are each a root, nine parts
     # and two steps; no other request has telemetry.
-    assert 65 * 12 <= told["spans_received"] <= 65 * 12 + 20
-    assert {len(values) for values in told["wall_ms"].values()} == {20}
-    assert {len(values) for values in told["cpu_ms_a_request"].values()} == {2}
-    assert all(cpu > 0 for values in told["cpu_ms_a_request"].values() for cpu in values)
-    assert len(told["scraped_wall_ms"]["scraped"]) == 10
+    assert 65 * 12 <= written["spans_received"] <= 65 * 12 + 20
+    assert {len(values) for values in written["wall_ms"].values()} == {20}
+    assert {len(values) for values in written["cpu_ms_a_request"].values()} == {2}
+    assert all(cpu > 0 for values in written["cpu_ms_a_request"].values() for cpu in values)
+    assert len(written["scraped_wall_ms"]["scraped"]) == 10
 
 
 @pytest.mark.slow
@@ -190,7 +190,7 @@ def test_a_cold_start_and_one_from_cache(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_throughput_beside_the_documented_example() -> None:
+def test_throughput_of_the_service_and_the_documented_example() -> None:
     found = peers.measure("demo", clients=4, blocks=2, requests=6, steps=2)
     assert set(found.images_per_second) == {"ours", "documented"}
     assert all(rate > 0 for rates in found.images_per_second.values() for rate in rates)
