@@ -13,10 +13,12 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bench.micro.timing import CallTime, summary, time_call
 
 if TYPE_CHECKING:
     from metrics.clock import Clock, Mark
@@ -29,17 +31,6 @@ SHAPES_KEPT_WARM = (1, 9)
 """The default of a full-size model, and all sizes that SDXL was trained for."""
 MOST_OUTSTANDING = 2048
 """The most spans that wait for export before the next tree is built: a quarter of the queue."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The time of one call, in microseconds."""
-
-    name: str
-    what: str
-    median_us: float
-    low_us: float
-    high_us: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(device: str, series: int) -> list[Cost]:
+def measure(device: str, series: int) -> list[CallTime]:
     """Every piece, in the order in which a request runs them."""
     from metrics.catalogue import render
     from metrics.clock import make_clock
@@ -99,11 +90,11 @@ def measure(device: str, series: int) -> list[Cost]:
         def record() -> None:
             runtime.metrics.observe_request(request, {"trace_id": "0" * 32, "span_id": "0" * 16})
 
-        def scrape(count: int, one: Runtime) -> Cost:
+        def scrape(count: int, one: Runtime) -> CallTime:
             registry, accept = one.metrics.registry, "application/openmetrics-text; version=1.0.0"
             kilobytes = len(render(registry, accept)[0]) / 1000
             what = f"/metrics, every label set of {count} warm sizes filled: {kilobytes:.0f} kB"
-            return cost(
+            return time_call(
                 f"scrape{count}", what, lambda: render(registry, accept), max(1, series // 10), 1
             )
 
@@ -112,7 +103,9 @@ def measure(device: str, series: int) -> list[Cost]:
             _step(clock, series),
             _poll(clock, series),
             _resolve(clock, series),
-            cost("record", f"one request of {STEPS} steps into the metrics", record, series, 5),
+            time_call(
+                "record", f"one request of {STEPS} steps into the metrics", record, series, 5
+            ),
             _emit(runtime, request, series),
             _export(request, series),
             *map(scrape, SHAPES_KEPT_WARM, runtimes),
@@ -122,7 +115,7 @@ def measure(device: str, series: int) -> list[Cost]:
             one.close(1)
 
 
-def _mark(clock: Clock, series: int) -> Cost:
+def _mark(clock: Clock, series: int) -> CallTime:
     def once() -> float:
         clock.begin()
         start = time.perf_counter_ns()
@@ -150,7 +143,7 @@ def _pace(clock: Clock, steps: int) -> float:
     return (time.perf_counter_ns() - start) / steps
 
 
-def _step(clock: Clock, series: int) -> Cost:
+def _step(clock: Clock, series: int) -> CallTime:
     calls = ", ".join(f"{count:g} {name}" for name, count in calls_a_step().items())
     what = f"one step's timing on the model's thread: {calls}"
     return summary("step", what, [_pace(clock, STEPS) for _ in range(series)])
@@ -182,16 +175,16 @@ def calls_a_step() -> dict[str, float]:
     return {name: count / STEPS for name, count in sorted(counted.items())}
 
 
-def _poll(clock: Clock, series: int) -> Cost:
+def _poll(clock: Clock, series: int) -> CallTime:
     clock.begin()
     mark = clock.mark()
     clock.wait(mark)
-    return cost(
+    return time_call(
         "poll", "whether a mark has been reached, and when", lambda: clock.poll(mark), series, 50
     )
 
 
-def _resolve(clock: Clock, series: int) -> Cost:
+def _resolve(clock: Clock, series: int) -> CallTime:
     def once() -> float:
         clock.begin()
         marks = [clock.mark() for _ in range(STEPS + 7)]
@@ -204,7 +197,7 @@ def _resolve(clock: Clock, series: int) -> Cost:
     return summary("resolve", what, [once() for _ in range(series)])
 
 
-def _emit(runtime: Runtime, request: RequestTiming, series: int) -> Cost:
+def _emit(runtime: Runtime, request: RequestTiming, series: int) -> CallTime:
     from metrics.spans import request_tree
 
     tracing, spans = runtime.tracing, request_tree(request).size
@@ -223,7 +216,7 @@ def _emit(runtime: Runtime, request: RequestTiming, series: int) -> Cost:
     return summary("emit", what, [once() for _ in range(series)])
 
 
-def _export(request: RequestTiming, series: int) -> Cost:
+def _export(request: RequestTiming, series: int) -> CallTime:
     """CPU time of the exporting thread: one request's share of a full batch."""
     from opentelemetry.context import Context
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -257,26 +250,6 @@ def _export(request: RequestTiming, series: int) -> Cost:
         exporter.shutdown()  # type: ignore[no-untyped-call]
     what = f"its {spans} spans sent with others, {len(batch)} at a time: CPU"
     return summary("export", what, costs)
-
-
-def cost(name: str, what: str, call: Callable[[], object], series: int, calls: int) -> Cost:
-    """Time `calls` calls in a row, `series` times."""
-    call()
-    taken = []
-    for _ in range(series):
-        start = time.perf_counter_ns()
-        for _ in range(calls):
-            call()
-        taken.append((time.perf_counter_ns() - start) / calls)
-    return summary(name, what, taken)
-
-
-def summary(name: str, what: str, nanoseconds: Sequence[float]) -> Cost:
-    """The median and interval of the nanoseconds that the calls took."""
-    from bench.stats.intervals import interval
-
-    found = interval([value / 1000 for value in nanoseconds])
-    return Cost(name, what, found.point, found.low, found.high)
 
 
 def _runtime(shapes: Sequence[str]) -> Runtime:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from bench.micro.pieces import Cost, cost, summary
+from bench.micro.timing import CallTime, summary, time_call
 
 if TYPE_CHECKING:
     from serve.engine.runtime import Runtime
@@ -30,7 +30,7 @@ QUEUED = 8
 """Requests in the queue when the thread's turns are timed."""
 
 
-def measure(series: int) -> list[Cost]:
+def measure(series: int) -> list[CallTime]:
     """Every piece, in the order in which a request runs them."""
     from prometheus_client import CollectorRegistry
 
@@ -64,7 +64,7 @@ def measure(series: int) -> list[Cost]:
             runtime.close(1)
 
 
-def _tokens(model: SdxlModel, series: int) -> Cost:
+def _tokens(model: SdxlModel, series: int) -> CallTime:
     from serve.model.sdxl import tokenise
 
     tokenizers = (model.pipeline.tokenizer, model.pipeline.tokenizer_2)
@@ -73,10 +73,10 @@ def _tokens(model: SdxlModel, series: int) -> Cost:
         for tokenizer in tokenizers:
             tokenise(tokenizer, list(PROMPTS))
 
-    return cost("tokens", "a prompt and a negative one, by both tokenizers", both, series, 1)
+    return time_call("tokens", "a prompt and a negative one, by both tokenizers", both, series, 1)
 
 
-def _loop(model: SdxlModel, series: int) -> list[Cost]:
+def _loop(model: SdxlModel, series: int) -> list[CallTime]:
     """From the entry of `denoise` to the first UNet call, and then a step outside the UNet."""
     from kernels_warmup.shapes import CompiledShape
 
@@ -115,7 +115,7 @@ def _loop(model: SdxlModel, series: int) -> list[Cost]:
     ]
 
 
-def _turn(runtime: Runtime, model: SdxlModel, runner: asyncio.Runner, series: int) -> Cost:
+def _turn(runtime: Runtime, model: SdxlModel, runner: asyncio.Runner, series: int) -> CallTime:
     """The model's thread between two queued requests, outside the model."""
     from serve.engine.call import Call
     from serve.schema import TextToImageRequest
@@ -182,7 +182,7 @@ def _latents(model: SdxlModel) -> Any:
     return torch.randn((1, channels, 16, 16), generator=torch.Generator().manual_seed(1))
 
 
-def _pictures(model: SdxlModel, series: int) -> list[Cost]:
+def _pictures(model: SdxlModel, series: int) -> list[CallTime]:
     from serve.engine.images import data_uri, encode_image
     from serve.http.asgi import response_body
     from serve.schema import GeneratedImage, TextToImageResponse, Timings
@@ -201,16 +201,22 @@ def _pictures(model: SdxlModel, series: int) -> list[Cost]:
     kilobytes = len(jpeg) // 1000
     few = max(1, series // 10)
     return [
-        cost("jpeg", f"a picture of {size} as JPEG", lambda: encode_image(drawn, "jpeg"), few, 1),
-        cost("jpegnoise", "noise as JPEG", lambda: encode_image(noise, "jpeg"), few, 1),
-        cost("png", "the picture as PNG", lambda: encode_image(drawn, "png"), few, 1),
-        cost("webp", "the picture as WebP", lambda: encode_image(drawn, "webp"), few, 1),
-        cost("uri", f"{kilobytes} kB as a data URI", lambda: data_uri(jpeg, "jpeg"), series, 1),
-        cost("body", "the response with it as JSON", lambda: response_body(response), series, 1),
+        time_call(
+            "jpeg", f"a picture of {size} as JPEG", lambda: encode_image(drawn, "jpeg"), few, 1
+        ),
+        time_call("jpegnoise", "noise as JPEG", lambda: encode_image(noise, "jpeg"), few, 1),
+        time_call("png", "the picture as PNG", lambda: encode_image(drawn, "png"), few, 1),
+        time_call("webp", "the picture as WebP", lambda: encode_image(drawn, "webp"), few, 1),
+        time_call(
+            "uri", f"{kilobytes} kB as a data URI", lambda: data_uri(jpeg, "jpeg"), series, 1
+        ),
+        time_call(
+            "body", "the response with it as JSON", lambda: response_body(response), series, 1
+        ),
     ]
 
 
-def _answer(runtime: Runtime, runner: asyncio.Runner, series: int) -> Cost:
+def _answer(runtime: Runtime, runner: asyncio.Runner, series: int) -> CallTime:
     """From pixels to the response's bytes, including the switches between threads."""
     from serve.engine.call import Call
     from serve.http.asgi import response_body
