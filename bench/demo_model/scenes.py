@@ -6,7 +6,7 @@ Random scenes, their pixels with anti-aliased edges, and captions in varied word
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -402,9 +402,3 @@ def _phrases() -> Iterator[str]:
     yield from _OPENINGS
     yield from _FILLERS
     yield from ("a", "an", "and", "on", "with")
-
-
-def plain(scene: Scene) -> Scene:
-    """The scene without its random tints: exactly the named colours."""
-    things = tuple(replace(thing, rgb=None) for thing in scene.things)
-    return replace(scene, things=things, background_rgb=None)
