@@ -1,1 +1,1 @@
-"""The programs that trained the demo checkpoint and judge it."""
+"""The programs that train the demo checkpoint and evaluate it."""

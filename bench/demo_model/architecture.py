@@ -1,7 +1,7 @@
-"""The demo model's architecture: SDXL with every part present and every part small.
+"""The demo model's architecture: every part of SDXL, each small.
 
-`build_pipeline(seed)` gives random weights; `python -m bench.demo_model.architecture` saves them in
-the diffusers layout. What the weights learn is the business of `train`.
+`build_pipeline(seed)` returns it with random weights; `python -m bench.demo_model.architecture`
+saves it in the diffusers layout. `bench.demo_model.train` trains it.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def build_pipeline(seed: int) -> StableDiffusionXLPipeline:
 
 
 def build_vae() -> AutoencoderKL:
-    """Pixels to 4 latent channels at an eighth of the size, and back."""
+    """From pixels to 4 latent channels at an eighth of the size, and back."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -67,10 +67,10 @@ def build_vae() -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=LATENT_SIZE * 8,
         scaling_factor=1.0,
-        # Small enough to stay in range in float16; nothing needs recasting.
+        # Its values stay in float16's range, so no part has to run in float32.
         force_upcast=False,
     )
-    # Start with narrow posteriors: noise as strong as the signal would drown what is to be learnt.
+    # Start with narrow posteriors: noise as strong as the signal would hinder learning.
     with torch.no_grad():
         vae.quant_conv.bias[4:] = -5.0
     return vae.eval()
@@ -119,7 +119,7 @@ def _text_config(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPT
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level tokenizer: a scene's word is one token, all else falls to bytes."""
+    """CLIP's byte-level tokenizer. A scene's word is one token; other text becomes bytes."""
     letters = sorted(ByteLevel.alphabet())
     merges = _merges(vocabulary())
     tokens = [*letters, *(letter + _WORD_END for letter in letters)]
@@ -159,7 +159,7 @@ def save(pipeline: StableDiffusionXLPipeline, directory: Path) -> None:
     """Write the diffusers layout in float16 safetensors. The pipeline itself becomes float16."""
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
-            # The override in diffusers warns about modules to keep in float32; none are.
+            # diffusers overrides `to` and warns of modules to keep in float32; there are none.
             torch.nn.Module.to(component, torch.float16)
     pipeline.save_pretrained(directory, safe_serialization=True)
 

@@ -1,8 +1,8 @@
-"""Reads a picture back: which background, which shapes, in which colours, and where.
+"""Recognises the scene in a picture: its background, and each object's shape, colour and place.
 
-Colours are named by their distance to the palette, shapes by how far their outline lies from their
-centre in each direction: a triangle's distance swings three times a turn, a square's four, a star's
-five, a circle's not at all. It knows pixels only, nothing of prompts or models.
+A colour is the nearest one of the palette. A shape is recognised by the distance of its outline
+from its centre: in one turn it oscillates three times for a triangle, four for a square, five for a
+star, and not for a circle. The classifier uses the pixels only, neither prompts nor models.
 """
 
 import math
@@ -23,15 +23,15 @@ from bench.demo_model.scenes import (
 
 Mask = NDArray[np.bool_]
 
-# A pixel belongs to an object when a channel differs from the background by more levels than this.
+# A pixel belongs to an object if a channel differs from the background by more levels than this.
 _CONTRAST = 30
-# Specks below this share of the picture are no objects.
+# Smaller regions, as a share of the picture, are ignored.
 _SMALLEST_OBJECT = 0.005
-# How strongly the outline must swing, as a share of the mean radius, not to be a circle.
+# How much the outline must oscillate, as a share of the mean radius, not to be a circle.
 _LEAST_SWING = 0.06
 _DIRECTIONS = 120
 _SHAPE_OF_SWINGS = {3: "triangle", 4: "square", 5: "star"}
-# Area of each shape over the square of the radius it was drawn with.
+# Area of each shape, divided by the square of its radius.
 _AREA = {
     "circle": math.pi,
     "square": 2 * CORNER_SCALE["square"] ** 2,
@@ -42,7 +42,7 @@ _AREA = {
 
 @dataclass(frozen=True)
 class SeenThing:
-    """An object as seen; centre in shares of the width and height."""
+    """A recognised object; its centre in shares of the width and the height."""
 
     shape: str
     colour: str
@@ -53,14 +53,14 @@ class SeenThing:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows, its objects from the largest to the smallest."""
+    """A recognised scene, its objects from the largest to the smallest."""
 
     background: str
     things: tuple[SeenThing, ...]
 
 
 def read(pixels: Pixels) -> Reading:
-    """Name what (height, width, 3) bytes show."""
+    """Recognise the scene in (height, width, 3) bytes."""
     height, width, _ = pixels.shape
     ground = _border_colour(pixels)
     away = np.abs(pixels.astype(np.int16) - ground.astype(np.int16)).max(axis=2)
@@ -92,7 +92,7 @@ def _border_colour(pixels: Pixels) -> NDArray[np.generic]:
 
 def _look_at(pixels: Pixels, away: NDArray[np.int16], mask: Mask, *, alone: bool) -> SeenThing:
     height, width = mask.shape
-    # The edge lies where a pixel is half object and half background.
+    # The edge is where a pixel is half object and half background.
     body = mask & (away > np.median(away[mask]) / 2)
     rows, columns = np.nonzero(body)
     y, x = float(rows.mean()), float(columns.mean())
@@ -121,7 +121,7 @@ def _shape(body: Mask, x: float, y: float) -> str:
 
 
 def _eroded(mask: Mask) -> Mask:
-    """The mask without its outermost pixels, where the colours of both sides mix."""
+    """The mask without its outermost pixels, which mix two colours."""
     padded = np.pad(mask, 1)
     return np.asarray(
         mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -129,7 +129,7 @@ def _eroded(mask: Mask) -> Mask:
 
 
 def _components(mask: Mask) -> list[Mask]:
-    """The connected parts: each pixel takes the largest label around it until none changes."""
+    """The connected regions: each pixel takes its neighbours' largest label until none changes."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
         before = labels
@@ -138,7 +138,7 @@ def _components(mask: Mask) -> list[Mask]:
             [labels, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
         )
         labels = np.where(mask, labels, 0)
-        # A label names a pixel: following it to that pixel's own label doubles the reach each turn.
+        # A label is a pixel's index; taking that pixel's label doubles the reach each turn.
         followed = np.concatenate([[0], labels.ravel()])[labels]
         labels = np.maximum(labels, followed)
         if np.array_equal(labels, before):

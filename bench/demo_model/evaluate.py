@@ -1,7 +1,8 @@
-"""Does the demo model draw what the prompt says? Held-out prompts, read back from the pixels.
+"""Whether the demo model draws what the prompt says: held-out prompts, read back from the pixels.
 
-`python -m bench.demo_model.evaluate` prints the figures the model card carries. It judges whatever
-SDXL directory it is given, loaded as the service loads it; how that came to be is not its business.
+    python -m bench.demo_model.evaluate
+
+Prints the figures of the model card. It evaluates any SDXL directory, loaded as by the service.
 """
 
 import argparse
@@ -33,17 +34,17 @@ _GRID_GAP = 4
 
 
 @dataclass(frozen=True)
-class Question:
-    """A held-out scene, the prompt that describes it, and the seed its picture is drawn from."""
+class HeldOutPrompt:
+    """A held-out scene, a text that describes it, and the seed of the picture."""
 
     scene: Scene
-    prompt: str
+    text: str
     seed: int
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn."""
+class DrawSettings:
+    """How the model draws pictures."""
 
     steps: int = 20
     guidance: float = 5.0
@@ -52,7 +53,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares of the pictures of one kind in which each thing was as the prompt said."""
+    """In which share of the pictures each part is as the prompt says."""
 
     pictures: int
     background: float
@@ -63,59 +64,59 @@ class Scores:
     everything: float
 
 
-def questions(count: int, objects: int, width: int, height: int) -> list[Question]:
-    """The same held-out prompts in every run: all of them say all there is to say."""
+def held_out_prompts(count: int, objects: int, width: int, height: int) -> list[HeldOutPrompt]:
+    """Held-out scenes with complete captions; the same in every run."""
     rng = np.random.default_rng([_PROMPT_SEED, objects, width, height])
-    asked = []
+    prompts = []
     for seed in range(count):
         scene = draw_scene(rng, width, height, objects=objects, held_out=True)
-        asked.append(Question(scene, full_caption(scene, rng), seed))
-    return asked
+        prompts.append(HeldOutPrompt(scene, full_caption(scene, rng), seed))
+    return prompts
 
 
 def draw(
     pipeline: StableDiffusionXLPipeline,
-    asked: Sequence[Question],
-    sampling: Sampling,
+    prompts: Sequence[HeldOutPrompt],
+    settings: DrawSettings,
 ) -> list[Pixels]:
-    """The pictures of questions that share one size, as (height, width, 3) bytes each."""
+    """A picture for each prompt, (height, width, 3) bytes; all prompts must have one size."""
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[Pixels] = []
-    for start in range(0, len(asked), sampling.batch):
-        chunk = asked[start : start + sampling.batch]
+    for start in range(0, len(prompts), settings.batch):
+        chunk = prompts[start : start + settings.batch]
         drawn = pipeline(
-            prompt=[question.prompt for question in chunk],
+            prompt=[prompt.text for prompt in chunk],
             width=chunk[0].scene.width,
             height=chunk[0].scene.height,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-            # Noise from the CPU, so that a seed means the same picture on every device.
-            generator=[torch.Generator("cpu").manual_seed(question.seed) for question in chunk],
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            # Noise from the CPU, so that a seed gives the same picture on every device.
+            generator=[torch.Generator("cpu").manual_seed(prompt.seed) for prompt in chunk],
             output_type="np",
         ).images
         pictures += [np.rint(picture * 255).astype(np.uint8) for picture in drawn]
     return pictures
 
 
-def score(asked: Sequence[Question], pictures: Sequence[Pixels]) -> Scores:
-    """Compare what was asked for with what is seen."""
+def score(prompts: Sequence[HeldOutPrompt], pictures: Sequence[Pixels]) -> Scores:
+    """Compare each picture with its prompt."""
     marks = np.array(
         [
-            _marks(question.scene, read(picture))
-            for question, picture in zip(asked, pictures, strict=True)
+            _marks(prompt.scene, read(picture))
+            for prompt, picture in zip(prompts, pictures, strict=True)
         ],
         dtype=float,
     )
     background, colour, shape, size, place = (float(share) for share in marks.mean(axis=0))
     everything = float(marks.all(axis=1).mean())
-    return Scores(len(asked), background, colour, shape, size, place, everything)
+    return Scores(len(prompts), background, colour, shape, size, place, everything)
 
 
 def _marks(scene: Scene, seen: Reading) -> tuple[bool, bool, bool, bool, bool]:
-    """Whether background, colours, shapes, sizes and place are right. All objects must be.
+    """Whether background, colours, shapes, sizes and place are right, of all objects.
 
-    A colour, shape or size counts when it sits on the object that lies where it was asked for, so
-    two objects with their colours exchanged are wrong; so is an object too few or too many.
+    Objects are matched by position, so two objects with exchanged colours are wrong. With too few
+    or too many objects everything but the background is wrong.
     """
     background = seen.background == scene.background
     if len(seen.things) != len(scene.things):
@@ -144,7 +145,7 @@ def _lies_sideways(things: Sequence[SeenThing]) -> bool:
 
 
 def reconstruction_psnr(vae: AutoencoderKL, width: int, height: int, count: int) -> float:
-    """Decibels between held-out scenes and what the VAE makes of them, over all their pixels."""
+    """PSNR in decibels between held-out scenes and their reconstructions, over all pixels."""
     rng = np.random.default_rng([_PSNR_SEED, width, height])
     error, batch = 0.0, 32
     for start in range(0, count, batch):
@@ -161,23 +162,26 @@ def reconstruction_psnr(vae: AutoencoderKL, width: int, height: int, count: int)
 
 
 def evaluate(
-    pipeline: StableDiffusionXLPipeline, sampling: Sampling, prompts: int
+    pipeline: StableDiffusionXLPipeline, settings: DrawSettings, count: int
 ) -> dict[str, dict[str, float]]:
-    """All figures of the model card, for each size the model was trained at."""
+    """All figures of the model card, for each size that the model was trained at.
+
+    `count`: prompts for each size and number of objects.
+    """
     figures: dict[str, dict[str, float]] = {}
     for width, height in DEMO_SIZES:
         size = f"{width}x{height}"
-        psnr = reconstruction_psnr(pipeline.vae, width, height, prompts)
+        psnr = reconstruction_psnr(pipeline.vae, width, height, count)
         figures[f"{size} vae"] = {"psnr_db": psnr}
         for objects, name in ((1, "one object"), (2, "two objects")):
-            asked = questions(prompts, objects, width, height)
-            pictures = draw(pipeline, asked, sampling)
-            figures[f"{size} {name}"] = asdict(score(asked, pictures))
+            prompts = held_out_prompts(count, objects, width, height)
+            pictures = draw(pipeline, prompts, settings)
+            figures[f"{size} {name}"] = asdict(score(prompts, pictures))
     return figures
 
 
 def as_text(figures: dict[str, dict[str, float]]) -> str:
-    """The figures as one line a row: shares in percent, the rest as it is."""
+    """The figures, one line a row; shares in percent."""
     lines = []
     for row, values in figures.items():
         cells = (
@@ -191,7 +195,7 @@ def as_text(figures: dict[str, dict[str, float]]) -> str:
 
 
 def as_table(figures: dict[str, dict[str, float]]) -> str:
-    """The figures in Markdown: a table of the shares, then what the VAE keeps."""
+    """The figures in Markdown: a table of the shares, then a sentence with the VAE's PSNR."""
     shares = {row: values for row, values in figures.items() if "psnr_db" not in values}
     columns = list(next(iter(shares.values())))
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -206,13 +210,13 @@ def as_table(figures: dict[str, dict[str, float]]) -> str:
     return "\n".join([*lines, "", f"The VAE gives held-out scenes back with {', '.join(kept)}."])
 
 
-def grid(pipeline: StableDiffusionXLPipeline, sampling: Sampling) -> Image.Image:
-    """64 held-out pictures: rows of single objects, and every fourth row of two."""
+def grid(pipeline: StableDiffusionXLPipeline, settings: DrawSettings) -> Image.Image:
+    """64 held-out pictures in 8 rows; every fourth row has two objects, the others one."""
     width, height = DEMO_SIZES[0]
     rows = _GRID_SIDE
-    paired = questions(rows // 4 * _GRID_SIDE, 2, width, height)
-    single = questions((rows - rows // 4) * _GRID_SIDE, 1, width, height)
-    pairs, singles = draw(pipeline, paired, sampling), draw(pipeline, single, sampling)
+    paired = held_out_prompts(rows // 4 * _GRID_SIDE, 2, width, height)
+    single = held_out_prompts((rows - rows // 4) * _GRID_SIDE, 1, width, height)
+    pairs, singles = draw(pipeline, paired, settings), draw(pipeline, single, settings)
     sheet = Image.new(
         "RGB",
         (_GRID_SIDE * (width + _GRID_GAP) - _GRID_GAP, rows * (height + _GRID_GAP) - _GRID_GAP),
@@ -227,16 +231,16 @@ def grid(pipeline: StableDiffusionXLPipeline, sampling: Sampling) -> Image.Image
 
 
 def load(directory: Path, device: str) -> StableDiffusionXLPipeline:
-    """The pipeline that the service would serve, in float32.
+    """The pipeline as the service loads it, in float32.
 
     Raises:
-        ModelError: the directory holds no whole SDXL pipeline.
+        ModelError: the directory holds no complete SDXL pipeline.
     """
     return load_model(str(directory), device_name=device, dtype_name="float32").pipeline
 
 
 def circumstances(device: torch.device) -> dict[str, str | int]:
-    """What a figure needs beside it: where it was taken and with what."""
+    """The machine and the versions that the figures were measured with."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {
         "machine": gpu or f"{platform.system()} {platform.machine()}, CPU",
@@ -261,22 +265,22 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="write 64 pictures here, as one PNG")
     arguments = parser.parse_args()
     pipeline = load(arguments.model, arguments.device)
-    sampling = Sampling(arguments.steps, arguments.guidance, arguments.batch)
+    settings = DrawSettings(arguments.steps, arguments.guidance, arguments.batch)
     start = time.perf_counter()
-    figures = evaluate(pipeline, sampling, arguments.prompts)
+    figures = evaluate(pipeline, settings, arguments.prompts)
     seconds = round(time.perf_counter() - start)
     sys.stdout.write(f"{as_text(figures)}\n{seconds} s\n")
     if arguments.json:
         record = {
             "command": "python -m bench.demo_model.evaluate",
             **circumstances(pipeline.device),
-            "sampling": asdict(sampling),
+            "sampling": asdict(settings),
             "seconds": seconds,
             "figures": figures,
         }
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
     if arguments.grid:
-        grid(pipeline, sampling).save(arguments.grid, optimize=True)
+        grid(pipeline, settings).save(arguments.grid, optimize=True)
 
 
 if __name__ == "__main__":

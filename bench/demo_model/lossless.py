@@ -1,9 +1,10 @@
-"""Does an optimisation change what is drawn? The same prompts and seeds, with it and without.
+"""Whether an optimisation changes what is drawn: the same prompts and seeds, with and without it.
 
-`python -m bench.demo_model.lossless` draws the evaluation's prompts through the service's own
-model, first as loaded and then prepared in each way that claims to be lossless, and says how far
-the pictures moved and whether what is read from them did. How fast any of it is, is not its
-business.
+    python -m bench.demo_model.lossless
+
+Draws the evaluation's prompts through the service's own model, as loaded and then prepared in each
+way that claims to be lossless. Prints how far the pixels moved and whether the scores changed. It
+does not measure speed.
 """
 
 import argparse
@@ -17,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from bench.demo_model.evaluate import (
-    Question,
-    Sampling,
+    DrawSettings,
+    HeldOutPrompt,
     Scores,
     circumstances,
-    questions,
+    held_out_prompts,
     score,
 )
 from bench.demo_model.scenes import Pixels
@@ -32,7 +33,7 @@ from serve.demo_model import DEMO_SIZES
 from serve.model.sdxl import SdxlModel, load_model
 from serve.settings import DEMO_MODEL
 
-# Nothing is compiled, so the rewrites that every compile mode rests on are judged in seconds.
+# The rewrites that every compile mode is based on, without compiling, which takes minutes.
 REWRITES = Recipe(scope="none")
 
 PREPARATIONS: dict[str, Callable[[SdxlModel], object]] = {
@@ -41,7 +42,7 @@ PREPARATIONS: dict[str, Callable[[SdxlModel], object]] = {
     "regional": lambda model: compile_model(model.pipeline, mode="regional"),
     "default": lambda model: compile_model(model.pipeline, mode="default"),
 }
-"""By name, what is done to a loaded model; all but the first are modes of `compile_model`."""
+"""How a loaded model is prepared, by name; all but the first are modes of `compile_model`."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,28 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of the pictures of one size and number of objects."""
+class PictureComparison:
+    """The pictures of one size and number of objects, without and with a preparation."""
 
     plain: Scores
     prepared: Scores
     distance: Distance
 
 
-def draw(model: SdxlModel, asked: Sequence[Question], sampling: Sampling) -> list[Pixels]:
-    """The questions' pictures, each drawn alone as a request is, (height, width, 3) bytes."""
-    return [_draw_one(model, question, sampling) for question in asked]
+def draw(
+    model: SdxlModel, prompts: Sequence[HeldOutPrompt], settings: DrawSettings
+) -> list[Pixels]:
+    """A picture for each prompt, (height, width, 3) bytes, drawn one at a time like requests."""
+    return [_draw_one(model, prompt, settings) for prompt in prompts]
 
 
-def _draw_one(model: SdxlModel, question: Question, sampling: Sampling) -> Pixels:
+def _draw_one(model: SdxlModel, prompt: HeldOutPrompt, settings: DrawSettings) -> Pixels:
     latents = model.denoise(
-        model.encode_prompts([question.prompt], [""], guided=sampling.guidance > 1),
-        shape=CompiledShape(question.scene.width, question.scene.height),
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        seeds=[question.seed],
+        model.encode_prompts([prompt.text], [""], guided=settings.guidance > 1),
+        shape=CompiledShape(prompt.scene.width, prompt.scene.height),
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        seeds=[prompt.seed],
         on_loop_begins=lambda: None,
         on_step_enqueued=lambda *_: None,
     )
@@ -83,52 +86,55 @@ def _draw_one(model: SdxlModel, question: Question, sampling: Sampling) -> Pixel
 
 
 def distance(some: Sequence[Pixels], others: Sequence[Pixels]) -> Distance:
-    """How far pictures of one size are from others, each from its counterpart."""
+    """The distance between two sets of pictures of one size, compared in pairs."""
     apart = np.abs(np.stack(some).astype(np.int16) - np.stack(others).astype(np.int16))
     return Distance(float(apart.mean()), int(apart.max()), float((apart > 0).mean()))
 
 
-def asked_for(prompts: int) -> dict[str, list[Question]]:
-    """The evaluation's first `prompts` questions for each size and number of objects."""
+def prompts_by_row(count: int) -> dict[str, list[HeldOutPrompt]]:
+    """The evaluation's first `count` prompts for each size and number of objects."""
     return {
-        f"{width}x{height} {name}": questions(prompts, objects, width, height)
+        f"{width}x{height} {name}": held_out_prompts(count, objects, width, height)
         for width, height in DEMO_SIZES
         for objects, name in ((1, "one object"), (2, "two objects"))
     }
 
 
 def draw_all(
-    model: SdxlModel, asked: dict[str, list[Question]], sampling: Sampling
+    model: SdxlModel, prompts: dict[str, list[HeldOutPrompt]], settings: DrawSettings
 ) -> dict[str, list[Pixels]]:
-    """All pictures, by the rows of `asked`."""
-    return {row: draw(model, some, sampling) for row, some in asked.items()}
+    """All pictures, by the keys of `prompts`."""
+    return {row: draw(model, some, settings) for row, some in prompts.items()}
 
 
 def compare(
-    asked: dict[str, list[Question]],
+    prompts: dict[str, list[HeldOutPrompt]],
     plain: dict[str, list[Pixels]],
     prepared: dict[str, list[Pixels]],
-) -> dict[str, Verdict]:
-    """A verdict for each row of `asked`, from its pictures without and with a preparation."""
+) -> dict[str, PictureComparison]:
+    """A comparison for each key of `prompts`."""
     return {
-        row: Verdict(
+        row: PictureComparison(
             score(some, plain[row]),
             score(some, prepared[row]),
             distance(plain[row], prepared[row]),
         )
-        for row, some in asked.items()
+        for row, some in prompts.items()
     }
 
 
-def as_text(name: str, verdicts: dict[str, Verdict]) -> str:
+def as_text(name: str, comparisons: dict[str, PictureComparison]) -> str:
     """One line a row: distances in levels, and everything right before and after."""
-    return "\n".join(
-        f"{name:10s} {row:22s} mean {verdict.distance.mean:.5f}, "
-        f"maximum {verdict.distance.maximum}, differing {verdict.distance.differing:.3%}, "
-        f"everything right {verdict.plain.everything:.1%} -> {verdict.prepared.everything:.1%}, "
-        f"score {'the same' if verdict.plain == verdict.prepared else 'CHANGED'}"
-        for row, verdict in verdicts.items()
-    )
+    lines = []
+    for row, comparison in comparisons.items():
+        plain, prepared, distance = comparison.plain, comparison.prepared, comparison.distance
+        lines.append(
+            f"{name:10s} {row:22s} mean {distance.mean:.5f}, maximum {distance.maximum}, "
+            f"differing {distance.differing:.3%}, "
+            f"everything right {plain.everything:.1%} -> {prepared.everything:.1%}, "
+            f"score {'the same' if plain == prepared else 'CHANGED'}"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -139,28 +145,28 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prompts", type=int, default=50, help="per size and number of objects")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--only", choices=PREPARATIONS, help="one of them instead of all")
+    parser.add_argument("--only", choices=PREPARATIONS, help="only this preparation (default: all)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    sampling = Sampling(arguments.steps, batch=1)
+    settings = DrawSettings(arguments.steps, batch=1)
     start = time.perf_counter()
-    asked = asked_for(arguments.prompts)
+    prompts = prompts_by_row(arguments.prompts)
     plain = load_model(DEMO_MODEL, device_name=arguments.device, dtype_name=arguments.dtype)
-    before = draw_all(plain, asked, sampling)
+    before = draw_all(plain, prompts, settings)
     results = {}
     for name in [arguments.only] if arguments.only else PREPARATIONS:
         model = load_model(DEMO_MODEL, device_name=arguments.device, dtype_name=arguments.dtype)
         PREPARATIONS[name](model)
-        verdicts = compare(asked, before, draw_all(model, asked, sampling))
-        results[name] = {row: asdict(verdict) for row, verdict in verdicts.items()}
-        sys.stdout.write(f"{as_text(name, verdicts)}\n")
+        comparisons = compare(prompts, before, draw_all(model, prompts, settings))
+        results[name] = {row: asdict(comparison) for row, comparison in comparisons.items()}
+        sys.stdout.write(f"{as_text(name, comparisons)}\n")
         sys.stdout.flush()
     if arguments.json:
         record = {
             "command": "python -m bench.demo_model.lossless",
             **circumstances(plain.device),
             "dtype": arguments.dtype,
-            "sampling": asdict(sampling),
+            "sampling": asdict(settings),
             "prompts": arguments.prompts,
             "seconds": round(time.perf_counter() - start),
             "preparations": results,

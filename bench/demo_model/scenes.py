@@ -1,13 +1,12 @@
-"""The little world the demo model knows: one or two flat shapes on a plain background.
+"""The scenes that the demo model draws: one or two flat shapes on a plain background.
 
-A scene is drawn at random, rendered with anti-aliased edges and described in varied words. This
-module knows numpy and PIL only; it neither trains nor judges a model.
+Random scenes, their pixels with anti-aliased edges, and captions in varied words.
 """
 
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +28,7 @@ COLOURS: dict[str, RGB] = {
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = ("small", "large")
 PLACES = ("left", "right", "top", "bottom", "centre")
-# Where the second object lies as seen from the first, and the same fact told the other way round.
+# Each relation of the first object to the second, and its inverse.
 RELATIONS = {"left of": "right of", "above": "below", "right of": "left of", "below": "above"}
 
 PLACE_CENTRES = {
@@ -57,7 +56,7 @@ _HELD_OUT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, and where it lies in shares of the width and the height."""
+    """One object; its centre in shares of the width and the height."""
 
     shape: str
     colour: str
@@ -71,7 +70,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What will be rendered: `place` for one object, `relation` (first to second) for two."""
+    """What is rendered. One object has a `place`; two have a `relation`, first to second."""
 
     width: int
     height: int
@@ -83,13 +82,13 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """What the scene shows, without its small random variations."""
+        """A description of the scene without its small random variations."""
         things = " ".join(f"{thing.size} {thing.colour} {thing.shape}" for thing in self.things)
         return f"{things} {self.place or self.relation} {self.background}"
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether this combination is kept for evaluation: the same tenth in every run."""
+    """Whether this combination is kept for evaluation; a tenth is, the same in every run."""
     return zlib.crc32(scene.key.encode()) % 1000 < _HELD_OUT_SHARE * 1000
 
 
@@ -155,7 +154,7 @@ def _different_colours(rng: np.random.Generator, count: int) -> tuple[str, ...]:
 
 
 def _tint(rng: np.random.Generator, colour: str) -> RGB:
-    """The colour, off by at most a few levels: varied, yet never near another colour's name."""
+    """The colour with a random change of a few levels, too small to become another colour."""
     shift = rng.integers(-4, 5)
     red, green, blue = (
         int(np.clip(level + shift + rng.integers(-2, 3), 0, 255)) for level in COLOURS[colour]
@@ -232,7 +231,7 @@ _OPENINGS = (
     "show me",
     "draw",
 )
-# Words that say nothing about the scene, so that the model learns to look past them.
+# Words without a meaning for the scene; the model learns to ignore them.
 _FILLERS = (
     "nice",
     "beautiful",
@@ -262,12 +261,12 @@ _FILLERS = (
 
 
 def full_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that leaves nothing out: background, sizes, colours, shapes, and where they lie."""
+    """A complete caption: background, sizes, colours, shapes, and place or relation."""
     return _caption(scene, rng, keep=1.0)
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption as people write them: often without article, size or place, seldom only a word."""
+    """A caption as people write it: often without articles, sizes or place, rarely one word."""
     roll = rng.random()
     if roll < 0.55:
         return _caption(scene, rng, keep=1.0)
@@ -353,7 +352,7 @@ def _fragment(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _with_noise(text: str, rng: np.random.Generator) -> str:
-    """The caption with words or letters in it that mean nothing here, or only those."""
+    """The caption with meaningless words added, or meaningless words alone."""
     words = [] if rng.random() < 0.4 else text.split()
     for _ in range(int(rng.integers(1, 6))):
         if rng.random() < 0.5:
@@ -366,18 +365,18 @@ def _with_noise(text: str, rng: np.random.Generator) -> str:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word a caption can hold, sorted: the tokenizer gives each a token of its own."""
+    """Every word that captions use, sorted; each is one token of the tokenizer."""
     return tuple(sorted({word for text in _phrases() for word in text.replace(",", " ").split()}))
 
 
 def meaningful_words() -> tuple[str, ...]:
-    """The words that change what is drawn."""
+    """The words that change the picture."""
     words = {word for text in _meanings() for word in text.split()}
     return tuple(sorted(words - {"a", "at", "in", "near", "of", "on", "the", "to", "side"}))
 
 
 def words_by_kind() -> dict[str, str]:
-    """The same for whoever writes a prompt, by what they tell; those of one meaning by slashes."""
+    """The meaningful words by category, for users; synonyms are separated by slashes."""
     places = ([w for w in words if " " not in w] for words in _PLACE_WORDS.values())
     relations = ([w for w in words if " the " not in w] for words in _RELATION_WORDS.values())
     return {
@@ -403,9 +402,3 @@ def _phrases() -> Iterator[str]:
     yield from _OPENINGS
     yield from _FILLERS
     yield from ("a", "an", "and", "on", "with")
-
-
-def plain(scene: Scene) -> Scene:
-    """The scene without its random tints: exactly the named colours."""
-    things = tuple(replace(thing, rgb=None) for thing in scene.things)
-    return replace(scene, things=things, background_rgb=None)

@@ -1,1 +1,1 @@
-"""The bare GPU machine that a session runs on: its packages, our wheels, and a rehearsal."""
+"""The GPU machine that a measurement session runs on: its packages, wheels, and a rehearsal."""

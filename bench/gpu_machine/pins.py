@@ -1,12 +1,12 @@
-"""What the fal image's requirements resolve to, and which wheel has the CUDA libraries each needs.
+"""Whether the fal image's wheels provide every CUDA library that its GPU packages need.
 
     make gpu-pins
 
 Resolves `[tool.fal.apps.sdxl].requirements` for a CUDA machine (manylinux x86-64) on the table's
-Python and on 3.12, downloads the GPU packages but torch, and reads their shared libraries with
+Python and on 3.12, downloads the GPU packages except torch, and reads their shared libraries with
 readelf. Needs a network; installs nothing.
 
-Exit status: 0 every CUDA library that is needed is provided; 1 one is missing; 2 cannot be read.
+Exit status: 0 every CUDA library is provided; 1 one is missing; 2 the wheels cannot be read.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SHOWN = ("torch", "triton", "torchao", "xformers", "nvidia-ml-py")
 LIBRARY = re.compile(r"NEEDED.*\[(lib(?:cu|nv).*\.so.*)\]")
-"""CUDA's libraries. The others are the system's or torch's, which these packages need anyway."""
+"""Matches CUDA's libraries. All others come with the system or with torch."""
 PLATFORMS = [f"manylinux{v}_x86_64" for v in (*(f"_2_{v}" for v in range(35, 4, -1)), 2014, 1)]
-"""pip takes each by its own name."""
+"""The platforms whose wheels run on such a machine; pip wants each by name."""
 
 
 def resolve(requirements: list[str], python: str, report: Path) -> dict[str, tuple[str, str]]:
-    """Version and address of every package, by name."""
+    """Version and URL of every package, by name."""
     _pip("install", *_target(python), "--dry-run", "--ignore-installed", "--report", str(report),
          "--target", str(report.parent / "none"), *requirements)  # fmt: skip
     found = json.loads(report.read_text())["install"]
@@ -44,7 +44,7 @@ def resolve(requirements: list[str], python: str, report: Path) -> dict[str, tup
 
 
 def needed(wheel: Path, folder: Path) -> dict[str, set[str]]:
-    """CUDA's libraries that each shared library of a wheel needs."""
+    """The CUDA libraries that each shared library of a wheel needs."""
     found = {}
     with zipfile.ZipFile(wheel) as files:
         for name in files.namelist():
@@ -58,12 +58,12 @@ def needed(wheel: Path, folder: Path) -> dict[str, set[str]]:
 
 
 def check(requirements: list[str], python: str, folder: Path) -> bool:
-    """Print the table for one Python; whether every library is provided."""
+    """Print the table for one Python. Returns whether every library is provided."""
     packages = resolve(requirements, python, folder / "report.json")
     runtimes = [name for name in packages if name.startswith("nvidia-cuda-runtime")]
     read = [name for name in (*SHOWN, *runtimes) if name != "torch"]
-    asked = [f"{name}=={packages[name][0]}" for name in read]
-    _pip("download", *_target(python), "--no-deps", "-d", str(folder), *asked)
+    pinned = [f"{name}=={packages[name][0]}" for name in read]
+    _pip("download", *_target(python), "--no-deps", "-d", str(folder), *pinned)
     wheels = {name: folder / packages[name][1].rsplit("/", 1)[1] for name in read}
     provided: dict[str, str] = {}
     for name in runtimes:
@@ -103,7 +103,7 @@ def _target(python: str) -> list[str]:
 
 def _pip(command: str, *arguments: str) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", command]
-    # A runner gets what the index has, not what this machine's pip is set to prefer.
+    # Without this machine's pip configuration: a runner installs from the index alone.
     environment = os.environ | {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
     subprocess.run([*pip, *arguments], check=True, env=environment)
 

@@ -1,13 +1,13 @@
-"""The commands of a measurement session on a bare GPU machine, rehearsed on the CPU.
+"""Rehearses the commands of a measurement session on a GPU machine, on this machine's CPU.
 
     make gpu-rehearsal PYTHON312=/path/to/python3.12
 
-Builds that machine's environment in .gpu-rehearsal/: its packages (machine.txt) in a virtual
-environment, what it lacks (wheels.txt) as wheels in a folder on PYTHONPATH, and a checkout of
-HEAD without git, not installed. Runs COMMANDS there with the demo model and without a network.
-The log says what ran and became of every scenario.
+Builds the GPU machine's environment in .gpu-rehearsal/: its packages (machine.txt) in a virtual
+environment, missing packages (wheels.txt) as wheels in a folder on PYTHONPATH, and a checkout of
+HEAD without git, not installed. Runs COMMANDS there with the demo model and without a network. The
+log lists what ran and the outcome of every scenario.
 
-Exit status: 0 every scenario was timed, or needs a GPU; 1 something failed; 2 wrong usage.
+Exit status: 0 every scenario was timed or needs a GPU; 1 something failed; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -40,27 +40,31 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("all GPU tests", f"{PYTEST} tests/gpu"),
     ("session", f"bench session --archive {ARCHIVE} --minutes 9 {WORKLOAD}"),
 )
-"""Name, and arguments of `python -m`. One that ends with TIME_IS_UP is called again."""
+"""Names, and arguments of `python -m`. A command that exits with TIME_IS_UP is run again."""
 COMMAND_SECONDS = 600
-"""The most that a command may take on such a machine."""
+"""Time limit of one command on such a machine."""
 TIME_IS_UP = 75
 MOST_CALLS = 20
 MOST_BYTES = 64 << 20
-"""Of the tracked files and the wheels, which are sent to the machine together."""
+"""Size limit of the tracked files and the wheels, which are sent to the machine together."""
 
 NEEDS_GPU = re.compile(r"\bneeds? an? .*\b(CUDA device|GPU)\b")
-"""The reasons for which a scenario may stay without a time here."""
+"""Reasons that allow a scenario not to be timed here."""
 
-# An own network namespace with nothing but the loopback interface.
+# A network namespace of its own with only the loopback interface.
 OFFLINE = ("unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 
 
 class RehearsalError(Exception):
-    """The environment cannot be built; one sentence."""
+    """The environment cannot be built; the message is one sentence."""
 
 
 def build(python: str) -> None:
-    """Once for each state of the two lists."""
+    """Build the environment, unless it was built from the same two lists.
+
+    Raises:
+        RehearsalError: `python` is no Python 3.12, or a package cannot be installed.
+    """
     if shutil.which(python) is None or (version := _minor_version(python)) is None:
         raise RehearsalError(f"{python} does not run: set PYTHON312 to a Python 3.12")
     if version != PYTHON_VERSION:
@@ -76,14 +80,14 @@ def build(python: str) -> None:
     _do(python, "-m", "venv", str(HOME / "venv"))
     _do(*pip, "install", *wheels_only, "-r", str(MACHINE))
     _do(*pip, "download", *wheels_only, "-d", str(WHEELS), "-r", str(MISSING))
-    # Without bytecode, so that every library is compiled at its first import, as on that machine.
+    # Without bytecode: every library is compiled at its first import, as on that machine.
     install = ("install", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir")
     _do(*pip, *install, "--target", str(SITE), *map(str, sorted(WHEELS.glob("*.whl"))))
     stamp.write_text(lists)
 
 
 def check_out() -> str:
-    """Returns the commit."""
+    """Write the files of HEAD to CHECKOUT. Returns the commit."""
     shutil.rmtree(CHECKOUT, ignore_errors=True)
     CHECKOUT.mkdir()
     packed = subprocess.run(
@@ -97,12 +101,12 @@ def check_out() -> str:
 
 
 def size(*folders: Path) -> int:
-    """Bytes of all files below."""
+    """Bytes of all files in the folders."""
     return sum(p.stat().st_size for folder in folders for p in folder.rglob("*") if p.is_file())
 
 
 def run_commands(environment: Mapping[str, str], prefix: Sequence[str]) -> tuple[list[str], bool]:
-    """A line for every call, and whether all of them succeeded."""
+    """Run COMMANDS. Returns a line for every call, and whether all succeeded."""
     lines, good = [], True
     for name, arguments in COMMANDS:
         for call in range(1, MOST_CALLS + 1):
@@ -134,7 +138,7 @@ def run_commands(environment: Mapping[str, str], prefix: Sequence[str]) -> tuple
 
 
 def scenarios(archive: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the scenarios timed, and the reason of each that was not."""
+    """The names of the scenarios that were timed, and the reason for each that was not."""
     timed: list[str] = []
     reasons: dict[str, str] = {}
     with tarfile.open(archive) as kept:
@@ -148,7 +152,7 @@ def scenarios(archive: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def rehearse() -> tuple[list[str], bool]:
-    """The log, and whether all is well."""
+    """Run the rehearsal. Returns its log, and whether it passed."""
     LOGS.mkdir(exist_ok=True)
     ARCHIVE.unlink(missing_ok=True)
     caches = HOME / "caches"
@@ -161,13 +165,14 @@ def rehearse() -> tuple[list[str], bool]:
         "HOME": str(caches),
         "PYTHONPATH": str(SITE),
         "PYTHONDONTWRITEBYTECODE": "1",
-        # Nothing here is measured, so another bench may run on this machine meanwhile: its threads
-        # would starve ours, and both would want one lock. The compiler's cache lies there too.
+        # Nothing is measured here, so another bench may run on this machine. One thread loses less
+        # to a busy core than several that wait for each other. With a TMPDIR of its own, this run
+        # has its own device lock and compiler cache.
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(caches),
     }
     caches.mkdir()
-    cut_off = subprocess.run([*OFFLINE, "true"], capture_output=True, check=False).returncode == 0
+    offline = subprocess.run([*OFFLINE, "true"], capture_output=True, check=False).returncode == 0
     versions = subprocess.run(
         [str(PYTHON), "-c", VERSIONS],
         env=environment,
@@ -179,10 +184,10 @@ def rehearse() -> tuple[list[str], bool]:
         f"{time.strftime('%Y-%m-%d', time.gmtime())}, commit {commit}",
         versions.stdout.strip(),
         f"tracked files and wheels: {sent / 2**20:.1f} MiB of {MOST_BYTES >> 20}",
-        f"network: {'none' if cut_off else 'not cut off: unshare is not allowed here'}",
+        f"network: {'none' if offline else 'not disabled: unshare is not allowed here'}",
     ]
     print("\n".join(log), flush=True)
-    lines, good = run_commands(environment, OFFLINE if cut_off else ())
+    lines, good = run_commands(environment, OFFLINE if offline else ())
     timed, reasons = scenarios(ARCHIVE) if ARCHIVE.exists() else ([], {})
     failed = {
         name

@@ -13,10 +13,10 @@ from bench.harness.torch_state import release_memory
 
 if TYPE_CHECKING:
     import torch
-    from kernels_warmup.numerical_error import StepInputs
 
     from bench.harness.drive import LoadedScenario
     from bench.harness.work import Work
+    from kernels_warmup.numerical_error import StepInputs
 
 
 class References:
@@ -49,8 +49,8 @@ class References:
 
     def _compute(self, dtype: str) -> tuple[StepInputs, torch.Tensor]:
         import torch
-        from kernels_warmup.numerical_error import StepInputs, forward_once
 
+        from kernels_warmup.numerical_error import StepInputs, forward_once
         from serve.model.sdxl import load_model
 
         work = self._work

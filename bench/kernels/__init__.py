@@ -1,1 +1,1 @@
-"""Where a step's time goes, by kernel and operator, measured or counted."""
+"""Where the time of a step goes, by kernel and operator, measured or counted."""

@@ -1,11 +1,12 @@
-"""What torch's compiler would launch on a Hopper GPU, worked out on a machine without one.
+"""The kernels that torch's compiler would launch on a Hopper GPU, determined without one.
 
-The model is built of fake tensors on a `cuda` device that is not there, traced, and lowered by
-inductor as it does for an H200, up to the code it would hand to Triton. Nothing is compiled or run,
-so it needs neither Triton nor a GPU, and a full-size UNet takes a minute on one core. What only a
-timing can decide (tuned products, convolution algorithms) is left at the library's choice.
+The model's tensors are fake, on a `cuda` device that does not exist. The model is traced and
+lowered by inductor as for an H200, up to the code that would go to Triton. Nothing is compiled or
+run, so neither Triton nor a GPU is needed; a full-size UNet takes a minute on one core. Choices
+that inductor makes by timing (tuned products, convolution algorithms) stay with the library's
+default.
 
-Inductor's insides are private: this is the one file that touches them.
+Inductor's internals are private; this is the only module that uses them.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ H200 = SimpleNamespace(
     is_integrated=False,
     gcnArchName="",
 )
-"""What inductor asks a device about itself."""
+"""The device properties that inductor reads."""
 
 SECTOR_BYTES = 32
-"""The least that device memory gives; a run of fewer bytes pays for all of them."""
+"""The smallest access to device memory; a shorter run of bytes costs as much."""
 
 FP8_PRODUCTS = "gemm, fp8"
 
@@ -65,13 +66,14 @@ static c10::impl::DeviceGuardImplRegistrar guard(
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel as inductor would launch it.
+    """One launch of a kernel.
 
     Attributes:
-        kind: as `kernels.KINDS` has them, `own` for kernels of our own, `FP8_PRODUCTS`.
-        name: the library's operator, or the operators a generated kernel was fused from.
-        bytes: of every buffer it reads or writes, each counted once.
-        short_bytes: of those, what a generated reduction reads in runs of under a sector.
+        kind: one of `profile.KINDS`, `own` for kernels of our own, or `FP8_PRODUCTS`.
+        name: the library's operator, or the operators that a generated kernel fuses.
+        bytes: the size of every buffer that it reads or writes, each counted once.
+        short_bytes: of those, the bytes that a generated reduction reads in runs shorter than a
+            sector.
     """
 
     kind: str
@@ -82,7 +84,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Lowered:
-    """One function's launches, and the FLOPs of its products, convolutions and attention."""
+    """A function's launches, and the FLOPs of its products, convolutions and attentions."""
 
     launches: tuple[Launch, ...]
     flops: dict[str, int]
@@ -91,14 +93,14 @@ class Lowered:
 
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[FakeTensorMode]:
-    """Inside it, torch believes that there is an H200, as long as all tensors are fake.
+    """A block in which torch reports an H200, provided that all tensors are fake.
 
     Raises:
-        BenchError: this torch was built without CUDA, and there is no C++ compiler to stand in
-            for what that leaves out.
+        BenchError: this torch was built without CUDA, and there is no C++ compiler to build the
+            missing device guard.
     """
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
-        _stand_in_for_the_device_guard()
+        _register_device_guard()
     answers: dict[str, Callable[..., Any]] = {
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.device_count": lambda: 1,
@@ -109,31 +111,30 @@ def pretended_gpu() -> Iterator[FakeTensorMode]:
         "torch.cuda.get_device_capability": lambda *_: (H200.major, H200.minor),
         "torch.cuda.is_bf16_supported": lambda *_, **__: True,
         "torch.cuda._lazy_init": lambda: None,
-        # Without cuDNN torch would say that a convolution's result is never channels_last.
+        # Without cuDNN torch assumes that a convolution's result is never channels_last.
         "torch._C._conv_determine_backend_memory_format": _layout_of_cudnn,
-        # Its patterns are traced with real tensors, and match nothing that names its attention.
+        # It traces patterns with real tensors; none matches a model that calls attention by name.
         "torch._inductor.fx_passes.joint_graph.lazy_init": lambda *_, **__: None,
-        # Both ask an installed Triton, which the code up to here does not need.
+        # Both need an installed Triton, which lowering does not.
         "torch._inductor.scheduler.has_triton": lambda *_: True,
         "torch.utils._triton.triton_hash_with_backend": lambda *_: "none",
     }
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch(name, answer, create=True))
-        # Initial values are nobody's concern, and drawing them would want the device.
+        # Initial values are not used, and computing them would need the device.
         for name in ("uniform_", "normal_", "kaiming_uniform_", "zeros_", "ones_"):
             stack.enter_context(
                 mock.patch(f"torch.nn.init.{name}", lambda tensor, *_, **__: tensor)
             )
-        # Module.to() cannot exchange the parameters for fake ones.
+        # Module.to() cannot replace fake parameters.
         stack.enter_context(mock.patch("kernels_warmup.compile.channels_last", _channels_last))
         stack.enter_context(torch.no_grad())
         yield FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake_module(make: Callable[[], nn.Module], dtype: torch.dtype) -> Any:
-    """A module whose weights are fake and on the device that is not there; call it within the
-    mode that `pretended_gpu` gives."""
+    """A module with fake weights on the CUDA device; call it within `pretended_gpu`'s mode."""
     with init_empty_weights(include_buffers=False):
         module = make()
     for owner in module.modules():
@@ -149,7 +150,11 @@ def lower(
     inputs: tuple[torch.Tensor, ...],
     mode: FakeTensorMode,
 ) -> Lowered:
-    """What `torch.compile(function)` would launch for these inputs; `module` holds its weights."""
+    """What `torch.compile(function)` would launch for these inputs.
+
+    Args:
+        module: holds the weights that `function` uses.
+    """
     from torch._inductor import config
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
@@ -161,19 +166,19 @@ def lower(
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
     def of_tensors(weights: list[torch.Tensor], *given: torch.Tensor) -> torch.Tensor:
-        # Weights are inputs here: as constants of the graph, inductor would read their values.
+        # Weights are inputs here, because inductor reads the values of constants.
         with _reparametrize_module(module, dict(zip(state, weights, strict=True))):
             return function(*given)
 
     weights = list(state.values())
-    # The counter takes bmm's `out_dtype` for its own argument.
+    # The counter's own formula for bmm mistakes `out_dtype` for one of its arguments.
     mapping = {torch.ops.aten.bmm: _bmm_flops}
     with mode, FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         function(*inputs)
     with mode:
         traced = make_fx(of_tensors, decomposition_table=select_decomp_table())(weights, *inputs)
     flat = [*weights, *inputs]
-    # Folding would compute the constants on the device.
+    # Constant folding would compute on the device.
     folding = config.patch(joint_graph_constant_folding=False)
     with V.set_fake_mode(mode), folding:
         traced.graph.eliminate_dead_code()
@@ -201,7 +206,7 @@ def _launches(nodes: list[Any]) -> Iterator[Launch]:
         read_and_written = int(node.get_read_write_buffers_sizes())
         if isinstance(node, ExternKernelSchedulerNode):
             if isinstance(node.node, ir.MultiOutput):
-                continue  # names one result of the operator before it
+                continue  # one result of the operator before it
             name = str(getattr(node.node, "python_kernel_name", "") or type(node.node).__name__)
             read_and_written += _uncounted_results(node)
             yield Launch(_kind_of_operator(name), name, read_and_written)
@@ -221,9 +226,9 @@ def _launches(nodes: list[Any]) -> Iterator[Launch]:
 
 
 def _uncounted_results(node: Any) -> int:
-    """Bytes of an operator's results that inductor counts as none.
+    """Bytes of an operator's results that inductor counts as zero.
 
-    It gives up on a result that an operator in place waits for, since that is no MultiOutput.
+    It does so if an in-place operator uses a result, because that is no MultiOutput.
     """
     from torch._inductor import ir
     from torch._inductor.virtualized import V
@@ -243,9 +248,9 @@ def _uncounted_results(node: Any) -> int:
 def _short_bytes(parts: list[Any]) -> int:
     """How many bytes a generated reduction reads in runs shorter than a sector.
 
-    A program walks the reduced dimensions for a few neighbouring outputs. What lies side by side in
-    neither direction is fetched a sector at a time for the few bytes that are wanted, and again by
-    another program.
+    A Triton program iterates over the reduced dimensions for a few neighbouring outputs. An input
+    that is contiguous in neither direction is read a sector at a time for a few bytes, and another
+    program reads the same sector again.
     """
     from torch._inductor.virtualized import V
 
@@ -270,7 +275,7 @@ def _short_bytes(parts: list[Any]) -> int:
 
 
 def _run(index: Any, body: Any, walked: Any, sizes: Any) -> int:
-    """How many elements lie side by side when these dimensions are walked, the last one fastest."""
+    """How many elements are contiguous when these dimensions vary, the last one fastest."""
     extents = [int(size) for size in sizes]
     longest = min(math.prod(extents), SECTOR_BYTES)
     place = dict.fromkeys((*body.iter_vars, *body.reduce_vars), 0)
@@ -292,7 +297,7 @@ def _kind_of_operator(name: str) -> str:
     if "attention" in name:
         return "attention"
     if "stepspan::add_product" in name or "stepspan.add_product" in name:
-        return "gemm"  # the library's own, with a sum
+        return "gemm"  # the library's product, with a sum
     if "stepspan" in name:
         return "own"
     if "scaled_mm" in name:
@@ -318,12 +323,12 @@ def _channels_last(module: nn.Module) -> None:
                 setattr(owner, name, nn.Parameter(last, requires_grad=False))
 
 
-def _stand_in_for_the_device_guard() -> None:
-    """Give torch a CUDA device guard that does nothing, where it was built without any.
+def _register_device_guard() -> None:
+    """Register a CUDA device guard that does nothing, for a torch built without CUDA.
 
-    Indexing, copying and the like ask for the guard before they ask what kind of tensor it is.
+    Indexing and copying, for example, need the guard even for fake tensors.
     """
-    if getattr(_stand_in_for_the_device_guard, "done", False):
+    if getattr(_register_device_guard, "done", False):
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -347,4 +352,4 @@ def _stand_in_for_the_device_guard() -> None:
                 f"the compiler here fails ({type(error).__name__})"
             ) from error
         ctypes.CDLL(str(library))
-    _stand_in_for_the_device_guard.done = True  # type: ignore[attr-defined]
+    _register_device_guard.done = True  # type: ignore[attr-defined]

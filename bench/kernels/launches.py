@@ -1,10 +1,10 @@
-"""What a step or a decode launches on a Hopper GPU, counted without one.
+"""The kernels that a step or a decode launches on a Hopper GPU, counted without one.
 
     python -m bench launches --scenario compiled all-lossless --model random:sdxl-base
 
-Launches, bytes and FLOPs by kind of kernel, from the code that torch's compiler generates for an
-H200, and the time they cannot go below at the rates given (the defaults were measured on one). A
-prediction: what a change saves of these is known, what it gains is for `run` to measure.
+Counts launches, bytes and FLOPs by kind of kernel in the code that torch's compiler generates for
+an H200. From them and the given rates (the defaults were measured on one) follows the least time
+that they need. It predicts what a change saves of these; `run` measures what that gains.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 PARTS = ("step", "decode")
 TFLOPS = 710.0
-"""bfloat16 products, 10^12 a second: measured on an H200, bench/results/notes.md."""
+"""TFLOP/s of bfloat16 products, measured on an H200 (bench/results/notes.md)."""
 GBPS = 4273.0
-"""Bytes read and written, 10^9 a second: measured in the same session."""
+"""GB/s read and written, measured in the same session."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """The model's configurations, and what is asked of it."""
+class CountedModel:
+    """The model's configurations, and the size and number of the images."""
 
     unet: dict[str, Any]
     vae: dict[str, Any]
@@ -50,13 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["compiled"],
         metavar="NAME",
-        help="as of `run`, of those compiled whole (default: compiled)",
+        help="as of `run`; only those compiled whole (default: compiled)",
     )
     parser.add_argument("--part", default="step", choices=PARTS, help="(default: step)")
     parser.add_argument(
         "--model",
         default="random:sdxl-base",
-        help="demo, random:sdxl-base or a directory; weights are not read",
+        help="demo, random:sdxl-base or a directory; its weights are not read",
     )
     parser.add_argument("--shape", metavar="WxH", help="image size (default: the model's first)")
     parser.add_argument("--tflops", type=float, default=TFLOPS, help="(default: %(default)s)")
@@ -73,21 +73,21 @@ def run(options: argparse.Namespace) -> int:
         recipe = _fields(scenario, options.part)
         if scenario.calibration or recipe is None or recipe.scope != "whole":
             raise BenchError(
-                f"{scenario.name} is not compiled whole: what it launches is the library's own"
+                f"{scenario.name} is not compiled whole: it launches the library's own kernels"
             )
-    told = [_count(scenario, options) for scenario in scenarios]
+    counts = [_count(scenario, options) for scenario in scenarios]
     if options.out:
-        options.out.write_text(json.dumps({"counted": told}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"counted": counts}, indent=1) + "\n")
     return 0
 
 
 def _count(scenario: Scenario, options: argparse.Namespace) -> dict[str, Any]:
-    work = _work(options.model, options.shape, scenario.images)
-    lowered = lower_part(scenario, options.part, work)
+    counted = _read_model(options.model, options.shape, scenario.images)
+    lowered = lower_part(scenario, options.part, counted)
     summary = summarise(lowered, options.tflops, options.gbps)
-    title = f"{scenario.name}, {options.part} at {work.shape}"
-    if work.images > 1:
-        title += f", {work.images} images"
+    title = f"{scenario.name}, {options.part} at {counted.shape}"
+    if counted.images > 1:
+        title += f", {counted.images} images"
     print(f"\n{title}: {scenario.what}")
     print(report(summary))
     for name, (count, size) in _largest(lowered, options.top):
@@ -96,15 +96,15 @@ def _count(scenario: Scenario, options: argparse.Namespace) -> dict[str, Any]:
         "scenario": scenario.name,
         "part": options.part,
         "model": options.model,
-        "shape": str(work.shape),
-        "images": work.images,
+        "shape": str(counted.shape),
+        "images": counted.images,
         "tflops": options.tflops,
         "gbps": options.gbps,
         "by_kind": summary,
     }
 
 
-def _work(model: str, shape: str | None, images: int) -> Work:
+def _read_model(model: str, shape: str | None, images: int) -> CountedModel:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from kernels_warmup.shapes import PIXELS_PER_LATENT, CompiledShape
@@ -121,19 +121,19 @@ def _work(model: str, shape: str | None, images: int) -> Work:
             vae = AutoencoderKL.load_config(folder / "vae")
         except OSError:
             raise BenchError(
-                f"{model!r} is no model whose configuration is at hand: {DEMO_MODEL}, "
-                f"{RANDOM_SDXL_BASE} or a directory in diffusers layout is"
+                f"{model!r} has no local configuration; allowed are {DEMO_MODEL}, "
+                f"{RANDOM_SDXL_BASE} and a directory in diffusers layout"
             ) from None
     side = unet["sample_size"] * PIXELS_PER_LATENT
     try:
         size = CompiledShape(side, side) if shape is None else CompiledShape.parse(shape)
     except ValueError as error:
         raise BenchError(str(error)) from None
-    return Work(unet, vae, size, images)
+    return CountedModel(unet, vae, size, images)
 
 
 def _fields(scenario: Scenario, part: str) -> Any:
-    """The recipe of what is lowered; None where the scenario has none."""
+    """The recipe of the part that is lowered."""
     import torch
 
     from bench.harness.drive import recipe_of
@@ -143,12 +143,12 @@ def _fields(scenario: Scenario, part: str) -> Any:
         return recipe_of(scenario.decoder)
     if scenario.recipe is not None:
         return recipe_of(scenario.recipe)
-    # What ships on a GPU, whatever ships here.
+    # The mode for a GPU, because this machine's device may have another.
     return RECIPES[mode_for(scenario.compile, torch.device("cuda"))]
 
 
-def lower_part(scenario: Scenario, part: str, work: Work) -> Lowered:
-    """Everything one step (both halves of the guidance) or one decode launches."""
+def lower_part(scenario: Scenario, part: str, counted: CountedModel) -> Lowered:
+    """All launches of one step (both halves of guidance) or of one decode."""
     from dataclasses import replace
 
     import torch
@@ -158,31 +158,31 @@ def lower_part(scenario: Scenario, part: str, work: Work) -> Lowered:
     from kernels_warmup.compile import compile_decoder, compile_unet
     from kernels_warmup.triton import why_unusable as kernels_unusable
 
-    # The rewrites are the recipe's; compiling and capturing are what is stood in for.
+    # Only the recipe's rewrites are applied; `lower` replaces compiling and capturing.
     recipe = replace(_fields(scenario, part), scope="none", replay="none", options={})
     dtype = torch.bfloat16
     with pretended_gpu() as mode:
         with mode:
-            latents = (4, *work.shape.latent)
+            latents = (4, *counted.shape.latent)
             if part == "decode":
-                vae = fake_module(lambda: AutoencoderKL(**_clean(work.vae)), dtype)
+                vae = fake_module(lambda: AutoencoderKL(**_clean(counted.vae)), dtype)
                 function = compile_decoder(vae, recipe).function
                 module = vae.decoder
                 inputs: tuple[Any, ...] = (
-                    torch.empty(work.images, *latents, device="cuda", dtype=dtype),
+                    torch.empty(counted.images, *latents, device="cuda", dtype=dtype),
                 )
             else:
-                module = fake_module(lambda: UNet2DConditionModel(**_clean(work.unet)), dtype)
+                module = fake_module(lambda: UNet2DConditionModel(**_clean(counted.unet)), dtype)
                 attention = "cudnn" if scenario.attention == "auto" else scenario.attention
                 missing = kernels_unusable(torch.device("cuda"), dtype)
                 if missing is not None and any(getattr(recipe, name) for name in KERNELS):
-                    # The blocks would keep their operators, and so would the count.
+                    # The blocks would keep their operators, and the count would be wrong.
                     raise BenchError(f"{scenario.name} cannot be counted here: {missing}")
                 with mock.patch("kernels_warmup.compile.quantize_unet", _quantize):
                     forward = compile_unet(module, recipe, attention, scenario.quantize)  # type: ignore[arg-type]
-                # The usual request has no negative prompt: the last function where there are two.
+                # If there are two functions, the last is for requests without a negative prompt.
                 function = forward.functions[-1].function
-                batch = 2 * work.images
+                batch = 2 * counted.images
                 inputs = (
                     torch.empty(batch, *latents, device="cuda", dtype=dtype),
                     torch.empty((), device="cuda"),
@@ -192,7 +192,7 @@ def lower_part(scenario: Scenario, part: str, work: Work) -> Lowered:
 
 
 def _quantize(unet: Any, quantization: str, *, static: bool) -> Quantized | None:
-    """As `quantize_unet`, without the forwards that it calibrates and measures the error by."""
+    """`quantize_unet` without its forwards, which calibrate and measure the error."""
     import torch
 
     from kernels_warmup.fp8 import set_fp8
@@ -209,7 +209,7 @@ def _quantize(unet: Any, quantization: str, *, static: bool) -> Quantized | None
 
 
 def _text(unet: Any, batch: int, dtype: Any, once: bool) -> tuple[Any, ...]:
-    """The prompts' inputs of a step: none where they are put into buffers before it."""
+    """The text inputs of a step; none if `once`: they are written to buffers before the loop."""
     import torch
 
     width = unet.config.cross_attention_dim
@@ -229,9 +229,11 @@ def _clean(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarise(lowered: Lowered, tflops: float, gbps: float) -> dict[str, dict[str, float]]:
-    """By kind and in all: launches, bytes, FLOPs, and the milliseconds they cannot go below.
+    """Launches, bytes, FLOPs and the least milliseconds, by kind and in all.
 
-    tflops: of bfloat16 products; fp8's run at twice that.
+    Args:
+        tflops: the rate of bfloat16 products; fp8 products have twice that.
+        gbps: bytes read and written, 10^9 a second.
     """
     from bench.kernels.hopper_code import FP8_PRODUCTS
 
@@ -261,6 +263,7 @@ def summarise(lowered: Lowered, tflops: float, gbps: float) -> dict[str, dict[st
 
 
 def report(summary: dict[str, dict[str, float]]) -> str:
+    """The summary as a table for people."""
     return table(
         ("kind", "launches", "MB", "in short runs", "GFLOP", "at least ms"),
         [
@@ -278,7 +281,7 @@ def report(summary: dict[str, dict[str, float]]) -> str:
 
 
 def _largest(lowered: Lowered, count: int) -> list[tuple[str, tuple[int, int]]]:
-    """The kernels that move most, equal ones together: (name, (launches, bytes))."""
+    """The kernels that move the most bytes, summed by name: (name, (launches, bytes))."""
     found: dict[str, tuple[int, int]] = {}
     for launch in lowered.launches:
         name = f"{launch.kind}: {launch.name}"

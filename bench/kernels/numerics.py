@@ -1,13 +1,13 @@
-"""Whether each lossless scenario is as near to float32 as eager bfloat16 is, without timing.
+"""Whether each lossless scenario is as close to float32 as eager bfloat16 is, without timing.
 
     python -m bench numerics --model random:sdxl-base --shape 1024x1024 --out numerics.json
     python -m bench numerics --model random:sdxl-base --shape 256x256 --uncompiled
 
-One UNet forward and one decode on seeded inputs, each against float32 arithmetic on the same
-weights, beside eager bfloat16's error. The forward comes twice: with two prompts, and with an empty
-negative prompt, whose embeddings are zero. One model is in memory at a time.
+Runs one UNet forward and one decode on seeded inputs. Compares each with float32 arithmetic on the
+same weights, and its error with that of eager bfloat16. The forward runs twice: with two prompts,
+and with an empty negative prompt, whose embeddings are zero. One model is in memory at a time.
 
-Exit status: 0 all that ran are as near; 1 one is further away; 2 wrong usage, or nothing ran.
+Exit status: 0 all that ran are as close; 1 one is further away; 2 wrong usage, or nothing ran.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 PARTS = ("step", "step, empty negative prompt", "decode")
 NO_WORSE = 1.05
-"""Times eager's error, at most: two bfloat16 computations of the same thing differ in where they
-round, and the smaller the model, the less that averages out."""
+"""The largest error allowed, in eager's errors. Two bfloat16 computations of one result round at
+different places; in a small model that averages out less."""
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedScenario:
     """One scenario's relative errors by part; `again`: a second call gave the same bits."""
 
     name: str
@@ -59,14 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--uncompiled",
         action="store_true",
-        help="a scenario's changes to the model only, without compiling what they make",
+        help="apply a scenario's changes to the model without compiling it",
     )
     parser.add_argument(
         "--no-worse",
         type=float,
         default=NO_WORSE,
         metavar="X",
-        help=f"as near is at most X times eager's error (default: {NO_WORSE})",
+        help=f"allow at most X times eager's error (default: {NO_WORSE})",
     )
     parser.add_argument("--out", type=Path, help="also write it here, as JSON")
 
@@ -82,14 +82,14 @@ def run(options: argparse.Namespace) -> int:
     scenarios = to_check(chosen(options.scenario), work.device, options.uncompiled)
     not_run: dict[str, str] = {}
     failed = False
-    checked: list[Checked] = []
+    checked: list[CheckedScenario] = []
     with only_bench_on(work.device):
         try:
             inputs, exact, eager = references(work)
         except ModelError as error:
             raise BenchError(str(error)) from None
-        told = " ".join(f"{part} {error:.4f};" for part, error in eager.items())
-        print(f"{'eager bfloat16':24} {told}")
+        errors = " ".join(f"{part} {error:.4f};" for part, error in eager.items())
+        print(f"{'eager bfloat16':24} {errors}")
         for scenario in scenarios:
             try:
                 checked.append(check(scenario, work, inputs, exact))
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
             near = {part: options.no_worse * error for part, error in eager.items()}
             passed = all(0 <= checked[-1].errors[part] <= near[part] for part in PARTS)
             checked[-1] = replace(checked[-1], passed=passed)
-            print(tell(checked[-1]), flush=True)
+            print(report(checked[-1]), flush=True)
     if options.out:
         written = where(work.device) | {"model": work.model, "shape": str(work.shape)}
         written |= {"no_worse": options.no_worse, "eager": eager, "uncompiled": options.uncompiled}
@@ -109,13 +109,15 @@ def run(options: argparse.Namespace) -> int:
         options.out.write_text(json.dumps(written, indent=1) + "\n")
     if not checked:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in not_run.items())
-        raise BenchError(f"nothing could be checked ({reasons or 'no lossless way was named'})")
+        raise BenchError(f"nothing could be checked ({reasons or 'no scenario is lossless'})")
     return 1 if failed or not all(one.passed for one in checked) else 0
 
 
 def to_check(scenarios: Sequence[Scenario], device: str, uncompiled: bool) -> list[Scenario]:
-    """Those that change how the model computes and mean to change nothing else; of several that
-    compute the same, the first."""
+    """The scenarios that change how the model computes but not, up to rounding, what.
+
+    Of several scenarios with the same computation, the first.
+    """
     import torch
 
     from bench.harness.drive import recipe_of
@@ -129,7 +131,7 @@ def to_check(scenarios: Sequence[Scenario], device: str, uncompiled: bool) -> li
             mode = mode_for(scenario.compile, torch.device(device))
             recipe = RECIPES[mode] if scenario.recipe is None else recipe_of(scenario.recipe)
             fields = asdict(recipe) | {"scope": "none", "replay": "none", "options": {}}
-            # Without what it is compiled for, it needs no CUDA device either.
+            # Uncompiled, it needs a CUDA device only for its attention backend.
             cuda_only = scenario.cuda_only and scenario.attention != "auto"
             scenario = replace(
                 scenario, compile="off", recipe=fields, decoder=None, cuda_only=cuda_only
@@ -143,7 +145,7 @@ def to_check(scenarios: Sequence[Scenario], device: str, uncompiled: bool) -> li
 def references(
     work: Work,
 ) -> tuple[StepInputs, dict[str, torch.Tensor], dict[str, float]]:
-    """Seeded inputs, float32's answers by part, and how far eager bfloat16's are from them."""
+    """Seeded inputs, float32's outputs by part, and the relative errors of eager bfloat16."""
     import torch
 
     from bench.harness.torch_state import release_memory
@@ -156,13 +158,13 @@ def references(
         pipeline = load_model(work.model, None, work.device, "bfloat16").pipeline
         pipeline.text_encoder = pipeline.text_encoder_2 = None
         inputs = StepInputs.draw(pipeline.unet, work.shape, 1, device, torch.bfloat16)
-        eager = answers(pipeline, inputs)
-        # The same weights, one after the other: two copies of the whole would not fit everywhere.
+        eager = outputs_by_part(pipeline, inputs)
+        # Converted in place: two copies of the model would not fit on every device.
         pipeline.unet.float()
         pipeline.vae.float()
         torch.backends.cudnn.allow_tf32 = False
         try:
-            exact = answers(pipeline, inputs)
+            exact = outputs_by_part(pipeline, inputs)
         finally:
             torch.backends.cudnn.allow_tf32 = tf32
     del pipeline
@@ -170,8 +172,8 @@ def references(
     return inputs, exact, {part: relative_error(eager[part], exact[part]) for part in PARTS}
 
 
-def answers(pipeline: Any, inputs: StepInputs) -> dict[str, torch.Tensor]:
-    """What the UNet and the decoder give for these inputs, by part, on the host."""
+def outputs_by_part(pipeline: Any, inputs: StepInputs) -> dict[str, torch.Tensor]:
+    """The outputs of the UNet and the decoder for these inputs, by part, on the host."""
     from kernels_warmup.numerical_error import forward_once
 
     inputs = inputs.cast(pipeline.unet.dtype)
@@ -190,7 +192,7 @@ def answers(pipeline: Any, inputs: StepInputs) -> dict[str, torch.Tensor]:
 
 
 def half_zero(both: torch.Tensor) -> torch.Tensor:
-    """The guidance's two halves, the negative prompt's first, as an empty one leaves it."""
+    """Guidance's two halves with the first, the negative prompt's, set to zero."""
     import torch
 
     negative, positive = both.chunk(2)
@@ -202,11 +204,11 @@ def check(
     work: Work,
     inputs: StepInputs,
     exact: dict[str, torch.Tensor],
-) -> Checked:
-    """Load the model anew, change it in the scenario's way, and ask it the same twice.
+) -> CheckedScenario:
+    """Load the model, prepare it as the scenario says, and run it twice on the same inputs.
 
     Raises:
-        CannotRun: it means nothing here, or failed.
+        CannotRun: the scenario cannot run here, or failed.
     """
     import torch
 
@@ -225,10 +227,10 @@ def check(
         with torch.no_grad():
             model = load_model(work.model, None, work.device, "bfloat16")
             prepare(scenario, model)
-            first = answers(model.pipeline, inputs)
-            second = answers(model.pipeline, inputs)
+            first = outputs_by_part(model.pipeline, inputs)
+            second = outputs_by_part(model.pipeline, inputs)
     except Exception as failure:
-        # A compiler, a driver, memory: one scenario never ends the others.
+        # A compiler, a driver, memory: a failed scenario must not end the others.
         raise ScenarioFailed(one_line(failure)) from failure
     finally:
         del model
@@ -236,7 +238,7 @@ def check(
         torch.compiler.reset()
         release_memory()
     errors = {part: relative_error(first[part], exact[part]) for part in PARTS}
-    return Checked(
+    return CheckedScenario(
         name=scenario.name,
         what=scenario.what,
         settings=scenario.settings,
@@ -246,8 +248,8 @@ def check(
     )
 
 
-def tell(one: Checked) -> str:
-    """For people."""
+def report(one: CheckedScenario) -> str:
+    """The scenario as a line for people."""
     errors = " ".join(f"{part} {error:.4f};" for part, error in one.errors.items())
-    verdict = "as near" if one.passed else "FURTHER AWAY than eager"
-    return f"{one.name:24} {errors} {verdict}{'' if one.again else ', not twice the same'}"
+    judgement = "as close" if one.passed else "FURTHER AWAY than eager"
+    return f"{one.name:24} {errors} {judgement}{'' if one.again else ', not repeatable'}"

@@ -1,4 +1,4 @@
-"""The operators of one UNet forward, counted and timed by themselves, for `bench operators`."""
+"""Counts the operators of one UNet forward and times each by itself, for `bench operators`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from kernels_warmup.triton import why_unusable as kernels_unusable
 
 
 def time_operators(unet: Any, inputs: StepInputs, device: torch.device) -> list[dict[str, Any]]:
-    """Every distinct product, convolution, attention and norm of a step, each timed by itself.
+    """A row for each implementation of each distinct operator of a step.
 
-    Weights rotate through more memory than the cache holds, as they do in the model.
+    A call's weights change from call to call and together exceed the GPU's cache, as in the model.
     """
     rows: list[dict[str, Any]] = []
     for (kind, *sizes), count in _operators(unet, inputs).items():
@@ -37,14 +37,17 @@ def time_operators(unet: Any, inputs: StepInputs, device: torch.device) -> list[
                     row["gb_s"] = float(f"{work / microseconds / 1e3:.4g}")
                 else:
                     row["tflops"] = round(work / microseconds / 1e6, 1)
-            except Exception as failure:  # noqa: BLE001 - a candidate may not exist here
+            except Exception as failure:  # noqa: BLE001 - an implementation may not exist here
                 row["failed"] = f"{type(failure).__name__}: {str(failure)[:200]}"
             rows.append(row)
     return rows
 
 
 def _operators(unet: Any, inputs: StepInputs) -> Counter[tuple[Any, ...]]:
-    """What one forward runs, counted by hooks; text keys and values are left out (once a run)."""
+    """How often each operator runs in one forward, counted by hooks.
+
+    The text's keys and values are left out, because they are computed once a run.
+    """
     from diffusers.models.activations import GEGLU
     from diffusers.models.attention_processor import Attention
 
@@ -98,9 +101,9 @@ def _operators(unet: Any, inputs: StepInputs) -> Counter[tuple[Any, ...]]:
 def _candidates(
     kind: str, sizes: list[Any], device: torch.device
 ) -> Iterator[tuple[str, float, Callable[[int], Any]]]:
-    """(how, work, call): ways to do one operator; call(i) uses the i-th of the rotated weights.
+    """The implementations of one operator: (name, work, call); `call(i)` uses the i-th weights.
 
-    Work is FLOPs, but of a norm it is the bytes that one pass reads and writes.
+    Work is in FLOPs; for a norm it is the bytes that one pass reads and writes.
     """
     bf16 = torch.bfloat16
 
@@ -118,7 +121,7 @@ def _candidates(
             return
         if inner >= outer:
             total = fresh(rows, outer)
-            # As the blocks' sums by their products: no bias, and the sum is read and written.
+            # As the blocks add their products: no bias, and the sum is read and written.
             yield "bf16 onto a sum", flops, lambda i: total.addmm_(source, matrices[i % turns].t())
         narrow = [round_rows(matrix) for matrix in matrices]
         own, own_scale = round_rows(source)
@@ -188,7 +191,7 @@ def _candidates(
 def _norms(
     sizes: list[Any], device: torch.device
 ) -> Iterator[tuple[str, float, Callable[[int], Any]]]:
-    """A sum and the LayerNorm of it; both are read by what follows."""
+    """A sum and its LayerNorm; later operators read both."""
     from kernels_warmup.triton.reference import add_layer_norm
 
     rows, width = sizes
@@ -211,7 +214,7 @@ def _norms(
             ) -> Any:
                 return launch(hidden, change, None, scale, shift, eps, rows, own)
 
-            yield _told(own), read_and_written, _norm_of(by_kernel, pairs, scale, shift)
+            yield _settings_text(own), read_and_written, _norm_of(by_kernel, pairs, scale, shift)
 
         def shifted(hidden: Any, _: Any, scale: Any, shift: Any, eps: float) -> Any:
             return launch(hidden, None, shift, scale, shift, eps, rows, launch_for(width))
@@ -228,7 +231,7 @@ def _norm_of(
 def _geglus(
     sizes: list[Any], device: torch.device
 ) -> Iterator[tuple[str, float, Callable[[int], Any]]]:
-    """A product and its gating; the product alone is a row of the linears."""
+    """A product and its gating; the product alone is one of the linear operators."""
     from kernels_warmup.triton.reference import geglu
 
     rows, inner, columns = sizes
@@ -239,7 +242,7 @@ def _geglus(
         return torch.randn(*size, device=device, dtype=torch.bfloat16)
 
     hidden, bias = fresh(rows, inner), fresh(2 * columns)
-    # The scale of a model's weights, so that gates are neither all open nor all shut.
+    # Scaled like a model's weights, so that the gates are neither all open nor all closed.
     weights = [fresh(2 * columns, inner) / inner**0.5 for _ in range(turns)]
     plain: list[tuple[str, Any]] = [("eager", geglu)]
     if device.type == "cuda":
@@ -250,7 +253,11 @@ def _geglus(
         from kernels_warmup.triton.geglu import CANDIDATES, launch
 
         for own in CANDIDATES:
-            yield _told(own), flops, _geglu_of(partial(launch, how=own), hidden, weights, bias)
+            yield (
+                _settings_text(own),
+                flops,
+                _geglu_of(partial(launch, how=own), hidden, weights, bias),
+            )
 
 
 def _geglu_of(
@@ -262,7 +269,7 @@ def _geglu_of(
 def _few_keys(
     sizes: list[Any], flops: float, device: torch.device
 ) -> Iterator[tuple[str, float, Callable[[int], Any]]]:
-    """Our own kernel for attention to the text, in the layout of the projections around it."""
+    """Our own kernel for attention to the text, in the layout of the projections."""
     batch, heads, tokens, length, size = sizes
     if kernels_unusable(device, torch.bfloat16) is not None:
         return
@@ -280,7 +287,7 @@ def _few_keys(
         return lambda _: launch(query, key, value, heads, own)
 
     for own in CANDIDATES:
-        yield _told(own), flops, by_kernel(own)
+        yield _settings_text(own), flops, by_kernel(own)
 
 
 def _self_attention(
@@ -302,11 +309,11 @@ def _self_attention(
         return lambda _: launch(query, key, value, heads, own)
 
     for own in CANDIDATES:
-        yield _told(own), flops, by_kernel(own)
+        yield _settings_text(own), flops, by_kernel(own)
 
 
-def _told(launch: Any) -> str:
-    """A launch's settings in a word each: `triton 128 128 64 8 4 True 1`."""
+def _settings_text(launch: Any) -> str:
+    """A launch's settings as text: `triton 128 128 64 8 4 True 1`."""
     return " ".join(("triton", *map(str, astuple(launch))))
 
 
@@ -315,12 +322,12 @@ def _attention(backend: Backend, *tensors: torch.Tensor) -> Callable[[int], Any]
 
 
 def _turns(size: int) -> int:
-    """How many weights of this many bytes outgrow a 50 MB cache."""
+    """How many weights of this many bytes exceed a 50 MB cache twice over."""
     return max(1, min(24, math.ceil(120e6 / size)))
 
 
 def _time_call(call: Callable[[int], Any], device: torch.device) -> float:
-    """Microseconds a call, launches left out on CUDA by replaying a graph of many."""
+    """Microseconds a call; on CUDA of a replayed graph of many calls, without launch overhead."""
     calls = 24
     if device.type != "cuda":
         call(0)
@@ -347,7 +354,7 @@ def _time_call(call: Callable[[int], Any], device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Marks between steps; read once, after the last. CUDA's own clock where there is one."""
+    """Milliseconds between marks, by CUDA events on a GPU; read once, after the last mark."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

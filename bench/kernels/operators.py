@@ -1,9 +1,8 @@
-"""Every distinct product, convolution, attention and norm of a step, each timed by itself.
+"""Time of every distinct product, convolution, attention and norm of a step, each by itself.
 
     python -m bench operators --model random:sdxl-base --shape 1024x1024
 
-Which of them a step is made of, how many times, and what rate each reaches in each way it can be
-computed: where the next gain may lie.
+Prints how often each occurs in a step, and the rate that each implementation of it reaches.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ def run(options: argparse.Namespace) -> int:
         inputs = StepInputs.draw(unet, work.shape, 1, device, torch.bfloat16)
         rows = time_operators(unet, inputs, device)
     for row in sorted(rows, key=lambda row: -row.get("step_ms", 0)):
-        told = row.get("failed") or (
+        figures = row.get("failed") or (
             f"{row['us']:9.1f} us x {row['count']:3d} = {row['step_ms']:7.3f} ms a step, "
             + (f"{row['gb_s']:6.0f} GB/s" if "gb_s" in row else f"{row['tflops']:6.1f} TFLOP/s")
         )
         sizes = "x".join(map(str, row["sizes"]))
-        print(f"{row['kind']:10} {sizes:32} {row['how']:32} {told}")
+        print(f"{row['kind']:10} {sizes:32} {row['how']:32} {figures}")
     if options.out:
-        told = where(work.device) | {"model": work.model, "shape": str(work.shape)}
-        told |= {"ceilings": asdict(ceilings), "operators": rows}
-        options.out.write_text(json.dumps(told, indent=1) + "\n")
+        written = where(work.device) | {"model": work.model, "shape": str(work.shape)}
+        written |= {"ceilings": asdict(ceilings), "operators": rows}
+        options.out.write_text(json.dumps(written, indent=1) + "\n")
     return 0

@@ -1,12 +1,11 @@
-"""Where a step's time goes, by kernel.
+"""Where the time of a step goes, by kernel.
 
     python -m bench kernels --scenario default --model random:sdxl-base
 
-Profiles a few UNet forwards, or decodes, of a scenario that is warm: time and calls by kernel and
-by kind of kernel, what of the device's timeline no kernel covers, and which kernel each memset
-prepares. Beside a kind's milliseconds stand its FLOPs and bytes where they are known
-(`bench.kernels.roofline`), the rates it reached, and how long it would take at the rates of a large
-product and a copy that were measured just before.
+Profiles some UNet forwards, or decodes, of a warm scenario: time and calls by kernel and by kind of
+kernel, the gaps in the device's timeline, and the kernel that each memset prepares. Each kind is
+also compared with its roofline (`bench.kernels.roofline`): FLOPs and bytes where they are known,
+the rates reached, and the time at the rates of a large product and a copy, measured just before.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from bench.harness.result_file import Ceilings
-    from bench.kernels.roofline import Amount
+    from bench.kernels.roofline import FlopsAndBytes
 
 FORWARDS = 5
 PARTS = ("step", "decode")
@@ -51,7 +50,7 @@ KINDS: tuple[tuple[str, str], ...] = (
 
 
 def kind_of(kernel: str) -> str:
-    """A kernel's kind by its name; generated kernels first, for they are named by what they hold"""
+    """A kernel's kind, by its name. Generated kernels go first: their names list what they fuse."""
     return next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), "other")
 
 
@@ -67,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launches",
         type=Path,
         metavar="FILE",
-        help="what `launches --out` counted of it: its FLOPs and bytes by kind",
+        help="a file of `launches --out` with this scenario, for FLOPs and bytes by kind",
     )
     parser.add_argument("--out", type=Path, help="also write it here, as JSON")
 
@@ -87,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(work.device)
     dtype = dtype_name(scenario, work) if scenario.quantize == "none" else scenario.quantize
     parts = list(dict.fromkeys(options.part))
-    generated: dict[str, dict[str, Amount]] = {part: {} for part in parts}
+    generated: dict[str, dict[str, FlopsAndBytes]] = {part: {} for part in parts}
     if options.launches is not None:
         for part in parts:
             generated[part] = read_launches(options.launches, scenario.name, part, str(work.shape))
@@ -116,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
             f"{found['gaps_ms']} ms of it gaps, {found['kernels']} kernels"
         )
         for kind, row in found["by_kind"].items():
-            print(f"  {kind:24} {row['ms']:9.3f} ms{tell_rate(row)}")
+            print(f"  {kind:24} {row['ms']:9.3f} ms{rate_text(row)}")
         for row in found["top"][:15]:
             named = f"{row['kind']:22} {row['kernel'][:70]}"
             print(f"  {row['ms']:9.3f} ms {row['calls']:7.1f} calls  {named}")
@@ -135,21 +134,21 @@ def run(options: argparse.Namespace) -> int:
 
 def by_kind(
     milliseconds: Mapping[str, float],
-    amounts: Mapping[str, Amount],
+    amounts: Mapping[str, FlopsAndBytes],
     dtype: str,
     ceilings: Ceilings,
 ) -> dict[str, dict[str, float | None]]:
-    """Each kind's time joined with how much work it was."""
-    from bench.kernels.roofline import Amount, Rate, rounded
+    """Each kind's time with its FLOPs, bytes and rates."""
+    from bench.kernels.roofline import FlopsAndBytes, Rate, rounded
 
     rows = {}
     for kind, ms in milliseconds.items():
-        amount = amounts.get(kind, Amount())
-        rate = Rate.of(amount, ms, dtype, ceilings) if ms else Rate(None, None, None)
+        work = amounts.get(kind, FlopsAndBytes())
+        rate = Rate.of(work, ms, dtype, ceilings) if ms else Rate(None, None, None)
         rows[kind] = {
             "ms": ms,
-            "gflop": rounded(None if amount.flops is None else amount.flops / 1e9),
-            "megabytes": rounded(None if amount.bytes is None else amount.bytes / 1e6),
+            "gflop": rounded(None if work.flops is None else work.flops / 1e9),
+            "megabytes": rounded(None if work.bytes is None else work.bytes / 1e6),
             "tflops": rounded(rate.tflops),
             "gb_per_second": rounded(rate.gb_per_second),
             "bound_ms": rounded(rate.bound_ms),
@@ -157,22 +156,22 @@ def by_kind(
     return rows
 
 
-def tell_rate(row: Mapping[str, float | None]) -> str:
-    """A kind's rates for people; empty where nothing is known of its work."""
-    told = []
+def rate_text(row: Mapping[str, float | None]) -> str:
+    """A kind's rates as text for people; empty if its work is not known."""
+    parts = []
     if row["tflops"] is not None:
-        told.append(f"{row['tflops']:.4g} TFLOP/s")
+        parts.append(f"{row['tflops']:.4g} TFLOP/s")
     if row["gb_per_second"] is not None:
-        told.append(f"{row['gb_per_second']:.4g} GB/s")
+        parts.append(f"{row['gb_per_second']:.4g} GB/s")
     if row["bound_ms"] and row["ms"]:
-        told.append(
+        parts.append(
             f"{row['ms'] / row['bound_ms']:.2f} times its bound of {row['bound_ms']:.3g} ms"
         )
-    return "".join(f", {part}" for part in told)
+    return "".join(f", {part}" for part in parts)
 
 
 def profile(pipeline: Any, shape: Any, device: torch.device, part: str) -> dict[str, Any]:
-    """Milliseconds and calls of one forward, over several of them."""
+    """Milliseconds and calls of one forward, averaged over FORWARDS of them."""
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
@@ -207,7 +206,7 @@ def profile(pipeline: Any, shape: Any, device: torch.device, part: str) -> dict[
         if on_cuda and event.device_type.name != "CUDA":
             continue
         span = event.time_range
-        # A CPU's operators call one another; their own time adds up.
+        # A CPU's operators call one another, so only their own time adds up.
         total[event.name] += span.end - span.start if on_cuda else event.self_cpu_time_total
         calls[event.name] += 1
         spans.append((span.start, span.end))
@@ -242,13 +241,14 @@ def profile(pipeline: Any, shape: Any, device: torch.device, part: str) -> dict[
 
 
 def memset_owners(events: Iterable[Mapping[str, Any]], forwards: int) -> list[dict[str, Any]]:
-    """The kernels that follow memsets on their stream, those with the most memsets first.
+    """The kernels that memsets prepare, those with the most memsets first.
 
-    A library clears a kernel's workspace right before it launches the kernel, so the kernel that
-    follows is the memset's owner. Counts and milliseconds are of one forward; `kernel_calls` is how
-    often the kernel ran at all. A memset that no kernel follows has the owner "".
+    A library clears a kernel's workspace right before it launches the kernel, so a memset belongs
+    to the next kernel on its stream; if there is none, its kernel is "". Counts and milliseconds
+    are of one forward. `kernel_calls` counts all launches of the kernel, with or without a memset.
 
-    events: `traceEvents` of a Chrome trace, as torch.profiler exports it.
+    Args:
+        events: `traceEvents` of a Chrome trace, as torch.profiler exports it.
     """
     streams: defaultdict[tuple[Any, Any], list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
@@ -259,7 +259,7 @@ def memset_owners(events: Iterable[Mapping[str, Any]], forwards: int) -> list[di
     microseconds: Counter[tuple[str, int]] = Counter()
     for stream in streams.values():
         owner = ""
-        # Backwards, so that the kernel that follows is known.
+        # Backwards, so that the next kernel is known.
         for event in sorted(stream, key=lambda event: float(event["ts"]), reverse=True):
             if event["cat"] == "kernel":
                 owner = event["name"]
@@ -281,7 +281,7 @@ def memset_owners(events: Iterable[Mapping[str, Any]], forwards: int) -> list[di
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """How much of the timeline the spans cover, overlaps counted once."""
+    """The length of the timeline that the spans cover, overlaps counted once."""
     busy, until = 0.0, -math.inf
     for start, end in sorted(spans):
         busy += max(0.0, end - max(start, until))

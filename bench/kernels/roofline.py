@@ -1,8 +1,8 @@
-"""How much work a step or a decode is, by kind of kernel: FLOPs and bytes, and how long they need.
+"""The roofline of a step or a decode: FLOPs and bytes by kind of kernel, and the time they need.
 
-Counted over a forward on the meta device: what the products, convolutions and attentions of the
-unmodified model compute, and the bytes they read and write once. What the compiler generates is not
-known here: its FLOPs and bytes come from what `bench launches` counted, and take precedence.
+The counts come from a forward of the unmodified model on the meta device: FLOPs of the products,
+convolutions and attentions, and the bytes that each reads and writes once. The compiler's generated
+kernels are not in that forward. Their counts come from `bench launches`, which takes precedence.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Amount:
-    """Of one forward; None is not known."""
+class FlopsAndBytes:
+    """Of one forward; None if not known."""
 
     flops: float | None = None
     bytes: float | None = None
@@ -39,36 +39,36 @@ class Amount:
 
 @dataclass(frozen=True)
 class Rate:
-    """What an amount was done at, against what the device reached in the same session."""
+    """The rates that some work was done at, and the least time it needs on this device."""
 
     tflops: float | None
     gb_per_second: float | None
     bound_ms: float | None
-    """What its FLOPs need at a large product's rate, or its bytes at a copy's: the longer."""
+    """The longer of: its FLOPs at the rate of a large product, its bytes at the rate of a copy."""
 
     @classmethod
-    def of(cls, amount: Amount, ms: float, dtype: str, ceilings: Ceilings) -> Rate:
+    def of(cls, work: FlopsAndBytes, ms: float, dtype: str, ceilings: Ceilings) -> Rate:
         product = ceilings.matmul_tflops.get(dtype)
         needs = []
-        if amount.flops is not None and product is not None:
-            needs.append(amount.flops / product / 1e9)
-        if amount.bytes is not None:
-            needs.append(amount.bytes / ceilings.copy_gb_per_second / 1e6)
+        if work.flops is not None and product is not None:
+            needs.append(work.flops / product / 1e9)
+        if work.bytes is not None:
+            needs.append(work.bytes / ceilings.copy_gb_per_second / 1e6)
         return cls(
-            tflops=None if not amount.flops else amount.flops / ms / 1e9,
-            gb_per_second=None if amount.bytes is None else amount.bytes / ms / 1e6,
+            tflops=None if not work.flops else work.flops / ms / 1e9,
+            gb_per_second=None if work.bytes is None else work.bytes / ms / 1e6,
             bound_ms=max(needs, default=None),
         )
 
 
 def count(
     pipeline: Any, shape: CompiledShape, part: str, *, text_once: bool = False
-) -> dict[str, Amount]:
-    """By kind, in the type that the pipeline computes in; only its configurations are read.
+) -> dict[str, FlopsAndBytes]:
+    """FLOPs and bytes by kind, in the pipeline's dtype; only its configurations are read.
 
     Args:
         part: `step` (one guided UNet forward) or `decode`.
-        text_once: leave out the products of the text alone, which such a model does once a run.
+        text_once: leave out the products of the text alone; such a model computes them once a run.
     """
     config = dict((pipeline.unet if part == "step" else pipeline.vae).config)
     dtype = (pipeline.unet if part == "step" else pipeline.vae).dtype
@@ -76,12 +76,12 @@ def count(
     with meta:
         model = (UNet2DConditionModel if part == "step" else AutoencoderKL).from_config(config)
     torch.nn.Module.to(model, dtype).eval()
-    totals: dict[str, Amount] = {}
+    totals: dict[str, FlopsAndBytes] = {}
 
     def add(kind: str, flops: float, *tensors: torch.Tensor) -> None:
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        before = totals.get(kind, Amount(0, 0))
-        totals[kind] = Amount((before.flops or 0) + flops, (before.bytes or 0) + moved)
+        before = totals.get(kind, FlopsAndBytes(0, 0))
+        totals[kind] = FlopsAndBytes((before.flops or 0) + flops, (before.bytes or 0) + moved)
 
     with torch.no_grad():
         if part == "step":
@@ -98,7 +98,7 @@ def count(
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up products and convolutions by torch's own formulas."""
+    """Counts products and convolutions, by torch's own formulas."""
 
     def __init__(self, add: Callable[..., None], text_rows: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -119,7 +119,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Attention(TorchFunctionMode):
-    """Adds up attentions, and does not run them: on the meta device they would be products."""
+    """Counts attentions without running them: on the meta device they would run as products."""
 
     def __init__(self, add: Callable[..., None]) -> None:
         super().__init__()
@@ -138,27 +138,27 @@ class _Attention(TorchFunctionMode):
         return result
 
 
-def read_launches(path: Path, scenario: str, part: str, shape: str) -> dict[str, Amount]:
-    """What `bench launches` counted of this scenario's part at this size, by kind of kernel.
+def read_launches(path: Path, scenario: str, part: str, shape: str) -> dict[str, FlopsAndBytes]:
+    """FLOPs and bytes by kind of kernel, from a file that `bench launches` wrote.
 
     Raises:
-        BenchError: there is no such file, or it is another, or of something else.
+        BenchError: there is no such file, or it does not hold this scenario, part and shape.
     """
     wanted = {"scenario": scenario, "part": part, "shape": shape}
     try:
         for counted in json.loads(path.read_text())["counted"]:
             if {name: counted[name] for name in wanted} == wanted:
                 return {
-                    kind: Amount(told["flops"], told["bytes"])
-                    for kind, told in counted["by_kind"].items()
+                    kind: FlopsAndBytes(row["flops"], row["bytes"])
+                    for kind, row in counted["by_kind"].items()
                 }
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BenchError(f"{path} does not tell launches by kind: {error}") from None
+        raise BenchError(f"{path} is not a file of `bench launches --out`: {error}") from None
     raise BenchError(f"{path} counts no {part} of {scenario} at {shape}")
 
 
 def rounded(value: float | None) -> float | None:
-    """Four significant digits."""
+    """Rounded to four significant digits; None if not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.4g}")

@@ -1,1 +1,1 @@
-"""What single pieces cost, and what the bench itself adds."""
+"""Times our own code piece by piece, and checks what the bench itself reports."""

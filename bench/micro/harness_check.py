@@ -1,11 +1,13 @@
-"""Whether the bench tells the truth: what it reports against the same work timed bare.
+"""Whether the bench's own measurement is right: what it reports, against a minimal timing loop.
 
     python -m bench bare --scenario diffusers default --pairs 60
 
-Bare is a loop without the runtime, the marks or the pacing: the model's own methods on the thread
-that owns it, or diffusers' pipeline, with one `perf_counter` before and one after. Reported and
-bare requests alternate in one process on one loaded model, and their ratio is told with its
-interval: of the denoising loop, and for a plain call of the whole request.
+The minimal loop runs without the runtime, the marks and the pacing: it calls the model's methods on
+the thread that owns it, or diffusers' pipeline, and reads `perf_counter` before and after. Reported
+and minimal requests alternate in one process on one loaded model. Prints their ratio with its
+interval: of the denoising loop, or of the whole request for a plain call.
+
+Exit status: 0, or 1 if a ratio certainly differs from 1 by more than is allowed.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ if TYPE_CHECKING:
     from bench.harness.work import Work
 
 ALLOWED = 0.005
-"""By how much the two may differ."""
+"""By how much the ratio may differ from 1."""
 
 
 @dataclass(frozen=True)
-class Truth:
-    """Reported over bare, of one scenario; `of` is what was timed."""
+class ReportedRatio:
+    """A scenario's reported time over the minimal loop's; `of` says which part was timed."""
 
     scenario: str
     of: str
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns the exit status: 0, or 1 where a difference larger than allowed is certain."""
+    """Returns the exit status. Raises BenchError."""
     if options.pairs < 1:
         raise BenchError("--pairs: 1 and more are allowed")
     from bench.harness.device_lock import only_bench_on
@@ -61,57 +63,61 @@ def run(options: argparse.Namespace) -> int:
 
     scenarios = chosen(options.scenario)
     if any(scenario.images != 1 for scenario in scenarios):
-        raise BenchError("bare timing is of one image a request: no batch is allowed")
+        raise BenchError("the minimal loop draws one image a request: no batch is allowed")
     work = choose_work(options.model, options.device, options.shape, options.steps)
-    found: list[Truth] = []
+    found: list[ReportedRatio] = []
     with only_bench_on(work.device), asyncio.Runner() as runner:
         for scenario in scenarios:
             try:
                 found += compare(scenario, work, runner, options.pairs)
             except CannotRun as reason:
                 raise BenchError(f"{scenario.name} cannot run here: {reason}") from None
-    for truth in found:
+    for row in found:
         print(
-            f"{truth.scenario}, {truth.of}: reported over bare {truth.ratio:.4f} "
-            f"({truth.low:.4f} to {truth.high:.4f}) over {truth.pairs} pairs"
+            f"{row.scenario}, {row.of}: reported over minimal {row.ratio:.4f} "
+            f"({row.low:.4f} to {row.high:.4f}) over {row.pairs} pairs"
         )
     if options.out:
-        options.out.write_text(json.dumps([asdict(truth) for truth in found], indent=1) + "\n")
+        options.out.write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
     certain = [t for t in found if t.low > 1 + ALLOWED or t.high < 1 - ALLOWED]
     return 1 if certain else 0
 
 
-def compare(scenario: Scenario, work: Work, runner: asyncio.Runner, pairs: int) -> list[Truth]:
-    """Alternate reported and bare requests of one loaded scenario. Raises CannotRun."""
+def compare(
+    scenario: Scenario, work: Work, runner: asyncio.Runner, pairs: int
+) -> list[ReportedRatio]:
+    """Alternate reported and minimal requests of one loaded scenario. Raises CannotRun."""
     from bench.harness.drive import PlainCall, load_scenario
 
     driven = load_scenario(scenario, work, runner)
     plain = isinstance(driven, PlainCall)
-    bare = bare_call(cast(Any, driven)) if plain else bare_loop(cast(Any, driven), work)
+    minimal = minimal_call(cast(Any, driven)) if plain else minimal_loop(cast(Any, driven), work)
     try:
         driven.request(0, 0)
-        bare(0)
-        ratios = [_pair(driven, bare, index, plain) for index in range(pairs)]
+        minimal(0)
+        ratios = [_pair(driven, minimal, index, plain) for index in range(pairs)]
     finally:
         driven.close()
     from bench.stats.intervals import interval
 
     found = interval(ratios)
     of = "the whole request" if plain else "the denoising steps"
-    return [Truth(scenario.name, of, found.point, found.low, found.high, pairs)]
+    return [ReportedRatio(scenario.name, of, found.point, found.low, found.high, pairs)]
 
 
-def _pair(driven: LoadedScenario, bare: Callable[[int], float], index: int, whole: bool) -> float:
-    """Reported over bare, changing who is first."""
-    bare_ms = bare(index) if index % 2 else 0.0
+def _pair(
+    driven: LoadedScenario, minimal: Callable[[int], float], index: int, whole: bool
+) -> float:
+    """Reported over minimal milliseconds; which one is first alternates."""
+    minimal_ms = minimal(index) if index % 2 else 0.0
     sample = driven.request(index, 0)
-    bare_ms = bare_ms or bare(index)
+    minimal_ms = minimal_ms or minimal(index)
     reported_ms = sample.total_ms if whole else sample.first_step_ms + sum(sample.steps_ms)
-    return reported_ms / bare_ms
+    return reported_ms / minimal_ms
 
 
-def bare_call(driven: Any) -> Callable[[int], float]:
-    """Milliseconds of diffusers' call to a PIL image, and of the upload where there is one."""
+def minimal_call(driven: Any) -> Callable[[int], float]:
+    """Milliseconds of diffusers' call up to a PIL image, and of the upload if there is one."""
     from bench.harness.drive import png_data_uri
 
     def once(seed: int) -> float:
@@ -124,8 +130,8 @@ def bare_call(driven: Any) -> Callable[[int], float]:
     return once
 
 
-def bare_loop(driven: Any, work: Work) -> Callable[[int], float]:
-    """Milliseconds from where the scheduler's loop begins to where its last step has ended."""
+def minimal_loop(driven: Any, work: Work) -> Callable[[int], float]:
+    """Milliseconds from the start of the scheduler's loop to the end of its last step."""
     from bench.harness.work import GUIDANCE, PROMPT
 
     def on_thread(model: Any, seed: int) -> float:

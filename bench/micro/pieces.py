@@ -1,10 +1,10 @@
-"""What our own pieces cost by themselves: telling, and what stands around a request's steps.
+"""The time of our own code: telemetry, and the work around a request's steps.
 
     python -m bench micro
 
-Each figure is the median over series of calls, with its 95% interval, in microseconds a call. What
-is timed is built as the service builds it; nothing leaves the process. What a request costs beside
-its steps is timed on the demo model and a CPU, whatever the device (`beside.py`).
+Each figure is the median over series of calls with its 95% interval, in microseconds a call. The
+pieces are built as the service builds them; nothing leaves the machine. The work around the steps
+is timed on the demo model and a CPU, whatever the device (`request_overhead.py`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bench.micro.timing import CallTime, summary, time_call
 
 if TYPE_CHECKING:
     from metrics.clock import Clock, Mark
@@ -24,27 +26,22 @@ if TYPE_CHECKING:
     from serve.engine.runtime import Runtime
 
 STEPS = 30
-"""Of the request that is recorded: 30 steps and 6 stages are 36 observations of the histograms."""
+"""Steps of the recorded request: 30 steps and 6 stages are 36 histogram observations."""
 SHAPES_KEPT_WARM = (1, 9)
-"""As a full-size model ships, and all sizes that SDXL was trained for."""
+"""The default of a full-size model, and all sizes that SDXL was trained for."""
 MOST_OUTSTANDING = 2048
-"""Spans that may wait to be exported before the next tree is built: a quarter of the queue."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one call, in microseconds."""
-
-    name: str
-    what: str
-    median_us: float
-    low_us: float
-    high_us: float
+"""The most spans that wait for export before the next tree is built: a quarter of the queue."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--series", type=int, default=200, help="series a figure (default: 200)")
-    parser.add_argument("--device", default="auto", help="whose clock, as SDXL_DEVICE")
+    parser.add_argument(
+        "--series", type=int, default=200, help="series of calls for each figure (default: 200)"
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="the device whose clock is timed, as SDXL_DEVICE (default: auto)",
+    )
     parser.add_argument("--out", type=Path, help="also write it here, as JSON")
 
 
@@ -68,17 +65,17 @@ def run(options: argparse.Namespace) -> int:
         spread = f"({cost.low_us:.2f} to {cost.high_us:.2f})"
         print(f"{cost.name:8} {cost.median_us:10.2f} us {spread:24} {cost.what}")
     if options.out:
-        told = where(device) | {"python": platform.python_version(), "device": device}
-        told |= {
+        written = where(device) | {"python": platform.python_version(), "device": device}
+        written |= {
             "costs": [asdict(cost) for cost in costs],
             "clock_calls_a_step": calls_a_step(),
         }
-        options.out.write_text(json.dumps(told, indent=1) + "\n")
+        options.out.write_text(json.dumps(written, indent=1) + "\n")
     return 0
 
 
-def measure(device: str, series: int) -> list[Cost]:
-    """Every piece, in the order in which a request meets them."""
+def measure(device: str, series: int) -> list[CallTime]:
+    """Every piece, in the order in which a request runs them."""
     from metrics.catalogue import render
     from metrics.clock import make_clock
 
@@ -93,11 +90,11 @@ def measure(device: str, series: int) -> list[Cost]:
         def record() -> None:
             runtime.metrics.observe_request(request, {"trace_id": "0" * 32, "span_id": "0" * 16})
 
-        def scrape(count: int, one: Runtime) -> Cost:
+        def scrape(count: int, one: Runtime) -> CallTime:
             registry, accept = one.metrics.registry, "application/openmetrics-text; version=1.0.0"
             kilobytes = len(render(registry, accept)[0]) / 1000
             what = f"/metrics, every label set of {count} warm sizes filled: {kilobytes:.0f} kB"
-            return cost(
+            return time_call(
                 f"scrape{count}", what, lambda: render(registry, accept), max(1, series // 10), 1
             )
 
@@ -106,7 +103,9 @@ def measure(device: str, series: int) -> list[Cost]:
             _step(clock, series),
             _poll(clock, series),
             _resolve(clock, series),
-            cost("record", f"one request of {STEPS} steps into the metrics", record, series, 5),
+            time_call(
+                "record", f"one request of {STEPS} steps into the metrics", record, series, 5
+            ),
             _emit(runtime, request, series),
             _export(request, series),
             *map(scrape, SHAPES_KEPT_WARM, runtimes),
@@ -116,7 +115,7 @@ def measure(device: str, series: int) -> list[Cost]:
             one.close(1)
 
 
-def _mark(clock: Clock, series: int) -> Cost:
+def _mark(clock: Clock, series: int) -> CallTime:
     def once() -> float:
         clock.begin()
         start = time.perf_counter_ns()
@@ -128,8 +127,7 @@ def _mark(clock: Clock, series: int) -> Cost:
 
 
 def _pace(clock: Clock, steps: int) -> float:
-    """A run's denoising loop without its model: what a step's callback does for the timing. Returns
-    nanoseconds a step."""
+    """Nanoseconds a step of a denoising loop without a model: a step callback's timing code."""
     from metrics.clock import WallAnchor
     from metrics.timeline import RunTimeline
     from serve.engine.admission import Cancellation
@@ -145,14 +143,14 @@ def _pace(clock: Clock, steps: int) -> float:
     return (time.perf_counter_ns() - start) / steps
 
 
-def _step(clock: Clock, series: int) -> Cost:
+def _step(clock: Clock, series: int) -> CallTime:
     calls = ", ".join(f"{count:g} {name}" for name, count in calls_a_step().items())
-    what = f"all that the model's thread does for one step's timing: {calls}"
+    what = f"one step's timing on the model's thread: {calls}"
     return summary("step", what, [_pace(clock, STEPS) for _ in range(series)])
 
 
 def calls_a_step() -> dict[str, float]:
-    """How often a step's callback asks the clock, by method, counted over a run without a model."""
+    """How often a step's callback calls the clock, by method; counted in a loop without a model."""
     from collections import Counter
 
     from metrics.clock import HostClock
@@ -177,16 +175,16 @@ def calls_a_step() -> dict[str, float]:
     return {name: count / STEPS for name, count in sorted(counted.items())}
 
 
-def _poll(clock: Clock, series: int) -> Cost:
+def _poll(clock: Clock, series: int) -> CallTime:
     clock.begin()
     mark = clock.mark()
     clock.wait(mark)
-    return cost(
-        "poll", "whether a mark has happened, and when", lambda: clock.poll(mark), series, 50
+    return time_call(
+        "poll", "whether a mark has been reached, and when", lambda: clock.poll(mark), series, 50
     )
 
 
-def _resolve(clock: Clock, series: int) -> Cost:
+def _resolve(clock: Clock, series: int) -> CallTime:
     def once() -> float:
         clock.begin()
         marks = [clock.mark() for _ in range(STEPS + 7)]
@@ -199,7 +197,7 @@ def _resolve(clock: Clock, series: int) -> Cost:
     return summary("resolve", what, [once() for _ in range(series)])
 
 
-def _emit(runtime: Runtime, request: RequestTiming, series: int) -> Cost:
+def _emit(runtime: Runtime, request: RequestTiming, series: int) -> CallTime:
     from metrics.spans import request_tree
 
     tracing, spans = runtime.tracing, request_tree(request).size
@@ -209,7 +207,7 @@ def _emit(runtime: Runtime, request: RequestTiming, series: int) -> Cost:
         start = time.perf_counter_ns()
         room = tracing.emit(identity, request_tree(request))
         taken = time.perf_counter_ns() - start
-        assert room  # a tree that is given up costs nothing, and would be no measurement
+        assert room  # a tree that is dropped costs nothing
         while tracing.outstanding > MOST_OUTSTANDING:
             time.sleep(0.01)
         return taken
@@ -218,8 +216,8 @@ def _emit(runtime: Runtime, request: RequestTiming, series: int) -> Cost:
     return summary("emit", what, [once() for _ in range(series)])
 
 
-def _export(request: RequestTiming, series: int) -> Cost:
-    """The exporting thread's CPU, for the share that one request has in a full batch."""
+def _export(request: RequestTiming, series: int) -> CallTime:
+    """CPU time of the exporting thread: one request's share of a full batch."""
     from opentelemetry.context import Context
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace import TracerProvider
@@ -254,28 +252,8 @@ def _export(request: RequestTiming, series: int) -> Cost:
     return summary("export", what, costs)
 
 
-def cost(name: str, what: str, call: Callable[[], object], series: int, calls: int) -> Cost:
-    """Of one of `calls` calls at a time, `series` times."""
-    call()
-    taken = []
-    for _ in range(series):
-        start = time.perf_counter_ns()
-        for _ in range(calls):
-            call()
-        taken.append((time.perf_counter_ns() - start) / calls)
-    return summary(name, what, taken)
-
-
-def summary(name: str, what: str, nanoseconds: Sequence[float]) -> Cost:
-    """Of what each call has taken."""
-    from bench.stats.intervals import interval
-
-    found = interval([value / 1000 for value in nanoseconds])
-    return Cost(name, what, found.point, found.low, found.high)
-
-
 def _runtime(shapes: Sequence[str]) -> Runtime:
-    """A runtime of which only the telling half is used; its spans go no further than the queue."""
+    """A runtime for its telemetry only; its exporter discards the spans."""
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
     from prometheus_client import CollectorRegistry
 
@@ -308,7 +286,7 @@ def _shapes(count: int) -> list[str]:
 
 
 def _request(shape: str, guidance: bool = True, endpoint: str = "/") -> RequestTiming:
-    """A finished request as the middleware hands it over, times made up."""
+    """A finished request as the middleware passes it on, with made-up times."""
     from metrics.records import GenerationFacts, RequestTiming, RunTiming, StageTiming, StepTiming
 
     ms = 1_000_000
@@ -340,7 +318,7 @@ def _request(shape: str, guidance: bool = True, endpoint: str = "/") -> RequestT
 
 
 def _fill_labels(runtime: Runtime, shapes: Sequence[str]) -> None:
-    """Observe every combination of labels once, so that a scrape is as long as it can get."""
+    """Observe every combination of labels once, so that a scrape has its largest size."""
     from dataclasses import replace
 
     from serve.engine.runtime import ENDPOINTS

@@ -1,7 +1,7 @@
-"""What a request costs the host beside its steps and its decode: rows of `python -m bench micro`.
+"""The host's time for a request outside its steps and its decode: rows of `python -m bench micro`.
 
-The service runs as it is, on the demo model and a CPU, but for a UNet that returns at once where
-the loop is timed, and a model that does where the thread's turns are.
+The service runs unchanged on the demo model and a CPU, except for two replacements that return at
+once: the UNet where the loop is timed, and the model where the thread's turns are timed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from bench.micro.pieces import Cost, cost, summary
+from bench.micro.timing import CallTime, summary, time_call
 
 if TYPE_CHECKING:
     from serve.engine.runtime import Runtime
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 LOOP_STEPS = 20
 SIDE = 1024
-"""Of the pictures, and of the latents times eight."""
+"""Pixels of a picture's side; latents have an eighth."""
 PROMPTS = (
     "a red circle on the left and a big blue square, photograph, 35mm, golden hour",
     "blurry, low quality, deformed",
 )
 QUEUED = 8
-"""Requests that wait when the thread's turns are timed."""
+"""Requests in the queue when the thread's turns are timed."""
 
 
-def measure(series: int) -> list[Cost]:
-    """Every piece, in the order in which a request meets them."""
+def measure(series: int) -> list[CallTime]:
+    """Every piece, in the order in which a request runs them."""
     from prometheus_client import CollectorRegistry
 
     from kernels_warmup.shapes import CompiledShape
@@ -64,7 +64,7 @@ def measure(series: int) -> list[Cost]:
             runtime.close(1)
 
 
-def _tokens(model: SdxlModel, series: int) -> Cost:
+def _tokens(model: SdxlModel, series: int) -> CallTime:
     from serve.model.sdxl import tokenise
 
     tokenizers = (model.pipeline.tokenizer, model.pipeline.tokenizer_2)
@@ -73,11 +73,11 @@ def _tokens(model: SdxlModel, series: int) -> Cost:
         for tokenizer in tokenizers:
             tokenise(tokenizer, list(PROMPTS))
 
-    return cost("tokens", "a prompt and a negative one, by both tokenizers", both, series, 1)
+    return time_call("tokens", "a prompt and a negative one, by both tokenizers", both, series, 1)
 
 
-def _loop(model: SdxlModel, series: int) -> list[Cost]:
-    """From the entry of `denoise` to the first UNet call, and from there a step outside it."""
+def _loop(model: SdxlModel, series: int) -> list[CallTime]:
+    """From the entry of `denoise` to the first UNet call, and then a step outside the UNet."""
     from kernels_warmup.shapes import CompiledShape
 
     calls: list[int] = []
@@ -115,8 +115,8 @@ def _loop(model: SdxlModel, series: int) -> list[Cost]:
     ]
 
 
-def _turn(runtime: Runtime, model: SdxlModel, runner: asyncio.Runner, series: int) -> Cost:
-    """What the model's thread does between two queued requests, outside the model."""
+def _turn(runtime: Runtime, model: SdxlModel, runner: asyncio.Runner, series: int) -> CallTime:
+    """The model's thread between two queued requests, outside the model."""
     from serve.engine.call import Call
     from serve.schema import TextToImageRequest
 
@@ -137,8 +137,10 @@ def _turn(runtime: Runtime, model: SdxlModel, runner: asyncio.Runner, series: in
 
 @contextmanager
 def _instant(model: Any) -> Iterator[list[tuple[int, int]]]:
-    """A model that answers at once; yields when each request's first and last call began and
-    ended."""
+    """A block in which the model's methods return at once.
+
+    Yields a list of (start of a request's first call, end of its last call), in nanoseconds.
+    """
     conditioning = model.encode_prompts([PROMPTS[0]], [""], True)
     pixels = model.decode(_latents(model))
     turns: list[tuple[int, int]] = []
@@ -164,12 +166,12 @@ def _instant(model: Any) -> Iterator[list[tuple[int, int]]]:
         turns.append((begun, time.perf_counter_ns()))
         return pixels
 
-    stand_ins = {"encode_prompts": encode_prompts, "denoise": denoise, "decode": decode}
-    vars(model).update(stand_ins)
+    replacements = {"encode_prompts": encode_prompts, "denoise": denoise, "decode": decode}
+    vars(model).update(replacements)
     try:
         yield turns
     finally:
-        for name in stand_ins:
+        for name in replacements:
             del vars(model)[name]
 
 
@@ -180,7 +182,7 @@ def _latents(model: SdxlModel) -> Any:
     return torch.randn((1, channels, 16, 16), generator=torch.Generator().manual_seed(1))
 
 
-def _pictures(model: SdxlModel, series: int) -> list[Cost]:
+def _pictures(model: SdxlModel, series: int) -> list[CallTime]:
     from serve.engine.images import data_uri, encode_image
     from serve.http.responses import response_body
     from serve.schema import GeneratedImage, TextToImageResponse, Timings
@@ -199,17 +201,23 @@ def _pictures(model: SdxlModel, series: int) -> list[Cost]:
     kilobytes = len(jpeg) // 1000
     few = max(1, series // 10)
     return [
-        cost("jpeg", f"a picture of {size} as JPEG", lambda: encode_image(drawn, "jpeg"), few, 1),
-        cost("jpegnoise", "noise as JPEG", lambda: encode_image(noise, "jpeg"), few, 1),
-        cost("png", "the picture as PNG", lambda: encode_image(drawn, "png"), few, 1),
-        cost("webp", "the picture as WebP", lambda: encode_image(drawn, "webp"), few, 1),
-        cost("uri", f"{kilobytes} kB as a data URI", lambda: data_uri(jpeg, "jpeg"), series, 1),
-        cost("body", "the answer with it as JSON", lambda: response_body(response), series, 1),
+        time_call(
+            "jpeg", f"a picture of {size} as JPEG", lambda: encode_image(drawn, "jpeg"), few, 1
+        ),
+        time_call("jpegnoise", "noise as JPEG", lambda: encode_image(noise, "jpeg"), few, 1),
+        time_call("png", "the picture as PNG", lambda: encode_image(drawn, "png"), few, 1),
+        time_call("webp", "the picture as WebP", lambda: encode_image(drawn, "webp"), few, 1),
+        time_call(
+            "uri", f"{kilobytes} kB as a data URI", lambda: data_uri(jpeg, "jpeg"), series, 1
+        ),
+        time_call(
+            "body", "the response with it as JSON", lambda: response_body(response), series, 1
+        ),
     ]
 
 
-def _answer(runtime: Runtime, runner: asyncio.Runner, series: int) -> Cost:
-    """From pixels to the answer's bytes, hand-overs to threads and back included."""
+def _answer(runtime: Runtime, runner: asyncio.Runner, series: int) -> CallTime:
+    """From pixels to the response's bytes, including the switches between threads."""
     from serve.engine.call import Call
     from serve.engine.gpu_run import GeneratedPixels
     from serve.http.responses import response_body
@@ -229,7 +237,9 @@ def _answer(runtime: Runtime, runner: asyncio.Runner, series: int) -> Cost:
 
     runner.run(runtime.generate(request, call))
     planned = runtime._plan(request, call)
-    return summary("answer", "noise, from pixels to the answer's bytes", runner.run(all_of_them()))
+    return summary(
+        "answer", "noise, from pixels to the response's bytes", runner.run(all_of_them())
+    )
 
 
 def _noise() -> Any:
@@ -239,7 +249,7 @@ def _noise() -> Any:
 
 
 def _drawn(model: SdxlModel) -> Any:
-    """A picture of the demo's, enlarged."""
+    """A picture of the demo model, enlarged."""
     import numpy as np
     from PIL import Image
 

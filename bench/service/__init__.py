@@ -1,1 +1,1 @@
-"""The service under load and at start: rates, cold starts, overhead, peers."""
+"""Measures the running service: load, cold starts, telemetry overhead, and throughput of peers."""

@@ -1,12 +1,12 @@
-"""From the start of a process to its first image, by phase: with empty caches, and with kept ones.
+"""Time from process start to the first image, by phase, with an empty and with a filled cache.
 
     python -m bench coldstart
     python -m bench coldstart --compile default --repeats 3
     python -m bench coldstart --set SDXL_CACHE_DIR=/data/cache
 
-The cold case gives the server an empty cache folder, and time to keep there what it compiled; the
-cached case starts it again on that. Phases are the server's own (`warmup_ms` of /ready), the rest
-the client's.
+The cold case starts the server with an empty cache folder and waits until it has stored what it
+compiled; the cached case starts it again with that folder. The phases are the server's own
+(`warmup_ms` of /ready); the other times are measured by the client.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 CASES = ("cold", "from cache")
 POLL_SECONDS = 0.02
 KEEPING_SECONDS = 300
-"""How long a server may take to archive what it compiled; it does so behind its first requests."""
+"""How long a server may take to store what it compiled, which it does while it serves."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """One start, in seconds since the process was started."""
+    """One start; times in seconds since the start of the process."""
 
     case: str
     answers_s: float
-    """/health answers: Python is up and the server listens."""
+    """The server answers HTTP for the first time."""
     ready_s: float
     first_image_s: float
     phases_ms: dict[str, float]
-    """The start-up's own phases, as /ready tells them."""
+    """Milliseconds of each phase of the start-up, from /ready."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="as SDXL_DEVICE (default: auto)")
     parser.add_argument("--shape", help="as SDXL_SHAPES (default: the model's)")
     parser.add_argument("--compile", default="auto", help="as SDXL_COMPILE (default: auto)")
-    parser.add_argument("--steps", type=int, default=20, help="of the first image (default: 20)")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="denoising steps of the first image (default: 20)"
+    )
     parser.add_argument("--repeats", type=int, default=1, help="starts of each case (default: 1)")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="more of the environment"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further environment variables of the server",
     )
     parser.add_argument("--out", type=Path, help="also write it here, as JSON")
 
@@ -86,19 +92,19 @@ def run(options: argparse.Namespace) -> int:
                     starts.append(
                         start(case, cache_settings(Path(folder)) | environment, options.steps)
                     )
-                    print(tell(starts[-1]))
+                    print(report(starts[-1]))
     if options.out:
-        told = where(device) | {
+        written = where(device) | {
             "settings": environment,
             "steps": options.steps,
             "starts": [asdict(one) for one in starts],
         }
-        options.out.write_text(json.dumps(told, indent=1) + "\n")
+        options.out.write_text(json.dumps(written, indent=1) + "\n")
     return 0
 
 
 def cache_settings(folder: Path) -> dict[str, str]:
-    """Where a server keeps what it compiles: our own setting where there is one."""
+    """The settings that make a server use this cache folder, also of older commits."""
     from serve.settings import ServeSettings
 
     if "cache_dir" in ServeSettings.model_fields:
@@ -110,8 +116,8 @@ def cache_settings(folder: Path) -> dict[str, str]:
 
 
 def start(case: str, environment: Mapping[str, str], steps: int) -> Start:
-    """One start to its first image. Raises BenchError where there is none."""
-    from bench.service.processes import connect, running
+    """Start a server and request one image. Raises BenchError if it fails to start or to answer."""
+    from bench.service.processes import connect, free_port, running
 
     port = free_port()
     module = ["serve", "--port", str(port)]
@@ -129,7 +135,7 @@ def start(case: str, environment: Mapping[str, str], steps: int) -> Start:
             try:
                 connection.request("GET", "/ready")
                 answer = connection.getresponse()
-                told = json.loads(answer.read())
+                state = json.loads(answer.read())
             except OSError:
                 time.sleep(POLL_SECONDS)
                 continue
@@ -138,9 +144,9 @@ def start(case: str, environment: Mapping[str, str], steps: int) -> Start:
             since = time.monotonic() - server.started
             answers_s = answers_s or since
             if answer.status == 200:
-                ready_s, phases = since, told["warmup_ms"]
-            elif told.get("state") == "failed":
-                raise BenchError(f"the {case} server could not start: {told.get('reason')}")
+                ready_s, phases = since, state["warmup_ms"]
+            elif state.get("state") == "failed":
+                raise BenchError(f"the {case} server could not start: {state.get('reason')}")
             else:
                 time.sleep(POLL_SECONDS)
         server.generate(0, steps)
@@ -151,30 +157,22 @@ def start(case: str, environment: Mapping[str, str], steps: int) -> Start:
 
 
 def wait_until_kept(server: Server) -> None:
-    """Until what was compiled is archived, where it is: a start that is ended sooner leaves none.
+    """Wait until the server has stored what it compiled, if it uses a cache.
 
-    Raises BenchError where it never is.
+    Raises:
+        BenchError: it has not after KEEPING_SECONDS.
     """
     until = time.monotonic() + KEEPING_SECONDS
     while time.monotonic() < until:
-        compiled = json.loads(server.ask("GET", "/ready")[1]).get("compile", {})
+        compiled = json.loads(server.request("GET", "/ready")[1]).get("compile", {})
         if "cache" not in compiled or "cache_store" in compiled:
             return
         time.sleep(POLL_SECONDS)
-    raise BenchError(f"{server.name} kept nothing of what it compiled in {KEEPING_SECONDS} s")
+    raise BenchError(f"{server.name} stored nothing in its cache within {KEEPING_SECONDS} s")
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def tell(one: Start) -> str:
-    """For people."""
+def report(one: Start) -> str:
+    """The start as a line for people."""
     phases = ", ".join(f"{name} {ms / 1000:.2f} s" for name, ms in one.phases_ms.items())
     return (
         f"{one.case}: first image after {one.first_image_s:.2f} s, ready after "

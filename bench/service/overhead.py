@@ -1,14 +1,17 @@
-"""What telemetry costs a request: told of in full, sampled out, or not told of at all.
+"""Telemetry overhead of a request: full telemetry, trace sampled out, and telemetry disabled.
 
     python -m bench overhead --pairs 400
     python -m bench overhead --scrape
 
-One self-hosted server gets the three kinds of request in turn, in a new order each round; spans go
-to a real OTLP/HTTP endpoint in another process. The wall-time ratio is of requests of one round;
-CPU is the kernel's count for the whole process over blocks of requests of one kind, with what it
-does after the answer. The model has all cores but one, as telemetry has the host's where the model
-is on a GPU: two threads of a product that share their cores with anything else wait for each other,
-and spend CPU on it. With --scrape, requests are also compared while /metrics is read every second.
+One self-hosted server receives the three kinds of request, in a new random order each round. Spans
+go to a real OTLP/HTTP endpoint in another process. Wall-time ratios compare requests of one round.
+CPU time is the kernel's count for the whole server over blocks of requests of one kind, including
+what it does after the response.
+
+The model runs on all cores but one, which is left for telemetry, as the host's cores are when the
+model is on a GPU. Threads of one product that share a core with other work wait for each other and
+spend CPU time on waiting. With --scrape, requests are also compared with and without a scrape of
+/metrics every second.
 """
 
 from __future__ import annotations
@@ -34,13 +37,13 @@ if TYPE_CHECKING:
 
 ARMS = ("off", "sampled out", "on")
 BLOCK = 10
-"""Requests of one kind a block of CPU time."""
+"""Requests of one kind in a block of which CPU time is measured."""
 FIRST_REQUESTS = 5
-"""Left out: caches fill."""
+"""Not measured: they fill caches."""
 SETTLE_SECONDS = 2.5
-"""Longer than the last spans stay in the batch processor."""
+"""Longer than spans wait in the batch processor."""
 SCRAPED_BLOCK = 10
-"""Requests in a row with a scraper, then as many without: it reads once a second."""
+"""Requests in a row with a scrape every second, or without."""
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
 
 
@@ -51,13 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
     parser.add_argument("--model", default="demo", help="as SDXL_MODEL (default: demo)")
-    parser.add_argument("--scrape", action="store_true", help="also the cost of being scraped")
+    parser.add_argument("--scrape", action="store_true", help="also measure the cost of scrapes")
     parser.add_argument("--out", type=Path, help="also write it here, as JSON")
 
 
 @dataclass
 class Samples:
-    """What was measured, raw: milliseconds by arm, in the order of rounds and of blocks."""
+    """The raw samples: milliseconds by kind of request, in the order of rounds and of blocks."""
 
     wall_ms: dict[str, list[float]]
     cpu_ms_a_request: dict[str, list[float]]
@@ -76,16 +79,16 @@ def run(options: argparse.Namespace) -> int:
 
     with only_bench_on("overhead"):
         samples = measure(options)
-    told = judge(samples)
-    for line in tell(samples, told):
+    figures = summarise(samples)
+    for line in report(samples, figures):
         print(line)
     if options.out:
-        options.out.write_text(json.dumps(asdict(samples) | {"judged": told}, indent=1) + "\n")
+        options.out.write_text(json.dumps(asdict(samples) | {"judged": figures}, indent=1) + "\n")
     return 0
 
 
 def measure(options: argparse.Namespace) -> Samples:
-    """About 3 requests a pair, one after the other, and 30 a block."""
+    """Send requests one after the other: 3 a pair, and 30 a block."""
     from bench.service.processes import running
 
     threads = max(1, (os.cpu_count() or 1) - 1)
@@ -118,7 +121,7 @@ def measure(options: argparse.Namespace) -> Samples:
         if options.scrape:
             samples.scraped_wall_ms = _scraped(server, options.pairs, options.steps)
         time.sleep(SETTLE_SECONDS)
-        samples.spans_received = int(receiver.ask("GET", "/count")[1])
+        samples.spans_received = int(receiver.request("GET", "/count")[1])
     if not samples.spans_received:
         raise BenchError("no span reached the receiver, so nothing was measured")
     return samples
@@ -142,7 +145,7 @@ def _count_cpu(server: Server, samples: Samples, blocks: int, order: random.Rand
             for index in range(BLOCK):
                 context = trace_context(arm)
                 server.generate(block * BLOCK + index, samples.steps, trace_context=context)
-            # What is told late falls into the block as well.
+            # The block includes the telemetry that is exported late.
             time.sleep(SETTLE_SECONDS)
             spent = server.cpu_seconds() - before
             samples.cpu_ms_a_request[arm].append(spent * 1000 / BLOCK)
@@ -152,7 +155,7 @@ def _count_cpu(server: Server, samples: Samples, blocks: int, order: random.Rand
 def _scraped(server: Server, pairs: int, steps: int) -> dict[str, list[float]]:
     walls: dict[str, list[float]] = {"alone": [], "scraped": []}
     for block in range(2 * max(1, pairs // SCRAPED_BLOCK // 2)):
-        # Alone, scraped, scraped, alone, ...: drift befalls both alike.
+        # Alone, scraped, scraped, alone, ...: drift affects both alike.
         name = ("alone", "scraped", "scraped", "alone")[block % 4]
         with _scraper(server.address, on=name == "scraped"):
             for index in range(SCRAPED_BLOCK):
@@ -164,7 +167,7 @@ def _scraped(server: Server, pairs: int, steps: int) -> dict[str, list[float]]:
 
 @contextmanager
 def _scraper(address: str, on: bool) -> Iterator[None]:
-    """Reads /metrics once a second, from another thread, until the block ends."""
+    """If `on`, read /metrics once a second on another thread until the block ends."""
     from bench.service.processes import connect
 
     stop = threading.Event()
@@ -188,11 +191,14 @@ def _scraper(address: str, on: bool) -> Iterator[None]:
             thread.join(10)
 
 
-def judge(samples: Samples) -> dict[str, Any]:
-    """Ratios of wall time and differences of CPU, each with its 95% interval."""
+def summarise(samples: Samples) -> dict[str, Any]:
+    """Ratios of wall time and differences of CPU time to requests without telemetry.
+
+    Each has a 95% interval.
+    """
     from bench.stats.intervals import interval
 
-    off, told = samples.wall_ms["off"], {}
+    off, figures = samples.wall_ms["off"], {}
     for arm in ARMS[1:]:
         ratios = [
             with_it / without for with_it, without in zip(samples.wall_ms[arm], off, strict=True)
@@ -203,7 +209,7 @@ def judge(samples: Samples) -> dict[str, Any]:
                 samples.cpu_ms_a_request[arm], samples.cpu_ms_a_request["off"], strict=True
             )
         ]
-        told[arm] = {
+        figures[arm] = {
             "wall_ratio": asdict(interval(ratios)),
             "cpu_ms_more_a_request": asdict(interval(more, "mean")),
         }
@@ -216,20 +222,20 @@ def judge(samples: Samples) -> dict[str, Any]:
             return sum(part) / len(part)
 
         ratios = [block_mean(scraped, block) / block_mean(alone, block) for block in range(blocks)]
-        told["scraped every second"] = {"wall_ratio": asdict(interval(ratios))}
-    return told
+        figures["scraped every second"] = {"wall_ratio": asdict(interval(ratios))}
+    return figures
 
 
-def tell(samples: Samples, told: dict[str, Any]) -> list[str]:
-    """For people."""
+def report(samples: Samples, figures: dict[str, Any]) -> list[str]:
+    """The figures as lines for people."""
     pairs = len(samples.wall_ms["off"])
     work = f"{pairs} pairs of {samples.steps} steps on {samples.model}"
     work += f", the model on {samples.model_threads} threads"
     lines = [f"{work}; {samples.spans_received} spans received"]
-    for arm, figures in told.items():
-        ratio = figures["wall_ratio"]
+    for arm, row in figures.items():
+        ratio = row["wall_ratio"]
         line = f"{arm}: wall {ratio['point']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f})"
-        if more := figures.get("cpu_ms_more_a_request"):
+        if more := row.get("cpu_ms_more_a_request"):
             line += (
                 f", CPU {more['point']:+.2f} ms a request "
                 f"({more['low']:+.2f} to {more['high']:+.2f})"

@@ -1,10 +1,10 @@
-"""Throughput under concurrent clients, beside fal's documented example served as written.
+"""Throughput with concurrent clients, compared with fal's documented example.
 
     python -m bench peers --clients 4
 
-Both are servers in processes of their own with the same model, steps and seeds; they are loaded in
-turn, in blocks of requests, never at once. Per-step and end-to-end ratios of single requests are
-the scenarios `documented`, `diffusers` and `default` of `python -m bench run`.
+Both servers run in processes of their own with the same model, steps and seeds. They are loaded
+alternately, in blocks of requests, never at the same time. The scenarios `documented`, `diffusers`
+and `default` of `python -m bench run` compare single requests, by step and end to end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OURS, DOCUMENTED = "ours", "documented"
 
 @dataclass
 class Throughput:
-    """Images per second of each block, by server, in the order of blocks."""
+    """Images per second of each block, by server, in the order of the blocks."""
 
     model: str
     steps: int
@@ -39,8 +39,10 @@ class Throughput:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="as SDXL_MODEL (default: demo)")
     parser.add_argument("--clients", type=int, default=4, help="concurrent clients (default: 4)")
-    parser.add_argument("--blocks", type=int, default=10, help="of each server (default: 10)")
-    parser.add_argument("--requests", type=int, default=12, help="a block (default: 12)")
+    parser.add_argument(
+        "--blocks", type=int, default=10, help="blocks of each server (default: 10)"
+    )
+    parser.add_argument("--requests", type=int, default=12, help="requests a block (default: 12)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
     parser.add_argument("--out", type=Path, help="also write it here, as JSON")
 
@@ -62,13 +64,13 @@ def run(options: argparse.Namespace) -> int:
     ratio = interval([ours / documented for ours, documented in pairs])
     print(f"ours over documented: {ratio}")
     if options.out:
-        told = asdict(found) | {"ours_over_documented": asdict(ratio)}
-        options.out.write_text(json.dumps(told, indent=1) + "\n")
+        written = asdict(found) | {"ours_over_documented": asdict(ratio)}
+        options.out.write_text(json.dumps(written, indent=1) + "\n")
     return 0
 
 
 def measure(model: str, clients: int, blocks: int, requests: int, steps: int) -> Throughput:
-    """Blocks of requests to one server and the other, changing who is first."""
+    """Load both servers in blocks; which one is first alternates."""
     from bench.service.processes import running
 
     found = Throughput(model, steps, clients, requests, {OURS: [], DOCUMENTED: []})
@@ -93,8 +95,8 @@ def measure(model: str, clients: int, blocks: int, requests: int, steps: int) ->
 
 
 def load(server: Any, clients: int, requests: int, steps: int) -> float:
-    """Seconds until all requests were answered, each client asking again as soon as it may."""
-    from bench.service.processes import ask, connect, request_body
+    """Seconds until all requests are answered; each client sends its next one at once."""
+    from bench.service.processes import connect, request_body, send_request
 
     seeds: queue.SimpleQueue[int] = queue.SimpleQueue()
     for seed in range(requests):
@@ -106,13 +108,13 @@ def load(server: Any, clients: int, requests: int, steps: int) -> float:
         try:
             while not failures:
                 seed = seeds.get_nowait()
-                status, body = ask(connection, "POST", "/", request_body(seed, steps))
+                status, body = send_request(connection, "POST", "/", request_body(seed, steps))
                 if status != 200:
                     failures.append(f"{server.name} answered {status}: {body[:200]!r}")
         except queue.Empty:
             pass
         except OSError as error:
-            failures.append(f"{server.name} could not be asked: {type(error).__name__}")
+            failures.append(f"{server.name} cannot be reached: {type(error).__name__}")
         finally:
             connection.close()
 

@@ -1,6 +1,8 @@
-"""Servers in processes of their own on loopback, asked over HTTP; always ended.
+"""Servers in processes of their own, on loopback; they are always ended.
 
-What a server takes is read from outside: its time from the client's clock, its CPU from the kernel.
+`running` starts one and waits until it is ready; `Server` sends it requests. `launched` starts any
+command, and is what the tests' servers are started by too. A server is measured from outside: wall
+time by the client's clock, CPU time by the kernel's.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,67 +24,101 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bench.errors import BenchError
-from bench.harness.environment import ROOT
-from bench.harness.work import PROMPT
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("SDXL_", "OTEL_", "ENABLE_TRACING", "FAL_")
+"""How the names of the service's settings begin."""
 _READY = re.compile(r"ready at (http://\S+)")
+
+
+# Processes ---------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def clean_environment(
+    extra: Mapping[str, str] | None = None, left_out: tuple[str, ...] = SETTINGS
+) -> dict[str, str]:
+    """This process's environment without names that begin with one of `left_out`, plus `extra`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    return kept | dict(extra or {})
+
+
+@contextmanager
+def launched(
+    command: Sequence[str], environment: Mapping[str, str], cwd: Path | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Run a command until the block ends; gives the process and the file of its output.
+
+    Args:
+        environment: the whole of it.
+    """
+    with tempfile.TemporaryDirectory(prefix="stepspan-process-") as folder:
+        output = Path(folder) / "output"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                cwd=cwd,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+        try:
+            yield process, output
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+# Servers -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Server:
-    """A process that answers HTTP on loopback."""
+    """A process that serves HTTP on loopback."""
 
     name: str
     process: subprocess.Popen[bytes]
-    address: str = ""
-    started: float = field(default_factory=time.monotonic)
+    started: float
     """`time.monotonic` just before its start."""
-    _connection: http.client.HTTPConnection | None = None
+    address: str = ""
+    _connection: http.client.HTTPConnection | None = field(default=None, init=False)
 
-    def ask(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
+    def request(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
         """Status and body of one request, on a connection that is kept."""
         if self._connection is None:
             self._connection = connect(self.address)
-        return ask(self._connection, method, path, body)
+        return send_request(self._connection, method, path, body)
 
     def generate(self, seed: int, steps: int, **more: object) -> dict[str, Any]:
-        """One picture. Raises BenchError unless it is answered."""
-        status, body = self.ask("POST", "/", request_body(seed, steps) | more)
+        """Request one image. Raises BenchError unless the status is 200."""
+        status, body = self.request("POST", "/", request_body(seed, steps) | more)
         if status != 200:
             raise BenchError(f"{self.name} answered {status} to a request: {body[:200]!r}")
         answer: dict[str, Any] = json.loads(body)
         return answer
 
     def cpu_seconds(self) -> float:
-        """CPU time of all its threads until now, those that have ended too."""
-        # The kernel's clock id of another process, as clock_getcpuclockid(3) makes it.
+        """CPU time of all its threads so far, including those that have ended."""
+        # The kernel's clock id of another process, as clock_getcpuclockid(3) computes it.
         return time.clock_gettime((~self.process.pid << 3) | 2)
 
-
-def connect(address: str) -> http.client.HTTPConnection:
-    parts = urlsplit(address)
-    assert parts.hostname is not None
-    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=600)
-
-
-def ask(
-    connection: http.client.HTTPConnection, method: str, path: str, body: object = None
-) -> tuple[int, bytes]:
-    """Status and body; a kept connection that the server has hung up on is opened again."""
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        connection.request(method, path, data, {"content-type": "application/json"})
-        answer = connection.getresponse()
-    except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
-        connection.close()
-        connection.request(method, path, data, {"content-type": "application/json"})
-        answer = connection.getresponse()
-    return answer.status, answer.read()
-
-
-def request_body(seed: int, steps: int) -> dict[str, object]:
-    return {"prompt": PROMPT, "seed": seed, "num_inference_steps": steps}
+    def close(self) -> None:
+        """Close the connection that `request` keeps."""
+        if self._connection is not None:
+            self._connection.close()
 
 
 @contextmanager
@@ -92,41 +129,27 @@ def running(
     ready_seconds: float = 1800,
     wait_for_line: bool = True,
 ) -> Iterator[Server]:
-    """`python -m MODULE ...` until the block ends, once it says `ready at URL`.
+    """Run `python -m MODULE ...` until the block ends, once it has printed `ready at URL`.
 
-    It sees this process's environment without settings of ours, and `environment`.
+    It inherits this process's environment without the service's settings, plus `environment`.
+
+    Args:
+        name: what errors call the server.
+        wait_for_line: False: do not wait; the caller sets the server's `address`.
 
     Raises:
-        BenchError: it ended, or was not ready in time; with its last line.
+        BenchError: it ended, or was not ready in `ready_seconds`; with its last line of output.
     """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)}
-    with tempfile.TemporaryDirectory(prefix="stepspan-bench-") as folder:
-        output = Path(folder) / "output"
-        with output.open("wb") as file:
-            started = time.monotonic()
-            process = subprocess.Popen(
-                [sys.executable, "-m", *module],
-                env=kept | dict(environment or {}),
-                cwd=ROOT,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-            )
-        server = Server(name, process, started=started)
+    started = time.monotonic()
+    command = [sys.executable, "-m", *module]
+    with launched(command, clean_environment(environment), ROOT) as (process, output):
+        server = Server(name, process, started)
         try:
             if wait_for_line:
                 server.address = _address(server, output, ready_seconds)
             yield server
         finally:
-            if server._connection is not None:
-                server._connection.close()
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            server.close()
 
 
 def _address(server: Server, output: Path, seconds: float) -> str:
@@ -136,7 +159,39 @@ def _address(server: Server, output: Path, seconds: float) -> str:
         if match := _READY.search(text):
             return match[1]
         if ended:
-            last = (text.strip().splitlines() or ["without a word"])[-1]
+            last = (text.strip().splitlines() or ["no output"])[-1]
             raise BenchError(f"{server.name} ended before it was ready: {last[:300]}")
         time.sleep(0.01)
     raise BenchError(f"{server.name} was not ready after {seconds:.0f} s")
+
+
+# Requests ----------------------------------------------------------------------------------------
+
+
+def request_body(seed: int, steps: int) -> dict[str, object]:
+    """A request for one image of the bench's prompt."""
+    from bench.harness.work import PROMPT
+
+    return {"prompt": PROMPT, "seed": seed, "num_inference_steps": steps}
+
+
+def connect(address: str) -> http.client.HTTPConnection:
+    """A connection to `http://HOST:PORT`, opened by its first request."""
+    parts = urlsplit(address)
+    assert parts.hostname is not None
+    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=600)
+
+
+def send_request(
+    connection: http.client.HTTPConnection, method: str, path: str, body: object = None
+) -> tuple[int, bytes]:
+    """Status and body of one request. Reopens a kept connection that the server has closed."""
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        connection.request(method, path, data, {"content-type": "application/json"})
+        answer = connection.getresponse()
+    except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
+        connection.close()
+        connection.request(method, path, data, {"content-type": "application/json"})
+        answer = connection.getresponse()
+    return answer.status, answer.read()

@@ -1,10 +1,10 @@
-"""fal's documented example, served: `python -m bench.service.reference_server MODEL`.
+"""`python -m bench.service.reference_server MODEL`: fal's documented example as a local server.
 
-The endpoint does what the example does, in its order: one diffusers call with a prompt and a number
-of steps, then an image as PNG. What differs is only what must: the model and the device (the
-example's are SDXL base in fp16 on CUDA; `demo` runs in float32 on a CPU), images held in memory
-instead of on fal's CDN, and FastAPI on loopback instead of fal's server. As on fal, where a runner
-of this example takes one request at a time, requests do not overlap on the model.
+The endpoint does the same as the example, in the same order: one diffusers call with a prompt and a
+number of steps, then an image as PNG. It differs where it must: the model and the device are chosen
+(the example uses SDXL base in fp16 on CUDA; `demo` runs in float32 on a CPU), images stay in memory
+instead of going to fal's CDN, and FastAPI on loopback replaces fal's server. Requests do not
+overlap on the model, as on fal, where a runner of the example takes one request at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 
 
 class Input(BaseModel):
-    """The example's input, and the seed that the bench sends to everybody."""
+    """The example's input, and the seed that the bench sends to every server."""
 
     prompt: str = Field(description="The prompt to generate an image from")
     num_inference_steps: int = Field(default=20)
@@ -27,7 +27,7 @@ class Input(BaseModel):
 
 
 def create_app(model: str) -> FastAPI:
-    """The example as an app; it is warm when this returns."""
+    """The example as an app, warmed up."""
     import torch
 
     from bench.harness.drive import png_data_uri
@@ -44,15 +44,15 @@ def create_app(model: str) -> FastAPI:
     one_at_a_time = threading.Lock()
 
     @app.post("/")
-    def generate(asked: Input) -> dict[str, object]:
+    def generate(request: Input) -> dict[str, object]:
         generator = None
-        if asked.seed is not None:
-            generator = torch.Generator("cpu").manual_seed(asked.seed)
+        if request.seed is not None:
+            generator = torch.Generator("cpu").manual_seed(request.seed)
         with one_at_a_time:
             result = pipeline(
-                asked.prompt, num_inference_steps=asked.num_inference_steps, generator=generator
+                request.prompt, num_inference_steps=request.num_inference_steps, generator=generator
             )
-            # As the example's endpoint does it, before the runner takes its next request.
+            # Within the lock: the example's endpoint encodes before its runner's next request.
             image = result.images[0]
             url = png_data_uri(image)
         return {"image": {"url": url, "width": image.width, "height": image.height}}

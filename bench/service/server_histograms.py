@@ -1,8 +1,8 @@
-"""The server's own latency histogram held against what its clients measured.
+"""The server's own latency histogram, compared with what its clients measured.
 
-Two scrapes of `/metrics` bracket the load. Between them the server must have counted what it
-answered, and each quantile of the clients' times must lie in the bucket that the server puts it in,
-or in a neighbouring one, since a client also sees the connection and the last bytes on their way.
+Two scrapes of `/metrics` enclose the load. Between them the server must have counted the requests
+that it answered. Each quantile of the clients' times must lie in the same bucket as the server's,
+or in a neighbouring one, because a client also waits for the connection and the network.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 @dataclass(frozen=True)
 class Histogram:
-    """What was counted up to one moment, of answers that succeeded."""
+    """The successful requests that the server has counted up to one moment."""
 
     bounds: tuple[float, ...]
-    """Upper, in seconds, the last infinite."""
+    """Upper bounds in seconds; the last is infinite."""
     counts: tuple[float, ...]
-    """In each bucket, not cumulative."""
+    """Requests in each bucket, not cumulative."""
     total_seconds: float
 
     @property
@@ -35,8 +35,7 @@ class Histogram:
         return sum(self.counts)
 
     def since(self, before: Histogram) -> Histogram:
-        """What was counted in between. A server restarted in between has counted less than
-        nothing, which the caller sees in `count`."""
+        """The requests counted since `before`; `count` is negative if the server was restarted."""
         if before.bounds != self.bounds:
             before = Histogram(self.bounds, (0.0,) * len(self.bounds), 0.0)
         return Histogram(
@@ -46,7 +45,7 @@ class Histogram:
         )
 
     def bucket_of(self, quantile: float) -> int:
-        """The index of the bucket in which a quantile lies."""
+        """The index of the bucket that a quantile lies in."""
         wanted = quantile * self.count
         cumulative = 0.0
         for index, count in enumerate(self.counts):
@@ -57,8 +56,11 @@ class Histogram:
 
 
 def parse(text: str, endpoint: str = "/", outcome: str = "ok") -> Histogram | None:
-    """The histogram of one endpoint and outcome; None where nothing was counted yet.
-    Raises ValueError for text that is not an exposition."""
+    """The histogram of one endpoint and outcome; None if it is not in `text`.
+
+    Raises:
+        ValueError: `text` is not in the Prometheus text format.
+    """
     cumulative: dict[float, float] = {}
     total = 0.0
     for family in text_string_to_metric_families(text):
@@ -82,7 +84,7 @@ def parse(text: str, endpoint: str = "/", outcome: str = "ok") -> Histogram | No
 
 @dataclass(frozen=True)
 class QuantileCheck:
-    """One quantile as both sides have it, in seconds."""
+    """One quantile as the client and the server measured it, in seconds."""
 
     quantile: float
     client: float
@@ -93,13 +95,13 @@ class QuantileCheck:
 
 @dataclass(frozen=True)
 class Check:
-    """How the two accounts of one load compare."""
+    """The comparison of client and server."""
 
     client_count: int
     server_count: int
     mean_overhead_ms: float | None
-    """By how much more the clients saw on average, which the buckets do not blur; None where the
-    two did not count the same requests."""
+    """The clients' mean minus the server's, which is exact despite the buckets; None if the two
+    counted different numbers of requests."""
     quantiles: tuple[QuantileCheck, ...]
 
     @property
@@ -110,10 +112,12 @@ class Check:
         if self.client_count != self.server_count:
             return (
                 f"the server counted {self.server_count} successful requests and the clients "
-                f"{self.client_count}: others use it, or it lost some"
+                f"{self.client_count}: it has other clients, or it lost some"
             )
         if not self.client_count:
-            return "nothing succeeded, so there is nothing to hold against the server's histogram"
+            return (
+                "no request succeeded, so there is nothing to compare with the server's histogram"
+            )
         wrong = [q for q in self.quantiles if not q.agrees]
         if wrong:
             worst = wrong[0]
@@ -128,12 +132,16 @@ class Check:
 
 
 def check(server: Histogram, client_seconds: Sequence[float]) -> Check:
-    """`client_seconds`: from sending each request that succeeded to its last byte."""
+    """Compare the server's histogram with the clients' times.
+
+    Args:
+        client_seconds: of each successful request, from sending it to its last byte.
+    """
     count = round(server.count)
     same = count == len(client_seconds) > 0
     quantiles = []
     for quantile in QUANTILES if same else ():
-        # The value that the share of `quantile` does not exceed, as the buckets count it.
+        # inverted_cdf: the definition that the buckets use, an observed value.
         client = float(np.quantile(client_seconds, quantile, method="inverted_cdf"))
         index = server.bucket_of(quantile)
         clients_index = bisect.bisect_left(server.bounds, client)

@@ -1,7 +1,7 @@
-"""Many self-hosted servers for the price of one start: what they import, most of a start, is
-imported once, by a process that then forks.
+"""Many self-hosted servers in about the time of one start.
 
-`forked_servers` is what tests use; run as a program this file is the process that forks.
+Most of a start is imports. One process imports everything once and then forks the servers. Tests
+call `forked_servers`; run as a program, this file is the process that forks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.processes import ROOT, ServerProcess, clean_environment, free
 
 @dataclass
 class Forked:
-    """A process that is not this one's child, used like one that is."""
+    """A process that is not a child of this one, with the methods of `Popen` that tests use."""
 
     pid: int
     returncode: int | None = None
@@ -94,7 +94,7 @@ def _note_ends(lines: Any, processes: list[Forked]) -> None:
 
 
 def main() -> None:
-    """Import, fork a server for each order, print its id, and print who has ended how."""
+    """Import, fork a server for each order, print its pid; then print each end: pid and status."""
     import diffusers  # noqa: F401
     import torch  # noqa: F401
 
@@ -123,7 +123,7 @@ def _fork(order: Mapping[str, Any]) -> int:
 
         status = serve_main(["--port", str(order["port"])])
     finally:
-        # As the interpreter would end, without unwinding into the parent's own main.
+        # Exit as the interpreter does, but without returning into the parent's main.
         threading._shutdown()
         sys.stdout.flush()
         os._exit(status)

@@ -1,22 +1,22 @@
-"""A model hub on loopback, one repository with its revisions, for the real client to talk to."""
+"""A model hub on loopback for the real client library: one repository with its revisions."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from bench.service.loopback import LoopbackHandler, serving
+
 
 @dataclass
 class HubEndpoint:
-    """Where the hub answers, and which files were fetched from it."""
+    """The hub's URL, and which files were fetched from it."""
 
     url: str = ""
     fetched: list[tuple[str, str]] = field(default_factory=list)
@@ -34,16 +34,10 @@ def hub_endpoint(repository: str, revisions: dict[str, Path]) -> Iterator[HubEnd
         root = revisions[names[revision]]
         return {str(p.relative_to(root)): p for p in sorted(root.rglob("*")) if p.is_file()}
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(LoopbackHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self) -> None:
-            self._answer()
-
-        def do_GET(self) -> None:
-            self._answer()
-
-        def _answer(self) -> None:
+        def respond(self) -> None:
             path = unquote(urlsplit(self.path).path)
             api, file = f"/api/models/{repository}", f"/{repository}/resolve/"
             if path.startswith(file):
@@ -89,7 +83,7 @@ def hub_endpoint(repository: str, revisions: dict[str, Path]) -> Iterator[HubEnd
             data = found.read_bytes()
             if self.command == "GET":
                 hub.fetched.append((names[revision], name))
-            self._send(
+            self.send(
                 data,
                 {
                     "X-Repo-Commit": commits[names[revision]],
@@ -99,31 +93,10 @@ def hub_endpoint(repository: str, revisions: dict[str, Path]) -> Iterator[HubEnd
             )
 
         def _json(self, value: Any) -> None:
-            self._send(json.dumps(value).encode(), {"Content-Type": "application/json"})
+            self.send(json.dumps(value).encode(), {"Content-Type": "application/json"})
 
         def _missing(self, code: str) -> None:
-            self._send(b"", {"X-Error-Code": code, "X-Error-Message": "not here"}, status=404)
+            self.send(b"", {"X-Error-Code": code, "X-Error-Message": "not here"}, status=404)
 
-        def _send(self, data: bytes, headers: dict[str, str], status: int = 200) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(data)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -1,9 +1,8 @@
-"""A real OTLP/HTTP protobuf endpoint on loopback that keeps the spans and metrics it gets, or is
-unwell."""
+"""A real OTLP/HTTP protobuf endpoint on loopback. It keeps the spans and metrics it receives, or
+fails as a test chooses."""
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import math
 import ssl
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from cryptography import x509
@@ -31,6 +29,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
+
+from bench.service.loopback import LoopbackHandler, serving
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,15 @@ class ReceivedSpan:
 
 @dataclass(frozen=True)
 class Answer:
-    """How an endpoint answers an export.
-
-    What it answers with 200 it has taken, but for `rejected` spans of every batch. It takes
-    `seconds` over it; for ever means: until the endpoint is closed, and then it says nothing.
-    """
+    """How an endpoint answers an export."""
 
     status: int = 200
+    """With any other than 200 the endpoint keeps nothing of the export."""
     headers: Mapping[str, str] = field(default_factory=dict)
     rejected: int = 0
+    """How many spans of every export it rejects."""
     seconds: float = 0.0
+    """How long it takes to answer. Infinite: it sends no answer until it is closed, nor then."""
 
 
 HEALTHY = Answer()
@@ -92,7 +91,7 @@ class ReceivedPoint:
 
 @dataclass
 class OtlpEndpoint:
-    """What a test sees of the endpoint."""
+    """What the endpoint has received, for a test to read."""
 
     url: str
     spans: list[ReceivedSpan] = field(default_factory=list)
@@ -108,7 +107,7 @@ class OtlpEndpoint:
     def wait_for(
         self, found: Callable[[list[ReceivedSpan]], bool], timeout_seconds: float = 20
     ) -> list[ReceivedSpan]:
-        """All spans received once `found` holds of them; fails the test after the timeout."""
+        """All spans received, once `found(spans)` is true; fails the test after the timeout."""
         deadline = time.monotonic() + timeout_seconds
         with self.arrived:
             while not found(self.spans):
@@ -122,7 +121,7 @@ class OtlpEndpoint:
     def wait_for_points(
         self, name: str, timeout_seconds: float = 20, **attributes: str
     ) -> list[ReceivedPoint]:
-        """All points of one series pushed so far, once there is one."""
+        """All points of one series pushed so far, once there is at least one."""
 
         def received() -> list[ReceivedPoint]:
             points = itertools.chain.from_iterable(self.pushes)
@@ -139,7 +138,7 @@ class OtlpEndpoint:
             return points
 
     def wait_for_trace(self, trace_id: str, timeout_seconds: float = 20) -> list[ReceivedSpan]:
-        """The spans of a trace once its root has arrived; a tree is exported in one piece."""
+        """The spans of a trace, once its root has arrived; a tree is exported in one piece."""
 
         def has_root(spans: list[ReceivedSpan]) -> bool:
             return any(s.trace_id == trace_id and s.name == "text-to-image" for s in spans)
@@ -169,61 +168,42 @@ def otlp_endpoint(answer: Answer = HEALTHY, tls: bool = False) -> Iterator[OtlpE
     """Listen on a free loopback port until the block ends.
 
     Args:
-        tls: speak it, with a certificate that nobody vouches for.
+        tls: use HTTPS, with a self-signed certificate.
     """
     endpoint = OtlpEndpoint(url="")
     closing = threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.headers.get("Content-Encoding") == "gzip":
-                body = gzip.decompress(body)
+    class Handler(LoopbackHandler):
+        def respond(self) -> None:
+            body = self.read_body()
             if answer.seconds and closing.wait(
                 None if math.isinf(answer.seconds) else answer.seconds
             ):
                 return
-            text = self._take(body) if answer.status == 200 else b""
-            self.send_response(answer.status)
-            self.send_header("Content-Length", str(len(text)))
-            for name, value in ({"Content-Type": PROTOBUF} | dict(answer.headers)).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(text)
+            response = self._keep(body) if answer.status == 200 else b""
+            self.send(response, {"Content-Type": PROTOBUF} | dict(answer.headers), answer.status)
 
-        def _take(self, body: bytes) -> bytes:
+        def _keep(self, body: bytes) -> bytes:
             with endpoint.arrived:
                 endpoint.headers.append(dict(self.headers))
                 endpoint.arrived.notify_all()
                 if self.path.endswith("/v1/metrics"):
                     metrics = ExportMetricsServiceRequest.FromString(body)
                     endpoint.pushes.append(list(_received_points(metrics)))
-                    taken = ExportMetricsServiceResponse()
-                    taken.partial_success.rejected_data_points = answer.rejected
-                    return taken.SerializeToString()
+                    metrics_response = ExportMetricsServiceResponse()
+                    metrics_response.partial_success.rejected_data_points = answer.rejected
+                    return metrics_response.SerializeToString()
                 spans = list(_received(ExportTraceServiceRequest.FromString(body)))
                 endpoint.spans.extend(spans[answer.rejected :])
-            told = ExportTraceServiceResponse()
-            told.partial_success.rejected_spans = min(answer.rejected, len(spans))
-            return told.SerializeToString()
+            trace_response = ExportTraceServiceResponse()
+            trace_response.partial_success.rejected_spans = min(answer.rejected, len(spans))
+            return trace_response.SerializeToString()
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    if tls:
-        server.socket = _self_signed().wrap_socket(server.socket, server_side=True)
-    endpoint.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield endpoint
-    finally:
-        closing.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(Handler, _self_signed() if tls else None) as endpoint.url:
+        try:
+            yield endpoint
+        finally:
+            closing.set()
 
 
 def _self_signed() -> ssl.SSLContext:

@@ -1,13 +1,11 @@
-"""Servers as real processes on loopback, started and ended by tests."""
+"""The service's servers as real processes on loopback, started and ended by tests."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,17 +15,29 @@ from typing import TYPE_CHECKING
 
 import httpx
 
+from bench.service import processes
+from bench.service.processes import ROOT, free_port, launched
+
 if TYPE_CHECKING:
     from tests.support.forked import Forked
 
-ROOT = Path(__file__).resolve().parents[2]
+__all__ = [
+    "READY_SECONDS",
+    "ROOT",
+    "ServerProcess",
+    "clean_environment",
+    "fal_local",
+    "free_port",
+    "running",
+    "self_hosted",
+]
 
 READY_SECONDS = 90.0
 
 
 @dataclass
 class ServerProcess:
-    """A running server: where it answers, and what it has printed."""
+    """A running server: its URL, its process, and the file of its output."""
 
     url: str
     process: subprocess.Popen[bytes] | Forked
@@ -38,7 +48,7 @@ class ServerProcess:
         return self.output_path.read_text(errors="replace")
 
     def wait_until_ready(self, timeout_seconds: float = READY_SECONDS) -> float:
-        """Seconds until `/ready` said so."""
+        """Wait until `/ready` returns 200; returns the seconds that it took."""
         start = time.monotonic()
         while time.monotonic() - start < timeout_seconds:
             if self.process.poll() is not None:
@@ -52,26 +62,17 @@ class ServerProcess:
         raise AssertionError(f"not ready after {timeout_seconds} s:\n{self.output()}")
 
     def terminate(self, timeout_seconds: float = 40.0) -> float:
-        """Send SIGTERM and wait; seconds until the process was gone."""
+        """Send SIGTERM and wait; returns the seconds until the process had ended."""
         start = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(timeout_seconds)
         return time.monotonic() - start
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment without settings of ours, and with `extra`."""
-    # The last two: torch names its own default cache there, for whatever it starts to inherit.
-    ours = ("SDXL_", "OTEL_", "ENABLE_TRACING", "FAL_", "TORCHINDUCTOR_", "TRITON_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    return environment | dict(extra or {})
+    """This process's environment without settings of the service and the compiler, plus `extra`."""
+    # torch writes its default cache directory into the environment, and child processes inherit it.
+    return processes.clean_environment(extra, (*processes.SETTINGS, "TORCHINDUCTOR_", "TRITON_"))
 
 
 @contextmanager
@@ -83,28 +84,8 @@ def running(
     metrics_url: str | None = None,
 ) -> Iterator[ServerProcess]:
     """Run a server until the block ends; killed if SIGTERM does not end it."""
-    with tempfile.TemporaryDirectory() as folder:
-        output_path = Path(folder) / "output"
-        with output_path.open("wb") as output:
-            process = subprocess.Popen(
-                command,
-                env=clean_environment(environment),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=cwd,
-            )
-        server = ServerProcess(url, process, output_path, metrics_url or url + "/metrics")
-        try:
-            yield server
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+    with launched(command, clean_environment(environment), cwd) as (process, output):
+        yield ServerProcess(url, process, output, metrics_url or url + "/metrics")
 
 
 @contextmanager
@@ -113,12 +94,8 @@ def self_hosted(
 ) -> Iterator[ServerProcess]:
     """`python -m serve` on a free loopback port, not yet ready."""
     port = free_port()
-    with running(
-        [sys.executable, "-m", "serve", "--port", str(port)],
-        f"http://127.0.0.1:{port}",
-        environment,
-        cwd,
-    ) as server:
+    command = [sys.executable, "-m", "serve", "--port", str(port)]
+    with running(command, f"http://127.0.0.1:{port}", environment, cwd) as server:
         yield server
 
 
@@ -128,10 +105,10 @@ def fal_local(
 ) -> Iterator[ServerProcess]:
     """`fal run --local` of an app of pyproject.toml, on free ports, not yet ready.
 
-    fal listens on all interfaces and offers no other way: end it soon.
+    fal listens on all interfaces, which cannot be changed: end it soon.
     """
     port, metrics_port = free_port(), free_port()
-    # No key of the developer's: its images would be put on fal's CDN.
+    # Without the developer's key: with it, images would be uploaded to fal's CDN.
     no_config = {"FAL_CONFIG_PATH": os.devnull}
     ports = ["--exposed-port", str(port), "--exposed-metrics-port", str(metrics_port)]
     with running(

@@ -1,4 +1,4 @@
-"""The checkpoint that is shipped: it fits, it loads, it repeats itself, and it draws the prompt."""
+"""The shipped checkpoint: its size, loading it, repeatable pictures, and pictures of the prompt."""
 
 import re
 import time
@@ -13,11 +13,11 @@ from safetensors import safe_open
 from bench.demo_model import lossless
 from bench.demo_model.architecture import MAX_TOKENS
 from bench.demo_model.evaluate import (
-    Question,
-    Sampling,
+    DrawSettings,
+    HeldOutPrompt,
     draw,
     evaluate,
-    questions,
+    held_out_prompts,
     reconstruction_psnr,
     score,
 )
@@ -104,8 +104,8 @@ def test_the_vae_keeps_30_decibels(
 def test_one_object_is_drawn_as_asked(
     pipeline: StableDiffusionXLPipeline, width: int, height: int
 ) -> None:
-    asked = questions(12, 1, width, height)
-    scores = score(asked, draw(pipeline, asked, Sampling()))
+    prompts = held_out_prompts(12, 1, width, height)
+    scores = score(prompts, draw(pipeline, prompts, DrawSettings()))
     assert min(scores.background, scores.colour) >= 0.95, scores
     assert min(scores.shape, scores.place) >= 0.9, scores
 
@@ -114,32 +114,32 @@ def test_one_object_is_drawn_as_asked(
 def test_two_objects_are_drawn_as_asked(
     pipeline: StableDiffusionXLPipeline, width: int, height: int
 ) -> None:
-    asked = questions(8, 2, width, height)
-    scores = score(asked, draw(pipeline, asked, Sampling()))
+    prompts = held_out_prompts(8, 2, width, height)
+    scores = score(prompts, draw(pipeline, prompts, DrawSettings()))
     assert min(scores.background, scores.colour, scores.shape) >= 0.6, scores
 
 
 def test_the_service_draws_what_the_evaluation_judges(model: SdxlModel) -> None:
-    asked = questions(2, 1, 128, 128)
-    judged = draw(model.pipeline, asked, Sampling(batch=2))
-    served = lossless.draw(model, asked, Sampling())
+    prompts = held_out_prompts(2, 1, 128, 128)
+    judged = draw(model.pipeline, prompts, DrawSettings(batch=2))
+    served = lossless.draw(model, prompts, DrawSettings())
     # Not to the bit: a batch takes other paths through the same sums.
     assert lossless.distance(judged, served).maximum <= 2
 
 
 def test_the_same_seed_draws_the_same_picture(model: SdxlModel) -> None:
-    asked = questions(1, 1, 128, 128)
-    first, second = (lossless.draw(model, asked, Sampling())[0] for _ in range(2))
-    again = lossless.draw(load_model("demo", device_name="cpu"), asked, Sampling())[0]
+    prompts = held_out_prompts(1, 1, 128, 128)
+    first, second = (lossless.draw(model, prompts, DrawSettings())[0] for _ in range(2))
+    again = lossless.draw(load_model("demo", device_name="cpu"), prompts, DrawSettings())[0]
     assert np.array_equal(first, second)
     # Weights that lie elsewhere in memory may take other vector paths.
     assert lossless.distance([first], [again]).maximum <= 1
 
 
 def test_another_seed_draws_another_picture(model: SdxlModel) -> None:
-    (question,) = questions(1, 1, 128, 128)
-    other = Question(question.scene, question.prompt, question.seed + 1)
-    first, second = lossless.draw(model, [question, other], Sampling(steps=5))
+    (prompt,) = held_out_prompts(1, 1, 128, 128)
+    other = HeldOutPrompt(prompt.scene, prompt.text, prompt.seed + 1)
+    first, second = lossless.draw(model, [prompt, other], DrawSettings(steps=5))
     assert not np.array_equal(first, second)
 
 
@@ -147,8 +147,8 @@ def test_another_seed_draws_another_picture(model: SdxlModel) -> None:
 def test_a_prompt_it_does_not_understand_still_gives_a_picture(
     model: SdxlModel, prompt: str
 ) -> None:
-    question = Question(Scene(128, 128, "white", ()), prompt, 0)
-    (picture,) = lossless.draw(model, [question], Sampling())
+    held_out = HeldOutPrompt(Scene(128, 128, "white", ()), prompt, 0)
+    (picture,) = lossless.draw(model, [held_out], DrawSettings())
     assert picture.shape == (128, 128, 3)
     # Not one flat colour: some scene.
     assert picture.std() > 1
@@ -157,7 +157,7 @@ def test_a_prompt_it_does_not_understand_still_gives_a_picture(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_evaluation_reaches_its_targets(pipeline: StableDiffusionXLPipeline) -> None:
-    figures = evaluate(pipeline, Sampling(), 200)
+    figures = evaluate(pipeline, DrawSettings(), 200)
     for width, height in DEMO_SIZES:
         size = f"{width}x{height}"
         one, two = figures[f"{size} one object"], figures[f"{size} two objects"]
@@ -170,7 +170,7 @@ def test_the_whole_evaluation_reaches_its_targets(pipeline: StableDiffusionXLPip
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_twenty_steps_take_under_0_6_seconds_on_two_cores(model: SdxlModel) -> None:
-    asked = questions(1, 1, 128, 128)
+    prompts = held_out_prompts(1, 1, 128, 128)
     threads = torch.get_num_threads()
     seconds = []
     try:
@@ -179,7 +179,7 @@ def test_twenty_steps_take_under_0_6_seconds_on_two_cores(model: SdxlModel) -> N
             torch.set_num_threads(count)
             for _ in range(3):
                 start = time.perf_counter()
-                lossless.draw(model, asked, Sampling())
+                lossless.draw(model, prompts, DrawSettings())
                 seconds.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)

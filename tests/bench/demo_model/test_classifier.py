@@ -1,4 +1,4 @@
-"""The classifier on scenes whose truth is known: what it misreads there, it would misreport."""
+"""The classifier on known scenes: a mistake there would be a wrong figure in the model card."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_two_objects_are_read_without_a_mistake(width: int, height: int) -> None
 
 @pytest.mark.parametrize("ground", COLOURS)
 @pytest.mark.parametrize("colour", COLOURS)
-def test_every_pair_of_colours_is_told_apart(ground: str, colour: str) -> None:
+def test_every_pair_of_colours_is_distinguished(ground: str, colour: str) -> None:
     if ground == colour:
         return
     thing = Thing("star", colour, "small", *PLACE_CENTRES["top"], RADIUS_ALONE["small"])

@@ -1,4 +1,4 @@
-"""The judge judged: pictures that are right score full marks, and each mistake costs its own."""
+"""The evaluation itself: right pictures get full scores, and each mistake lowers its own score."""
 
 from dataclasses import replace
 
@@ -7,13 +7,13 @@ import torch
 
 from bench.demo_model.architecture import build_pipeline
 from bench.demo_model.evaluate import (
-    Question,
-    Sampling,
+    DrawSettings,
+    HeldOutPrompt,
     Scores,
     as_table,
     as_text,
     draw,
-    questions,
+    held_out_prompts,
     reconstruction_psnr,
     score,
 )
@@ -24,68 +24,68 @@ from serve.demo_model import DEMO_SIZES
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-def shown(asked: list[Question], scenes: list[Scene]) -> Scores:
-    return score(asked, [render(scene) for scene in scenes])
+def shown(prompts: list[HeldOutPrompt], scenes: list[Scene]) -> Scores:
+    return score(prompts, [render(scene) for scene in scenes])
 
 
 @pytest.mark.parametrize("objects", [1, 2])
 @pytest.mark.parametrize(("width", "height"), DEMO_SIZES)
 def test_what_was_asked_for_scores_full_marks(objects: int, width: int, height: int) -> None:
-    asked = questions(40, objects, width, height)
-    assert shown(asked, [question.scene for question in asked]) == Scores(40, 1, 1, 1, 1, 1, 1)
+    prompts = held_out_prompts(40, objects, width, height)
+    assert shown(prompts, [prompt.scene for prompt in prompts]) == Scores(40, 1, 1, 1, 1, 1, 1)
 
 
-def test_questions_are_the_same_in_every_run_and_held_out() -> None:
-    assert questions(10, 1, 128, 128) == questions(10, 1, 128, 128)
-    assert all(is_held_out(question.scene) for question in questions(30, 2, 128, 128))
+def test_held_out_prompts_are_the_same_in_every_run() -> None:
+    assert held_out_prompts(10, 1, 128, 128) == held_out_prompts(10, 1, 128, 128)
+    assert all(is_held_out(prompt.scene) for prompt in held_out_prompts(30, 2, 128, 128))
 
 
 def test_a_wrong_background_costs_the_background() -> None:
-    (question,) = questions(1, 1, 128, 128)
-    scene = question.scene
+    (prompt,) = held_out_prompts(1, 1, 128, 128)
+    scene = prompt.scene
     taken = {scene.background, scene.things[0].colour}
     other = next(colour for colour in COLOURS if colour not in taken)
-    scores = shown([question], [replace(scene, background=other, background_rgb=None)])
+    scores = shown([prompt], [replace(scene, background=other, background_rgb=None)])
     assert (scores.background, scores.colour, scores.shape, scores.place) == (0, 1, 1, 1)
     assert scores.everything == 0
 
 
 def test_a_wrong_shape_costs_the_shape() -> None:
-    (question,) = questions(1, 1, 128, 128)
-    thing = question.scene.things[0]
+    (prompt,) = held_out_prompts(1, 1, 128, 128)
+    thing = prompt.scene.things[0]
     other = replace(thing, shape=next(shape for shape in SHAPES if shape != thing.shape))
-    scores = shown([question], [replace(question.scene, things=(other,))])
+    scores = shown([prompt], [replace(prompt.scene, things=(other,))])
     assert (scores.background, scores.colour, scores.shape, scores.place) == (1, 1, 0, 1)
 
 
 def test_exchanged_colours_of_two_objects_are_wrong() -> None:
-    question = next(
-        question
-        for question in questions(20, 2, 128, 128)
-        if len({thing.colour for thing in question.scene.things}) == 2
+    prompt = next(
+        prompt
+        for prompt in held_out_prompts(20, 2, 128, 128)
+        if len({thing.colour for thing in prompt.scene.things}) == 2
     )
-    first, second = question.scene.things
+    first, second = prompt.scene.things
     exchanged = (
         replace(first, colour=second.colour, rgb=second.rgb),
         replace(second, colour=first.colour, rgb=first.rgb),
     )
-    scores = shown([question], [replace(question.scene, things=exchanged)])
+    scores = shown([prompt], [replace(prompt.scene, things=exchanged)])
     assert (scores.background, scores.colour, scores.shape, scores.place) == (1, 0, 1, 1)
 
 
 def test_an_object_too_few_is_wrong_in_everything_but_the_background() -> None:
-    (question,) = questions(1, 2, 128, 128)
-    scene = replace(question.scene, things=question.scene.things[:1])
-    scores = shown([question], [scene])
+    (prompt,) = held_out_prompts(1, 2, 128, 128)
+    scene = replace(prompt.scene, things=prompt.scene.things[:1])
+    scores = shown([prompt], [scene])
     assert (scores.background, scores.colour, scores.shape, scores.place) == (1, 0, 0, 0)
 
 
 def test_the_same_seed_draws_the_same_picture_alone_or_in_a_batch() -> None:
     torch.set_num_threads(1)
     pipeline = build_pipeline(0)
-    asked = questions(3, 1, 128, 128)
-    together = draw(pipeline, asked, Sampling(steps=2, batch=3))
-    alone = draw(pipeline, asked, Sampling(steps=2, batch=1))
+    prompts = held_out_prompts(3, 1, 128, 128)
+    together = draw(pipeline, prompts, DrawSettings(steps=2, batch=3))
+    alone = draw(pipeline, prompts, DrawSettings(steps=2, batch=1))
     for one, other in zip(together, alone, strict=True):
         assert abs(one.astype(int) - other.astype(int)).max() <= 1
     assert (together[0] != together[1]).any()

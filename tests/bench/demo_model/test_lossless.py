@@ -1,4 +1,4 @@
-"""What claims to be lossless draws the same pictures: the same score, and no pixel far off."""
+"""Preparations that claim to be lossless draw the same pictures: equal scores, close pixels."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from bench.demo_model.evaluate import Question, Sampling, score
+from bench.demo_model.evaluate import DrawSettings, HeldOutPrompt, score
 from bench.demo_model.lossless import (
     PREPARATIONS,
     REWRITES,
     Distance,
-    Verdict,
+    PictureComparison,
     as_text,
-    asked_for,
     compare,
     distance,
     draw,
     draw_all,
+    prompts_by_row,
 )
 from bench.demo_model.scenes import Pixels, Scene, render
 from kernels_warmup.compile import compile_model
@@ -45,26 +45,26 @@ def plain() -> SdxlModel:
     return load_model("demo", device_name="cpu")
 
 
-def assert_lossless(plain: SdxlModel, prepared: SdxlModel, prompts: int) -> None:
-    asked = asked_for(prompts)
-    before, after = (draw_all(model, asked, Sampling()) for model in (plain, prepared))
-    for row, verdict in compare(asked, before, after).items():
-        assert verdict.prepared == verdict.plain, row
-        assert verdict.distance.mean < LARGEST_MEAN, row
-        assert verdict.distance.maximum <= LARGEST_DISTANCE, row
+def assert_lossless(plain: SdxlModel, prepared: SdxlModel, count: int) -> None:
+    prompts = prompts_by_row(count)
+    before, after = (draw_all(model, prompts, DrawSettings()) for model in (plain, prepared))
+    for row, comparison in compare(prompts, before, after).items():
+        assert comparison.prepared == comparison.plain, row
+        assert comparison.distance.mean < LARGEST_MEAN, row
+        assert comparison.distance.maximum <= LARGEST_DISTANCE, row
 
 
 def test_the_rewrites_are_lossless(plain: SdxlModel) -> None:
     prepared = load_model("demo", device_name="cpu")
     compile_model(prepared.pipeline, recipe=REWRITES)
-    assert_lossless(plain, prepared, prompts=1)
+    assert_lossless(plain, prepared, count=1)
 
 
 def test_what_a_cpu_does_without_compiling_is_lossless(plain: SdxlModel) -> None:
     prepared = load_model("demo", device_name="cpu")
     assert mode_for("auto", prepared.device) == "rewritten"
     PREPARATIONS["rewritten"](prepared)
-    assert_lossless(plain, prepared, prompts=2)
+    assert_lossless(plain, prepared, count=2)
 
 
 @pytest.mark.slow
@@ -75,22 +75,22 @@ def test_compiling_is_lossless(plain: SdxlModel, name: str) -> None:
     torch.compiler.reset()
     prepared = load_model("demo", device_name="cpu")
     PREPARATIONS[name](prepared)
-    assert_lossless(plain, prepared, prompts=8)
+    assert_lossless(plain, prepared, count=8)
     torch.compiler.reset()
 
 
 def test_a_loss_would_be_seen(plain: SdxlModel) -> None:
     prepared = load_model("demo", device_name="cpu", dtype_name="bfloat16")
-    asked = {"one": asked_for(1)["128x128 one object"]}
-    before, after = (draw_all(model, asked, Sampling()) for model in (plain, prepared))
-    far = compare(asked, before, after)["one"].distance
+    prompts = {"one": prompts_by_row(1)["128x128 one object"]}
+    before, after = (draw_all(model, prompts, DrawSettings()) for model in (plain, prepared))
+    far = compare(prompts, before, after)["one"].distance
     assert far.mean > LARGEST_MEAN
     assert far.maximum > LARGEST_DISTANCE
 
 
 def test_pictures_are_drawn_one_by_one_and_repeat(plain: SdxlModel) -> None:
-    asked = asked_for(2)["160x96 one object"]
-    first, second = (draw(plain, asked, Sampling(steps=3)) for _ in range(2))
+    prompts = prompts_by_row(2)["160x96 one object"]
+    first, second = (draw(plain, prompts, DrawSettings(steps=3)) for _ in range(2))
     assert [picture.shape for picture in first] == [(96, 160, 3)] * 2
     assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
 
@@ -103,12 +103,14 @@ def test_distance_counts_levels() -> None:
     assert distance([black], [black]) == Distance(0.0, 0, 0.0)
 
 
-def test_a_changed_score_is_said() -> None:
-    scene = asked_for(1)["128x128 one object"][0].scene
-    asked = [Question(scene, "", 0)]
+def test_a_changed_score_is_reported() -> None:
+    scene = prompts_by_row(1)["128x128 one object"][0].scene
+    prompts = [HeldOutPrompt(scene, "", 0)]
     right, wrong = ([render(some)] for some in (scene, Scene(128, 128, scene.background, ())))
     same, changed = (
-        Verdict(score(asked, right), score(asked, pictures), distance(right, pictures))
+        PictureComparison(
+            score(prompts, right), score(prompts, pictures), distance(right, pictures)
+        )
         for pictures in (right, wrong)
     )
     text = as_text("default", {"same": same, "changed": changed})

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from bench.demo_model.scenes import (
     full_caption,
     is_held_out,
     meaningful_words,
-    plain,
     render,
     vocabulary,
     words_by_kind,
@@ -26,6 +26,12 @@ from serve.demo_model import DEMO_SIZES
 def scenes(count: int, **options: object) -> list[Scene]:
     rng = np.random.default_rng(5)
     return [draw_scene(rng, 128, 128, **options) for _ in range(count)]  # type: ignore[arg-type]
+
+
+def plain(scene: Scene) -> Scene:
+    """The scene without its random tints: exactly the named colours."""
+    things = tuple(replace(thing, rgb=None) for thing in scene.things)
+    return replace(scene, things=things, background_rgb=None)
 
 
 def test_the_same_seed_draws_the_same_scene() -> None:

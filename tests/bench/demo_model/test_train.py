@@ -1,4 +1,4 @@
-"""The training program on a handful of scenes: what it repeats, resumes and leaves behind."""
+"""The training program on a few scenes: what it repeats, resumes and writes."""
 
 import json
 import math
@@ -11,18 +11,16 @@ import pytest
 import torch
 
 from bench.demo_model.architecture import build_pipeline
-from bench.demo_model.train import (
+from bench.demo_model.losses import encode_tokens
+from bench.demo_model.train import train, write_archive
+from bench.demo_model.trainer import Trainer
+from bench.demo_model.training_data import (
     CAPTIONS_PER_SCENE,
-    Limit,
-    Plan,
-    Trainer,
-    encode_tokens,
     load_scenes,
     render_scenes,
     tokenizer_of,
-    train,
-    write_archive,
 )
+from bench.demo_model.training_plan import Limit, TrainingPlan
 
 # diffusers' schedulers hand tensors to numpy the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -30,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 CPU = torch.device("cpu")
 
 
-def plan(**changes: object) -> Plan:
+def plan(**changes: object) -> TrainingPlan:
     values: dict[str, object] = {
         "seed": 0,
         "scenes": 6,
@@ -39,7 +37,7 @@ def plan(**changes: object) -> Plan:
         "diffusion": Limit(2, None),
         "diffusion_batch": 2,
     }
-    return Plan(**(values | changes))  # type: ignore[arg-type]
+    return TrainingPlan(**(values | changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -113,15 +111,16 @@ def test_processes_render_the_scenes_one_process_does(tmp_path: Path) -> None:
     # In a process of its own: forking one that holds threads warns, and warnings are errors here.
     program = """
 import hashlib, pathlib, sys
-from bench.demo_model.train import Limit, Plan, render_scenes
+from bench.demo_model.training_data import render_scenes
+from bench.demo_model.training_plan import Limit, TrainingPlan
 
-plan = Plan(0, 600, Limit(1, None), 1, Limit(1, None), 1)
+plan = TrainingPlan(0, 600, Limit(1, None), 1, Limit(1, None), 1)
 for workers in (1, 2):
     folder = pathlib.Path(sys.argv[1], str(workers))
     folder.mkdir()
     rendered = render_scenes(plan, workers, folder)
-    told = [pixels.tobytes() + "|".join(captions).encode() for pixels, captions in rendered]
-    print(hashlib.sha256(b"".join(told)).hexdigest())
+    parts = [pixels.tobytes() + "|".join(captions).encode() for pixels, captions in rendered]
+    print(hashlib.sha256(b"".join(parts)).hexdigest())
 """
     command = [sys.executable, "-c", program, str(tmp_path)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""What the rehearsal of a GPU session makes of results, and its lists of packages."""
+"""The rehearsal of a GPU session: its verdict on results, and its lists of packages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_wheels_are_the_versions_that_the_tests_run_with() -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A rehearsal of one command of this Python's, `python -m made_up`."""
+    """A rehearsal of a single command, `python -m made_up`, with this Python."""
     for name in ("WHEELS", "SITE", "CHECKOUT", "LOGS"):
         folder = tmp_path / name.lower()
         folder.mkdir()
@@ -52,7 +52,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def made_up(home: Path, statuses: list[int], not_run: dict[str, str]) -> None:
-    """A command that ends with these statuses in turn, and leaves results like a session's."""
+    """A command that exits with these statuses in turn, and writes results as a session does."""
     path = home / "a-bench.json"
     left_out = tuple(NotRun(name, reason) for name, reason in not_run.items())
     replace(result(scenario("served", [5.0])), not_run=left_out).write(path)

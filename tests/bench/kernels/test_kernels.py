@@ -12,8 +12,8 @@ from bench.__main__ import main
 from bench.errors import BenchError
 from bench.harness.result_file import Ceilings
 from bench.kernels.operator_times import time_operators
-from bench.kernels.profile import by_kind, covered, kind_of, memset_owners, tell_rate
-from bench.kernels.roofline import Amount, count, read_launches
+from bench.kernels.profile import by_kind, covered, kind_of, memset_owners, rate_text
+from bench.kernels.roofline import FlopsAndBytes, count, read_launches
 from kernels_warmup.flops import count_decode, count_step
 from kernels_warmup.numerical_error import StepInputs
 from kernels_warmup.shapes import CompiledShape
@@ -51,9 +51,9 @@ def test_overlapping_kernels_are_counted_once() -> None:
 
 def traced(category: str, name: str, ts: float, stream: int = 7, **args: object) -> dict[str, Any]:
     """One event of the device, as kineto writes it into a Chrome trace."""
-    told = {"External id": 5, "device": 0, "context": 1, "stream": stream, "correlation": 9}
+    common = {"External id": 5, "device": 0, "context": 1, "stream": stream, "correlation": 9}
     event = {"ph": "X", "cat": category, "name": name, "pid": 0, "tid": stream, "ts": ts}
-    return event | {"dur": 2.0, "args": told | args}
+    return event | {"dur": 2.0, "args": common | args}
 
 
 def test_a_memset_belongs_to_the_kernel_that_follows_on_its_stream() -> None:
@@ -90,7 +90,7 @@ def test_a_memset_belongs_to_the_kernel_that_follows_on_its_stream() -> None:
     ]
 
 
-def test_a_profile_tells_where_the_time_went(
+def test_a_profile_gives_the_time_by_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
@@ -133,7 +133,7 @@ def test_every_operator_of_a_step_is_timed_by_itself() -> None:
     assert not any(module._forward_hooks for module in unet.modules())
 
 
-def test_what_a_step_computes_is_what_the_flop_counter_says() -> None:
+def test_the_counted_flops_of_a_step_equal_the_flop_counters() -> None:
     pipeline = SimpleNamespace(unet=tiny_unet(), vae=tiny_vae())
     shape = CompiledShape(64, 64)
     step, decode = count(pipeline, shape, "step"), count(pipeline, shape, "decode")
@@ -146,26 +146,26 @@ def test_what_a_step_computes_is_what_the_flop_counter_says() -> None:
     assert (without_text["gemm"].bytes or 0) < (step["gemm"].bytes or 0)
 
 
-def test_a_kind_stands_beside_what_it_could_reach(tmp_path: Path) -> None:
+def test_a_kind_is_compared_with_its_roofline(tmp_path: Path) -> None:
     ceilings = Ceilings({"bfloat16": 700.0}, 4000.0)
     launches = tmp_path / "launches.json"
-    told = {"launches": 300, "bytes": 4e9, "flops": 0}
+    row = {"launches": 300, "bytes": 4e9, "flops": 0}
     counted = {"scenario": "compiled", "part": "step", "shape": "1024x1024"}
-    counted |= {"by_kind": {"generated: pointwise": told}}
+    counted |= {"by_kind": {"generated: pointwise": row}}
     launches.write_text(json.dumps({"counted": [counted]}))
-    amounts = {"gemm": Amount(7e12, 1e9)}
+    amounts = {"gemm": FlopsAndBytes(7e12, 1e9)}
     amounts |= read_launches(launches, "compiled", "step", "1024x1024")
     milliseconds = {"gemm": 20.0, "generated: pointwise": 2.0, "other": 1.0}
     rows = by_kind(milliseconds, amounts, "bfloat16", ceilings)
     assert rows["gemm"]["tflops"] == 350
     assert rows["gemm"]["bound_ms"] == 10
-    assert "2.00 times its bound of 10 ms" in tell_rate(rows["gemm"])
+    assert "2.00 times its bound of 10 ms" in rate_text(rows["gemm"])
     assert rows["generated: pointwise"]["gb_per_second"] == 2000
     assert rows["generated: pointwise"]["bound_ms"] == 1
     assert rows["generated: pointwise"]["tflops"] is None
-    assert tell_rate(rows["other"]) == ""
+    assert rate_text(rows["other"]) == ""
     with pytest.raises(BenchError, match="counts no decode of compiled at 1024x1024"):
         read_launches(launches, "compiled", "decode", "1024x1024")
     launches.write_text("[]")
-    with pytest.raises(BenchError, match="does not tell launches"):
+    with pytest.raises(BenchError, match=launches.name):
         read_launches(launches, "compiled", "step", "1024x1024")

@@ -14,14 +14,14 @@ from bench.__main__ import main
 from bench.errors import BenchError
 from bench.harness.scenarios import Scenario
 from bench.kernels.hopper_code import FP8_PRODUCTS, Launch, Lowered
-from bench.kernels.launches import Work, lower_part, summarise
+from bench.kernels.launches import CountedModel, lower_part, summarise
 from kernels_warmup.attention import transformer_blocks
 from kernels_warmup.flops import count_step
 from kernels_warmup.shapes import CompiledShape
 from tests.kernels_warmup.tiny import tiny_unet, tiny_vae
 from tests.kernels_warmup.triton_here import require_triton
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own insides
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns about its own internals
 
 SHAPE = CompiledShape(128, 128)
 SMALL = ["--model", "demo", "--shape", "64x64", "--top", "3"]
@@ -29,7 +29,7 @@ SMALL = ["--model", "demo", "--shape", "64x64", "--top", "3"]
 
 def count(scenario: Scenario, part: str = "step") -> Lowered:
     unet, vae = (dict(module.config) for module in (tiny_unet(), tiny_vae()))
-    return lower_part(scenario, part, Work(unet, vae, SHAPE, images=1))
+    return lower_part(scenario, part, CountedModel(unet, vae, SHAPE, images=1))
 
 
 def calls(lowered: Lowered, kind: str) -> int:
@@ -86,7 +86,7 @@ def test_sums_by_products_leave_the_norms_one_tensor_to_read_and_one_to_write() 
     hidden = [2 * 2 * tokens * width for tokens, width in ((64, 64), (16, 128))]
     least = {2 * size for size in hidden}
     for launch in shifted:
-        # Beside the hidden state only a few numbers a channel.
+        # Apart from the hidden state only a few numbers a channel.
         assert any(size <= launch.bytes < size + 4096 for size in least), launch
 
 
@@ -115,7 +115,7 @@ def decode() -> Lowered:
 
 
 def test_group_norm_in_channels_last_is_read_in_short_runs(decode: Lowered) -> None:
-    """What made the H200's decode slow (bench/results/notes.md)."""
+    """This made the H200's decode slow (bench/results/notes.md)."""
     reductions = [x for x in decode.launches if x.kind == "generated: reduction"]
     short = sum(launch.short_bytes for launch in reductions)
     assert 0.5 * sum(launch.bytes for launch in reductions) < short
@@ -148,9 +148,9 @@ def test_the_command_counts_scenarios_side_by_side(
         main(["launches", "--scenario", "compiled", "--part", "decode", *SMALL, "--out", str(out)])
         == 0
     )
-    (told,) = json.loads(out.read_text())["counted"]
-    assert told["scenario"] == "compiled"
-    assert told["by_kind"]["all"]["launches"] > told["by_kind"]["conv"]["launches"] > 20
+    (counted,) = json.loads(out.read_text())["counted"]
+    assert counted["scenario"] == "compiled"
+    assert counted["by_kind"]["all"]["launches"] > counted["by_kind"]["conv"]["launches"] > 20
     printed = capsys.readouterr().out
     assert "generated: reduction" in printed
 
@@ -166,7 +166,7 @@ def test_kernels_of_our_own_are_not_counted_without_triton(monkeypatch: pytest.M
         count(whole(text_once=True, layer_norm=True))
 
 
-def test_torch_knows_again_that_there_is_no_gpu(decode: Lowered) -> None:
+def test_torch_reports_no_gpu_afterwards(decode: Lowered) -> None:
     assert decode.launches
     assert torch.cuda.is_available() == (torch.cuda.device_count() > 0)
     if not torch.backends.cuda.is_built():

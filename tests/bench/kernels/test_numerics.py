@@ -1,4 +1,4 @@
-"""Whether a lossless scenario is told from one that is not."""
+"""Whether a lossless scenario is distinguished from one that is not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = ["numerics", "--model", "demo", "--device", "cpu", "--shape", "64x64"]
 
 
 @pytest.mark.slow
-def test_each_lossless_way_stands_beside_eager(
+def test_each_lossless_scenario_is_compared_with_eager(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "numerics.json"
@@ -35,7 +35,7 @@ def test_each_lossless_way_stands_beside_eager(
     assert checked["served"]["errors"] == found["eager"]
     assert checked["compiled"]["settings"]["recipe.scope"] == "none"
     assert all(one["passed"] and one["again"] for one in checked.values())
-    assert "as near" in capsys.readouterr().out
+    assert "as close" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What telemetry, a start and our own pieces cost, and throughput beside the documented example."""
+"""Telemetry overhead, cold starts, our own pieces, and throughput of the documented example."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_the_small_pieces_are_each_timed(
     ]
     for cost in costs.values():
         assert 0 < cost["low_us"] <= cost["median_us"] <= cost["high_us"]
-    # A mark on the model's thread is far cheaper than what is told off it.
+    # A mark on the model's thread is far cheaper than the telemetry on other threads.
     assert json.loads(out.read_text())["clock_calls_a_step"] == {"mark": 1, "poll": 3, "wait": 1}
     assert costs["mark"]["median_us"] < costs["step"]["median_us"] < costs["record"]["median_us"]
     assert costs["mark"]["median_us"] < costs["record"]["median_us"] < costs["scrape1"]["median_us"]
-    # The picture is put into the answer as it is: looking through it takes as long as encoding it.
+    # The response contains the picture unescaped: scanning it takes as long as encoding it.
     assert costs["body"]["median_us"] < costs["uri"]["median_us"] < costs["answer"]["median_us"]
     # The model's thread does nothing but its bookkeeping between two requests.
     assert costs["turn"]["median_us"] < 2000
@@ -87,13 +87,13 @@ def samples(on_ms: float, on_cpu_ms: float) -> Samples:
     )
 
 
-def test_the_overhead_is_told_as_a_ratio_and_a_difference() -> None:
-    told = overhead.judge(samples(on_ms=102, on_cpu_ms=1.5))
-    assert told["on"]["wall_ratio"]["point"] == pytest.approx(1.02, abs=0.001)
-    assert told["on"]["cpu_ms_more_a_request"]["point"] == pytest.approx(1.5)
-    assert told["sampled out"]["wall_ratio"]["point"] == 1
-    assert told["scraped every second"]["wall_ratio"]["point"] == pytest.approx(1.03)
-    assert any("CPU +1.50 ms" in line for line in overhead.tell(samples(102, 1.5), told))
+def test_the_overhead_is_a_ratio_and_a_difference() -> None:
+    figures = overhead.summarise(samples(on_ms=102, on_cpu_ms=1.5))
+    assert figures["on"]["wall_ratio"]["point"] == pytest.approx(1.02, abs=0.001)
+    assert figures["on"]["cpu_ms_more_a_request"]["point"] == pytest.approx(1.5)
+    assert figures["sampled out"]["wall_ratio"]["point"] == 1
+    assert figures["scraped every second"]["wall_ratio"]["point"] == pytest.approx(1.03)
+    assert any("CPU +1.50 ms" in line for line in overhead.report(samples(102, 1.5), figures))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_cold_start_has_caches_of_its_own(tmp_path: Path) -> None:
     assert all(str(tmp_path) in value for value in cache_settings(tmp_path).values())
 
 
-def test_reported_and_bare_are_compared_on_one_loaded_model(tmp_path: Path) -> None:
+def test_reported_and_minimal_times_are_compared_on_one_loaded_model(tmp_path: Path) -> None:
     out = tmp_path / "harness_check.json"
     command = ["bare", "--model", "demo", "--device", "cpu", "--steps", "2", "--pairs", "4"]
     assert main([*command, "--out", str(out)]) in (0, 1)  # a busy machine may differ by more
@@ -135,7 +135,9 @@ def test_a_certain_difference_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def off_by(ratio: float) -> object:
-        return lambda scenario, *_: [harness_check.Truth(scenario.name, "", ratio, ratio, ratio, 9)]
+        return lambda scenario, *_: [
+            harness_check.ReportedRatio(scenario.name, "", ratio, ratio, ratio, 9)
+        ]
 
     for ratio, status in ((1.004, 0), (0.994, 1), (1.006, 1)):
         monkeypatch.setattr(harness_check, "compare", off_by(ratio))
@@ -148,7 +150,7 @@ def test_a_certain_difference_fails(
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_what_is_reported_is_what_a_bare_loop_takes(tmp_path: Path) -> None:
+def test_what_is_reported_is_what_a_minimal_loop_takes(tmp_path: Path) -> None:
     out = tmp_path / "harness_check.json"
     command = ["bare", "--model", "demo", "--device", "cpu", "--pairs", "60"]
     # On a busy machine the interval is wide; what may not be is a difference that is certain.
@@ -164,14 +166,14 @@ def test_the_overhead_of_real_servers(tmp_path: Path) -> None:
     out = tmp_path / "overhead.json"
     command = ["overhead", "--pairs", "20", "--blocks", "2", "--steps", "2", "--scrape"]
     assert main([*command, "--out", str(out)]) == 0
-    told = json.loads(out.read_text())
+    written = json.loads(out.read_text())
     # The first 5, 20 in rounds, 20 in blocks and 20 around the scraper are each a root, nine parts
-    # and two steps; no other request was told of.
-    assert 65 * 12 <= told["spans_received"] <= 65 * 12 + 20
-    assert {len(values) for values in told["wall_ms"].values()} == {20}
-    assert {len(values) for values in told["cpu_ms_a_request"].values()} == {2}
-    assert all(cpu > 0 for values in told["cpu_ms_a_request"].values() for cpu in values)
-    assert len(told["scraped_wall_ms"]["scraped"]) == 10
+    # and two steps; no other request has telemetry.
+    assert 65 * 12 <= written["spans_received"] <= 65 * 12 + 20
+    assert {len(values) for values in written["wall_ms"].values()} == {20}
+    assert {len(values) for values in written["cpu_ms_a_request"].values()} == {2}
+    assert all(cpu > 0 for values in written["cpu_ms_a_request"].values() for cpu in values)
+    assert len(written["scraped_wall_ms"]["scraped"]) == 10
 
 
 @pytest.mark.slow
@@ -188,7 +190,7 @@ def test_a_cold_start_and_one_from_cache(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_throughput_beside_the_documented_example() -> None:
+def test_throughput_of_the_service_and_the_documented_example() -> None:
     found = peers.measure("demo", clients=4, blocks=2, requests=6, steps=2)
     assert set(found.images_per_second) == {"ours", "documented"}
     assert all(rate > 0 for rates in found.images_per_second.values() for rate in rates)

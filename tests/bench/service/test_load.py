@@ -1,4 +1,4 @@
-"""Open-loop load: arrivals, what latencies count from, the knee, and what is refused.
+"""Open-loop load: arrivals, latencies, the knee, rejections and wrong usage.
 
 Servers here are real ones on loopback whose behaviour a test decides; the service itself is loaded
 in tests/e2e/test_load.py.
@@ -22,7 +22,9 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from bench.__main__ import main
 from bench.errors import BenchError
-from bench.service.load import Answer, Level, Mix, _sweep, arrivals, checked_url, knee, level
+from bench.service.arrivals import Mix, arrivals
+from bench.service.load import _sweep, checked_url
+from bench.service.load_report import Level, RequestOutcome, knee, level
 from tests.support.processes import free_port
 
 Capture = pytest.CaptureFixture[str]
@@ -111,8 +113,8 @@ def test_without_a_shape_the_server_chooses() -> None:
 # Figures -----------------------------------------------------------------------------------------
 
 
-def test_latency_counts_from_when_a_request_was_meant_to_be_sent() -> None:
-    late = Answer(meant=1.0, sent=3.0, ended=3.5, outcome="200")
+def test_latency_counts_from_when_a_request_should_have_been_sent() -> None:
+    late = RequestOutcome(meant=1.0, sent=3.0, ended=3.5, outcome="200")
     assert late.latency == 2.5
     figures = level(1.0, 10.0, [late], deadline=1.0)
     assert figures.latency_ms["p50"] == 2500
@@ -122,11 +124,11 @@ def test_latency_counts_from_when_a_request_was_meant_to_be_sent() -> None:
 
 def test_goodput_is_what_was_answered_in_time() -> None:
     answers = [
-        *(Answer(i, i, i + 0.2, "200") for i in range(6)),
-        Answer(6, 6, 9, "200"),
-        Answer(7, 7, 7.01, "429"),
-        Answer(8, 8, 8.01, "429"),
-        Answer(9, 9, 12, "timeout"),
+        *(RequestOutcome(i, i, i + 0.2, "200") for i in range(6)),
+        RequestOutcome(6, 6, 9, "200"),
+        RequestOutcome(7, 7, 7.01, "429"),
+        RequestOutcome(8, 8, 8.01, "429"),
+        RequestOutcome(9, 9, 12, "timeout"),
     ]
     figures = level(1.0, 10.0, answers, deadline=1.0)
     assert (figures.sent, figures.ok, figures.in_time) == (10, 7, 6)
@@ -141,7 +143,7 @@ def made_up_level(rate: float, in_time: int) -> Level:
     return Level(rate, 10, 100, 100, in_time, {}, {}, 0)
 
 
-def test_the_knee_lies_below_the_first_rate_that_was_not_kept_up_with() -> None:
+def test_the_knee_lies_below_the_first_rate_that_was_not_served() -> None:
     lucky = made_up_level(5, 99)
     levels = [made_up_level(1, 100), made_up_level(3, 97), made_up_level(4, 80), lucky]
     found = knee(levels)
@@ -151,11 +153,11 @@ def test_the_knee_lies_below_the_first_rate_that_was_not_kept_up_with() -> None:
 
 
 @pytest.mark.parametrize(("capacity", "tried_to"), [(0.85, 1.1), (10.0, 1.3), (0.1, 0.3)])
-def test_a_sweep_stops_far_past_the_knee_and_looks_closer_at_it(
+def test_a_sweep_stops_far_past_the_knee_and_narrows_it_down(
     capacity: float, tried_to: float
 ) -> None:
-    """A server that serves `capacity` of what one request after the other reaches."""
-    tried: list[tuple[Level, list[Answer]]] = []
+    """A server that serves `capacity` times the rate of sequential requests."""
+    tried: list[tuple[Level, list[RequestOutcome]]] = []
 
     async def attempt(rate: float) -> None:
         in_time = 100 if rate <= capacity else max(0, round(100 - 300 * (rate - capacity)))
@@ -171,8 +173,8 @@ def test_a_sweep_stops_far_past_the_knee_and_looks_closer_at_it(
 # Real servers ------------------------------------------------------------------------------------
 
 
-def test_a_stall_is_felt_by_everybody_who_arrives_in_it(capsys: Capture) -> None:
-    """The server stands still for a second, once. A client that waits for each answer would send
+def test_a_stall_delays_every_request_that_arrives_in_it(capsys: Capture) -> None:
+    """The server stalls for a second, once. A client that waits for each answer would send
     one slow request and call p90 fine; of those who arrive at 30 a second, 30 are kept waiting."""
     began: list[float] = []
 
@@ -184,15 +186,15 @@ def test_a_stall_is_felt_by_everybody_who_arrives_in_it(capsys: Capture) -> None
 
     with serving(answer) as url:
         arguments = ("--rate", "30", "--seconds", "3", "--deadline", "0.3")
-        _, told = loaded(url, *arguments, capsys=capsys)
-    (found,) = told["levels"]  # type: ignore[misc]
+        _, report = loaded(url, *arguments, capsys=capsys)
+    (found,) = report["levels"]  # type: ignore[misc]
     late = found["sent"] - found["in_time"]
     assert 15 <= late <= 45  # 21 or so, in 0.7 s of the stall
     assert found["latency_ms"]["p90"] > 300
     assert found["latency_ms"]["p50"] < 300
 
 
-def test_rejections_are_told_by_status_and_a_server_is_held_to_its_histogram(
+def test_rejections_are_counted_by_status_and_the_histogram_is_compared(
     capsys: Capture,
 ) -> None:
     """One request at a time, 30 ms each, and one that may wait."""
@@ -211,17 +213,17 @@ def test_rejections_are_told_by_status_and_a_server_is_held_to_its_histogram(
 
     with serving(answer) as url:
         arguments = ("--rate", "5", "100", "--seconds", "1.5")
-        status, told = loaded(url, *arguments, capsys=capsys)
-    low, high = told["levels"]  # type: ignore[misc]
+        status, report = loaded(url, *arguments, capsys=capsys)
+    low, high = report["levels"]  # type: ignore[misc]
     assert low["rate"] == 5
     assert high["refused"]["429"] > 0.3 * high["sent"]
     assert high["kept_up"] is False
     assert high["ok"] + high["refused"]["429"] == high["sent"]
-    assert (status, told["server_agrees"]) == (0, True)
-    assert told["server"]["client_count"] == low["ok"] + high["ok"]  # type: ignore[index]
+    assert (status, report["server_agrees"]) == (0, True)
+    assert report["server"]["client_count"] == low["ok"] + high["ok"]  # type: ignore[index]
 
 
-def test_a_histogram_that_tells_something_else_is_an_error(capsys: Capture) -> None:
+def test_a_histogram_that_disagrees_is_an_error(capsys: Capture) -> None:
     async def answer(_body: dict[str, object]) -> int:
         await asyncio.sleep(0.1)
         return 200
@@ -233,7 +235,7 @@ def test_a_histogram_that_tells_something_else_is_an_error(capsys: Capture) -> N
     assert "the server puts p50 between" in said
 
 
-def test_a_server_without_metrics_is_not_held_to_any(capsys: Capture, tmp_path: Path) -> None:
+def test_a_server_without_metrics_is_not_compared(capsys: Capture, tmp_path: Path) -> None:
     async def answer(_body: dict[str, object]) -> int:
         return 200
 
@@ -243,9 +245,8 @@ def test_a_server_without_metrics_is_not_held_to_any(capsys: Capture, tmp_path: 
         status = main(["load", "--url", url, "--metrics-url", f"{url}/none", *arguments])
     said = capsys.readouterr().out
     assert status == 0
-    assert "knee: not reached; 20 a second was kept up with" in said
-    assert "note: " in said
-    assert "holds no histogram of requests" in said
+    assert "knee: not reached; 20 a second" in said
+    assert f"note: {url}/none" in said
     assert json.loads(out.read_text())["server"] is None
 
 
@@ -276,8 +277,8 @@ def test_a_server_that_refuses_the_requests_ends_it(
         "http://[2001:db8::1]:80",
     ],
 )
-def test_only_this_machine_is_loaded_unless_said(url: str) -> None:
-    with pytest.raises(BenchError, match="--anywhere says that this is meant"):
+def test_another_machine_needs_the_option_anywhere(url: str) -> None:
+    with pytest.raises(BenchError, match="--anywhere"):
         checked_url(url, anywhere=False)
     assert checked_url(url + "/", anywhere=True) == url
 
@@ -288,7 +289,7 @@ def test_this_machine_needs_no_permission(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:80", "ftp://localhost", "http://", "http://[::1"])
-def test_what_is_no_url_is_refused(url: str) -> None:
+def test_an_invalid_url_is_refused(url: str) -> None:
     with pytest.raises(BenchError, match="http://HOST:PORT is"):
         checked_url(url, anywhere=True)
 
