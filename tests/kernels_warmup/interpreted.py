@@ -20,7 +20,7 @@ import triton.language as tl
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
-from bench.kernels.profile import operator_times
+from bench.kernels import operator_times
 from kernels_warmup.attention import set_attention
 from kernels_warmup.blocks import ZERO_TEXT
 from kernels_warmup.fp8 import LARGEST, Rounded, calibrate, set_fp8
