@@ -171,6 +171,7 @@ def test_a_sweep_stops_far_past_the_knee_and_looks_closer_at_it(
 # Real servers ------------------------------------------------------------------------------------
 
 
+@pytest.mark.timing
 def test_a_stall_is_felt_by_everybody_who_arrives_in_it(capsys: Capture) -> None:
     """The server stands still for a second, once. A client that waits for each answer would send
     one slow request and call p90 fine; of those who arrive at 30 a second, 30 are kept waiting."""

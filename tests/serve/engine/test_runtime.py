@@ -65,6 +65,7 @@ def test_a_request_is_answered(runtime: Runtime, new_call: NewCall) -> None:
         assert getattr(timings, name) is not None
 
 
+@pytest.mark.timing
 def test_the_sum_of_steps_is_the_loops_wall_time(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +175,7 @@ def test_a_shape_that_is_not_warm_is_refused_with_the_list(
         generate(runtime, new_call(), width=256)
 
 
+@pytest.mark.timing
 def test_unattributed_time_is_small(runtime: Runtime, new_call: NewCall) -> None:
     async def served() -> Call:
         call = new_call()
