@@ -14,8 +14,15 @@ PORT ?= 8080
 serve: $(INSTALLED)  ## serve the model on http://HOST:PORT
 	@$(RUN) -m serve --host $(HOST) --port $(PORT)
 
+# Tests that compare durations run first and alone: two workers would slow each other unevenly. One
+# thread a process, since two processes of two threads each wait for each other on two cores.
+WORKERS ?= 2
+QUICK := not gpu and not slow
+test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED) check  ## what CI runs
-	$(RUN) -m pytest -m "not gpu and not slow" --cov --cov-report=term:skip-covered --cov-fail-under=85
+	$(RUN) -m pytest -m "timing and $(QUICK)" --cov --cov-report=
+	$(RUN) -m pytest -m "not timing and $(QUICK)" --numprocesses $(WORKERS) \
+	  --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=85
 
 test-slow: $(INSTALLED)  ## soaks, long fuzzing, compile matrix: minutes to hours
 	$(RUN) -m pytest -m "slow and not gpu" --timeout=3600

@@ -25,6 +25,7 @@ def test_an_interval_holds_its_point_and_is_the_same_each_time() -> None:
         interval([])
 
 
+@pytest.mark.timing
 def test_the_small_pieces_are_each_timed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

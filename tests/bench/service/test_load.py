@@ -173,6 +173,7 @@ def test_a_sweep_stops_far_past_the_knee_and_narrows_it_down(
 # Real servers ------------------------------------------------------------------------------------
 
 
+@pytest.mark.timing
 def test_a_stall_delays_every_request_that_arrives_in_it(capsys: Capture) -> None:
     """The server stalls for a second, once. A client that waits for each answer would send
     one slow request and call p90 fine; of those who arrive at 30 a second, 30 are kept waiting."""

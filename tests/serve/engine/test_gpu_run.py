@@ -130,6 +130,7 @@ def test_requests_that_differ_in_steps_cannot_share_a_run(
         together(runtime, [new_call(), new_call()], {}, {"num_inference_steps": 3})
 
 
+@pytest.mark.timing
 def test_the_sum_of_steps_is_the_loops_wall_time(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,7 @@ def test_a_shape_that_is_not_warm_is_refused_with_the_list(
         generate(runtime, new_call(), width=256)
 
 
+@pytest.mark.timing
 def test_unattributed_time_is_small(runtime: Runtime, new_call: NewCall) -> None:
     async def served() -> Call:
         call = new_call()

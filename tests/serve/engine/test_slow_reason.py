@@ -24,6 +24,8 @@ from tests.metrics.fake_nvml import FakeGpu, FakeNvml
 from tests.metrics.test_spans import emitted, named
 from tests.serve.conftest import request
 
+pytestmark = pytest.mark.timing
+
 NewCall = Callable[[], Call]
 
 

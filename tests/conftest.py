@@ -1,0 +1,30 @@
+"""How `make test` divides the tests between its workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+TOGETHER = {
+    "tests/e2e/test_contract.py": "servers",
+    "tests/e2e/test_gateway.py": "servers",
+    "tests/e2e/test_load.py": "servers",
+}
+"""Files whose tests share the servers of tests/e2e: one worker starts them and runs all."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker runs all tests of a file, which share its fixtures."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return TOGETHER.get(file, file)
+
+    # In the order of their names, which ends with short files. By default the files with the fewest
+    # tests come last, and those are the longest.
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
