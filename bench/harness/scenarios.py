@@ -17,7 +17,7 @@ Way = Literal["documented", "diffusers", "served"]
 """What runs a request: fal's documented example, a plain diffusers call, the service's runtime."""
 
 Fields = Mapping[str, str | bool | Mapping[str, str | bool | int]]
-"""Fields of `compile.Recipe`. `options`, which go to inductor, are a mapping themselves."""
+"""Fields of `Recipe`. `options`, which go to inductor, are a mapping themselves."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Scenario:
     compile: str = "off"
     """As SDXL_COMPILE; the mode's own recipe is used unless `recipe` is set."""
     recipe: Fields | None = None
-    """Fields of `compile.Recipe` to turn on; None: the mode's own recipe."""
+    """Fields of `Recipe` to turn on; None: the mode's own recipe."""
     decoder: Fields | None = None
     """Another recipe for the VAE's decoder; None: the same as for the UNet."""
     attention: str = "auto"
