@@ -1,1 +1,1 @@
-"""Comparing step latency: runs, comparisons and verdicts."""
+"""Measure the service and its model, and judge and show the results."""

@@ -1,4 +1,4 @@
-"""Benches of tests hold locks of their own: another bench may be running on this machine."""
+"""Device locks of their own for tests, because another bench may run on this machine."""
 
 from __future__ import annotations
 

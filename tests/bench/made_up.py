@@ -1,4 +1,4 @@
-"""Results that nobody measured, drawn from a seeded generator with the noise a test asks for."""
+"""Made-up results, from a seeded generator with the noise that a test chooses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def request(index: int, step_ms: float, *, jitter: Sequence[float] = ()) -> Requ
 def scenario(
     name: str, step_ms: Sequence[float], side: Side = "head", **fields: object
 ) -> MeasuredScenario:
-    """One request a round, whose median steps are `step_ms`."""
+    """A scenario with one request a round, whose median steps are `step_ms`."""
     known: dict[str, object] = {
         "what": f"the scenario {name}",
         "dtype": "float32",
@@ -65,7 +65,7 @@ def scenario(
 
 
 def result(*scenarios: MeasuredScenario, environment: Environment = CPU) -> BenchResult:
-    """A file of these scenarios, measured in one session."""
+    """A result with these scenarios, in one session."""
     sides = {s.side: None for s in scenarios}
     rounds = 1 + max(r.round for s in scenarios for r in s.requests)
     commits: dict[Side, str] = {"base": "a" * 40, "head": "b" * 40}
@@ -89,5 +89,5 @@ def result(*scenarios: MeasuredScenario, environment: Environment = CPU) -> Benc
 
 
 def noisy(level: float, count: int, noise: float, seed: int) -> list[float]:
-    """`count` values around `level` with `noise` (a share of it) from one normal distribution."""
+    """`count` values around `level`, with normal noise of `noise` times the level."""
     return list(level * np.exp(np.random.default_rng(seed).normal(0, noise, count)))

@@ -1,4 +1,4 @@
-"""The command line: answers at once, loads no model library, and says what it has."""
+"""The command line: its help answers at once, and loads no model library."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bench.stats.error_rates import NO_CHANGE
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "plotly"}
 MODEL_CODE = {"kernels", "operators"}
-"""Take a model apart, and may import one at their top; pyproject.toml lists them."""
+"""Commands that import model code at module level; pyproject.toml lists them."""
 
 
 def loaded_by(*arguments: str) -> set[str]:
-    """Modules that a call imports, whatever it ends with."""
+    """Modules that a call of the command line imports."""
     script = (
         "import sys\nfrom bench.__main__ import main\n"
         f"try: main({list(arguments)!r})\nexcept SystemExit: pass\n"
@@ -55,15 +55,15 @@ def test_a_commands_help_loads_no_model_library(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["compare", "show", "load"])
-def test_a_commands_help_tells_its_exit_statuses_or_files(
+def test_a_commands_help_names_its_exit_statuses_or_files(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
-    said = capsys.readouterr().out
-    assert f"python -m bench {name}" in said
-    assert name == "show" or "Exit status: 0" in said
+    printed = capsys.readouterr().out
+    assert f"python -m bench {name}" in printed
+    assert name == "show" or "Exit status: 0" in printed
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["--fast"]])
@@ -76,7 +76,7 @@ def test_an_unknown_command_is_wrong_usage(
     assert "usage: python -m bench" in capsys.readouterr().err
 
 
-def test_a_reader_who_has_seen_enough_is_no_failure() -> None:
+def test_a_closed_pipe_is_not_a_failure() -> None:
     """As in `bench show RESULT | head -1`."""
     ended = subprocess.run(
         f"{sys.executable} -m bench show {NO_CHANGE} | true",

@@ -1,4 +1,4 @@
-"""Several scenarios at once, none of which outlives the call."""
+"""Compiling several scenarios at once, in processes that all end with the call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ["served", "bf16", "compiled", "default"]
 
 
 class Starts:
-    """Processes that sleep, and how many of them were alive together."""
+    """Starts processes that sleep, and counts how many ran at the same time."""
 
     def __init__(self, seconds: float, failing: str = "") -> None:
         self.seconds, self.failing = seconds, failing
@@ -35,24 +35,24 @@ class Starts:
         return self.processes[-1]
 
 
-def test_so_many_at_once_and_each_is_told_of() -> None:
+def test_at_most_n_run_at_once_and_each_outcome_is_reported() -> None:
     start = Starts(0.1, failing="bf16")
-    told = compile_all(chosen(NAMES), start, at_once=2)
+    outcomes = compile_all(chosen(NAMES), start, at_once=2)
     assert start.most_at_once == 2
-    assert set(told) == set(NAMES)
-    assert told["bf16"].startswith("failed with status 1")
-    assert told["compiled"].startswith("compiled in")
+    assert set(outcomes) == set(NAMES)
+    assert outcomes["bf16"].startswith("failed with status 1")
+    assert outcomes["compiled"].startswith("compiled in")
 
 
 def test_processes_share_the_gpus_memory_by_the_images_they_draw() -> None:
     one, eight = (bytes_needed(scenario) for scenario in chosen(["compiled", "batch-8"]))
     assert eight - one >= 8.6e9 * 7 / 8  # the activations of a decode of eight
     start = Starts(0.2)
-    told = compile_all(
+    outcomes = compile_all(
         chosen(["compiled", "batch-8", "default"]), start, at_once=3, memory=one + eight - 1
     )
     assert start.most_at_once == 2  # the two of one image
-    assert all(one.startswith("compiled in") for one in told.values())
+    assert all(one.startswith("compiled in") for one in outcomes.values())
     # One that needs more than there is gets its chance alone.
     start = Starts(0.1)
     compile_all(chosen(["batch-8", "compiled"]), start, at_once=2, memory=one)
@@ -63,10 +63,10 @@ def test_processes_share_the_gpus_memory_by_the_images_they_draw() -> None:
 def test_what_takes_too_long_is_ended() -> None:
     start = Starts(60)
     began = time.monotonic()
-    told = compile_all(chosen(NAMES), start, at_once=3, seconds_limit=0.1)
+    outcomes = compile_all(chosen(NAMES), start, at_once=3, seconds_limit=0.1)
     assert time.monotonic() - began < 20
-    assert set(told.values()) == {"there was no time left for it"}
-    assert set(told) == set(NAMES)
+    assert set(outcomes.values()) == {"there was no time left for it"}
+    assert set(outcomes) == set(NAMES)
     assert all(process.poll() is not None for process in start.processes)
 
 

@@ -1,4 +1,4 @@
-"""What is written is read back; what is not a sound result is refused with one sentence."""
+"""Results are read as they were written; an invalid file is refused with one sentence."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_layout_is_free_but_content_is_not(tmp_path: Path) -> None:
-    """Reformatting a file is no change to it."""
+    """Reformatting a file does not change its content."""
     text = two_scenarios().to_json()
     assert BenchResult.parse(json.dumps(json.loads(text), indent=7)) == two_scenarios()
 
 
 def test_each_request_stands_on_a_line_of_its_own() -> None:
-    """So that a file can be read, and two of them compared by eye."""
+    """So that people can read a file and compare two."""
     lines = [line for line in two_scenarios().to_json().splitlines() if '"round"' in line]
     assert len(lines) == 18
     assert all(line.strip(" ,")[-1] == "}" and '"steps_ms": [' in line for line in lines)
@@ -134,7 +134,7 @@ JSON_VALUES = st.recursive(
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_value_anywhere_is_read_or_refused_with_a_sentence(data: st.DataObject) -> None:
-    """One node of a sound file, replaced by anything, and signed again."""
+    """One node of a valid file is replaced by any value, and the digest is made again."""
     document = json.loads(result(scenario("a", [25.0, 26.0])).to_json())
     node, key = document, "result"
     while isinstance(node[key], (dict, list)) and node[key] and data.draw(st.integers(0, 3)):
@@ -185,7 +185,7 @@ def test_another_kind_of_file_is_refused(text: str, said: str) -> None:
         BenchResult.parse(text)
 
 
-def test_what_cannot_be_read_or_written_is_said(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_or_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ResultFileError, match="cannot be read: No such file"):
         BenchResult.read(tmp_path / "none.json")
     with pytest.raises(ResultFileError, match="cannot be read: Is a directory"):

@@ -1,4 +1,4 @@
-"""Timing scenarios: on the real demo model, and what goes wrong by fakes."""
+"""Timing scenarios: with the real demo model, and failures with a fake worker."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CEILINGS = Ceilings({"float32": 0.1}, 1.0)
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ceilings take a second a test, and no test here is about them."""
+    """Also skip measuring ceilings, which takes a second a test."""
     monkeypatch.setattr(environment, "measure_ceilings", lambda _: CEILINGS)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -93,20 +93,20 @@ def test_every_sample_of_a_run_is_written_down(
     assert "CUDA" in not_run.reason
     assert result.environment.cpu
     assert result.sessions[0].end is not None
-    told = capsys.readouterr().out
-    assert "graph                not run: it needs a CUDA device" in told
+    printed = capsys.readouterr().out
+    assert "graph                not run: it needs a CUDA device" in printed
 
-    # The same file, gone on with: what it has is not measured again.
+    # The same file, continued: what it has is not measured again.
     more = ["run", "--scenario", "documented", "diffusers", *SMALL, "--requests", "4"]
     assert main([*more, "--rounds", "2", "--resume", "--out", str(out)]) == 0
     longer = BenchResult.read(out)
     assert [(s.first_round, s.rounds) for s in longer.sessions] == [(0, 2), (2, 2)]
     assert {r.round for r in longer.of_side("head")["diffusers"].requests} == {2, 3}
-    # The baseline is timed along, so that the sessions can be told apart.
+    # The baseline is timed again, so that the sessions can be compared.
     assert {r.round for r in longer.of_side("head")["documented"].requests} == {0, 1, 2, 3}
     assert len(longer.of_side("head")["served"].requests) == 4
 
-    # And a file of another workload is not gone on with.
+    # A file of another workload is not continued.
     other = ["run", "--scenario", "diffusers", *SMALL[:-1], "3", "--resume", "--out", str(out)]
     assert main(other) == 2
     assert "steps was 2 and is 3" in capsys.readouterr().err
@@ -115,7 +115,10 @@ def test_every_sample_of_a_run_is_written_down(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--scenario", "no-such"], "there is no scenario 'no-such'; one of documented, diffusers"),
+        (
+            ["--scenario", "no-such"],
+            "there is no scenario 'no-such'; use one of documented, diffusers",
+        ),
         (["--steps", "1"], "1 steps are not enough"),
         (["--shape", "100"], "'100' is not an image size"),
         (["--model", "no-such-model", "--shape", "64x64"], "neither a directory here nor a hub"),
@@ -158,7 +161,7 @@ def test_nothing_measured_is_an_error_with_the_reason(
 
 
 class FakeWorker:
-    """Answers at once; `held` bytes a scenario out of `memory`, and fails where it is told to."""
+    """Returns at once. A scenario holds `held` of `memory` bytes, and fails if the test says so."""
 
     side = "head"
 
@@ -203,7 +206,7 @@ class FakeWorker:
 
 
 def bench(
-    side: FakeWorker, out: Path, *names: str, **changes: Any
+    worker: FakeWorker, out: Path, *names: str, **changes: Any
 ) -> tuple[int, BenchResult | None]:
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
@@ -211,16 +214,16 @@ def bench(
     for name, value in changes.items():
         setattr(options, name, value)
     work = Work("demo", "cpu", CompiledShape(128, 128), 2)
-    status = rounds.Bench(work, [side], out, options).measure(chosen(names))  # type: ignore[list-item]
+    status = rounds.Bench(work, [worker], out, options).measure(chosen(names))  # type: ignore[list-item]
     return status, BenchResult.read(out) if out.exists() else None
 
 
 def test_what_does_not_fit_in_memory_is_timed_in_groups_beside_the_baseline(tmp_path: Path) -> None:
-    side = FakeWorker(memory=39, held=10)
+    worker = FakeWorker(memory=39, held=10)
     names = ("documented", "diffusers", "served", "bf16", "default")
-    _, result = bench(side, tmp_path / "out.json", *names)
-    assert side.most_at_once == 3
-    assert side.in_memory == []
+    _, result = bench(worker, tmp_path / "out.json", *names)
+    assert worker.most_at_once == 3
+    assert worker.in_memory == []
     assert result is not None
     rounds = {n: [r.round for r in s.requests] for n, s in result.of_side("head").items()}
     assert rounds["documented"] == [0, 1, 2, 3, 4, 5] or rounds["documented"] == [0, 1, 2, 3]
@@ -230,14 +233,14 @@ def test_what_does_not_fit_in_memory_is_timed_in_groups_beside_the_baseline(tmp_
 
 
 def test_where_only_one_fits_each_is_timed_alone(tmp_path: Path) -> None:
-    side = FakeWorker(memory=20, held=10)
-    _, found = bench(side, tmp_path / "out.json", "documented", "served", "bf16")
-    assert side.most_at_once == 1
+    worker = FakeWorker(memory=20, held=10)
+    _, found = bench(worker, tmp_path / "out.json", "documented", "served", "bf16")
+    assert worker.most_at_once == 1
     assert found is not None
     assert [len(s.requests) for s in found.scenarios] == [2, 2, 2]
 
 
-def test_what_is_beside_is_in_the_rounds_of_each_call(tmp_path: Path) -> None:
+def test_scenarios_beside_are_in_the_rounds_of_each_call(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     bench(FakeWorker(), out, "documented", "compiled")
     names = ("documented", "compiled", "pdl")
@@ -248,10 +251,10 @@ def test_what_is_beside_is_in_the_rounds_of_each_call(tmp_path: Path) -> None:
 
 
 def test_a_scenario_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
-    side = FakeWorker()
-    side.unready["bf16"] = ScenarioFailed("RuntimeError: no such kernel")
-    side.fails_in_round["served"] = 1
-    status, result = bench(side, tmp_path / "out.json", "documented", "served", "bf16", "default")
+    worker = FakeWorker()
+    worker.unready["bf16"] = ScenarioFailed("RuntimeError: no such kernel")
+    worker.fails_in_round["served"] = 1
+    status, result = bench(worker, tmp_path / "out.json", "documented", "served", "bf16", "default")
     assert status == 1
     assert result is not None
     assert {(n.name, n.failed) for n in result.not_run} == {("bf16", True), ("served", True)}
@@ -260,9 +263,9 @@ def test_a_scenario_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
 
 
 def test_what_the_machine_lacks_is_no_failure(tmp_path: Path) -> None:
-    side = FakeWorker()
-    side.unready["graph"] = CannotRun("it needs a CUDA device")
-    status, result = bench(side, tmp_path / "out.json", "documented", "graph")
+    worker = FakeWorker()
+    worker.unready["graph"] = CannotRun("it needs a CUDA device")
+    status, result = bench(worker, tmp_path / "out.json", "documented", "graph")
     assert status == 0
     assert result is not None
     assert [(n.name, n.failed) for n in result.not_run] == [("graph", False)]
@@ -308,9 +311,9 @@ def test_a_failure_is_tried_once_more_and_again_after_the_code_changed(
 
 
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> None:
-    side = FakeWorker(memory=14, held=10)
-    side.unready["bf16"] = rounds.Interrupted(signal.SIGTERM)
-    status, result = bench(side, tmp_path / "out.json", "diffusers", "bf16")
+    worker = FakeWorker(memory=14, held=10)
+    worker.unready["bf16"] = rounds.Interrupted(signal.SIGTERM)
+    status, result = bench(worker, tmp_path / "out.json", "diffusers", "bf16")
     assert status == 128 + signal.SIGTERM
     assert result is not None
     assert result.partial
@@ -318,12 +321,12 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> Non
 
 
 def test_a_round_that_is_interrupted_midway_is_kept_as_far_as_it_came(tmp_path: Path) -> None:
-    side = FakeWorker()
+    worker = FakeWorker()
     names = ("documented", "diffusers", "served", "default")
     second_round = random.Random(1).sample(chosen(names), len(names))
-    side.fails_in_round[second_round[2].name] = 1
-    side.failure = rounds.Interrupted(signal.SIGINT)
-    status, result = bench(side, tmp_path / "out.json", *names)
+    worker.fails_in_round[second_round[2].name] = 1
+    worker.failure = rounds.Interrupted(signal.SIGINT)
+    status, result = bench(worker, tmp_path / "out.json", *names)
     assert status == 130
     assert result is not None
     assert result.partial
@@ -333,23 +336,23 @@ def test_a_round_that_is_interrupted_midway_is_kept_as_far_as_it_came(tmp_path: 
 
 
 def test_an_interruption_before_anything_was_measured_leaves_no_file(tmp_path: Path) -> None:
-    side = FakeWorker()
-    side.unready["documented"] = rounds.Interrupted(signal.SIGINT)
-    assert bench(side, tmp_path / "out.json", "documented") == (130, None)
+    worker = FakeWorker()
+    worker.unready["documented"] = rounds.Interrupted(signal.SIGINT)
+    assert bench(worker, tmp_path / "out.json", "documented") == (130, None)
 
 
-def test_nothing_is_started_that_cannot_end_in_time_and_a_later_call_goes_on(
+def test_nothing_is_started_that_cannot_end_in_time_and_a_later_call_continues(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out.json"
-    side = FakeWorker()
+    worker = FakeWorker()
     names = ("documented", "regional")
-    told, result = bench(side, out, *names, seconds_limit=60, resume=True)
-    assert told == rounds.TIME_IS_UP
+    status, result = bench(worker, out, *names, seconds_limit=60, resume=True)
+    assert status == rounds.TIME_IS_UP
     assert result is not None
     assert [n.reason for n in result.not_run] == [NO_TIME]
-    told, result = bench(side, out, *names, seconds_limit=600, resume=True)
-    assert told == 0
+    status, result = bench(worker, out, *names, seconds_limit=600, resume=True)
+    assert status == 0
     assert result is not None
     assert not result.not_run
     assert {len(s.requests) for s in result.scenarios} == {2, 4}
@@ -366,13 +369,13 @@ def test_each_call_of_a_resumed_run_starts_something(tmp_path: Path) -> None:
     assert set(result.of_side("head")) == set(names)
 
 
-def test_what_was_cut_off_twice_while_getting_ready_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_scenario_cut_off_twice_while_it_was_prepared_is_not_tried_again(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    side = FakeWorker()
-    side.unready["max"] = rounds.Interrupted(signal.SIGTERM)
+    worker = FakeWorker()
+    worker.unready["max"] = rounds.Interrupted(signal.SIGTERM)
     for _ in range(2):
-        assert bench(side, out, "documented", "max", resume=True)[0] == 143
-    status, result = bench(side, out, "documented", "max", "default", resume=True)
+        assert bench(worker, out, "documented", "max", resume=True)[0] == 143
+    status, result = bench(worker, out, "documented", "max", "default", resume=True)
     assert status == 1
     assert result is not None
     assert "cut off" in result.not_run[0].reason
@@ -395,7 +398,7 @@ def test_two_benches_on_one_device_are_refused() -> None:
         pass
 
 
-def test_a_lock_of_a_process_that_died_is_no_lock() -> None:
+def test_the_lock_of_a_dead_process_is_released() -> None:
     code = (
         "import os; from bench.harness.device_lock import only_bench_on\n"
         "held = only_bench_on('cpu'); held.__enter__(); os._exit(1)"
@@ -472,10 +475,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def worktrees(place: Path) -> int:
-    told = subprocess.run(
+    listed = subprocess.run(
         ["git", "worktree", "list"], cwd=place, capture_output=True, text=True, check=True
     )
-    return len(told.stdout.splitlines())
+    return len(listed.stdout.splitlines())
 
 
 @pytest.mark.e2e
@@ -660,5 +663,5 @@ def test_help_loads_no_model_library() -> None:
         "    except SystemExit: pass\n"
         "sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'transformers')))"
     )
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
-    assert told.returncode == 0
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert ended.returncode == 0

@@ -1,4 +1,4 @@
-"""A measurement session in pieces, by fakes that write what each piece would, and one real one."""
+"""A measurement session in pieces: with a fake that writes each piece's file, and one real one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS = {"documented": 58.0, "compiled": 30.0, "all-lossless": 26.0}
 
 
 class Machine:
-    """Its clock goes by what is run; writes the file a command names."""
+    """Runs no command but writes its file, and advances a clock by the command's time."""
 
     def __init__(self, seconds: float = 30, statuses: dict[str, int] | None = None) -> None:
         self.now, self.seconds = 0.0, seconds
@@ -85,7 +85,7 @@ class Machine:
 
 
 def scenarios(command: Sequence[str]) -> list[str]:
-    """Named after --scenario and --beside."""
+    """The names after --scenario and --beside."""
     names = list(command[command.index("--scenario") + 1 :])
     end = next(
         (i for i, one in enumerate(names) if one.startswith("--") and one != "--beside"), None
@@ -117,12 +117,12 @@ def measurement(
 
 def ran(machine: Machine) -> list[str]:
     """The names of the files, and of what times scenarios the first of those."""
-    told = []
+    names = []
     for command in machine.ran:
         option = "--junit-xml" if command[0] == "pytest" else "--out"
         file = Path(command[command.index(option) + 1]).stem.removeprefix("h200-day-")
-        told.append(command[3] if file == "bench" else file)
-    return told
+        names.append(command[3] if file == "bench" else file)
+    return names
 
 
 def test_everything_is_done_once_and_the_most_informative_comes_first(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_everything_is_done_once_and_the_most_informative_comes_first(tmp_path: 
 
 
 def test_nine_minutes_get_to_the_profile_and_the_single_ways(tmp_path: Path) -> None:
-    """With the seconds that each piece is estimated to take on a GPU."""
+    """Each piece takes the seconds that it is estimated to take on a GPU."""
     machine = Machine(seconds=110)
     measurement(tmp_path, machine, "--minutes", "9").run()
     assert ran(machine)[:4] == [
@@ -225,9 +225,9 @@ def test_a_failure_shows_in_status_and_summary_and_is_tried_again_with_other_cod
     machine = Machine()
     machine.failing = {"geglu"}
     assert measurement(tmp_path, machine).run() == 1
-    told = capsys.readouterr().out
-    assert any("geglu" in line and "FAILED" in line for line in told.splitlines())
-    assert any(line.startswith("graph ") and "FAILED" not in line for line in told.splitlines())
+    printed = capsys.readouterr().out
+    assert any("geglu" in line and "FAILED" in line for line in printed.splitlines())
+    assert any(line.startswith("graph ") and "FAILED" not in line for line in printed.splitlines())
     for _ in range(3):
         assert measurement(tmp_path, machine).run() == 1
     assert ran(machine).count("layer-norm") == 2

@@ -1,4 +1,4 @@
-"""`python -m bench show`: a table to read, and a page that opens by itself in a real browser."""
+"""`python -m bench show`: its table, and its page in a real browser."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_table(tmp_path: Path, capsys: Capture) -> None:
     assert "ceilings   float32 1.500 TFLOP/s; copy 20.00 GB/s" in said
 
 
-def test_what_nobody_measured_is_no_column(tmp_path: Path, capsys: Capture) -> None:
+def test_columns_without_a_figure_are_left_out(tmp_path: Path, capsys: Capture) -> None:
     bare = result(
         scenario("a", [25.0] * 3, peak_memory_bytes=None, flops=None, error_vs_fp32=None),
         environment=GPU,
@@ -65,7 +65,7 @@ def test_what_nobody_measured_is_no_column(tmp_path: Path, capsys: Capture) -> N
     assert header.split() == ["scenario", "requests", "step", "ms", "request", "ms", "images/s"]
 
 
-def test_sides_stand_beside_each_other_and_have_a_baseline_each() -> None:
+def test_both_sides_are_shown_each_with_a_baseline() -> None:
     shown = lines(pair(0.9))
     assert [line.label for line in shown] == [
         "documented (base)", "documented (head)", "default (base)", "default (head)",
@@ -75,7 +75,7 @@ def test_sides_stand_beside_each_other_and_have_a_baseline_each() -> None:
 
 
 def test_a_batch_is_compared_by_its_images() -> None:
-    """Four images in three times the time are a quarter less for each."""
+    """Four images in three times the time take a quarter less time each."""
     batch = scenario("batch-4", noisy(75, 12, 0.01, 2), images=4)
     (_, line) = lines(result(scenario("one", noisy(25, 12, 0.01, 1)), batch))
     assert line.ratio == pytest.approx(0.75, abs=0.02)
@@ -98,7 +98,7 @@ def test_too_few_rounds_show_no_interval() -> None:
     assert shown[1].ratio == pytest.approx(20.5 / 25.5)
 
 
-def test_the_page_is_one_file_that_asks_for_nothing() -> None:
+def test_the_page_is_one_file_that_loads_nothing() -> None:
     page = as_page(stack(), "h200")
     outside = page[: page.index("<script>")] + page[page.rindex("<script>") :]
     assert "http" not in outside
@@ -121,7 +121,7 @@ def test_a_page_of_two_sides_begins_with_the_verdict() -> None:
     assert '<tr class="red"><td>default</td><td>step</td>' in page
 
 
-def test_text_out_of_a_file_stays_text() -> None:
+def test_text_from_a_file_is_escaped() -> None:
     nasty = "</script><b onclick=alert(1)>"
     page = as_page(result(scenario(nasty, noisy(20, 8, 0.01, 1), what=nasty)), nasty)
     assert nasty not in page
@@ -155,7 +155,7 @@ def test_a_browser_draws_every_plot(make: Callable[[], BenchResult], tmp_path: P
     assert "Uncaught" not in ended.stderr
 
 
-def test_a_missing_plotting_library_is_said(
+def test_a_missing_plotting_library_is_an_error(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack().write(tmp_path / "r.json")

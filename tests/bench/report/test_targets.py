@@ -1,4 +1,4 @@
-"""The targets' table shows what was measured on a GPU at full size, and nothing else."""
+"""The table of targets shows only figures measured on a GPU at full size."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_each_target_stands_beside_the_best_that_reached_it(files: Path) -> None:
+def test_each_target_is_shown_with_its_best_scenario(files: Path) -> None:
     found = rows(files)
     assert found["a step, batch 1, lossless"] == "26.15 (26.00 to 26.30) ms, `all-lossless`"
     assert found["a step, batch 1, fp8"] == "20.00 (20.00 to 20.00) ms, `fp8`"

@@ -1,4 +1,4 @@
-"""`python -m bench compare`: what it says, to people and to programs, and its exit status."""
+"""`python -m bench compare`: its text, its JSON and its exit status."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def compared(
     return status, json.loads(capsys.readouterr().out)
 
 
-def verdicts(told: dict[str, Any]) -> set[str]:
-    return {row["verdict"] for row in told["rows"]}
+def verdicts(printed: dict[str, Any]) -> set[str]:
+    return {row["verdict"] for row in printed["rows"]}
 
 
 @pytest.mark.parametrize(
@@ -61,57 +61,57 @@ def verdicts(told: dict[str, Any]) -> set[str]:
 def test_one_file_with_both_sides(
     tmp_path: Path, capsys: Capture, factor: float, verdict: str, status: int
 ) -> None:
-    found, told = compared(tmp_path, capsys, pair(factor))
-    assert found == told["exit_status"] == status
-    assert verdicts(told) == {verdict}
-    assert told["interleaved"] is True
-    assert [(row["scenario"], row["quantity"]) for row in told["rows"]] == [
+    found, printed = compared(tmp_path, capsys, pair(factor))
+    assert found == printed["exit_status"] == status
+    assert verdicts(printed) == {verdict}
+    assert printed["interleaved"] is True
+    assert [(row["scenario"], row["quantity"]) for row in printed["rows"]] == [
         ("default", "step"),
         ("default", "request"),
     ]
-    for row in told["rows"]:
+    for row in printed["rows"]:
         assert row["low"] < row["ratio"] < row["high"]
         assert row["ratio"] == pytest.approx(factor, abs=0.005)
 
 
-def test_what_cannot_be_told_is_neither_a_pass_nor_a_regression(
+def test_an_undecided_comparison_is_neither_a_pass_nor_a_regression(
     tmp_path: Path, capsys: Capture
 ) -> None:
-    status, told = compared(tmp_path, capsys, pair(1.0, noise=0.05))
-    assert (status, verdicts(told)) == (3, {"inconclusive"})
+    status, printed = compared(tmp_path, capsys, pair(1.0, noise=0.05))
+    assert (status, verdicts(printed)) == (3, {"inconclusive"})
 
 
-def test_a_regression_outweighs_what_cannot_be_told(tmp_path: Path, capsys: Capture) -> None:
+def test_a_regression_outweighs_undecided_rows(tmp_path: Path, capsys: Capture) -> None:
     both = pair(1.05)
     noise = [scenario("loud", noisy(9, 20, 0.2, seed), s) for seed, s in ((5, "base"), (6, "head"))]  # type: ignore[arg-type]
-    status, told = compared(tmp_path, capsys, replace(both, scenarios=(*both.scenarios, *noise)))
-    assert (status, verdicts(told)) == (1, {"regressed", "inconclusive"})
+    status, printed = compared(tmp_path, capsys, replace(both, scenarios=(*both.scenarios, *noise)))
+    assert (status, verdicts(printed)) == (1, {"regressed", "inconclusive"})
 
 
-def test_separate_runs_that_the_calibration_joins(tmp_path: Path, capsys: Capture) -> None:
-    """The second machine is 0.5% slower, which both scenarios feel and the verdict does not."""
-    status, told = compared(tmp_path, capsys, single(1.0), single(0.95, machine=1.005, seed=5))
-    assert (status, verdicts(told), told["interleaved"]) == (0, {"improved"}, False)
-    assert told["rows"][0]["ratio"] == pytest.approx(0.95, abs=0.004)
-    assert told["rows"][0]["interleaved"] is False
+def test_separate_runs_whose_calibration_agrees(tmp_path: Path, capsys: Capture) -> None:
+    """The second machine is 0.5% slower for both scenarios, which cancels."""
+    status, printed = compared(tmp_path, capsys, single(1.0), single(0.95, machine=1.005, seed=5))
+    assert (status, verdicts(printed), printed["interleaved"]) == (0, {"improved"}, False)
+    assert printed["rows"][0]["ratio"] == pytest.approx(0.95, abs=0.004)
+    assert printed["rows"][0]["interleaved"] is False
 
 
-def test_separate_runs_that_the_calibration_parts(tmp_path: Path, capsys: Capture) -> None:
-    status, told = compared(tmp_path, capsys, single(1.0), single(0.8, machine=1.05, seed=5))
-    assert (status, verdicts(told)) == (3, {"not interleaved"})
+def test_separate_runs_whose_calibration_disagrees(tmp_path: Path, capsys: Capture) -> None:
+    status, printed = compared(tmp_path, capsys, single(1.0), single(0.8, machine=1.05, seed=5))
+    assert (status, verdicts(printed)) == (3, {"not interleaved"})
 
 
 def test_separate_runs_without_a_calibration(tmp_path: Path, capsys: Capture) -> None:
     bare = [result(scenario("default", noisy(25, 20, 0.01, seed))) for seed in (1, 2)]
-    status, told = compared(tmp_path, capsys, *bare)
-    assert (status, verdicts(told)) == (3, {"not interleaved"})
-    assert "no calibration scenario in common" in told["rows"][0]["reason"]
+    status, printed = compared(tmp_path, capsys, *bare)
+    assert (status, verdicts(printed)) == (3, {"not interleaved"})
+    assert "no calibration scenario in common" in printed["rows"][0]["reason"]
 
 
-def test_a_calibration_is_no_measure_of_itself(tmp_path: Path, capsys: Capture) -> None:
+def test_a_calibration_is_not_judged_relative_to_itself(tmp_path: Path, capsys: Capture) -> None:
     files = single(1.0), single(1.0, seed=5)
-    told = compared(tmp_path, capsys, *files, also=("--scenario", "documented"))[1]
-    assert verdicts(told) == {"not interleaved"}
+    printed = compared(tmp_path, capsys, *files, also=("--scenario", "documented"))[1]
+    assert verdicts(printed) == {"not interleaved"}
 
 
 def other_machine(measured: BenchResult) -> BenchResult:
@@ -146,9 +146,9 @@ def other_power_limit(measured: BenchResult) -> BenchResult:
 def test_different_things_are_not_compared_and_what_differs_is_named(
     tmp_path: Path, capsys: Capture, change: Any, said: str
 ) -> None:
-    status, told = compared(tmp_path, capsys, single(1.0), change(single(0.9, seed=5)))
-    assert (status, verdicts(told)) == (3, {"not comparable"})
-    assert said in told["rows"][0]["reason"]
+    status, printed = compared(tmp_path, capsys, single(1.0), change(single(0.9, seed=5)))
+    assert (status, verdicts(printed)) == (3, {"not comparable"})
+    assert said in printed["rows"][0]["reason"]
 
 
 def test_what_may_differ_can_be_allowed(tmp_path: Path, capsys: Capture) -> None:
@@ -161,9 +161,9 @@ def test_what_may_differ_can_be_allowed(tmp_path: Path, capsys: Capture) -> None
 def test_scenarios_of_one_name_that_differ_are_not_compared(
     tmp_path: Path, capsys: Capture
 ) -> None:
-    status, told = compared(tmp_path, capsys, single(1.0), single(1.0, seed=5, images=4))
-    assert (status, verdicts(told)) == (3, {"not comparable"})
-    assert told["rows"][0]["reason"] == "these differ: images (1 and 4)"
+    status, printed = compared(tmp_path, capsys, single(1.0), single(1.0, seed=5, images=4))
+    assert (status, verdicts(printed)) == (3, {"not comparable"})
+    assert printed["rows"][0]["reason"] == "these differ: images (1 and 4)"
 
 
 def test_a_scenario_that_one_side_could_not_run_is_no_pass(tmp_path: Path, capsys: Capture) -> None:
@@ -174,9 +174,9 @@ def test_a_scenario_that_one_side_could_not_run_is_no_pass(tmp_path: Path, capsy
         scenarios=tuple(measured),
         not_run=(NotRun("default", "it failed to compile", "head"),),
     )
-    status, told = compared(tmp_path, capsys, broken)
-    assert (status, verdicts(told)) == (3, {"not comparable"})
-    assert told["rows"][0]["reason"] == "head did not run it: it failed to compile"
+    status, printed = compared(tmp_path, capsys, broken)
+    assert (status, verdicts(printed)) == (3, {"not comparable"})
+    assert printed["rows"][0]["reason"] == "head did not run it: it failed to compile"
 
 
 def test_nothing_in_common_is_an_error(tmp_path: Path, capsys: Capture) -> None:
@@ -191,9 +191,9 @@ def test_the_control_of_an_interleaved_run_must_hold(tmp_path: Path, capsys: Cap
     both = pair(0.9)
     slow = scenario("documented", noisy(52.5, 20, 0.003, 2), "head", calibration=True)
     scenarios = [slow if (s.name, s.side) == ("documented", "head") else s for s in both.scenarios]
-    status, told = compared(tmp_path, capsys, replace(both, scenarios=tuple(scenarios)))
-    assert (status, verdicts(told)) == (3, {"inconclusive"})
-    assert "which runs no code of this project, differs by +5" in told["rows"][0]["reason"]
+    status, printed = compared(tmp_path, capsys, replace(both, scenarios=tuple(scenarios)))
+    assert (status, verdicts(printed)) == (3, {"inconclusive"})
+    assert "which runs no code of this project, differs by +5" in printed["rows"][0]["reason"]
 
 
 def test_a_table_of_many_rows_errs_no_more_often_than_one(tmp_path: Path, capsys: Capture) -> None:
@@ -211,7 +211,7 @@ def test_a_table_of_many_rows_errs_no_more_often_than_one(tmp_path: Path, capsys
     assert width(10) > 1.3 * width(1)
 
 
-def test_what_a_person_reads(tmp_path: Path, capsys: Capture) -> None:
+def test_the_text_for_people(tmp_path: Path, capsys: Capture) -> None:
     both = pair(0.96)
     tired = replace(
         both.sessions[0],
@@ -274,15 +274,15 @@ def test_wrong_usage_is_one_sentence_and_status_2(
 
 
 def test_one_scenario_can_be_asked_for(tmp_path: Path, capsys: Capture) -> None:
-    told = compared(tmp_path, capsys, pair(1.0), also=("--scenario", "documented"))[1]
-    assert {row["scenario"] for row in told["rows"]} == {"documented"}
+    printed = compared(tmp_path, capsys, pair(1.0), also=("--scenario", "documented"))[1]
+    assert {row["scenario"] for row in printed["rows"]} == {"documented"}
 
 
 def test_stages_can_be_asked_for(tmp_path: Path, capsys: Capture) -> None:
-    """One that was not measured is said to be missing."""
+    """A stage that was not measured is not comparable."""
     asked = ("--quantity", "vae_decode", "image_encode")
-    status, told = compared(tmp_path, capsys, pair(0.9), also=asked)
-    decode, encode = told["rows"]
+    status, printed = compared(tmp_path, capsys, pair(0.9), also=asked)
+    decode, encode = printed["rows"]
     assert (status, decode["verdict"], encode["verdict"]) == (3, "improved", "not comparable")
     assert encode["reason"] == "image_encode was not measured on both"
 
@@ -296,7 +296,7 @@ def test_the_documented_comparison_is_that_of_its_file(capsys: Capture) -> None:
 
 
 def test_as_a_process(tmp_path: Path) -> None:
-    """The status a CI sees, and no model library on the way."""
+    """The exit status that CI sees; no model library is loaded."""
     pair(1.1).write(tmp_path / "r.json")
     code = (
         "import sys\nfrom bench.__main__ import main\n"

@@ -1,4 +1,4 @@
-"""The verdict's own error rates, and what it says of samples that cannot carry one."""
+"""The verdict's error rates, and its result for samples that cannot decide."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_change_of_3_percent_is_found_9_times_in_10(world: str) -> None:
 
 
 def test_separate_runs_need_the_calibration() -> None:
-    """Sessions that differ by 1%: taken as they are, they are called different every other time."""
+    """Two runs whose speeds differ by 1% are called different every other time without it."""
     assert separate(20, TRIALS, seed=3, calibrated=False).false_alarm > 0.3
     rates = separate(20, TRIALS, seed=3)
     assert rates.false_alarm <= ALLOWED
@@ -70,7 +70,7 @@ def test_steps_are_not_independent_and_medians_of_requests_are() -> None:
 
 
 def test_one_commit_against_itself_on_a_machine_that_others_used() -> None:
-    """Real processes and a real neighbour, who made requests take up to three times as long."""
+    """Real processes, while other work made requests take up to three times as long."""
     rates = of_a_real_run(BenchResult.read(NO_CHANGE), 20, TRIALS, seed=5)
     assert rates.false_alarm <= ALLOWED
     assert rates.wrong_way == 0
@@ -133,7 +133,7 @@ def test_verdicts(factor: float, noise: float, verdict: str) -> None:
     assert found.ratio == pytest.approx(factor, abs=4 * noise / math.sqrt(10))
 
 
-def test_what_would_tell_is_said_and_does() -> None:
+def test_the_number_of_requests_in_the_reason_decides() -> None:
     base, head = noisy(25, 20, 0.05, seed=7), noisy(25, 20, 0.05, seed=8)
     found = judge(rounds(base), rounds(head))
     assert found.verdict == "inconclusive"
@@ -157,8 +157,8 @@ def test_swapping_the_sides_inverts_the_verdict() -> None:
     assert other.ratio == pytest.approx(1 / one.ratio)
 
 
-def test_drift_that_dwarfs_the_change_is_no_matter_in_pairs() -> None:
-    """A machine that gets slower by half through the run; base is 3% slower."""
+def test_drift_much_larger_than_the_change_cancels_in_pairs() -> None:
+    """The machine gets slower by half through the run; base is 3% slower."""
     drift = np.linspace(1, 1.5, 20)
     base = rounds(list(drift * 1.03 * np.array(noisy(25, 20, 0.01, seed=1))))
     head = rounds(list(drift * np.array(noisy(25, 20, 0.01, seed=2))))
