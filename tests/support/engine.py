@@ -20,7 +20,7 @@ def generate(runtime: Runtime, call: Call, **changes: Any) -> TextToImageRespons
 
 
 class Gate:
-    """Holds the model's thread until opened."""
+    """Holds the GPU thread until opened."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._opened = threading.Event()

@@ -38,7 +38,7 @@ def test_retry_after_follows_the_runs() -> None:
     assert caught.value.headers["Retry-After"] == "8"
 
 
-def test_draining_calls_off_what_waits_and_spares_what_runs() -> None:
+def test_draining_cancels_waiting_requests_and_not_running_ones() -> None:
     door, _ = admission(5)
     running, waiting = Cancellation(), Cancellation()
     running.work_started = True

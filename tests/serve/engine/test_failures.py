@@ -131,7 +131,7 @@ def no_conditioning(*_: object, **__: object) -> Conditioning:
 
 
 @pytest.mark.parametrize("stage", ["text_encode", "denoise", "vae_decode", "image_encode"])
-def test_a_failure_is_noted_in_the_stage_it_befell(
+def test_a_failure_is_recorded_in_the_stage_that_failed(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     def broken(*_: object, **__: object) -> None:

@@ -63,7 +63,7 @@ def test_a_run_of_one_request_is_the_same_to_the_byte(runtime: Runtime, new_call
     assert shared.image.url == generate(runtime, new_call(), format="png", seed=7).image.url
 
 
-def test_one_request_called_off_does_not_stop_those_beside_it(
+def test_one_cancelled_request_does_not_stop_the_others_of_its_run(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = [new_call(), new_call()]
@@ -84,9 +84,7 @@ def test_one_request_called_off_does_not_stop_those_beside_it(
     assert calls[1].failure is None
 
 
-def test_a_run_whose_requests_were_all_called_off_stops(
-    runtime: Runtime, new_call: NewCall
-) -> None:
+def test_a_run_whose_requests_were_all_cancelled_stops(runtime: Runtime, new_call: NewCall) -> None:
     calls = [new_call(), new_call()]
     for call in calls:
         call.cancellation.cancel(ClientGone())
@@ -95,9 +93,9 @@ def test_a_run_whose_requests_were_all_called_off_stops(
     assert [call.run for call in calls] == [None, None]
 
 
-@pytest.mark.parametrize("called_off", [1, 2])
-def test_a_waiting_run_leaves_the_queue_when_all_its_requests_are_called_off(
-    runtime: Runtime, new_call: NewCall, called_off: int
+@pytest.mark.parametrize("cancelled", [1, 2])
+def test_a_waiting_run_leaves_the_queue_when_all_its_requests_are_cancelled(
+    runtime: Runtime, new_call: NewCall, cancelled: int
 ) -> None:
     calls = [new_call(), new_call()]
     reasons = (ClientGone(), DeadlineExceeded(1))
@@ -106,10 +104,10 @@ def test_a_waiting_run_leaves_the_queue_when_all_its_requests_are_called_off(
         requests = [request(seed=seed) for seed in range(2)]
         waiting = asyncio.create_task(runtime.generate_together(requests, calls))
         await asyncio.sleep(0.05)
-        for call, reason in list(zip(calls, reasons, strict=True))[:called_off]:
+        for call, reason in list(zip(calls, reasons, strict=True))[:cancelled]:
             call.cancellation.cancel(reason)
         left, _ = await asyncio.wait({waiting}, timeout=0.5)
-        assert bool(left) is (called_off == 2)
+        assert bool(left) is (cancelled == 2)
         gate.open()
         return await waiting
 
@@ -117,9 +115,9 @@ def test_a_waiting_run_leaves_the_queue_when_all_its_requests_are_called_off(
     with pytest.raises(ClientGone):
         asyncio.run(story())
     assert [call.outcome for call in calls] == (
-        ["cancelled", "deadline"] if called_off == 2 else ["cancelled", "ok"]
+        ["cancelled", "deadline"] if cancelled == 2 else ["cancelled", "ok"]
     )
-    assert [call.run is None for call in calls] == [called_off == 2] * 2
+    assert [call.run is None for call in calls] == [cancelled == 2] * 2
     assert runtime.admission.waiting == 0
 
 

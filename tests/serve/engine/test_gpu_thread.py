@@ -137,7 +137,7 @@ def test_the_host_is_never_more_than_two_steps_ahead() -> None:
     assert run.life == 30
 
 
-def test_steps_are_told_as_they_end_and_not_in_a_burst() -> None:
+def test_steps_are_reported_as_they_end_and_not_in_a_burst() -> None:
     run = PacedRun()
     for _ in range(10):
         run.step()

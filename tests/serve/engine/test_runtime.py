@@ -78,7 +78,7 @@ def test_guidance_of_one_and_below_is_off(scale: float, guided: bool) -> None:
     assert PlannedRequest(request(), shape, 2, scale, seed=1).guided is guided
 
 
-def test_a_cut_prompt_is_said(runtime: Runtime, new_call: NewCall) -> None:
+def test_a_truncated_prompt_is_reported(runtime: Runtime, new_call: NewCall) -> None:
     long = "a red circle and " * 60
     assert generate(runtime, new_call(), prompt=long).prompt_truncated
 
@@ -88,7 +88,7 @@ def test_any_prompt_draws_something(runtime: Runtime, new_call: NewCall, prompt:
     generate(runtime, new_call(), prompt=prompt, num_inference_steps=1)
 
 
-def test_steps_are_told_in_order(runtime: Runtime, new_call: NewCall) -> None:
+def test_steps_are_reported_in_order(runtime: Runtime, new_call: NewCall) -> None:
     told: list[int] = []
     previews: list[Any] = []
 
@@ -155,7 +155,7 @@ def test_a_deadline_passes_midway(
     assert 0 <= len(call.run.steps) < 100
 
 
-def test_a_request_called_off_midway_stops_within_two_steps(
+def test_a_request_cancelled_midway_stops_within_two_steps(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[object] = []
@@ -255,7 +255,7 @@ def test_nothing_is_served_before_it_is_warm(new_call: NewCall) -> None:
     cold.close(1)
 
 
-def test_a_model_that_cannot_be_loaded_is_said(new_call: NewCall) -> None:
+def test_a_model_that_cannot_be_loaded_fails_the_start(new_call: NewCall) -> None:
     broken = build_runtime(ServeSettings(model="./nowhere", device="cpu"), CollectorRegistry())
     with pytest.raises(ModelError, match="nowhere"):
         asyncio.run(broken.start())
