@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support import forked, processes
 from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
-from tests.support.processes import ServerProcess, fal_local, self_hosted
+from tests.support.processes import ServerProcess
 
 # A busy machine takes many times the seconds that an idle one does.
 START_SECONDS = 240.0
@@ -19,7 +20,14 @@ ANSWER_SECONDS = 120.0
 
 Start = Callable[..., AbstractContextManager[ServerProcess]]
 
-STARTS: dict[str, Start] = {"self-hosted": self_hosted, "fal": fal_local}
+COMMANDS: dict[str, Start] = {
+    "self-hosted": processes.self_hosted,
+    "fal": processes.fal_local,
+}
+"""Started as an operator starts them."""
+
+STARTS: dict[str, Start] = {"self-hosted": forked.self_hosted, "fal": forked.fal_local}
+"""The same, without the seconds of imports: for tests that need a server of their own."""
 
 
 @dataclass
@@ -59,7 +67,7 @@ def servers() -> Iterator[dict[str, Server]]:
     """Both, started side by side. One request may wait, so that a third is refused."""
     with ExitStack() as stack:
         started = {}
-        for kind, start in STARTS.items():
+        for kind, start in COMMANDS.items():
             otlp = stack.enter_context(otlp_endpoint())
             process = stack.enter_context(start(environment(otlp, SDXL_MAX_WAITING="1")))
             client = stack.enter_context(httpx.Client(base_url=process.url, timeout=ANSWER_SECONDS))

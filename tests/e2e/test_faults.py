@@ -16,9 +16,9 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, environment
-from tests.support.forked import forked_servers
+from tests.support.forked import fal_local, forked_servers
 from tests.support.otlp_endpoint import Answer, OtlpEndpoint, otlp_endpoint
-from tests.support.processes import ROOT, ServerProcess, fal_local, free_port
+from tests.support.processes import ROOT, ServerProcess, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
+from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import otlp_endpoint
-from tests.support.processes import self_hosted
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -19,8 +19,9 @@ import yaml
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
 from tests.e2e.prometheus import MONITORING, Expression, Prometheus, panels, prometheus, rules
 from tests.metrics import recorded
+from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
-from tests.support.processes import ROOT, ServerProcess, self_hosted
+from tests.support.processes import ROOT, ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
