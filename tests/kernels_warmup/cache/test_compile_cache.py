@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from kernels_warmup.cache.compile_cache import RESULTS, CompileCache, compile_cache
+from kernels_warmup.cache import compile_cache
+from kernels_warmup.cache.compile_cache import RESULTS, CompileCache
 from kernels_warmup.cache.key import CacheKey
 from kernels_warmup.cache.working_directory import (
     LEFTOVER_SECONDS,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels_warmup.cache.compile_cache import key as key_module
+from kernels_warmup.cache import key as key_module
 from kernels_warmup.cache.key import SUFFIX, CacheKey, cache_key
 
 
