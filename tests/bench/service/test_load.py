@@ -193,6 +193,7 @@ def test_a_stall_is_felt_by_everybody_who_arrives_in_it(capsys: Capture) -> None
     assert found["latency_ms"]["p50"] < 300
 
 
+@pytest.mark.timing
 def test_rejections_are_told_by_status_and_a_server_is_held_to_its_histogram(
     capsys: Capture,
 ) -> None:
