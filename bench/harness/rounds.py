@@ -42,6 +42,7 @@ class Bench:
         self._requests: int = options.requests
         self._rounds: int = options.rounds or options.requests
         self._seconds_limit: float | None = options.seconds_limit
+        self._prepare_seconds: float | None = options.prepare_seconds
         self._resume: bool = options.resume
         self._beside = chosen(options.beside or [BASELINE.name])
         self._began = time.monotonic()
@@ -153,6 +154,8 @@ class Bench:
             # Each call of a resumed run starts at least one, or the run would never end.
             return True
         seconds = scenario.prepare_seconds[0 if self._work.on_cuda else 1]
+        if self._prepare_seconds is not None:
+            seconds = min(seconds, self._prepare_seconds)
         ahead = seconds * len(self._workers) + self._rounds_seconds(group, one_more=scenario)
         return time.monotonic() - self._began + ahead < self._seconds_limit
 

@@ -75,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds-limit", type=float, metavar="S", help="start nothing that would end later"
     )
+    parser.add_argument(
+        "--prepare-seconds",
+        type=float,
+        metavar="S",
+        help="no scenario takes longer to prepare, because its code is in the compiler's cache",
+    )
     parser.add_argument("--commit", help="the measured commit, where there is no git checkout")
 
 

@@ -457,8 +457,12 @@ class MeasurementSession:
                 yield Piece(f"precompile-{name}", command, out, 150)
         beside = [one for one in beside if one in self._asked]
         options = self._options
-        to_prepare = self._unmeasured(asked, requests)[:1] + beside
+        unmeasured = self._unmeasured(asked, requests)
+        to_prepare = unmeasured[:1] + beside
         seconds = sum(self._prepare_seconds(s) for s in chosen(to_prepare or asked[:1]))
+        cached = all(
+            self._prepare_seconds(s) <= CACHED_SECONDS for s in chosen([*unmeasured, *beside])
+        )
         yield Piece(
             name,
             (
@@ -466,6 +470,7 @@ class MeasurementSession:
                 *(("--beside", *beside) if beside else ()),
                 *self._workload(),
                 *("--steps", str(options.steps), "--requests", str(requests), "--resume"),
+                *(("--prepare-seconds", f"{CACHED_SECONDS:.0f}") if cached and unmeasured else ()),
                 *(("--commit", options.commit) if options.commit else ()),
             ),
             self._file("bench"),

@@ -294,8 +294,7 @@ class GatewayClient:
 
     def begin_drain(self) -> None:
         """Refuse new requests. Calls in progress may finish."""
-        self.readiness.state = State.DRAINING
-        self.readiness.phase = "draining"
+        self.readiness.drain()
 
     async def close(self, budget_seconds: float) -> None:
         """Close the connections and export the remaining spans, in at most `budget_seconds`."""

@@ -358,6 +358,19 @@ def test_nothing_is_started_that_cannot_end_in_time_and_a_later_call_continues(
     assert {len(s.requests) for s in result.scenarios} == {2, 4}
 
 
+def test_a_scenario_in_the_compilers_cache_needs_less_of_the_time(tmp_path: Path) -> None:
+    names = ("documented", "regional", "compiled")
+    limits = {"seconds_limit": 120, "resume": True}
+    status, _ = bench(FakeWorker(), tmp_path / "cold.json", *names, **limits)
+    assert status == rounds.TIME_IS_UP
+    status, result = bench(
+        FakeWorker(), tmp_path / "cached.json", *names, prepare_seconds=5, **limits
+    )
+    assert status == 0
+    assert result is not None
+    assert set(result.of_side("head")) == set(names)
+
+
 def test_each_call_of_a_resumed_run_starts_something(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     names = ("documented", "regional", "compiled", "vae-compiled")

@@ -275,6 +275,8 @@ def test_what_was_precompiled_is_expected_to_be_ready_soon(tmp_path: Path) -> No
     measurement(tmp_path, machine, "--only", "precompile-ways").run()
     again = {p.name: p for p in measurement(tmp_path, machine).pieces()}
     assert again["ways"].seconds < ways["ways"].seconds
+    assert "--prepare-seconds" not in ways["ways"].command
+    assert "--prepare-seconds" in again["ways"].command
 
 
 def test_an_archive_holds_everything_and_is_continued_from(tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def test_a_stall_delays_every_request_that_arrives_in_it(capsys: Capture) -> Non
     assert found["latency_ms"]["p50"] < 300
 
 
+@pytest.mark.timing
 def test_rejections_are_counted_by_status_and_the_histogram_is_compared(
     capsys: Capture,
 ) -> None:
