@@ -22,7 +22,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from metrics.buckets import BucketFamilies
-from metrics.budget import Budget
+from metrics.families.budget import Budget
 from metrics.families.observing import Exemplar
 from metrics.families.process import PUSH_RESULTS, SPAN_RESULTS, ProcessMetrics
 from metrics.families.requests import RequestMetrics

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from metrics.buckets import BucketFamilies
-from metrics.budget import Budget
+from metrics.families.budget import Budget
 from metrics.families.observing import CountFault, Exemplar, labelled, observe
 from metrics.records import RequestTiming
 from metrics.slow_reason import SLOW_REASONS, slow_reason

@@ -9,11 +9,11 @@ import uuid
 from opentelemetry.sdk.resources import Resource
 
 from kernels_warmup.shapes import CompiledShape
-from metrics.budget import Budget
 from metrics.catalogue import BucketFamilies, GenerationMetrics
+from metrics.families.budget import Budget
+from metrics.families.peaks import peak_flops
 from metrics.gpu import Gpu
 from metrics.gpu_metrics import GpuMetrics, MemoryUse
-from metrics.peaks import peak_flops
 from metrics.push import MetricsPush
 from metrics.sampling import KeepRules, TraceSampling
 from metrics.tracing import BatchSizes, Tracing, otlp_destination, sdk_metrics

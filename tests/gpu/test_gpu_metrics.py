@@ -9,9 +9,9 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from metrics.catalogue import GenerationMetrics
+from metrics.families.peaks import peak_flops
 from metrics.gpu import THROTTLE_REASONS, Gpu
 from metrics.gpu_metrics import GpuMetrics
-from metrics.peaks import peak_flops
 from serve.telemetry.setup import torch_memory
 from tests.metrics.test_catalogue import declared
 

@@ -15,11 +15,11 @@ from unittest import mock
 
 from prometheus_client import CollectorRegistry
 
-from metrics.budget import Budget
 from metrics.catalogue import GenerationMetrics, RunFlops, render
+from metrics.families.budget import Budget
+from metrics.families.peaks import peak_flops
 from metrics.gpu import Gpu
 from metrics.gpu_metrics import GpuMetrics, MemoryUse
-from metrics.peaks import peak_flops
 from metrics.records import Failure
 from serve.engine.runtime import ENDPOINTS
 from serve.errors import ERROR_TYPES, OUTCOMES, REJECTIONS

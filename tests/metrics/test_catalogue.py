@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from metrics.budget import Budget
 from metrics.catalogue import GenerationMetrics, RunFlops, render
+from metrics.families.budget import Budget
 from metrics.records import Failure
 from metrics.slow_reason import slow_reason
 from tests.metrics.timings import FACTS, START_NS, request_timing, run_timing

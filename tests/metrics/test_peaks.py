@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from metrics.peaks import peak_flops
+from metrics.families.peaks import peak_flops
 
 
 @pytest.mark.parametrize(

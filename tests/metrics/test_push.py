@@ -11,8 +11,8 @@ from opentelemetry.sdk.metrics.export import AggregationTemporality
 from opentelemetry.sdk.resources import Resource
 from prometheus_client import CollectorRegistry
 
-from metrics.budget import Budget
 from metrics.catalogue import PUSH_RESULTS, GenerationMetrics
+from metrics.families.budget import Budget
 from metrics.otlp import otlp_metric_exporter
 from metrics.push import MetricsPush
 from tests.metrics.test_catalogue import declared
