@@ -118,7 +118,7 @@ def test_nearest_changes_nothing_and_what_is_not_sdxls_is_refused() -> None:
     holder, _ = an_upsampling()
     set_upsampling(holder, "nearest")
     assert type(holder[0]) is Upsample2D
-    with pytest.raises(ValueError, match="'bilinear' is none of nearest, phases, transposed"):
+    with pytest.raises(ValueError, match="nearest, phases, transposed"):
         set_upsampling(holder, "bilinear")  # type: ignore[arg-type]
 
     def refused(upsample: Upsample2D) -> None:
