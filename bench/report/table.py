@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STACK = ROOT / "bench" / "results" / "h200-2026-11-22-unet-stack.json"
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "bench" / "results"
-FIGURES = ROOT / "bench" / "results" / "cpu-2026-11-24-figures.json"
+FIGURES = ROOT / "bench" / "results" / "cpu-2026-11-26-figures.json"
 
 STEP_BASELINE, DECODE_BASELINE = "fp16-eager", "vae-bf16-eager"
 ROWS = (
