@@ -16,7 +16,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from kernels_warmup.cuda_graphs import PerShape, TensorFunction
 from kernels_warmup.quantize import Quantized
-from kernels_warmup.rewrites.text_once import TextOnce
+from kernels_warmup.rewrites.text_once import BUFFERED_TEXT, TextOnce
 from kernels_warmup.rewrites.zero_text import ZERO_TEXT
 
 
@@ -128,23 +128,30 @@ class UNetForward:
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
         """Same signature as the UNet's own.
 
-        `cross_attention_kwargs` may contain `ZERO_TEXT` and nothing else. The caller then
-        guarantees that the first half of the text is zero; its values are not checked.
+        `cross_attention_kwargs` may contain `ZERO_TEXT` and, with `text_once`, `BUFFERED_TEXT`.
+        With the first the caller guarantees that the first half of the text is zero; its values are
+        not checked. With the second the step reads that text from the buffers; without it the
+        buffers are filled from `encoder_hidden_states` first.
 
         Raises:
             TypeError: an argument that the compiled UNet cannot honour.
+            RuntimeError: the buffers no longer hold the text that the step is to read.
         """
         step = self._step
-        attention_arguments = set(cross_attention_kwargs or ())
+        attention_arguments = dict(cross_attention_kwargs or {})
         if ZERO_TEXT in attention_arguments and self._step_without_negative is not None:
             step = self._step_without_negative
-            attention_arguments.remove(ZERO_TEXT)
+            del attention_arguments[ZERO_TEXT]
+        buffered: Any = None if self.text is None else attention_arguments.pop(BUFFERED_TEXT, None)
         refused = sorted(attention_arguments)
         refused += [name for name, value in unused.items() if value is not None]
         if refused:
             raise TypeError(f"the compiled UNet does not take {', '.join(refused)}")
         if self.text is not None:
-            self.text.prepare_conditioning(encoder_hidden_states, added_cond_kwargs)
+            if buffered is None:
+                self.text.prepare(encoder_hidden_states, added_cond_kwargs)
+            elif not self.text.holds(buffered):
+                raise RuntimeError("the buffers hold the text of another run")
             noise: torch.Tensor = step(sample, timestep)
         else:
             noise = step(

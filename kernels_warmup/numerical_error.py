@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from kernels_warmup.rewrites.text_once import BUFFERED_TEXT, BufferedText
 from kernels_warmup.rewrites.zero_text import ZERO_TEXT
 from kernels_warmup.shapes import CompiledShape
 
@@ -78,15 +79,20 @@ def forward_once(
     inputs: StepInputs,
     *,
     zero_text: bool = False,
+    buffered: BufferedText | None = None,
     timestep: float = TIMESTEPS[1],
 ) -> torch.Tensor:
     """One guided UNet forward: the predicted noise, (2 x images, 4, height, width).
 
     zero_text: run the UNet's function for runs without a negative prompt; the inputs must be
         `without_negative`, and the UNet must have that function (`takes_zero_text`).
+    buffered: the inputs' text, where the UNet's buffers hold it already.
     timestep: 0 to 999.
     """
-    options = {"cross_attention_kwargs": {ZERO_TEXT: True}} if zero_text else {}
+    about_the_text: dict[str, object] = {ZERO_TEXT: True} if zero_text else {}
+    if buffered is not None:
+        about_the_text[BUFFERED_TEXT] = buffered
+    options = {"cross_attention_kwargs": about_the_text} if about_the_text else {}
     sample = torch.cat([inputs.latents] * 2)
     result = forward(
         sample,

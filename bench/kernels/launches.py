@@ -220,7 +220,7 @@ def _text(unet: Any, batch: int, dtype: Any, once: bool) -> tuple[Any, ...]:
     ids = torch.empty(batch, 6, device="cuda", dtype=dtype)
     if not once:
         return text, embeds, ids
-    unet.forward.text.prepare_conditioning(text, {"text_embeds": embeds, "time_ids": ids})
+    unet.forward.text.prepare(text, {"text_embeds": embeds, "time_ids": ids})
     return ()
 
 

@@ -181,11 +181,14 @@ def profile(pipeline: Any, shape: Any, device: torch.device, part: str) -> dict[
     inputs = StepInputs.draw(pipeline.unet, shape, 1, device, torch.bfloat16)
     inputs = inputs.without_negative().cast(pipeline.unet.dtype)
     zero_text = takes_zero_text(pipeline.unet)
+    # A run computes the text's share before its steps.
+    text = getattr(pipeline.unet.forward, "text", None)
+    buffered = None if text is None else text.prepare(inputs.text, inputs.added)
     latents = inputs.latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
 
     def once() -> None:
         if part == "step":
-            forward_once(pipeline.unet, inputs, zero_text=zero_text)
+            forward_once(pipeline.unet, inputs, zero_text=zero_text, buffered=buffered)
         else:
             pipeline.vae.decode(latents, return_dict=False)
 

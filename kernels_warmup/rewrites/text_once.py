@@ -31,25 +31,22 @@ class TextCondition:
 
 
 @dataclass(frozen=True, eq=False)
-class Ahead:
-    """Identifies one `prepare_ahead`; valid until other text fills the buffers.
+class BufferedText:
+    """One text in the buffers, as `TextOnce.prepare` put it there. Valid until the next `prepare`.
 
-    Attributes:
-        shape: the text's, (batch, tokens, text width).
+    It has no content of its own: whoever holds it may let the steps read the buffers.
     """
 
-    shape: torch.Size
+
+BUFFERED_TEXT = "buffered_text"
+"""The entry of `cross_attention_kwargs` with the `BufferedText` that a step reads."""
 
 
 class TextOnce:
     """Computes what depends on the prompt alone once, at the start of a run.
 
-    `prepare_conditioning` fills the buffers for a batch; the UNet's attentions and its
-    added-condition embedding read them. It remembers the tensors that it filled them from, so
-    calling it before every step with the same tensors takes only a few comparisons.
-
-    `prepare_ahead` fills the buffers before the steps begin. The pipeline then passes copies of
-    those tensors, which the comparison does not recognise, so `begin_run` has to announce them.
+    `prepare` fills the buffers for a batch and returns what identifies the filling. The UNet's
+    attentions and its added-condition embedding read the buffers.
 
     Raises:
         ValueError: the UNet's conditioning or a cross-attention is not SDXL's.
@@ -67,9 +64,7 @@ class TextOnce:
         self._weights = {width: _stack(group) for width, group in self._attentions.items()}
         self._conditions: dict[tuple[int, int], TextCondition] = {}
         self._attached: TextCondition | None = None
-        self._prepared: tuple[object, ...] = ()
-        self._ahead: Ahead | None = None
-        self._expected: Ahead | None = None
+        self._buffered: BufferedText | None = None
         self._embed_added = unet.get_aug_embed
         unet.register_buffer("added_condition", None, persistent=False)
         unet.get_aug_embed = MethodType(_read_added_condition, unet)
@@ -78,47 +73,26 @@ class TextOnce:
                 attn.register_buffer("text_key", None, persistent=False)
                 attn.register_buffer("text_value", None, persistent=False)
 
-    def prepare_conditioning(
+    def prepare(
         self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
-    ) -> None:
-        """Fill the buffers for these prompts and attach them to the UNet, unless that is done.
+    ) -> BufferedText:
+        """Fill the buffers for these prompts and attach them to the UNet.
 
         encoder_hidden_states: (batch, tokens, text width), the unconditional half first;
         added_cond_kwargs: `text_embeds` (batch, pooled width) and `time_ids` (batch, 6).
         """
-        given = (
-            encoder_hidden_states,
-            *(added_cond_kwargs[k] for k in ("text_embeds", "time_ids")),
-        )
-        state = tuple(item for tensor in given for item in (tensor, _version(tensor)))
-        if len(state) == len(self._prepared) and all(
-            a is b or (isinstance(a, int) and a == b)
-            for a, b in zip(state, self._prepared, strict=True)
-        ):
-            return
-        expected, self._expected = self._expected, None
-        if expected is None or expected.shape != encoder_hidden_states.shape:
-            self._fill(encoder_hidden_states, added_cond_kwargs)
-        self._prepared = state
-
-    def prepare_ahead(
-        self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
-    ) -> Ahead:
-        """Fill the buffers for a run that follows with equal conditioning; pass the result to
-        `begin_run`."""
+        self._buffered = None  # nothing is valid while the buffers are written
         self._fill(encoder_hidden_states, added_cond_kwargs)
-        self._ahead = Ahead(encoder_hidden_states.shape)
-        return self._ahead
+        self._buffered = BufferedText()
+        return self._buffered
 
-    def begin_run(self, ahead: Ahead | None) -> None:
-        """Announce that the next conditioning equals the one that `ahead` was prepared from, though
-        in other tensors. None: it is unknown, and the buffers will be filled."""
-        self._expected = ahead if ahead is self._ahead else None
+    def holds(self, buffered: BufferedText) -> bool:
+        """Whether the buffers still hold this text."""
+        return buffered is self._buffered
 
     def _fill(
         self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
     ) -> None:
-        self._prepared, self._ahead = (), None
         batch, tokens, _ = encoder_hidden_states.shape
         condition = self._conditions.get((batch, tokens))
         if condition is None:
@@ -180,8 +154,3 @@ def _stack(attentions: list[Any]) -> torch.Tensor:
     for linear, weight in zip(linears, stacked.unbind(), strict=True):
         linear.weight.data = weight
     return stacked
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """A number that changes when the tensor is written to; inference tensors have none: -1."""
-    return -1 if tensor.is_inference() else tensor._version

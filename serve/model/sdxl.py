@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from kernels_warmup.rewrites.pixels import all_finite, to_pixels
 from kernels_warmup.rewrites.prepared_loop import prepare_loop
-from kernels_warmup.rewrites.text_once import Ahead, TextOnce
+from kernels_warmup.rewrites.text_once import BUFFERED_TEXT, BufferedText, TextOnce
 from kernels_warmup.rewrites.zero_text import ZERO_TEXT
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
@@ -54,12 +53,10 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class PreparedText:
-    """What the UNet's steps read of the text, computed before the run's first step.
+    """What the UNet's steps read of the text, computed before the run's first step."""
 
-    It lies in buffers that the next preparation overwrites; `TextOnce` notices that by `contents`.
-    """
-
-    contents: Ahead
+    buffered: BufferedText
+    """Its place in the buffers, which the next preparation overwrites."""
     shape: CompiledShape
     """The image size it was computed for: the size is part of what the steps read."""
 
@@ -86,6 +83,14 @@ class Conditioning:
     truncated: tuple[bool, ...]
     zero_negative: bool = False
     prepared: PreparedText | None = None
+
+    def without_guidance(self) -> Conditioning:
+        """The same prompts without their negative ones."""
+        if self.negative is None:
+            return self
+        return replace(
+            self, negative=None, negative_pooled=None, zero_negative=False, prepared=None
+        )
 
     def as_steps_read_it(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The text and the pooled text as the pipeline passes them to every step: the negative half
@@ -211,10 +216,9 @@ class SdxlModel:
             on_step_enqueued(index, tensors.get("latents"))
             return {}
 
-        with (
-            self._steps_reading(conditioning, shape),
-            watch_scheduler(self._loop.scheduler, on_loop_begins),
-        ):
+        if guidance_scale <= 1:
+            conditioning = conditioning.without_guidance()
+        with watch_scheduler(self._loop.scheduler, on_loop_begins):
             output = self._loop(
                 prompt_embeds=conditioning.prompt,
                 pooled_prompt_embeds=conditioning.pooled,
@@ -230,7 +234,7 @@ class SdxlModel:
                 return_dict=False,
                 callback_on_step_end=on_step_end,
                 callback_on_step_end_tensor_inputs=["latents"] if watch_latents else [],
-                cross_attention_kwargs=self._unet_options(conditioning),
+                cross_attention_kwargs=self._unet_options(conditioning, shape),
             )
         result: torch.Tensor = output[0]
         return result
@@ -296,29 +300,23 @@ class SdxlModel:
         embeddings, pooled = conditioning.as_steps_read_it()
         time_ids = self._loop.time_ids(shape.height, shape.width, embeddings.dtype)
         added = {"text_embeds": pooled, "time_ids": time_ids.repeat(len(embeddings), 1)}
-        return PreparedText(text.prepare_ahead(embeddings, added), shape)
+        return PreparedText(text.prepare(embeddings, added), shape)
 
-    @contextmanager
-    def _steps_reading(self, conditioning: Conditioning, shape: CompiledShape) -> Iterator[None]:
-        """While open, the steps read this run's prepared text, if it was prepared for this size.
-
-        Otherwise the first step computes it from the tensors that it gets.
-        """
-        if self.text is None:
-            yield
-            return
-        prepared = conditioning.prepared
-        fitting = None if prepared is None or prepared.shape != shape else prepared.contents
-        self.text.begin_run(fitting)
-        try:
-            yield
-        finally:
-            self.text.begin_run(None)
-
-    def _unet_options(self, conditioning: Conditioning) -> dict[str, Any] | None:
-        """What the UNet needs to know of the text beside its embeddings, if it can use that."""
-        uses_it = getattr(self.pipeline.unet.forward, "takes_zero_text", False)
-        return {ZERO_TEXT: True} if uses_it and conditioning.zero_negative else None
+    def _unet_options(
+        self, conditioning: Conditioning, shape: CompiledShape
+    ) -> dict[str, Any] | None:
+        """What the steps of a run of this size need of its text beside the embeddings."""
+        options: dict[str, Any] = {}
+        if self.text is not None:
+            prepared = conditioning.prepared
+            fits = prepared is not None and prepared.shape == shape
+            if prepared is None or not fits or not self.text.holds(prepared.buffered):
+                prepared = self._prepare_text(self.text, conditioning, shape)
+            options[BUFFERED_TEXT] = prepared.buffered
+        uses_zero_text = getattr(self.pipeline.unet.forward, "takes_zero_text", False)
+        if uses_zero_text and conditioning.zero_negative:
+            options[ZERO_TEXT] = True
+        return options or None
 
 
 def load_model(

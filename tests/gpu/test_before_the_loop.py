@@ -20,6 +20,7 @@ pytestmark = [
 
 from kernels_warmup.compile import CompiledModel, compile_model  # noqa: E402
 from kernels_warmup.recipes import Recipe  # noqa: E402
+from kernels_warmup.rewrites.text_once import BUFFERED_TEXT  # noqa: E402
 from kernels_warmup.shapes import CompiledShape  # noqa: E402
 from serve.model.sdxl import Conditioning, SdxlModel, load_model  # noqa: E402
 
@@ -149,7 +150,7 @@ def test_nothing_waits_for_the_device_before_the_first_step(
         encoder_hidden_states: torch.Tensor,
         **options: object,
     ) -> None:
-        forward.text.prepare_conditioning(encoder_hidden_states, options["added_cond_kwargs"])
+        assert forward.text.holds(options["cross_attention_kwargs"][BUFFERED_TEXT])
         raise Reached
 
     monkeypatch.setattr(model.pipeline.unet, "forward", reached)

@@ -6,7 +6,7 @@ import torch
 from kernels_warmup.attention import set_attention, transformer_blocks
 from kernels_warmup.compile import compile_model
 from kernels_warmup.recipes import Recipe
-from kernels_warmup.rewrites.text_once import TextOnce
+from kernels_warmup.rewrites.text_once import BUFFERED_TEXT, TextOnce
 from tests.kernels_warmup.tiny import (
     relative_error,
     step_inputs,
@@ -51,14 +51,20 @@ def test_text_is_projected_once_a_run_and_not_once_a_step() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "bmm", lambda *a, **k: products.append(1) or real(*a, **k))
         inputs = step_inputs(2)
+        text = inputs["encoder_hidden_states"], inputs["added_cond_kwargs"]
+        of_the_run = {BUFFERED_TEXT: compiled.text.prepare(*text)}
         for _ in range(5):
-            models.unet(**inputs)
+            models.unet(**inputs, cross_attention_kwargs=of_the_run)
     assert len(products) == 2  # one for each attention width
     reads = []
     for block in transformer_blocks(models.unet):
         block.attn2.to_k.register_forward_hook(lambda *_: reads.append(1))
-    models.unet(**inputs)
+    models.unet(**inputs, cross_attention_kwargs=of_the_run)
     assert not reads
+    # Without it a step reads the text that it gets, and then the buffers hold that one.
+    models.unet(**inputs)
+    with pytest.raises(RuntimeError, match="another run"):
+        models.unet(**inputs, cross_attention_kwargs=of_the_run)
 
 
 def test_text_buffers_keep_their_address_for_a_captured_graph() -> None:
@@ -68,7 +74,7 @@ def test_text_buffers_keep_their_address_for_a_captured_graph() -> None:
 
     def prepare(batch: int, seed: int) -> int:
         inputs = step_inputs(batch, seed=seed)
-        text.prepare_conditioning(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
+        text.prepare(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
         return int(transformer_blocks(unet)[-1].attn2.text_value.data_ptr())
 
     first = prepare(2, 1)

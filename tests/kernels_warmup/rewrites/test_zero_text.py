@@ -33,7 +33,7 @@ def prepared(inputs: dict[str, Any]) -> Any:
     set_attention(unet, "auto")
     set_blocks(unet)
     text = TextOnce(unet)
-    text.prepare_conditioning(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
+    text.prepare(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
     return unet
 
 

@@ -290,7 +290,7 @@ def whole() -> Iterator[tuple[str, float]]:
 
     unet = copy.deepcopy(plain)
     text = prepared(unet)
-    text.prepare_conditioning(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
+    text.prepare(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
     after_text = inputs | {"encoder_hidden_states": None, "added_cond_kwargs": {}}
     with Counted() as counted:
         yield "all", relative_error(unet(**after_text)[0], expected)
@@ -299,7 +299,7 @@ def whole() -> Iterator[tuple[str, float]]:
 
     inputs["encoder_hidden_states"][:1] = 0
     expected = plain(**inputs)[0]
-    text.prepare_conditioning(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
+    text.prepare(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
     after_text["cross_attention_kwargs"] = {ZERO_TEXT: True}
     yield "all, half without text", relative_error(unet(**after_text)[0], expected)
 
@@ -311,7 +311,7 @@ def whole() -> Iterator[tuple[str, float]]:
     yield "residual, traced", traced_error(unet)
     inputs = step_inputs(2, size=8)
     expected = plain(**inputs)[0]
-    text.prepare_conditioning(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
+    text.prepare(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
     del after_text["cross_attention_kwargs"]
     yield "residual", relative_error(unet(**after_text)[0], expected)
 
@@ -346,7 +346,7 @@ def fp8_result(
     install.set_layer_norm(unet)
     if fused:
         install.set_fp8_norms(unet)
-    text.prepare_conditioning(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
+    text.prepare(inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
     return unet(**after_text)[0], unet
 
 
