@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from bench.errors import BenchError
 from bench.harness.result_file import BenchResult
-from bench.report.show import Line, cells, columns, digits, facts, lines, remarks
+from bench.report.rows import Line, cells, columns, digits, facts, lines, remarks
 from bench.stats.compare import COLOURS as VERDICT_COLOURS
 from bench.stats.compare import ComparedSide, change, compare
 from bench.stats.verdict import by_round

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.result_file import BenchResult
-from bench.report.show import lines
+from bench.report.rows import lines
 from bench.report.targets import render as render_targets
 from bench.stats.intervals import ratio_interval
 

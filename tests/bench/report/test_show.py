@@ -16,7 +16,7 @@ import pytest
 from bench.__main__ import main
 from bench.harness.result_file import BenchResult, NotRun
 from bench.report.page import PLOTS, as_page, drift
-from bench.report.show import lines
+from bench.report.rows import lines
 from tests.bench.made_up import GPU, noisy, result, scenario
 from tests.bench.stats.test_compare import pair
 
