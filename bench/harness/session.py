@@ -448,13 +448,17 @@ class MeasurementSession:
         if not asked:
             return
         requests = min(self._options.requests, most_requests)
-        if self._work.on_cuda and (missing := self._unmeasured(asked, 1)):
-            command = ("bench", "precompile", *self._workload(), "--scenario", *missing)
-            # The compiler's cache stays on the machine, and so must the file that names its
-            # content: another machine compiles again.
+        to_compile = [
+            s.name
+            for s in chosen(asked)
+            if s.prepare_seconds[0] > CACHED_SECONDS and self._unmeasured([s.name], 1)
+        ]
+        if self._work.on_cuda and to_compile:
+            command = ("bench", "precompile", *self._workload(), "--scenario", *to_compile)
+            # The file that names what was compiled stays on the machine, as the compiler's cache
+            # does: another machine has to compile again.
             out = Path(tempfile.gettempdir()) / self._file(f"precompile-{name}").name
-            if any(s.prepare_seconds[0] > CACHED_SECONDS for s in chosen(missing)):
-                yield Piece(f"precompile-{name}", command, out, 150)
+            yield Piece(f"precompile-{name}", command, out, 150)
         beside = [one for one in beside if one in self._asked]
         options = self._options
         unmeasured = self._unmeasured(asked, requests)
