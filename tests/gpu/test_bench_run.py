@@ -60,7 +60,7 @@ def test_kernels_of_a_captured_step_are_seen(tmp_path: Path) -> None:
     command = ["kernels", "--scenario", "graph", "--device", "cuda", "--model", "demo"]
     assert main([*command, "--out", str(out)]) == 0
     found = json.loads(out.read_text())
-    gemm = found["by_kind"]["gemm"]
+    gemm = found["parts"]["step"]["by_kind"]["gemm"]
     assert gemm["tflops"] > 0
     assert gemm["bound_ms"] > 0
     assert found["ceilings"]["matmul_tflops"]["bfloat16"] > gemm["tflops"]
