@@ -105,11 +105,6 @@ def forward_once(
     return cast(torch.Tensor, result[0])
 
 
-def takes_zero_text(unet: Any) -> bool:
-    """Whether this UNet has a separate function for runs without a negative prompt."""
-    return bool(getattr(unet.forward, "takes_zero_text", False))
-
-
 def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference over the reference's norm, to four digits; NaN stays NaN."""
     difference = (result.double() - reference.double()).norm()

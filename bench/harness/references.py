@@ -28,7 +28,8 @@ class References:
 
     def error(self, scenario: LoadedScenario, dtype: str) -> float | None:
         """Relative error of one forward pass of the scenario; None if it is not finite."""
-        from kernels_warmup.numerical_error import forward_once, relative_error, takes_zero_text
+        from kernels_warmup.numerical_error import forward_once, relative_error
+        from kernels_warmup.rewrites.zero_text import takes_zero_text
 
         inputs, reference = self.of(dtype)
 

@@ -176,7 +176,8 @@ def profile(pipeline: Any, shape: Any, device: torch.device, part: str) -> dict[
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from kernels_warmup.numerical_error import StepInputs, forward_once, takes_zero_text
+    from kernels_warmup.numerical_error import StepInputs, forward_once
+    from kernels_warmup.rewrites.zero_text import takes_zero_text
 
     inputs = StepInputs.draw(pipeline.unet, shape, 1, device, torch.bfloat16)
     inputs = inputs.without_negative().cast(pipeline.unet.dtype)

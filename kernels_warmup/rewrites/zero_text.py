@@ -95,3 +95,8 @@ def _require_plain(block: Any) -> None:
     ]
     if extra:
         raise ValueError(f"not SDXL's transformer block: it differs in {', '.join(extra)}")
+
+
+def takes_zero_text(unet: Any) -> bool:
+    """Whether this UNet has a separate function for runs without a negative prompt."""
+    return bool(getattr(unet.forward, "takes_zero_text", False))

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from kernels_warmup.rewrites.pixels import all_finite, to_pixels
 from kernels_warmup.rewrites.prepared_loop import prepare_loop
 from kernels_warmup.rewrites.text_once import BUFFERED_TEXT, BufferedText, TextOnce
-from kernels_warmup.rewrites.zero_text import ZERO_TEXT
+from kernels_warmup.rewrites.zero_text import ZERO_TEXT, takes_zero_text
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError
@@ -313,8 +313,7 @@ class SdxlModel:
             if prepared is None or not fits or not self.text.holds(prepared.buffered):
                 prepared = self._prepare_text(self.text, conditioning, shape)
             options[BUFFERED_TEXT] = prepared.buffered
-        uses_zero_text = getattr(self.pipeline.unet.forward, "takes_zero_text", False)
-        if uses_zero_text and conditioning.zero_negative:
+        if takes_zero_text(self.pipeline.unet) and conditioning.zero_negative:
             options[ZERO_TEXT] = True
         return options or None
 
