@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -31,6 +32,7 @@ class Readiness:
         phases_ms: duration of each finished phase of the start-up.
         compile: how the model was prepared to run, and what the compiler did.
         left_out: the shapes that could not be warmed, and the type of the error of each.
+        cpu_threads: describes the threads that compute on the CPU, as they are now.
     """
 
     state: State = State.STARTING
@@ -42,6 +44,7 @@ class Readiness:
     phases_ms: dict[str, float] = field(default_factory=dict)
     compile: dict[str, str | int | float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    cpu_threads: Callable[[], dict[str, Any]] = dict
 
     def drain(self) -> None:
         """No request is accepted from now on. A failed start stays failed."""
@@ -60,4 +63,5 @@ class Readiness:
             "left_out": self.left_out,
             "warmup_ms": self.phases_ms,
             "compile": self.compile,
+            "cpu_threads": self.cpu_threads(),
         }
