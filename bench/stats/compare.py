@@ -31,7 +31,6 @@ from typing import Any
 
 from bench.errors import BenchError
 from bench.harness.result_file import BenchResult, Code, MeasuredScenario, Side
-from bench.report.terminal import coloured, percent, table
 from bench.stats.verdict import (
     ERROR_RATE,
     SMALLEST_CHANGE,
@@ -40,6 +39,7 @@ from bench.stats.verdict import (
     judge,
     judge_separate,
 )
+from bench.terminal import coloured, percent, table
 
 QUANTITIES = ("step", "request", "text_encode", "vae_decode", "image_encode", "cpu")
 DEFAULT_QUANTITIES = ("step", "request")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.harness.precompile import bytes_needed, compile_all
 from bench.harness.result_file import BenchResult
 from bench.harness.scenarios import Scenario, chosen
+from bench.session.precompile import bytes_needed, compile_all
 
 NAMES = ["served", "bf16", "compiled", "default"]
 
