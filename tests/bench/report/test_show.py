@@ -15,7 +15,8 @@ import pytest
 
 from bench.__main__ import main
 from bench.harness.result_file import BenchResult, NotRun
-from bench.report.page import PLOTS, as_page, drift
+from bench.report.page import as_page
+from bench.report.plots import PLOTS, drift
 from bench.report.rows import lines
 from tests.bench.made_up import GPU, noisy, result, scenario
 from tests.bench.stats.test_compare import pair
@@ -159,7 +160,8 @@ def test_a_missing_plotting_library_is_an_error(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack().write(tmp_path / "r.json")
-    monkeypatch.delitem(sys.modules, "bench.report.page")
+    for name in ("page", "plots"):
+        monkeypatch.delitem(sys.modules, f"bench.report.{name}")
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     assert main(["show", str(tmp_path / "r.json"), "--html", str(tmp_path / "p.html")]) == 2
     assert "pip install 'stepspan[bench]'" in capsys.readouterr().err
