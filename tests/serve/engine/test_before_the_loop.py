@@ -347,7 +347,7 @@ def test_text_filled_ahead_is_the_text_of_the_run_that_comes() -> None:
         )
     others = torch.randn(2, 77, conditioning.prompt.shape[-1])
     added = {"text_embeds": conditioning.pooled.repeat(2, 1), "time_ids": torch.zeros(2, 6)}
-    model.text.prepare(others, added)  # type: ignore[union-attr]
+    assert filled(lambda: model.text.prepare(others, added)) == 1  # type: ignore[union-attr]
     assert torch.equal(denoise(model, conditioning), expected[0])
 
 
