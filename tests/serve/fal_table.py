@@ -10,6 +10,8 @@ from fal.utils import load_function_from
 
 from tests.support.processes import ROOT
 
+FAL_DRAIN_SECONDS = 5.0
+"""How long fal waits for its own uploads before it calls teardown."""
 SDIST_URL = "https://cdn.test/stepspan.tar.gz"
 
 

@@ -25,8 +25,7 @@ from serve.http.gateway_client import ANSWER_SECONDS, MAX_CALLS, ImageAppAddress
 from serve.http.middleware import RequestMiddleware
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
-from tests.serve.fal_table import SDIST_URL, read_table, resolve
-from tests.serve.test_app import FAL_DRAIN_SECONDS
+from tests.serve.fal_table import FAL_DRAIN_SECONDS, SDIST_URL, read_table, resolve
 from tests.support.processes import ROOT
 
 

@@ -1,6 +1,6 @@
 """Each reason for a slow request, caused on the real pipeline and read off the exported span.
 
-`eager_fallback` takes a compiled model: test_startup.py causes it.
+`eager_fallback` takes a compiled model: test_nothing_compiles.py causes it.
 """
 
 from __future__ import annotations

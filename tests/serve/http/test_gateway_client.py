@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -25,7 +24,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from metrics.sampling import TraceSampling
 from serve.http import gateway_client
 from serve.http.endpoints import install
-from serve.http.gateway_client import GatewayClient, ImageAppAddress, tidy_prompt
+from serve.http.gateway_client import GatewayClient, ImageAppAddress
 from serve.http.gateway_trace import sampling_threshold
 from serve.schema import MAX_PROMPT_CHARACTERS, PromptRequest
 from serve.settings import load_settings
@@ -481,46 +480,3 @@ def test_the_key_is_nowhere_but_in_the_call(
     told += json.dumps([vars(span) for span in otlp.spans], default=str)
     assert key.split(":")[1] not in told
     assert "xylograph" not in told
-
-
-# Tidying
-
-
-@pytest.mark.parametrize(
-    ("untidy", "tidy"),
-    [
-        ("a red circle", "a red circle"),
-        ("  a\t red\r\n\n circle\u00a0", "a red circle"),
-        ("a\x00b\x1b[31mc\x7f", "ab[31mc"),
-        ("\ufeffa\u200bb\u202ec", "abc"),
-        ("e\u0301", "é"),
-        ("family \U0001f468\u200d\U0001f469", "family \U0001f468\u200d\U0001f469"),
-        ("\u2028", ""),
-    ],
-)
-def test_a_prompt_is_made_tidy(untidy: str, tidy: str) -> None:
-    assert tidy_prompt(untidy) == tidy
-
-
-@pytest.mark.parametrize(
-    ("text", "limit", "cut"),
-    [
-        ("one two three", 13, "one two three"),
-        ("one two three", 12, "one two"),
-        ("one two three", 7, "one two"),
-        ("one two three", 6, "one"),
-        ("onetwothree", 6, "onetwo"),
-    ],
-)
-def test_it_is_cut_where_a_word_ends(text: str, limit: int, cut: str) -> None:
-    assert tidy_prompt(text, limit) == cut
-
-
-@given(st.text(max_size=200), st.integers(1, 60))
-def test_a_tidy_prompt_stays_as_it_is(text: str, limit: int) -> None:
-    tidy = tidy_prompt(text, limit)
-    assert tidy_prompt(tidy, limit) == tidy
-    assert len(tidy) <= limit
-    assert tidy == tidy.strip()
-    assert "  " not in tidy
-    assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e]", tidy)
