@@ -1,6 +1,6 @@
-"""The fal app without a process of its own: what fal resolves of it, builds from it and answers.
+"""The fal app without a process of its own: what fal builds from it, and its responses.
 
-`tests/e2e` holds it against the self-hosted server as real processes.
+`tests/e2e` compares it with the self-hosted server, as real processes.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def test_a_wrong_setting_stops_setup_with_its_sentence(
 
 
 @pytest.mark.parametrize(("mounted", "named"), [(True, None), (True, "named"), (False, None)])
-def test_what_was_compiled_is_kept_on_the_accounts_disk(
+def test_compiled_artifacts_are_kept_on_the_accounts_disk(
     app: SdxlApp,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -152,7 +152,7 @@ def test_fal_publishes_the_schema(app: SdxlApp) -> None:
 
 
 class FailingRuntime:
-    """A runtime whose every request fails as told; the rest is the real one's."""
+    """A runtime that fails every request as a test chooses. The rest is the real runtime's."""
 
     def __init__(self, error: Exception) -> None:
         self._real: Runtime = build_runtime(ServeSettings(), CollectorRegistry())
@@ -182,7 +182,7 @@ PROMPT = "a word nobody echoes: xylograph"
         (NonFiniteOutput(), 500, {"x-fal-needs-retry": "0"}),
         (GenerationFailed("ValueError"), 500, {}),
         (DeviceLost(), 503, {"x-fal-stop-runner": "1"}),
-        # What fal's own handler would turn into a 503, and so take the runner away.
+        # fal's own handler would turn it into a 503, which ends the runner.
         (RuntimeError(f"CUDA error at {PROMPT}"), 500, {}),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -224,9 +224,9 @@ def test_a_gateways_path_prefix_is_no_part_of_the_endpoint(
     runtime.close(0.1)
 
 
-def test_a_connection_closed_after_the_last_byte_calls_nothing_off() -> None:
-    """uvicorn tells of the end of an answer as of a caller's leaving, while fal's own middleware is
-    still on its way out."""
+def test_a_connection_closed_after_the_last_byte_cancels_nothing() -> None:
+    """uvicorn reports the end of a response as a disconnect, while fal's own middleware is still
+    returning."""
     runtime = build_runtime(ServeSettings(), CollectorRegistry())
     gone = asyncio.Event()
     messages = iter([{"type": "http.request", "body": b"{}"}])
@@ -324,7 +324,7 @@ def test_the_response_is_readable_as_fals_image() -> None:
     )
 
 
-def test_stuck_uploads_cost_a_bounded_time_and_then_none() -> None:
+def test_stuck_uploads_take_a_bounded_time_and_further_ones_fail_at_once() -> None:
     release = threading.Event()
 
     def stuck(_data: bytes, _format: ImageFormat) -> str:

@@ -180,7 +180,7 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> Non
     assert len(result.of_side("head")["diffusers"].requests) == 2
 
 
-def test_a_round_that_is_interrupted_midway_is_kept_as_far_as_it_came(tmp_path: Path) -> None:
+def test_an_interrupted_round_keeps_its_finished_requests(tmp_path: Path) -> None:
     worker = FakeWorker()
     names = ("documented", "diffusers", "served", "default")
     second_round = random.Random(1).sample(chosen(names), len(names))
@@ -201,7 +201,7 @@ def test_an_interruption_before_anything_was_measured_leaves_no_file(tmp_path: P
     assert bench(worker, tmp_path / "out.json", "documented") == (130, None)
 
 
-def test_nothing_is_started_that_cannot_end_in_time_and_a_later_call_continues(
+def test_no_scenario_starts_that_cannot_end_in_time_and_a_later_call_continues(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out.json"
@@ -242,7 +242,7 @@ def test_each_call_of_a_resumed_run_starts_something(tmp_path: Path) -> None:
     assert set(result.of_side("head")) == set(names)
 
 
-def test_a_scenario_cut_off_twice_while_it_was_prepared_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_scenario_interrupted_twice_in_its_preparation_is_not_tried_again(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     worker = FakeWorker()
     worker.unready["max"] = rounds.Interrupted(signal.SIGTERM)

@@ -28,7 +28,7 @@ from tests.bench import made_up
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_batch_is_warm_and_a_run_that_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Traced and not generated: that is enough for a shape to be cold.
+    # Tracing without code generation is enough for a shape to be cold.
     compile_eagerly = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", lambda function, **_: compile_eagerly(function))
     work = choose_work("demo", "cpu", "64x64", 2)
@@ -55,10 +55,10 @@ def test_scenarios_have_names_of_their_own_and_recipes_that_exist() -> None:
 
 def test_a_scenario_may_have_steps_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    (asked,) = chosen(["offline"])
+    (offline_scenario,) = chosen(["offline"])
     work = choose_work("demo", "cpu", "64x64", 2)
     with asyncio.Runner() as runner:
-        batch = drive.load_scenario(replace(asked, images=2, steps=3), work, runner)
+        batch = drive.load_scenario(replace(offline_scenario, images=2, steps=3), work, runner)
         sample = batch.request(0, 0)
         batch.close()
     assert len(sample.steps_ms) == 2

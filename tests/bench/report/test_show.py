@@ -149,10 +149,10 @@ def test_a_browser_draws_every_plot(make: Callable[[], BenchResult], tmp_path: P
     )  # fmt: skip
     document = ended.stdout
     assert f'data-drawn="{len(PLOTS)}"' in document
-    # Each of them really has something in it.
+    # No plot is empty.
     assert document.count('class="main-svg"') >= len(PLOTS)
     assert document.count('class="trace bars"') + document.count('class="point"') > len(PLOTS)
-    # A mistake in the page's own script would be told here.
+    # An error of the page's own script would be here.
     assert "Uncaught" not in ended.stderr
 
 

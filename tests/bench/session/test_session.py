@@ -120,7 +120,7 @@ def measurement(
 
 
 def ran(machine: Machine) -> list[str]:
-    """The names of the files, and of what times scenarios the first of those."""
+    """A name for each command: its result file's or, for `run`, its first scenario's."""
     names = []
     for command in machine.ran:
         option = "--junit-xml" if command[0] == "pytest" else "--out"
@@ -308,7 +308,7 @@ def test_an_archive_holds_everything_and_is_continued_from(tmp_path: Path) -> No
         Archive(tmp_path / "nowhere" / "call.tar.gz", folder)
 
 
-def test_what_is_asked_for_limits_the_pieces(tmp_path: Path) -> None:
+def test_scenario_and_only_limit_the_pieces(tmp_path: Path) -> None:
     machine = Machine()
     chosen = ("--scenario", "documented", "served", "text-once", "--only", "first", "rest", "k")
     assert measurement(tmp_path, machine, *chosen, device="cpu").run() == 0

@@ -56,7 +56,7 @@ def compiled(traced: None) -> Iterator[Runtime]:
 
 
 def unmeasured(model: Any) -> CompiledModel:
-    """The demo compiled as by default, with every rewrite that needs no GPU."""
+    """The demo compiled by the default recipe plus every rewrite that needs no GPU."""
     recipe = replace(
         RECIPES["default"], group_norm=True, upsample="phases", zero_text=True, time_once=True
     )
@@ -124,7 +124,8 @@ def test_nothing_compiles_where_runs_without_negative_have_a_graph(rewritten: Ru
     compiled = rewritten.loaded.compiled
     assert compiled is not None
     full, short, decode = compiled.functions
-    # With guidance and without by the full one, with guidance away from nothing by the other.
+    # The full function serves runs with and without guidance. The short one serves guidance
+    # without a negative prompt.
     assert [len(function.met) for function in (full, short, decode)] == [2, 1, 1]
     assert rewritten.readiness.as_json()["compile"]["graphs"] == 4
     before = compiler_counts()
@@ -146,7 +147,9 @@ def test_nothing_compiles_where_runs_without_negative_have_a_graph(rewritten: Ru
     assert served.count(full) > 20
 
 
-def test_a_graph_of_its_own_draws_the_same_picture(rewritten: Runtime, compiled: Runtime) -> None:
+def test_the_function_for_runs_without_negative_draws_the_same_picture(
+    rewritten: Runtime, compiled: Runtime
+) -> None:
     for negative_prompt in ("", " ", "blue"):
         ours, theirs = (
             pixels(generate(runtime, negative_prompt=negative_prompt, format="png"))
@@ -159,7 +162,7 @@ def test_a_graph_of_its_own_draws_the_same_picture(rewritten: Runtime, compiled:
 def test_images_of_one_run_share_what_their_negatives_allow(
     rewritten: Runtime, negatives: tuple[str, ...], short: bool
 ) -> None:
-    """Served eagerly, for no run of two was warmed; what counts is which function it was."""
+    """They run eagerly, because no run of two was warmed. The test checks which function runs."""
     assert rewritten.loaded.compiled is not None
     full, without_negative, _ = rewritten.loaded.compiled.functions
     before = (full.fallbacks.cold, without_negative.fallbacks.cold)
@@ -188,14 +191,14 @@ def test_nothing_compiles_in_five_hundred_mixed_requests_of_generated_code() -> 
     torch.compiler.reset()
 
 
-def test_what_the_start_did_is_told(compiled: Runtime) -> None:
-    told = compiled.readiness.as_json()
-    assert told["shapes"] == ["128x128", "160x96"]
-    assert told["left_out"] == {}
+def test_readiness_and_metrics_describe_the_start(compiled: Runtime) -> None:
+    ready = compiled.readiness.as_json()
+    assert ready["shapes"] == ["128x128", "160x96"]
+    assert ready["left_out"] == {}
     # One of the UNet with guidance, one without, one of the decoder, for each size.
-    assert told["compile"]["graphs"] == 6
-    assert told["compile"]["mode"] == "default"
-    assert list(told["warmup_ms"]) == [
+    assert ready["compile"]["graphs"] == 6
+    assert ready["compile"]["mode"] == "default"
+    assert list(ready["warmup_ms"]) == [
         "load_model",
         "prepare",
         "compile 128x128",
@@ -206,14 +209,14 @@ def test_what_the_start_did_is_told(compiled: Runtime) -> None:
     ]
     assert counted(compiled, "sdxl_graph_breaks") == 0
     assert counted(compiled, "sdxl_warmup_duration_seconds", phase="compile") == pytest.approx(
-        sum(ms for name, ms in told["warmup_ms"].items() if name.startswith("compile")) / 1e3
+        sum(ms for name, ms in ready["warmup_ms"].items() if name.startswith("compile")) / 1e3
     )
 
 
-def test_a_recompile_is_not_taken_but_counted(
+def test_a_recompile_is_counted_and_the_run_is_eager(
     compiled: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Caused by the one thing a guard sees and no request can change: a weight's own layout."""
+    """The cause is a change that a guard sees and no request can make: a weight's memory layout."""
     plain = generate(compiled, format="png")
     unet = compiled.loaded.model.pipeline.unet
     weight = unet.conv_in.weight
@@ -226,7 +229,7 @@ def test_a_recompile_is_not_taken_but_counted(
     assert call.run is not None
     assert call.run.eager_fallback
     assert slow_reason(call.finish(200)) == "eager_fallback"
-    # Once a run, however many of its steps would have compiled.
+    # Once a run, however many of its steps needed a new compile.
     assert counted(compiled, "sdxl_recompiles_total") == 1
     assert caplog.text.count("not compiled again, run eagerly") == 1
     assert np.abs(pixels(again).astype(int) - pixels(plain).astype(int)).max() <= 2
@@ -281,7 +284,7 @@ def test_auto_on_a_cpu_compiles_nothing_and_has_no_fallback(tmp_path: Path) -> N
         runtime.close(1)
 
 
-def test_a_size_that_is_not_warm_is_served_where_the_operator_says_so(traced: None) -> None:
+def test_a_cold_size_is_served_if_the_operator_allows_it(traced: None) -> None:
     runtime = build(
         compile="default", shapes=(CompiledShape(128, 128),), serve_cold_shapes=True, steps=1
     )

@@ -103,7 +103,7 @@ def test_ready_early_serves_between_the_sizes() -> None:
     runtime.close(1)
 
 
-def test_a_hung_run_shows_while_compiling_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_run_is_unhealthy_and_a_long_compile_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = build(shapes=(CompiledShape(128, 128),))
     asyncio.run(runtime.start())
     for may_be_silent in (False, True):
@@ -142,19 +142,19 @@ def test_what_cannot_be_used_here_stops_the_start(changes: Any, sentence: str) -
 
 # Of four blocks the feed-forward's two products, and QKV where it is fused.
 @pytest.mark.parametrize(("mode", "layers"), [("off", 8), ("auto", 12)])
-def test_quantised_says_its_error(mode: str, layers: int) -> None:
+def test_readiness_reports_the_quantisation_error(mode: str, layers: int) -> None:
     runtime = build(quantize="int8", compile=mode, shapes=(CompiledShape(128, 128),))
     asyncio.run(runtime.start())
-    told = runtime.readiness.as_json()["compile"]
-    assert told["quantize"] == "int8"
-    assert told["quantized_layers"] == layers
-    assert 1e-4 < told["quantization_error"] < 0.2
+    ready = runtime.readiness.as_json()["compile"]
+    assert ready["quantize"] == "int8"
+    assert ready["quantized_layers"] == layers
+    assert 1e-4 < ready["quantization_error"] < 0.2
     generate(runtime)
     runtime.close(1)
 
 
 def few_step_checkpoint(folder: Path, scheduler: str, **config: Any) -> Path:
-    """The demo as checkpoints for few steps come: another scheduler's settings, no guidance."""
+    """The demo like a few-step checkpoint: with another scheduler, and without guidance."""
     shutil.copytree(checkpoint_path(), folder, copy_function=functools.partial(_link))
     path = folder / "scheduler" / "scheduler_config.json"
     changed = json.loads(path.read_text()) | {"_class_name": scheduler} | config
@@ -180,7 +180,7 @@ Start = Callable[..., Runtime]
         "EulerDiscreteScheduler",  # as Lightning's
         "EulerAncestralDiscreteScheduler",  # as Turbo's: it draws noise in every step
         "LCMScheduler",
-        "DDIMScheduler",  # has no set_begin_index, which tells others where the loop begins
+        "DDIMScheduler",  # has no set_begin_index, at whose call the loop of the others begins
     ],
 )
 def test_a_checkpoint_for_few_steps_without_guidance(scheduler: str, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_checkpoint_for_few_steps_without_guidance(scheduler: str, tmp_path: P
     runtime.close(1)
 
 
-def test_a_way_to_be_fast_can_be_handed_in() -> None:
+def test_the_caller_may_prepare_the_model() -> None:
     prepared: list[CompiledModel] = []
 
     def prepare(model: Any) -> CompiledModel:
@@ -232,7 +232,7 @@ def test_a_way_to_be_fast_can_be_handed_in() -> None:
 
 
 def test_a_request_finds_its_texts_warm_with_and_without_a_negative_prompt() -> None:
-    """What is captured of the text encoders is captured for a number of texts."""
+    """Text encoders are captured for a number of texts."""
     recipe = Recipe(scope="none", replay="none", text_encoders=True)
     runtime = build_runtime(
         settings(shapes=(CompiledShape(128, 128),)),

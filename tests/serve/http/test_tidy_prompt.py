@@ -37,12 +37,12 @@ def test_a_prompt_is_made_tidy(untidy: str, tidy: str) -> None:
         ("onetwothree", 6, "onetwo"),
     ],
 )
-def test_it_is_cut_where_a_word_ends(text: str, limit: int, cut: str) -> None:
+def test_a_long_prompt_is_cut_at_the_end_of_a_word(text: str, limit: int, cut: str) -> None:
     assert tidy_prompt(text, limit) == cut
 
 
 @given(st.text(max_size=200), st.integers(1, 60))
-def test_a_tidy_prompt_stays_as_it_is(text: str, limit: int) -> None:
+def test_tidying_a_tidy_prompt_changes_nothing(text: str, limit: int) -> None:
     tidy = tidy_prompt(text, limit)
     assert tidy_prompt(tidy, limit) == tidy
     assert len(tidy) <= limit
