@@ -237,7 +237,7 @@ def compare(
     smallest_change: float = SMALLEST_CHANGE,
     allow: Sequence[str] = (),
 ) -> Comparison:
-    """Judge every quantity of every scenario that both sides were asked for.
+    """Judge every quantity of every scenario that was selected on both sides.
 
     Raises:
         BenchError: there is no such scenario, or `allow` has an unknown name.
@@ -285,7 +285,7 @@ def _median(figures: dict[int, float]) -> float | None:
 def _compared_names(
     base: ComparedSide, head: ComparedSide, wanted: Sequence[str] | None
 ) -> list[str]:
-    """The scenarios that both sides were asked for, in head's order, without the calibration."""
+    """The scenarios that were selected on both sides, in head's order, without the calibration."""
     known = {**head.scenarios, **base.scenarios}
     if wanted is not None:
         unknown = [name for name in wanted if name not in known]
