@@ -5,8 +5,8 @@ allowed. So does an `SDXL_` name that does not exist: a misspelt setting that is
 than a start that fails.
 
 Telemetry uses the standard `OTEL_*` names. OpenTelemetry's exporters read theirs from the
-environment too; the values here are the ones that this code decides by. Nothing else in this
-package reads a setting from the environment.
+environment too; this code uses the values here. Nothing else in this package reads a setting from
+the environment.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class ServeSettings(BaseSettings):
         default=None, description="a folder that only this service's operators can write to"
     )
 
-    # What a request gets that does not say (few-step checkpoints need other values), and limits
+    # Defaults of a request (few-step checkpoints need others), and limits
 
     steps: int = Field(default=20, ge=1, le=100, description="a whole number from 1 to 100")
     guidance_scale: float = Field(
