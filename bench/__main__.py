@@ -99,4 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # `python -m` looks for packages in the working directory first.
+    if sys.path[0] == os.getcwd() and os.path.dirname(__file__) != os.path.join(
+        sys.path[0], "bench"
+    ):
+        del sys.path[0]
+        from serve.working_directory import name_shadowing_files
+
+        name_shadowing_files("run it from another directory")
     sys.exit(main())

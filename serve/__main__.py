@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -85,4 +86,12 @@ def _add_address(parser: argparse.ArgumentParser, **defaults: str | int) -> None
 
 
 if __name__ == "__main__":
+    # `python -m` looks for packages in the working directory first.
+    if sys.path[0] == os.getcwd() and os.path.dirname(__file__) != os.path.join(
+        sys.path[0], "serve"
+    ):
+        del sys.path[0]
+        from serve.working_directory import name_shadowing_files
+
+        name_shadowing_files("the command `stepspan` never looks there")
     sys.exit(main())
