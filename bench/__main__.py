@@ -63,6 +63,7 @@ COMMANDS = {
     "bare": Command("micro.harness_check", "what the bench reports, against a minimal timing loop"),
     "compare": Command("stats.compare", "judge whether HEAD is faster than BASE, and by how much"),
     "show": Command("report.show", "show a result as a table, or as a page with plots"),
+    "busy": Command("service.busy", "request time on a busy machine: beside endless loops"),
     "load": Command("service.load", "latency, goodput and rejections of a server under load"),
 }
 """By name, in the order of `--help`."""
@@ -85,6 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
             subparser.description = module.__doc__
             module.add_arguments(subparser)
     options = parser.parse_args(arguments)
+    from kernels_warmup.cpu_threads import choose_cpu_threads
+
+    # Before a command loads torch, and for the processes that it starts.
+    choose_cpu_threads()
     try:
         status: int = COMMANDS[options.command].load().run(options)
     except BenchError as error:
