@@ -1,4 +1,4 @@
-"""`stepspan`, or `python -m serve`: the self-hosted server. `--help` answers without loading a model library."""
+"""`stepspan`, or `python -m serve`: the self-hosted server. `--help` loads no model library."""
 
 from __future__ import annotations
 

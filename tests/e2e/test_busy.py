@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from bench.service.busy import TARGETS, measure, summarise
 from kernels_warmup.cpu_threads import cores_given
 from tests.e2e.conftest import COMMANDS, START_SECONDS
+from tests.support.processes import ROOT
 
 pytestmark = [
     pytest.mark.e2e,
@@ -34,7 +36,8 @@ def test_each_front_door_chooses_before_torch_is_loaded(
     read what was chosen."""
     (tmp_path / "sitecustomize.py").write_text(QUOTA if quota else "")
     # An empty value is none: that of this process, if it has one, must not be inherited.
-    environment = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "", "SDXL_DEVICE": "cpu"}
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "", "SDXL_DEVICE": "cpu"}
     with COMMANDS[kind](environment) as server:
         server.wait_until_ready(START_SECONDS)
         said = httpx.get(server.url + "/ready", timeout=60).json()["cpu_threads"]
