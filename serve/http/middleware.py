@@ -11,13 +11,14 @@ import asyncio
 import logging
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import anyio
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from metrics.records import GenerationFacts
+from metrics.tracing import Carrier
 from serve.engine.call import Call, current_call
 from serve.engine.runtime import ENDPOINTS
 from serve.errors import BodyTooLarge, BodyTooSlow, ClientGone, GenerationFailed
@@ -204,8 +205,14 @@ def _billable_units(facts: GenerationFacts) -> bytes:
     return f"{facts.width * facts.height * facts.num_inference_steps / 1e6:.6f}".encode()
 
 
-def _trace_carrier(headers: Headers) -> Mapping[str, str]:
-    return {
-        "traceparent": headers.get("traceparent", ""),
-        "tracestate": headers.get("tracestate", ""),
-    }
+def _trace_carrier(headers: Headers) -> Carrier:
+    """The caller's trace context.
+
+    W3C allows several `tracestate` headers, to be combined in order, but one `traceparent` only:
+    combined as RFC 9110 (5.3) combines repeated headers, it is malformed, also if both are equal.
+    A malformed `traceparent` starts a new trace.
+    """
+    traceparents = headers.getlist("traceparent")
+    if len(traceparents) != 1:
+        return {}
+    return {"traceparent": traceparents, "tracestate": headers.getlist("tracestate")}
