@@ -381,6 +381,12 @@ class Tracing:
         return None
 
 
+def drawn_identity() -> TraceIdentity:
+    """A new identity that is never exported, for what no `Tracing` is there for."""
+    ids = RandomIdGenerator()
+    return TraceIdentity(ids.generate_trace_id(), ids.generate_span_id(), exported=False)
+
+
 def shortened(state: TraceState) -> TraceState:
     """A trace state of at most `MAX_TRACE_STATE_CHARACTERS`, cut as W3C says.
 

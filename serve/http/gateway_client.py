@@ -36,6 +36,7 @@ from serve.errors import (
     Draining,
     FieldProblem,
     InvalidRequest,
+    RequestError,
 )
 from serve.http.gateway_trace import GatewayRecorder, propagated_context
 from serve.http.image_app_errors import (
@@ -178,6 +179,10 @@ class GatewayClient:
     def healthy(self) -> bool:
         return True
 
+    def refusal(self) -> RequestError | None:
+        """The error that every request gets now, or None if requests are served."""
+        return Draining() if self.readiness.state is State.DRAINING else None
+
     async def generate(self, request: PromptRequest) -> Response:
         """Serve one validated request: tidy its prompt, call the image app, return its response.
 
@@ -185,8 +190,8 @@ class GatewayClient:
             RequestError: the request failed, and not by an error response of the image app.
         """
         call = received_call(self, request)
-        if self.readiness.state is State.DRAINING:
-            raise Draining
+        if (refusal := self.refusal()) is not None:
+            raise refusal
         client_span = self.recorder.begin_client_span(call.identity, self._image_app.url)
         with call.stage("tidy"):
             prompt = tidy_prompt(request.prompt)
