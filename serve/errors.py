@@ -7,6 +7,10 @@
         ├── InvalidRequest      422
         ├── BodyTooLarge        413
         ├── BodyTooSlow         408
+        ├── MalformedRequest    400
+        ├── HeadTooLarge        431
+        ├── HeadTooSlow         408
+        ├── TooManyConnections  503
         ├── QueueFull           429
         ├── DeadlineExceeded    504
         ├── ClientGone          499, in logs and metrics only
@@ -98,6 +102,50 @@ class BodyTooSlow(RequestError):
 
     def __init__(self, limit_seconds: float) -> None:
         super().__init__(f"The request body did not arrive within {limit_seconds:g} s.")
+
+
+class MalformedRequest(RequestError):
+    status = 400
+    error_type = "malformed_request"
+    outcome = "invalid"
+
+    def __init__(self, message: str = "The request is not valid HTTP/1.1.") -> None:
+        super().__init__(message)
+
+
+class HeadTooLarge(RequestError):
+    status = 431
+    error_type = "head_too_large"
+    outcome = "invalid"
+
+    def __init__(self, limit_bytes: int, limit_fields: int) -> None:
+        super().__init__(
+            f"The request's line and headers are larger than the {limit_bytes} bytes and "
+            f"{limit_fields} headers allowed."
+        )
+
+
+class HeadTooSlow(RequestError):
+    status = 408
+    error_type = "head_too_slow"
+    outcome = "invalid"
+
+    def __init__(self, limit_seconds: float) -> None:
+        super().__init__(f"The request's headers did not arrive within {limit_seconds:g} s.")
+
+
+class TooManyConnections(RequestError):
+    # 503 and not 429, so that a balancer tries another server. It does not occur on fal.
+    status = 503
+    error_type = "too_many_connections"
+    outcome = "rejected"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "As many connections are open as this server allows; the few beyond that may read "
+            "/health, /ready and /metrics only.",
+            {"Retry-After": "1"},
+        )
 
 
 class QueueFull(RequestError):
@@ -193,6 +241,10 @@ REQUEST_ERRORS: tuple[type[RequestError], ...] = (
     InvalidRequest,
     BodyTooLarge,
     BodyTooSlow,
+    MalformedRequest,
+    HeadTooLarge,
+    HeadTooSlow,
+    TooManyConnections,
     QueueFull,
     DeadlineExceeded,
     ClientGone,

@@ -66,6 +66,16 @@ def _between_0_and_1(value: float) -> float:
 Ratio = Annotated[float, AfterValidator(_between_0_and_1)]
 
 
+def _seconds(default: float) -> Any:
+    return Field(
+        default=default,
+        gt=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="a number of seconds up to 3600, above 0",
+    )
+
+
 # Fields that occur once for spans and once for metrics
 
 
@@ -186,6 +196,15 @@ class ServeSettings(BaseSettings):
     deadline_seconds: float = Field(
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
     )
+
+    # Connections. `serve.http.connections` says what each limit is for
+
+    max_connections: int | None = Field(
+        default=None, ge=1, le=100_000, description="a whole number from 1 to 100000"
+    )
+    header_seconds: float = _seconds(default=10)
+    keep_alive_seconds: float = _seconds(default=5)
+    send_seconds: float = _seconds(default=30)
 
     # Operation: logs, profiles, the operator's token
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
@@ -15,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from metrics.catalogue import render
 from serve.engine.readiness import State
 from serve.engine.runtime import Runtime
+from serve.http.early_answers import EarlyAnswers
 from serve.http.error_responses import add_exception_handlers
 from serve.http.middleware import RequestMiddleware
 from serve.http.responses import json_response
@@ -29,6 +31,9 @@ def install(app: FastAPI, service: Callable[[], Service | None]) -> None:
         service: returns the service, or None before there is one. Called for every request.
     """
     app.add_middleware(RequestMiddleware, service=service)
+    app.add_middleware(EarlyAnswers, service=service)  # around the other
+    # A redirect would lead to the address in the request's Host header, and from https to http.
+    app.router.redirect_slashes = False
     add_exception_handlers(app)
 
     async def health() -> Response:
@@ -47,8 +52,14 @@ def install(app: FastAPI, service: Callable[[], Service | None]) -> None:
         ok = current.readiness.state is State.READY and current.healthy
         return JSONResponse(current.readiness.as_json(), status_code=200 if ok else 503)
 
-    app.add_api_route("/health", health, methods=["GET"])
-    app.add_api_route("/ready", ready, methods=["GET"])
+    add_get_route(app, "/health", health)
+    add_get_route(app, "/ready", ready)
+
+
+def add_get_route(app: FastAPI, path: str, endpoint: Callable[..., Any]) -> None:
+    """Add an endpoint for GET, and for HEAD, which the framework does not add."""
+    app.add_api_route(path, endpoint, methods=["GET"])
+    app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:
