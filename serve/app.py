@@ -20,7 +20,7 @@ import fal
 from serve.schema import TextToImageRequest, TextToImageResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
@@ -134,8 +134,16 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
         return self._runtime
 
 
-def replace_fals_handlers(app: FastAPI, service: Callable[[], Service | None]) -> None:
-    """Replace fal's middleware, exception handlers and GET endpoints by ours."""
+def replace_fals_handlers(
+    app: FastAPI,
+    service: Callable[[], Service | None],
+    endpoints: Collection[str] = ("/", "/stream"),
+) -> None:
+    """Replace fal's middleware, exception handlers and GET endpoints by ours.
+
+    Args:
+        endpoints: the paths that generate.
+    """
     from fastapi.middleware.cors import CORSMiddleware
 
     from serve.http.endpoints import install
@@ -143,7 +151,9 @@ def replace_fals_handlers(app: FastAPI, service: Callable[[], Service | None]) -
     # fal allows every web page to read responses. That is a proxy's decision.
     cors: object = CORSMiddleware
     app.user_middleware[:] = [added for added in app.user_middleware if added.cls is not cors]
-    install(app, service)
+    # It would answer an unknown path, and echo it.
+    app.exception_handlers.pop(404, None)
+    install(app, service, endpoints)
 
 
 def require_our_handlers(installed: bool) -> None:

@@ -40,6 +40,8 @@ def _well_formed_or_none(value: Any) -> Any:
     traceparent, tracestate = value.get("traceparent"), value.get("tracestate")
     if not isinstance(traceparent, str) or not _TRACEPARENT.fullmatch(traceparent.strip()):
         return None
+    if isinstance(tracestate, list) and all(isinstance(part, str) for part in tracestate):
+        tracestate = ",".join(tracestate)  # as several headers are combined
     return {
         "traceparent": traceparent.strip(),
         "tracestate": tracestate if isinstance(tracestate, str) else "",

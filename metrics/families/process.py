@@ -28,7 +28,7 @@ DROPPED_CONNECTIONS = (
     "too_many_connections",  # to make room for another, or because there was no room for it
     "head_too_slow",
     "head_too_large",
-    "malformed_request",
+    "malformed_http",
     "draining",  # half a request had come when the process began to shut down
     "answer_not_taken",
 )

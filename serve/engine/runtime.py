@@ -225,15 +225,9 @@ class Runtime:
 
     def _plan(self, request: TextToImageRequest, call: Call) -> PlannedRequest:
         """Decide what the request left open. Raises unless this process can serve it now."""
+        if (refusal := self.refusal()) is not None:
+            raise refusal
         readiness = self.readiness
-        if readiness.state is State.STARTING:
-            raise NotReady(f"The model is not warm yet ({readiness.phase}).")
-        if readiness.state is State.DRAINING:
-            raise Draining
-        if readiness.state is State.FAILED:
-            raise NotReady(f"The model could not be started: {readiness.reason}.")
-        if not self.healthy:
-            raise DeviceLost  # nothing queued behind a run that hangs would ever start
         planned = plan_request(
             request, self.settings, readiness.shapes, self.loaded.model.trained_shapes
         )
@@ -396,6 +390,19 @@ class Runtime:
         if self.readiness.state is State.STARTING:
             return True  # the platform's own limit on start-up applies
         return self._gpu.silent_seconds() < SILENCE_LIMIT_SECONDS
+
+    def refusal(self) -> RequestError | None:
+        """The error that every request gets now, or None if requests are served."""
+        readiness = self.readiness
+        if readiness.state is State.STARTING:
+            return NotReady(f"The model is not warm yet ({readiness.phase}).")
+        if readiness.state is State.DRAINING:
+            return Draining()
+        if readiness.state is State.FAILED:
+            return NotReady(f"The model could not be started: {readiness.reason}.")
+        if not self.healthy:
+            return DeviceLost()  # nothing queued behind a run that hangs would ever start
+        return None
 
     def begin_drain(self) -> None:
         """Start no new work; what runs may finish. May be called more than once."""

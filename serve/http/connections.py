@@ -14,7 +14,6 @@ other error. `listener.py` limits how many connections there are.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections import Counter
@@ -27,15 +26,14 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
-from serve.engine.call import Call
 from serve.errors import (
     Draining,
     HeadTooLarge,
     HeadTooSlow,
-    MalformedRequest,
+    MalformedHttp,
     RequestError,
 )
-from serve.http.error_responses import error_body
+from serve.http.error_responses import response_outside_the_app
 from serve.http.service import Service
 
 logger = logging.getLogger(__name__)
@@ -104,11 +102,6 @@ class Connections:
             if connection.transport is not None:
                 connection.shutdown()
 
-    def error_body(self, error: RequestError) -> bytes:
-        """The body of an answer to what is no request yet, and so has no trace but an id."""
-        call = Call(endpoint="", method="", identity=self._service.tracing.identify())
-        return json.dumps(error_body(error, call)).encode()
-
     def dropped(self, reason: str) -> None:
         """Count a connection that the server closes because of the client."""
         self._service.metrics.connection_dropped(reason)
@@ -142,7 +135,7 @@ class _CheckedParser(h11.Connection):
         except h11.RemoteProtocolError as error:
             # Without the error's text, which may quote a header.
             too_large = error.error_status_hint == HeadTooLarge.status
-            self.problem = _head_too_large() if too_large else MalformedRequest()
+            self.problem = _head_too_large() if too_large else MalformedHttp()
             return h11.PAUSED
         if isinstance(event, h11.Request):
             self.problem = _problem_of(event)
@@ -158,7 +151,7 @@ def _problem_of(head: h11.Request) -> RequestError | None:
     if b"transfer-encoding" in names and (b"content-length" in names or head.http_version < b"1.1"):
         # A proxy that believes the length would take the rest of the body for another request
         # (RFC 9112, 6.1 and 11.2).
-        return MalformedRequest(
+        return MalformedHttp(
             "Transfer-Encoding is not allowed beside Content-Length or before HTTP/1.1."
         )
     return None
@@ -280,17 +273,12 @@ class Connection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()  # an answer has begun
             return
-        body = self._all.error_body(error)
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-            *((name.encode(), value.encode()) for name, value in error.headers.items()),
-        ]
+        answer = response_outside_the_app(error)
+        close = (b"connection", b"close")
+        headers = [*self.server_state.default_headers, *answer.raw_headers, close]
         reason = STATUS_PHRASES[error.status]
         response = h11.Response(status_code=error.status, headers=headers, reason=reason)
-        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+        for event in (response, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.write_eof()
         self.flow.resume_reading()

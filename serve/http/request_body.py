@@ -1,41 +1,63 @@
-"""Reading a request's body: limited in size and in time, and by the end of the process."""
+"""Reading a request's body: limited in size, in time and by the end of the process, and checked to
+be a JSON object.
+
+The framework would parse the body by itself, but its errors do not name the cause, and it accepts
+what is not JSON (`NaN`) or means two things (a repeated key).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
-from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from serve.engine.readiness import Readiness
-from serve.errors import BodyTooLarge, BodyTooSlow, ClientGone, Draining
+from serve.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    ClientGone,
+    Draining,
+    FieldProblem,
+    InvalidRequest,
+    UnsupportedMediaType,
+)
 
 # Two prompts of 2,000 characters, each escaped to twelve bytes, and a tracestate fit well within.
 MAX_BODY_BYTES = 64 * 1024
 MAX_BODY_SECONDS = 10.0
 
+MAX_NESTING = 16
+"""A request's deepest field is three levels deep."""
 
-def check_declared_length(headers: Headers) -> None:
-    """Refuse a body by its declared length, before any of it is read.
-
-    Raises:
-        BodyTooLarge: it would have more than `MAX_BODY_BYTES`.
-    """
-    declared = headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > MAX_BODY_BYTES:
-        raise BodyTooLarge(MAX_BODY_BYTES)
+_JSON = re.compile(r"application/([\w.+-]+\+)?json", re.ASCII | re.IGNORECASE)
 
 
-async def read_body(receive: Receive, readiness: Readiness) -> bytes:
+async def read_body(
+    receive: Receive,
+    headers: Mapping[str, str],
+    readiness: Readiness,
+    limit_bytes: int = MAX_BODY_BYTES,
+) -> bytes:
     """Read the whole body.
 
+    Args:
+        headers: the request's, by lower-case name.
+
     Raises:
-        BodyTooLarge: it has more than `MAX_BODY_BYTES`.
+        BodyTooLarge: it has more than `limit_bytes`. If it says so itself, none of it is read.
         BodyTooSlow: it did not arrive within `MAX_BODY_SECONDS`.
         ClientGone: the client disconnected before its end.
         Draining: the process began to shut down before its end.
     """
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit_bytes:
+        raise BodyTooLarge(limit_bytes)
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(MAX_BODY_SECONDS) as limit:
@@ -44,7 +66,7 @@ async def read_body(receive: Receive, readiness: Readiness) -> bytes:
                 loop.call_soon_threadsafe(end_within, limit, 0.0)
 
             with readiness.when_draining(stop):
-                return await _read_chunks(receive)
+                return await _read_chunks(receive, limit_bytes)
     except TimeoutError:
         raise Draining if readiness.draining else BodyTooSlow(MAX_BODY_SECONDS) from None
 
@@ -56,7 +78,7 @@ def end_within(limit: asyncio.Timeout, seconds: float) -> None:
         limit.reschedule(min(soon, limit.when() or soon))
 
 
-async def _read_chunks(receive: Receive) -> bytes:
+async def _read_chunks(receive: Receive, limit_bytes: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -65,8 +87,101 @@ async def _read_chunks(receive: Receive) -> bytes:
             raise ClientGone
         chunk: bytes = message.get("body", b"")
         size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise BodyTooLarge(MAX_BODY_BYTES)
+        if size > limit_bytes:
+            raise BodyTooLarge(limit_bytes)
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bad:
+    """Stands in parsed JSON for a value that is refused."""
+
+    message: str
+    kind: str
+
+
+def json_object(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
+    """Parse a body as the JSON object that it must be.
+
+    Args:
+        headers: the request's, by lower-case name.
+
+    Raises:
+        UnsupportedMediaType: it is not declared as JSON, or is compressed.
+        InvalidRequest: it is not JSON as RFC 8259 defines it, is no object, repeats a key, or is
+            nested too deep. The message names the cause and never quotes the body.
+    """
+    if not body:
+        raise _invalid("is empty; a JSON object is needed", "missing")
+    _check_media_type(headers)
+    try:
+        value = json.loads(
+            body.decode("utf-8-sig"),  # RFC 8259 allows to ignore a byte order mark
+            object_pairs_hook=_object,
+            parse_constant=lambda name: _Bad(f"{name} is not a JSON number", "not_finite"),
+            parse_int=_integer,
+        )
+    except UnicodeDecodeError as error:
+        raise _invalid(f"is not UTF-8 at byte {error.start}", "not_utf8") from None
+    except json.JSONDecodeError as error:
+        raise _invalid(f"is not valid JSON at character {error.pos}", "json_invalid") from None
+    except RecursionError:
+        raise _nested_too_deep() from None
+    if not isinstance(value, dict):
+        raise _invalid("must be a JSON object", "not_an_object")
+    _check_values(value)
+    return value
+
+
+def _check_media_type(headers: Mapping[str, str]) -> None:
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise UnsupportedMediaType(
+            "The body is compressed; it must have no Content-Encoding.",
+            {"Accept-Encoding": "identity"},
+        )
+    media_type = headers.get("content-type", "").split(";")[0].strip()
+    if not _JSON.fullmatch(media_type):
+        raise UnsupportedMediaType(
+            "The body must be sent as Content-Type: application/json.",
+            {"Accept": "application/json"},
+        )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        found[key] = _Bad("is there twice", "repeated_key") if key in found else value
+    return found
+
+
+def _integer(digits: str) -> int | _Bad:
+    try:
+        return int(digits)
+    except ValueError:  # Python's limit, against the quadratic time of long ones
+        return _Bad(f"is a number of {len(digits)} digits, which is too many", "too_many_digits")
+
+
+def _check_values(value: dict[str, Any]) -> None:
+    """Refuse what `json_object` marked in the parsed value, and deep nesting."""
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [(("body",), value)]
+    while waiting:
+        location, value = waiting.pop()
+        if isinstance(value, _Bad):
+            raise InvalidRequest([FieldProblem(location, value.message, value.kind)])
+        if len(location) > MAX_NESTING:
+            raise _nested_too_deep()
+        if isinstance(value, dict):
+            waiting += [((*location, key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [((*location, index), item) for index, item in enumerate(value)]
+
+
+def _nested_too_deep() -> InvalidRequest:
+    return _invalid(f"is nested deeper than the {MAX_NESTING} levels allowed", "nested_too_deep")
+
+
+def _invalid(what: str, kind: str) -> InvalidRequest:
+    return InvalidRequest([FieldProblem(("body",), f"the body {what}", kind)])
