@@ -147,6 +147,8 @@ def _problem_of(head: h11.Request) -> RequestError | None:
     size = len(head.target) + sum(len(name) + len(value) for name, value in head.headers)
     if size > MAX_HEAD_BYTES or len(head.headers) > MAX_HEAD_FIELDS:
         return _head_too_large()
+    if head.http_version not in (b"1.0", b"1.1"):
+        return MalformedHttp()  # HTTP/2, which begins like a request
     names = {name for name, _ in head.headers}
     if b"transfer-encoding" in names and (b"content-length" in names or head.http_version < b"1.1"):
         # A proxy that believes the length would take the rest of the body for another request

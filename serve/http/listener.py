@@ -107,7 +107,7 @@ class Listener:
     def _take(self, client: socket.socket) -> None:
         over = len(self._connections.open) - self._limit
         if over >= 0 and self._drop_longest_waiting():
-            over = -1
+            over -= 1
         if over >= RESERVED_CONNECTIONS:
             self._connections.dropped("too_many_connections")
             client.close()
