@@ -7,7 +7,7 @@ port. Everything between is the same code, in this folder.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,10 +17,11 @@ from metrics.catalogue import render
 from serve.engine.call import the_call
 from serve.engine.readiness import Readiness
 from serve.engine.runtime import ENDPOINTS, Runtime
-from serve.errors import DeviceLost, NotReady
+from serve.errors import REQUEST_ERRORS, DeviceLost, NotReady, RequestError
 from serve.http.early_answers import EarlyAnswers
 from serve.http.error_responses import add_exception_handlers, error_response
 from serve.http.middleware import RequestMiddleware
+from serve.http.openapi import install_document
 from serve.http.responses import json_response
 from serve.http.service import Service, received_call
 from serve.schema import TextToImageRequest
@@ -30,12 +31,15 @@ def install(
     app: FastAPI,
     service: Callable[[], Service | None],
     endpoints: Collection[str] = ENDPOINTS,
+    errors: Sequence[type[RequestError]] = (),
 ) -> None:
-    """Put the middleware, the exception handlers, `/health` and `/ready` into an app.
+    """Put the middleware, the exception handlers, `/health`, `/ready` and the OpenAPI document into
+    an app.
 
     Args:
         service: returns the service, or None before there is one. Called for every request.
         endpoints: the paths that generate. Their requests are traced and counted.
+        errors: what they may answer beside `REQUEST_ERRORS`.
     """
     app.add_middleware(RequestMiddleware, service=service, endpoints=endpoints)
     app.add_middleware(EarlyAnswers, service=service)  # around the other
@@ -62,6 +66,7 @@ def install(
 
     add_get_route(app, "/health", health)
     add_get_route(app, "/ready", ready)
+    install_document(app, service, endpoints, (*REQUEST_ERRORS, RequestError, *errors))
 
 
 def add_get_route(app: FastAPI, path: str, endpoint: Callable[..., Any]) -> None:
