@@ -9,19 +9,19 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import pytest
 
 from metrics.catalogue import DROPPED_CONNECTIONS
+from serve.http.listener import OTHER_DESCRIPTORS
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body
 from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import otlp_endpoint
 from tests.support.processes import ServerProcess
+from tests.support.raw_client import GET_HEALTH, PATIENCE, Answer, Client, connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -36,104 +36,18 @@ SETTINGS = {
 }
 OPEN_FILES = 128
 
-PATIENCE = 15.0
-"""How long a test waits for what should take about a second."""
-
 EXIT_SECONDS = 4.5
 """From SIGTERM to the process's end, if no request runs."""
-
-ERROR_FIELDS = {"detail", "error_type", "trace_id"}
-
-
-@dataclass
-class Client:
-    """A client that decides itself what it sends and when it reads."""
-
-    socket: socket.socket
-
-    def send(self, data: bytes | str) -> None:
-        self.socket.sendall(data.encode() if isinstance(data, str) else data)
-
-    def read(self, seconds: float = PATIENCE) -> bytes:
-        """What arrives until the server closes its side."""
-        received = b""
-        self.socket.settimeout(seconds)
-        while data := self.socket.recv(65536):
-            received += data
-        return received
-
-    def answer(self, seconds: float = PATIENCE) -> Answer:
-        """The next answer. It must have a length."""
-        self.socket.settimeout(seconds)
-        received = b""
-        while b"\r\n\r\n" not in received:
-            data = self.socket.recv(1)
-            assert data, received
-            received += data
-        length = int(re.search(rb"content-length: (\d+)", received.lower())[1])  # type: ignore[index]
-        content = b""
-        while len(content) < length:
-            data = self.socket.recv(length - len(content))
-            assert data, received + content
-            content += data
-        return Answer.parse(received + content)
-
-    def is_closed(self, seconds: float = PATIENCE) -> bool:
-        """Whether the server closes the connection, or resets it, in time."""
-        try:
-            self.read(seconds)
-        except TimeoutError:
-            return False
-        except ConnectionError:
-            pass
-        return True
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    headers: dict[str, str]
-    content: bytes
-
-    @classmethod
-    def parse(cls, received: bytes) -> Answer:
-        head, _, content = received.partition(b"\r\n\r\n")
-        line, *lines = head.decode().split("\r\n")
-        headers = dict(line.lower().split(": ", 1) for line in lines)
-        return cls(int(line.split()[1]), headers, content)
-
-    def error_type(self) -> str:
-        """The type of an error, whose shape is checked."""
-        fields = json.loads(self.content)
-        assert set(fields) == ERROR_FIELDS
-        assert re.fullmatch("[0-9a-f]{32}", fields["trace_id"])
-        assert self.headers["x-trace-id"] == fields["trace_id"]
-        return str(fields["error_type"])
-
-
-@contextmanager
-def client(server: ServerProcess, receive_buffer: int | None = None) -> Iterator[Client]:
-    address = urlsplit(server.url)
-    with socket.socket() as opened:
-        if receive_buffer is not None:
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        opened.settimeout(PATIENCE)
-        opened.connect((address.hostname, address.port))
-        yield Client(opened)
-
-
-def post(path: str = "/", content: bytes = b"", *headers: str, length: int | None = None) -> bytes:
-    """A request; `length` declares another length than the content has."""
-    size = len(content) if length is None else length
-    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
-    return "\r\n".join([*lines, f"Content-Length: {size}", "", ""]).encode() + content
 
 
 def generate(path: str = "/", **fields: Any) -> bytes:
     return post(path, json.dumps(body(**fields)).encode())
 
 
-GET_HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+@contextmanager
+def client(server: ServerProcess, receive_buffer: int | None = None) -> Iterator[Client]:
+    with connected(server.url, receive_buffer) as opened:
+        yield opened
 
 
 def value(server: ServerProcess, sample: str) -> float:
@@ -177,6 +91,7 @@ def test_silent_clients_beyond_the_descriptors_leave_the_server_reachable(
     server: ServerProcess,
 ) -> None:
     before = len(server.output())
+    assert psutil.Process(server.process.pid).num_fds() < OTHER_DESCRIPTORS
     with ExitStack() as stack:
         for _ in range(300):
             stack.enter_context(client(server))
@@ -241,7 +156,7 @@ def test_a_silent_client_is_closed(server: ServerProcess) -> None:
     with client(server) as silent:
         start = time.monotonic()
         assert silent.read() == b""
-        assert 0.8 < time.monotonic() - start
+        assert time.monotonic() - start > 0.8
     assert dropped(server, "head_too_slow") == before + 1
 
 
@@ -366,28 +281,19 @@ def test_one_that_closes_its_side_gets_a_state_but_no_image(server: ServerProces
 # The body
 
 
-@pytest.mark.parametrize("path", ["/", "/stream"])
-def test_a_large_declared_length_is_413_before_any_of_it(server: ServerProcess, path: str) -> None:
-    with client(server) as asking:
-        start = time.monotonic()
-        asking.send(post(path, b"", "Expect: 100-continue", length=10_000_000_000))
-        received = asking.read()
-        assert time.monotonic() - start < 1
-    assert received.startswith(b"HTTP/1.1 413 ")  # and no 100 before it
-    answer = Answer.parse(received)
-    assert answer.error_type() == "body_too_large"
-    assert answer.headers["connection"] == "close"
-
-
 def test_a_large_body_is_not_read_for_ever(server: ServerProcess) -> None:
     with client(server) as sending:
         start = time.monotonic()
         sending.send(post(length=10_000_000_000))
         assert sending.answer().status == 413
-        with pytest.raises(ConnectionError):  # the rest is dropped for a while only
-            while time.monotonic() - start < PATIENCE:
+        closed = False
+        while not closed and time.monotonic() - start < PATIENCE:
+            try:
                 sending.send(b" " * 100)
-                time.sleep(0.01)
+            except ConnectionError:
+                closed = True
+            time.sleep(0.01)
+        assert closed  # the rest is dropped for a while only
 
 
 def test_a_client_that_closes_after_each_answer_reads_why_its_body_was_refused(
@@ -409,21 +315,10 @@ def test_a_body_that_is_expected_is_asked_for(server: ServerProcess) -> None:
         assert asking.answer().status == 422
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/openapi.json"])
-def test_head_is_answered_like_get(server: ServerProcess, path: str) -> None:
-    get, head = (httpx.request(method, server.url + path) for method in ("GET", "HEAD"))
+def test_head_of_the_metrics(server: ServerProcess) -> None:
+    head = httpx.head(server.url + "/metrics")
     assert (head.status_code, head.content) == (200, b"")
-    if path != "/metrics":  # which changes from one to the next
-        assert head.headers["content-length"] == get.headers["content-length"]
-    assert head.headers["content-type"] == get.headers["content-type"]
-
-
-@pytest.mark.parametrize("path", ["/stream/", "/health/", "/metrics/", "//"])
-def test_no_redirect_to_the_host_header(server: ServerProcess, path: str) -> None:
-    answer = httpx.post(server.url + path, json=body(), headers={"host": "evil.test"})
-    assert answer.status_code == 404
-    assert "location" not in answer.headers
-    assert answer.json()["error_type"] == "not_found"
+    assert head.headers["content-type"].startswith("text/plain")
 
 
 # The answer
