@@ -19,7 +19,8 @@ from fastapi import FastAPI, Request, Response
 
 from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import ConfigurationError, ModelError
-from serve.http.connections import OVER_THE_LIMIT, Connection, ConnectionLimits, Connections
+from serve.http.connections import Connection, ConnectionLimits, Connections
+from serve.http.early_answers import OVER_THE_LIMIT
 from serve.http.endpoints import add_get_route, install, metrics_endpoint, text_to_image
 from serve.http.listener import Listener, connection_limit
 from serve.http.profiling_endpoint import arm_profiling

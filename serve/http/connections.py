@@ -17,7 +17,6 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +46,6 @@ the client still sends, and it would lose the answer."""
 
 DRAIN_SEND_SECONDS = 1.0
 """Takes the place of `send_seconds` once the process shuts down."""
-
-OVER_THE_LIMIT = "over_the_limit"
-"""A key of the ASGI scope's `state`: this connection may only read the process's state."""
 
 _LOG_SECONDS = 60.0
 
@@ -229,7 +225,8 @@ class Connection(H11Protocol):
         if self._refused:
             return  # read and dropped until the client has the answer
         super().data_received(data)
-        if self._head_timer is None and not self._serves and not self.transport.is_closing():
+        busy = self._serves or self._refused or self.transport.is_closing()
+        if self._head_timer is None and not busy:
             self._wait_for_head()  # the first bytes of another request
 
     def handle_events(self) -> None:
@@ -338,7 +335,3 @@ class Connection(H11Protocol):
             self._refuse(Draining())
         else:
             super().shutdown()
-
-
-ConnectionFactory = Callable[[bool], Connection]
-"""Makes a connection's protocol; the argument says whether it is over the limit."""

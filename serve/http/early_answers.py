@@ -14,7 +14,6 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.http.connections import OVER_THE_LIMIT
 from serve.http.request_body import end_within
 from serve.http.service import Service
 
@@ -22,6 +21,10 @@ MAX_DROPPED_BYTES = 32 * 1024 * 1024
 MAX_DROPPED_SECONDS = 2.0
 DRAINING_SECONDS = 0.5
 """Takes the place of `MAX_DROPPED_SECONDS` while the process shuts down."""
+
+OVER_THE_LIMIT = "over_the_limit"
+"""A key of the ASGI scope's `state`: there are too many connections, and this one may only read the
+process's state."""
 
 _CLOSE = (b"connection", b"close")
 

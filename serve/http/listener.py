@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 import resource
 import socket
+from collections.abc import Callable
 
 from serve.errors import ConfigurationError
-from serve.http.connections import ConnectionFactory, Connections
+from serve.http.connections import Connection, Connections
 
 MAX_CONNECTIONS = 1000
 """The limit if the operator sets none and the process may open enough files."""
@@ -56,14 +57,18 @@ def connection_limit(wanted: int | None) -> int:
 
 
 class Listener:
-    """Accepts connections on a bound socket, up to a limit."""
+    """Accepts connections on a bound socket, up to a limit.
+
+    Args:
+        make_connection: called with whether the connection is over the limit.
+    """
 
     def __init__(
         self,
         listening: socket.socket,
         connections: Connections,
         limit: int,
-        make_connection: ConnectionFactory,
+        make_connection: Callable[[bool], Connection],
     ) -> None:
         self._socket = listening
         self._connections = connections

@@ -30,7 +30,7 @@ from serve.errors import (
     RequestError,
     TooManyConnections,
 )
-from serve.http.connections import OVER_THE_LIMIT
+from serve.http.early_answers import OVER_THE_LIMIT
 from serve.http.error_responses import error_response
 from serve.http.request_body import json_object, read_body
 from serve.http.service import Service

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import signal
 import socket
@@ -241,6 +242,40 @@ def test_a_malformed_chunk_after_the_answer_began_closes(server: ServerProcess) 
         malformed.send(b"nonsense\r\n")
         assert malformed.is_closed()
     assert "Traceback" not in server.output()[before:]
+
+
+def test_mutated_requests_leave_no_traceback(server: ServerProcess) -> None:
+    """Requests with bytes changed, lost, doubled and cut, each on a connection of its own."""
+    draw = random.Random(16)
+    whole = (
+        generate(prompt="") + GET_HEALTH,
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\n\r\n",
+    )
+    before = len(server.output())
+    for _ in range(300):
+        mutated = bytearray(draw.choice(whole))
+        for _ in range(draw.randint(1, 4)):
+            place = draw.randrange(len(mutated))
+            match draw.randrange(4):
+                case 0:
+                    mutated[place] = draw.randrange(256)
+                case 1:
+                    del mutated[place : place + draw.randint(1, 20)]
+                case 2:
+                    mutated[place:place] = mutated[place : place + 20]
+                case 3:
+                    mutated[place:place] = draw.choice([b"\r\n", b"\0", b":", b" ", b"\xff"])
+            if not mutated:
+                break
+        with client(server) as sending:
+            sending.send(bytes(mutated))
+            sending.socket.shutdown(socket.SHUT_WR)
+            assert sending.is_closed()
+    assert httpx.get(server.url + "/health", timeout=PATIENCE).status_code == 200
+    written = server.output()[before:]
+    assert "Traceback" not in written
+    assert '"level": "error"' not in written
 
 
 def test_pipelined_requests_are_answered_in_order(server: ServerProcess) -> None:
