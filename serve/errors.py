@@ -8,6 +8,7 @@
         ├── BodyTooLarge        413
         ├── BodyTooSlow         408
         ├── UnsupportedMediaType 415
+        ├── TooManyConnections  503
         ├── QueueFull           429
         ├── DeadlineExceeded    504
         ├── ClientGone          499, in logs and metrics only
@@ -20,6 +21,8 @@
         └── (where nothing is generated)
             ├── InternalError       500
             ├── MalformedHttp       400
+            ├── HeadTooLarge        431
+            ├── HeadTooSlow         408
             ├── Forbidden           403
             ├── NotFound            404
             └── MethodNotAllowed    405
@@ -126,6 +129,20 @@ class UnsupportedMediaType(RequestError):
     outcome = "invalid"
 
 
+class TooManyConnections(RequestError):
+    # 503 and not 429, so that a balancer tries another server. It does not occur on fal.
+    status = 503
+    error_type = "too_many_connections"
+    outcome = "rejected"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "As many connections are open as this server allows; the few beyond that may read "
+            "/health, /ready and /metrics only.",
+            {"Retry-After": "1"},
+        )
+
+
 class QueueFull(RequestError):
     # Not 503: fal replaces a runner that responds with 503.
     status = 429
@@ -228,14 +245,35 @@ class MalformedHttp(RequestError):
     error_type = "malformed_http"
     outcome = "invalid"
 
-    def __init__(self) -> None:
-        super().__init__("This is not a valid HTTP request.")
+    def __init__(self, message: str = "This is not a valid HTTP request.") -> None:
+        super().__init__(message)
 
 
 class Forbidden(RequestError):
     status = 403
     error_type = "forbidden"
     outcome = "rejected"
+
+
+class HeadTooLarge(RequestError):
+    status = 431
+    error_type = "head_too_large"
+    outcome = "invalid"
+
+    def __init__(self, limit_bytes: int, limit_headers: int) -> None:
+        super().__init__(
+            f"The request's line and headers are larger than the {limit_bytes} bytes, or more than "
+            f"the {limit_headers} headers, allowed."
+        )
+
+
+class HeadTooSlow(RequestError):
+    status = 408
+    error_type = "head_too_slow"
+    outcome = "invalid"
+
+    def __init__(self, limit_seconds: float) -> None:
+        super().__init__(f"The request's headers did not arrive within {limit_seconds:g} s.")
 
 
 class NotFound(RequestError):
@@ -262,6 +300,7 @@ REQUEST_ERRORS: tuple[type[RequestError], ...] = (
     BodyTooLarge,
     BodyTooSlow,
     UnsupportedMediaType,
+    TooManyConnections,
     QueueFull,
     DeadlineExceeded,
     ClientGone,
@@ -276,6 +315,8 @@ REQUEST_ERRORS: tuple[type[RequestError], ...] = (
 
 OTHER_ERRORS: tuple[type[RequestError], ...] = (
     MalformedHttp,
+    HeadTooLarge,
+    HeadTooSlow,
     Forbidden,
     NotFound,
     MethodNotAllowed,

@@ -37,6 +37,16 @@ def _between_0_and_1(value: float) -> float:
 Ratio = Annotated[float, AfterValidator(_between_0_and_1)]
 
 
+def seconds_field(default: float) -> Any:
+    return Field(
+        default=default,
+        gt=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="a number of seconds up to 3600, above 0",
+    )
+
+
 def bucket_bounds_field(unit: str) -> Any:
     description = (
         f"a comma-separated list of 1 to {buckets.MOST_BOUNDS} positive numbers of {unit}, each "

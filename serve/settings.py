@@ -36,6 +36,7 @@ from serve.setting_fields import (
     otlp_headers_field,
     otlp_timeout_field,
     otlp_url_field,
+    seconds_field,
 )
 
 PREFIX = "SDXL_"
@@ -120,6 +121,15 @@ class ServeSettings(BaseSettings):
     deadline_seconds: float = Field(
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
     )
+
+    # Connections. `serve.http.connections` says what each limit is for
+
+    max_connections: int | None = Field(
+        default=None, ge=1, le=100_000, description="a whole number from 1 to 100000"
+    )
+    header_seconds: float = seconds_field(10)
+    keep_alive_seconds: float = seconds_field(5)
+    send_seconds: float = seconds_field(30)
 
     # Operation: logs, profiles, the operator's token
 

@@ -410,6 +410,11 @@ class Runtime:
         self.metrics.set_ready(False)
         self.admission.drain()
 
+    def cut_off(self) -> None:
+        """Cancel what runs. Each request fails as `draining`, within two steps."""
+        self.begin_drain()
+        self.admission.cancel_all()
+
     def close(self, budget_seconds: float) -> int:
         """Export what is left, for at most `budget_seconds`; returns how many spans were lost."""
         self.begin_drain()

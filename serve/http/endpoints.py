@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
@@ -17,6 +18,7 @@ from serve.engine.call import the_call
 from serve.engine.readiness import Readiness
 from serve.engine.runtime import ENDPOINTS, Runtime
 from serve.errors import REQUEST_ERRORS, DeviceLost, NotReady, RequestError
+from serve.http.early_answers import EarlyAnswers
 from serve.http.error_responses import add_exception_handlers, error_response
 from serve.http.middleware import RequestMiddleware
 from serve.http.openapi import install_document
@@ -40,6 +42,9 @@ def install(
         errors: what they may answer beside `REQUEST_ERRORS`.
     """
     app.add_middleware(RequestMiddleware, service=service, endpoints=endpoints)
+    app.add_middleware(EarlyAnswers, service=service)  # around the other
+    # A redirect would lead to the address in the request's Host header, and from https to http.
+    app.router.redirect_slashes = False
     add_exception_handlers(app)
 
     async def health() -> Response:
@@ -59,9 +64,15 @@ def install(
             return JSONResponse(readiness.as_json())
         return error_response(error, the_call(), readiness.as_json())
 
-    app.add_api_route("/health", health, methods=["GET"])
-    app.add_api_route("/ready", ready, methods=["GET"])
+    add_get_route(app, "/health", health)
+    add_get_route(app, "/ready", ready)
     install_document(app, service, endpoints, (*REQUEST_ERRORS, RequestError, *errors))
+
+
+def add_get_route(app: FastAPI, path: str, endpoint: Callable[..., Any]) -> None:
+    """Add an endpoint for GET, and for HEAD, which the framework does not add."""
+    app.add_api_route(path, endpoint, methods=["GET"])
+    app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:

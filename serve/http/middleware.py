@@ -21,10 +21,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from metrics.records import GenerationFacts
 from metrics.tracing import Carrier, drawn_identity
 from serve.engine.call import Call, current_call
-from serve.errors import ClientGone, GenerationFailed, InternalError, RequestError
+from serve.engine.readiness import Readiness
+from serve.errors import (
+    ClientGone,
+    Draining,
+    GenerationFailed,
+    InternalError,
+    RequestError,
+    TooManyConnections,
+)
+from serve.http.early_answers import OVER_THE_LIMIT
 from serve.http.error_responses import error_response
 from serve.http.request_body import json_object, read_body
 from serve.http.service import Service
+from serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +80,10 @@ class RequestMiddleware:
         self, service: Service, call: Call, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Serve a request for an image, then record it."""
-        response = _ResponseWatch(send, call, fal_billing=service.settings.fal_billing)
+        response = _ResponseWatch(send, call, service.settings)
         service.metrics.request_received()
         try:
-            await self._serve(scope, receive, response.send, call)
+            await self._serve(scope, receive, response.send, call, service.readiness)
         except Exception as error:
             # The framework's handler for these runs outside of here, without the current call.
             failure = GenerationFailed(type(error).__name__)
@@ -83,14 +93,19 @@ class RequestMiddleware:
             _log_without_text(error)
             await error_response(failure, call)(scope, receive, response.send)
         except asyncio.CancelledError:
-            # The server dropped the connection: the work ends too.
-            gone = call.cancellation.reason or ClientGone()
-            call.cancellation.cancel(gone)
-            call.fail(gone)
-            raise
+            # The server does not wait for this request any longer: the work ends too.
+            draining = service.readiness.draining
+            reason = call.cancellation.reason or (Draining() if draining else ClientGone())
+            call.cancellation.cancel(reason)
+            call.fail(reason)
+            if not draining or response.started:
+                raise
+            await error_response(reason, call)(scope, receive, response.send)
         finally:
-            await _end_work(call)
-            _finish(service, call, response)
+            try:
+                await _end_work(call)
+            finally:
+                _finish(service, call, response)
 
     async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve any other request. Only an error has a trace id, because only then the log has it
@@ -124,11 +139,16 @@ class RequestMiddleware:
                 extra={"trace_id": call.identity.trace_id_hex, "request_id": call.request_id},
             )
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, call: Call) -> None:
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, call: Call, readiness: Readiness
+    ) -> None:
         """Read the body, then run the app with it while watching for a disconnect."""
+        headers = Headers(scope=scope)
         try:
-            body = await read_body(receive)
-            json_object(Headers(scope=scope), body)
+            if OVER_THE_LIMIT in scope.get("state", {}):
+                raise TooManyConnections
+            body = await read_body(receive, headers, readiness)
+            json_object(headers, body)
         except ClientGone as gone:
             call.fail(gone)
             return
@@ -154,12 +174,18 @@ class RequestMiddleware:
 
 
 class _ResponseWatch:
-    """Passes a response on, adds our headers to it, and notes how far it has come."""
+    """Passes a response on, adds our headers to it, and notes how far it has come.
 
-    def __init__(self, send: Send, call: Call, fal_billing: bool) -> None:
+    A client that does not take it in time has left, as far as the request is concerned. (Under the
+    self-hosted server its connection is closed at the same time; see `connections.py`.)
+    """
+
+    def __init__(self, send: Send, call: Call, settings: ServeSettings) -> None:
         self._send = send
         self._call = call
-        self._fal_billing = fal_billing
+        self._fal_billing = settings.fal_billing
+        self._send_seconds = settings.send_seconds
+        self._not_taken = False
         self.status = 500
         self.started = False
         self.complete = False
@@ -178,7 +204,15 @@ class _ResponseWatch:
             if self._fal_billing and call.facts is not None and self.status < 400:
                 ours.append((b"x-fal-billable-units", _billable_units(call.facts)))
             message["headers"] = [*message.get("headers", []), *ours]
-        await self._send(message)
+        if self._not_taken:
+            return
+        try:
+            async with asyncio.timeout(self._send_seconds):
+                await self._send(message)
+        except TimeoutError:
+            self._not_taken = True
+            self.complete = False
+            call.cancellation.cancel(ClientGone())
 
 
 def _new_call(service: Service | None, path: str, scope: Scope) -> Call:

@@ -48,7 +48,7 @@ async def arm_profiling(runtime: Runtime, request: Request) -> Response:
         raise Forbidden(
             "Profiling is for this machine itself, or with SDXL_ADMIN_TOKEN as bearer token."
         )
-    body = await read_body(request.receive, MAX_BODY_BYTES)
+    body = await read_body(request.receive, request.headers, runtime.readiness, MAX_BODY_BYTES)
     fields = json_object(request.headers, body)
     try:
         wanted = ProfileRequest.model_validate(fields)

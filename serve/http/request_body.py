@@ -1,4 +1,5 @@
-"""Reading a request's body: limited in size and in time, and checked to be a JSON object.
+"""Reading a request's body: limited in size, in time and by the end of the process, and checked to
+be a JSON object.
 
 The framework would parse the body by itself, but its errors do not name the cause, and it accepts
 what is not JSON (`NaN`) or means two things (a repeated key).
@@ -10,15 +11,18 @@ import asyncio
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Receive
 
+from serve.engine.readiness import Readiness
 from serve.errors import (
     BodyTooLarge,
     BodyTooSlow,
     ClientGone,
+    Draining,
     FieldProblem,
     InvalidRequest,
     UnsupportedMediaType,
@@ -26,10 +30,6 @@ from serve.errors import (
 
 # Two prompts of 2,000 characters, each escaped to twelve bytes, and a tracestate fit well within.
 MAX_BODY_BYTES = 64 * 1024
-# Up to here a body that is too large is read and discarded, so that the client receives the 413.
-# Past it the 413 is sent at once, and the client may find the connection closed instead.
-MAX_DISCARDED_BYTES = 32 * 1024 * 1024
-# A connection that stalls must not outlast a shutdown.
 MAX_BODY_SECONDS = 10.0
 
 MAX_NESTING = 16
@@ -41,19 +41,44 @@ MAX_DIGITS = 300
 _JSON = re.compile(r"application/([\w.+-]+\+)?json", re.ASCII | re.IGNORECASE)
 
 
-async def read_body(receive: Receive, limit_bytes: int = MAX_BODY_BYTES) -> bytes:
+async def read_body(
+    receive: Receive,
+    headers: Mapping[str, str],
+    readiness: Readiness,
+    limit_bytes: int = MAX_BODY_BYTES,
+) -> bytes:
     """Read the whole body.
 
+    Args:
+        headers: the request's, by lower-case name.
+
     Raises:
-        BodyTooLarge: it has more than `limit_bytes`.
+        BodyTooLarge: it has more than `limit_bytes`. If it says so itself, none of it is read.
         BodyTooSlow: it did not arrive within `MAX_BODY_SECONDS`.
         ClientGone: the client disconnected before its end.
+        Draining: the process began to shut down before its end.
     """
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit_bytes:
+        raise BodyTooLarge(limit_bytes)
+    loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(MAX_BODY_SECONDS):
-            return await _read_chunks(receive, limit_bytes)
+        async with asyncio.timeout(MAX_BODY_SECONDS) as limit:
+
+            def stop() -> None:  # called by whoever drains, on any thread
+                loop.call_soon_threadsafe(end_within, limit, 0.0)
+
+            with readiness.when_draining(stop):
+                return await _read_chunks(receive, limit_bytes)
     except TimeoutError:
-        raise BodyTooSlow(MAX_BODY_SECONDS) from None
+        raise Draining if readiness.draining else BodyTooSlow(MAX_BODY_SECONDS) from None
+
+
+def end_within(limit: asyncio.Timeout, seconds: float) -> None:
+    """Leave a timeout at most `seconds`, if its block has not ended."""
+    soon = asyncio.get_running_loop().time() + seconds
+    with suppress(RuntimeError):  # it has ended
+        limit.reschedule(min(soon, limit.when() or soon))
 
 
 async def _read_chunks(receive: Receive, limit_bytes: int) -> bytes:
@@ -65,15 +90,10 @@ async def _read_chunks(receive: Receive, limit_bytes: int) -> bytes:
             raise ClientGone
         chunk: bytes = message.get("body", b"")
         size += len(chunk)
-        if size <= limit_bytes:
-            chunks.append(chunk)
-        else:
-            chunks.clear()
-            if size > MAX_DISCARDED_BYTES:
-                raise BodyTooLarge(limit_bytes)
+        if size > limit_bytes:
+            raise BodyTooLarge(limit_bytes)
+        chunks.append(chunk)
         if not message.get("more_body", False):
-            if size > limit_bytes:
-                raise BodyTooLarge(limit_bytes)
             return b"".join(chunks)
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 from tests.e2e.conftest import ANSWER_SECONDS, STARTS, Server, body
 from tests.e2e.differences import row
 from tests.support.otlp_endpoint import ReceivedSpan, tree
+from tests.support.raw_client import Answer, connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -198,6 +199,34 @@ def test_a_large_body_is_413(server: Server, size: int) -> None:
     answer = server.client.post("/", content=b" " * size, headers=JSON)
     assert answer.status_code == 413
     assert answer.json()["error_type"] == "body_too_large"
+
+
+@pytest.mark.parametrize("path", ["/", "/stream"])
+def test_a_large_declared_length_is_413_before_any_of_it(server: Server, path: str) -> None:
+    with connected(server.process.url) as asking:
+        asking.send(post(path, b"", "Expect: 100-continue", length=10_000_000_000))
+        received = asking.read()
+    assert received.startswith(b"HTTP/1.1 413 ")  # and no 100 before it
+    answer = Answer.parse(received)
+    assert answer.error_type() == "body_too_large"
+    assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("path", ["/stream/", "/health/", "/ready/"])
+def test_no_redirect_to_the_host_header(server: Server, path: str) -> None:
+    for method in ("GET", "POST"):
+        answer = server.client.request(method, path, headers={"host": "evil.test"})
+        assert answer.status_code == 404
+        assert "location" not in answer.headers
+        assert answer.json()["error_type"] == "not_found"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/openapi.json"])
+def test_head_is_answered_like_get(server: Server, path: str) -> None:
+    get, head = (server.client.request(method, path) for method in ("GET", "HEAD"))
+    assert (head.status_code, head.content) == (200, b"")
+    for header in ("content-length", "content-type"):
+        assert head.headers[header] == get.headers[header]
 
 
 def test_a_third_request_is_429_with_retry_after(server: Server) -> None:

@@ -43,6 +43,7 @@ from serve.errors import (
     QueueFull,
     RequestError,
 )
+from serve.http.early_answers import EarlyAnswers
 from serve.http.middleware import RequestMiddleware
 from serve.schema import GeneratedImage, ImageFormat
 from serve.server import FLUSH_SECONDS
@@ -71,7 +72,8 @@ def test_our_handlers_routes_and_middleware_win_over_fals(app: SdxlApp) -> None:
     assert hasattr(fal.App, "_add_extra_routes"), "fal has no _add_extra_routes any more"
     built = app._build_app()
 
-    assert built.user_middleware[0].cls is RequestMiddleware, "ours must be outermost"
+    outermost = [added.cls for added in built.user_middleware[:2]]
+    assert outermost == [EarlyAnswers, RequestMiddleware], "ours must be outermost"
     assert CORSMiddleware not in [added.cls for added in built.user_middleware]
     for error, handler in built.exception_handlers.items():
         if error in (RequestError, Exception) or getattr(error, "__name__", "") in (
