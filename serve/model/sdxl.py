@@ -27,6 +27,7 @@ from kernels_warmup.rewrites.zero_text import ZERO_TEXT, takes_zero_text
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError
+from serve.model.noise import cpu_generator
 from serve.model.scheduler_watch import watch_scheduler
 from serve.settings import DEMO_MODEL, RANDOM_SDXL_BASE, SDXL_BASE
 
@@ -200,7 +201,7 @@ class SdxlModel:
                 the step's latents if `watch_latents` is set. An exception from it ends the loop.
         """
         # Noise is drawn on the CPU, so that a seed means the same image on every device.
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        generators = [cpu_generator(seed) for seed in seeds]
         size = (1, self.pipeline.unet.config.in_channels, *shape.latent)
         noise = torch.cat([torch.randn(size, generator=each) for each in generators])
         latents = _to_device(noise.to(self.dtype), self.device)
