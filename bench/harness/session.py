@@ -34,6 +34,7 @@ from bench.harness.result_file import BenchResult, MeasuredScenario
 from bench.harness.rounds import TIME_IS_UP
 from bench.harness.run_record import ATTEMPTS, NO_TIME, code_digest
 from bench.harness.scenarios import SCENARIOS, Scenario, chosen
+from bench.outputs import check_folder, output_file, output_folder
 from bench.stats.verdict import FEWEST_ROUNDS
 
 if TYPE_CHECKING:
@@ -112,13 +113,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--results",
-        type=Path,
+        type=output_folder,
         metavar="DIR",
         help="folder for the result files (default: bench/results)",
     )
     parser.add_argument(
         "--archive",
-        type=Path,
+        type=output_file,
         metavar="FILE.tar.gz",
         help="keep all results and logs in this file instead, and continue from it",
     )
@@ -146,9 +147,9 @@ def run(options: argparse.Namespace) -> int:
         archive = None
         if options.archive is not None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stepspan-")))
+            check_folder(options.archive.parent)  # it is written beside itself, and then replaced
             archive = Archive(options.archive, folder)
-        if not folder.is_dir():
-            raise BenchError(f"{folder}, the place for the results, is not a folder")
+        check_folder(folder)
         day = time.strftime("%Y-%m-%d", time.gmtime())
         model = Path(work.model).name.replace(":", "-")
         stem = f"{machine_slug(work.device)}-{day}-{model}-{work.shape}"

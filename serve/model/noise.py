@@ -30,7 +30,8 @@ def cpu_generator(seed: int) -> torch.Generator:
     if seed < _LOW:
         return generator
     # numpy guarantees that this class's streams never change.
-    words = np.random.RandomState([seed % _LOW, seed // _LOW]).get_state()[1]
+    numpys = np.random.RandomState([seed % _LOW, seed // _LOW])
+    words = numpys.get_state(legacy=False)["state"]["key"]
     state = generator.get_state()
     twister = state[_STATE_AT : _STATE_AT + 8 * len(words)].view(torch.int64)
     twister.copy_(torch.from_numpy(words.astype(np.int64)))
