@@ -24,6 +24,7 @@ from bench.demo_model.evaluate import (
     score,
 )
 from bench.demo_model.scenes import Pixels
+from bench.harness.own_folder import code_kept
 from bench.outputs import output_file, write_json
 from kernels_warmup.compile import compile_model
 from kernels_warmup.recipes import Recipe
@@ -155,8 +156,9 @@ def main() -> None:
     results = {}
     for name in [arguments.only] if arguments.only else PREPARATIONS:
         model = load_model(DEMO_MODEL, device_name=arguments.device, dtype_name=arguments.dtype)
-        PREPARATIONS[name](model)
-        comparisons = compare(prompts, before, draw_all(model, prompts, settings))
+        with code_kept():
+            PREPARATIONS[name](model)
+            comparisons = compare(prompts, before, draw_all(model, prompts, settings))
         results[name] = {row: asdict(comparison) for row, comparison in comparisons.items()}
         sys.stdout.write(f"{as_text(name, comparisons)}\n")
         sys.stdout.flush()

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import BenchError
+from bench.harness.own_folder import own_folder
 from bench.harness.result_file import BenchResult, MeasuredScenario
 from bench.harness.rounds import TIME_IS_UP
 from bench.harness.run_record import ATTEMPTS, NO_TIME, code_digest
@@ -458,7 +459,7 @@ class MeasurementSession:
             command = ("bench", "precompile", *self._workload(), "--scenario", *to_compile)
             # The file that names what was compiled stays on the machine, as the compiler's cache
             # does: another machine has to compile again.
-            out = Path(tempfile.gettempdir()) / self._file(f"precompile-{name}").name
+            out = own_folder() / self._file(f"precompile-{name}").name
             yield Piece(f"precompile-{name}", command, out, 150)
         beside = [one for one in beside if one in self._asked]
         options = self._options
@@ -494,7 +495,7 @@ class MeasurementSession:
 
     def _precompiled(self, name: str) -> bool:
         pattern = f"{self._stem.name}-precompile-*.json"
-        for path in Path(tempfile.gettempdir()).glob(pattern):
+        for path in own_folder().glob(pattern):
             outcomes = json.loads(path.read_text() or "{}").get("scenarios", {})
             if str(outcomes.get(name, "")).startswith("compiled"):
                 return True

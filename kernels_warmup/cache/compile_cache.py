@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 from kernels_warmup.cache.archive import Packed, Refused, TooLarge, pack, unpack
 from kernels_warmup.cache.key import SUFFIX, CacheKey
+from kernels_warmup.cache.trust import UntrustedFolder
 from kernels_warmup.cache.working_directory import (
     LEFTOVER_SECONDS,
     WorkingDirectory,
@@ -90,8 +91,9 @@ class CompileCache:
             return self._logged(CacheResult("skipped", self._no_directory), start)
         try:
             working = WorkingDirectory.create()
-        except OSError as error:
-            self._no_directory = f"no working directory could be created ({error.strerror})"
+        except (OSError, UntrustedFolder) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+            self._no_directory = f"no working directory could be created ({why})"
             return self._logged(CacheResult("ignored", self._no_directory), start)
         result = self._unpack_into(working.path)
         if result.result == "ignored":

@@ -60,13 +60,10 @@ def variant_on_hub(name: str, revision: str | None) -> str | None:
 
 def downloaded_before(name: str, revision: str | None) -> Path | None:
     """The directory of an earlier download of this revision, or None."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError, ValueError):
-        return None
+    index = try_to_load_from_cache(name, "model_index.json", revision=revision)
+    return Path(index).parent if isinstance(index, str) else None
 
 
 def first_line(error: Exception) -> str:

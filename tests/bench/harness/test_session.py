@@ -16,6 +16,7 @@ from bench.__main__ import COMMANDS, main
 from bench.errors import BenchError
 from bench.harness import session
 from bench.harness.environment import ROOT
+from bench.harness.own_folder import own_folder
 from bench.harness.result_file import BenchResult, NotRun
 from bench.harness.rounds import TIME_IS_UP
 from bench.harness.run_record import NO_TIME
@@ -259,7 +260,7 @@ def test_another_machine_compiles_again_what_is_left(tmp_path: Path) -> None:
     only = ("--only", "precompile-ways", "ways")
     measurement(tmp_path, machine, *only, "--scenario", "layer-norm", "geglu").run()
     assert ran(machine) == ["precompile-ways", "layer-norm"]
-    (tmp_path / "tmp" / "h200-day-precompile-ways.json").unlink()
+    (own_folder() / "h200-day-precompile-ways.json").unlink()
     measurement(tmp_path, machine, *only, "--scenario", "layer-norm", "geglu", "zero-text").run()
     assert ran(machine)[2:] == ["precompile-ways", "layer-norm"]
     assert scenarios(machine.ran[2]) == ["zero-text"]
