@@ -63,12 +63,17 @@ def code_kept() -> Iterator[None]:
     Raises:
         BenchError: code must not be loaded from it.
     """
-    before = os.environ.get(_VARIABLE)
+    from kernels_warmup.cache.working_directory import CODE_FOLDERS
+
+    # The service sets the others to folders below it.
+    names = (_VARIABLE, *CODE_FOLDERS)
+    before = {name: os.environ.get(name) for name in names}
     os.environ[_VARIABLE] = str(compiler_cache())
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(_VARIABLE, None)
-        else:
-            os.environ[_VARIABLE] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

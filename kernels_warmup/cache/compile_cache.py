@@ -103,6 +103,8 @@ class CompileCache:
             self._restored = working.files()
         working.use()
         self._working = working
+        if result.result == "miss":
+            self._say_if_not_writable(start)
         return self._logged(result, start)
 
     def store(self) -> CacheResult:
@@ -162,6 +164,15 @@ class CompileCache:
             self._logged_reasons.add(result.reason)
             logger.warning("compile cache %s", result)
         return result
+
+    def _say_if_not_writable(self, start: float) -> None:
+        """Warn now, and not after minutes of compiling, if nothing can be stored."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            self._logged(CacheResult("skipped", _describe(self.folder, error)), start)
 
     def _unpack_into(self, root: Path) -> CacheResult:
         try:

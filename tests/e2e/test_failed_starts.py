@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from kernels_warmup.cache.working_directory import WORKING_PREFIX
 from serve.demo_model import checkpoint_path
 from tests.support import forked, processes
 from tests.support.processes import ServerProcess, free_port
@@ -99,3 +101,30 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
         assert PASSWORD not in server.output()
     assert "someone/tiny-sdxl" in said
     assert "hub cannot be reached" in said
+
+
+@pytest.mark.parametrize("variable", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
+def test_a_folder_of_compiled_code_that_others_can_write_to(variable: str, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with forked.self_hosted(SMALL | {"SDXL_MODEL": "demo", variable: str(shared)}) as server:
+        server.process.wait(SECONDS)
+        (said,) = server.output().strip().splitlines()
+    assert server.process.returncode == 2
+    assert said.startswith(f"stepspan: {shared} ")
+
+
+def test_a_server_leaves_no_compiled_code_behind(tmp_path: Path) -> None:
+    """Not with the temporary files, nor where another user could have put some."""
+    guessed = tmp_path / f"torchinductor_{getpass.getuser()}"
+    guessed.mkdir(mode=0o777)
+    settings = SMALL | {"SDXL_MODEL": "demo", "TMPDIR": str(tmp_path), "SDXL_COMPILE": "off"}
+    with processes.self_hosted(settings) as server:
+        server.wait_until_ready(SECONDS)
+        (private,) = set(tmp_path.iterdir()) - {guessed}
+        assert private.name.startswith(WORKING_PREFIX)
+        assert private.stat().st_mode & 0o777 == 0o700
+        server.terminate()
+    assert list(tmp_path.iterdir()) == [guessed]
+    assert list(guessed.iterdir()) == []
