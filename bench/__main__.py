@@ -32,10 +32,10 @@ class Command:
 
 COMMANDS = {
     "session": Command(
-        "harness.session", "measure everything in the table of targets, in resumable pieces"
+        "session.run", "measure everything in the table of targets, in resumable pieces"
     ),
     "precompile": Command(
-        "harness.precompile",
+        "session.precompile",
         "compile several scenarios at once, before they are timed",
         compiles=True,
     ),

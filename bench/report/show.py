@@ -17,7 +17,7 @@ from bench.errors import BenchError
 from bench.harness.result_file import BenchResult
 from bench.outputs import output_file
 from bench.report.rows import columns, facts, lines, remarks
-from bench.report.terminal import coloured, table
+from bench.terminal import coloured, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
