@@ -166,7 +166,9 @@ class TextToImageResponse(BaseModel):
     seed: int
     timings: Timings
     trace_id: str
-    prompt_truncated: bool
+    prompt_truncated: bool = Field(
+        description="The text encoders did not read the whole prompt or negative prompt."
+    )
 
 
 class InvalidField(BaseModel):

@@ -17,6 +17,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
+from kernels_warmup.cache.working_directory import remove_process_directory
 from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import ConfigurationError, ModelError
 from serve.http.connections import Connection, ConnectionLimits, Connections
@@ -256,6 +257,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
         # Finalising the interpreter while a thread is in native code would abort the process.
         logging.shutdown()
         sys.stdout.flush()
+        remove_process_directory()
         os._exit(status)
     return status
 

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from kernels_warmup.cache.trust import UntrustedFolder
+from kernels_warmup.cache.working_directory import use_trusted_folders
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import RunKind
 from metrics.catalogue import GenerationMetrics
@@ -44,6 +46,7 @@ from serve.errors import (
     OUTCOMES,
     REJECTIONS,
     ClientGone,
+    ConfigurationError,
     DeadlineExceeded,
     DeviceLost,
     Draining,
@@ -451,7 +454,14 @@ def build_runtime(
         prepare: makes the loaded model fast in another way than the settings say. The bench uses
             it to compare ways.
         kinds: the kinds of run to warm, if not all that can be served will be requested.
+
+    Raises:
+        ConfigurationError: a folder of profiles or of compiled code cannot be used.
     """
+    try:
+        use_trusted_folders()
+    except UntrustedFolder as error:
+        raise ConfigurationError(str(error)) from None
     gpu = Gpu.open(settings.device)
     resource = build_resource(settings, gpu)
     metrics = _build_metrics(settings, registry)
