@@ -4,9 +4,9 @@ A wrong value stops the start with a sentence that names the variable, the value
 allowed. So does an `SDXL_` name that does not exist: a misspelt setting that is ignored is worse
 than a start that fails.
 
-Telemetry uses the standard `OTEL_*` names. OpenTelemetry's exporters read theirs from the
-environment too; the values here are the ones that this code decides by. Nothing else in this
-package reads a setting from the environment.
+The fields of telemetry are in `serve.telemetry_settings`, under their standard `OTEL_*` names.
+OpenTelemetry's exporters read theirs from the environment too; the values here are the ones that
+this code decides by. Nothing else in this package reads a setting from the environment.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from kernels_warmup.shapes import CompiledShape
 from metrics import buckets
-from metrics.tracing import MAX_QUEUE_SIZE, MOST_SPANS_PER_REQUEST
+from metrics.batch_sizes import MAX_QUEUE_SIZE
+from serve import otel_variables
 from serve.errors import ConfigurationError
+from serve.otlp_checks import (
+    is_http_url,
+    is_proxy,
+    refuse_unsendable_headers,
+    refuse_unusable_certificates,
+)
+from serve.telemetry_settings import TRUE_OR_FALSE, TelemetrySettings
 
 PREFIX = "SDXL_"
 
@@ -32,41 +39,21 @@ DEMO_MODEL = "demo"
 RANDOM_SDXL_BASE = "random:sdxl-base"
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
-TRUE_OR_FALSE = "true or false"
-
 _SECRET_FIELDS = frozenset(
     {"otlp_headers", "otlp_traces_headers", "otlp_metrics_headers", "admin_token"}
 )
 """Fields whose value no error message shows."""
 
-# NAME=VALUE, NAME=VALUE. The exporter skips what does not match with a warning that quotes it, so
-# it is refused here.
-_HEADER = r"""[ \t]*[-!#-'*+.0-9A-Z^-z|~]+[ \t]*=[ !#-+\--:<-\[\]-~\t]*"""
-_HEADERS = rf"^{_HEADER}(,{_HEADER})*,?\s*$"
+_URL_FIELDS = frozenset(
+    {"otlp_endpoint", "otlp_traces_endpoint", "otlp_metrics_endpoint"}
+    | {"gateway_target", "trace_url"}
+)
+"""Fields whose value may contain a user name and password, or a key."""
 
-SamplerName = Literal[
-    "always_on",
-    "always_off",
-    "traceidratio",
-    "parentbased_always_on",
-    "parentbased_always_off",
-    "parentbased_traceidratio",
-]
-"""Standard samplers of the OpenTelemetry specification."""
+_FILES = ("_certificate", "_client_key")
+"""How the names of the fields that hold files of certificates and keys end."""
 
 BucketBounds = Annotated[tuple[float, ...] | None, NoDecode]
-
-
-def _between_0_and_1(value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError("out of range")
-    return value
-
-
-Ratio = Annotated[float, AfterValidator(_between_0_and_1)]
-
-
-# Fields that occur once for spans and once for metrics
 
 
 def _bucket_bounds(unit: str) -> Any:
@@ -77,48 +64,7 @@ def _bucket_bounds(unit: str) -> Any:
     return Field(default=None, description=description)
 
 
-def _otlp_url(variable: str, description: str) -> Any:
-    return Field(
-        default=None,
-        validation_alias=variable,
-        pattern=r"^https?://[^\s]+$",
-        description=f"an http:// or https:// URL{description}",
-    )
-
-
-def _otlp_headers(variable: str) -> Any:
-    return Field(
-        default=None,
-        validation_alias=variable,
-        pattern=_HEADERS,
-        description="a comma-separated list of NAME=VALUE, values percent-encoded",
-    )
-
-
-def _otlp_compression(variable: str) -> Any:
-    return Field(default=None, validation_alias=variable, description="none, gzip or deflate")
-
-
-def _otlp_timeout(variable: str) -> Any:
-    # The Python SDK reads seconds, the specification says milliseconds: 10000 would be nearly three
-    # hours.
-    return Field(
-        default=None,
-        validation_alias=variable,
-        gt=0,
-        le=300,
-        description="a number of seconds up to 300, above 0 (not milliseconds)",
-    )
-
-
-def _checked_by_the_doctor(variable: str) -> Any:
-    return Field(default=None, validation_alias=variable, description="any text")
-
-
-Compression = Literal["none", "gzip", "deflate"]
-
-
-class ServeSettings(BaseSettings):
+class ServeSettings(TelemetrySettings):
     """Every setting with its default. Each description ends the sentence "... is allowed"."""
 
     model_config = SettingsConfigDict(
@@ -200,7 +146,7 @@ class ServeSettings(BaseSettings):
         description="a token of at least 16 characters, printable and without spaces,",
     )
 
-    # fal: the gateway's image app, billing, and what fal sets on a runner
+    # fal: the gateway's image app, billing
 
     gateway_target: str | None = Field(
         default=None,
@@ -208,12 +154,6 @@ class ServeSettings(BaseSettings):
         description="an http:// or https:// URL, or OWNER/APP on fal,",
     )
     fal_billing: bool = Field(default=False, description=TRUE_OR_FALSE)
-    fal_runner_id: str | None = Field(
-        default=None, validation_alias="FAL_JOB_ID", description="any text"
-    )
-    fal_app_name: str | None = Field(
-        default=None, validation_alias="FAL_APP_NAME", description="any text"
-    )
 
     # Metrics: the latency budget, utilisation, histogram buckets, pushing
 
@@ -241,45 +181,9 @@ class ServeSettings(BaseSettings):
     buckets_gpu_queue: BucketBounds = _bucket_bounds("seconds")
     buckets_image_bytes: BucketBounds = _bucket_bounds("bytes")
     otlp_metrics: bool = Field(default=False, description=TRUE_OR_FALSE)
-    otlp_metrics_temporality: Literal["cumulative", "delta", "lowmemory"] = Field(
-        default="cumulative",
-        validation_alias="OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
-        description="cumulative, delta or lowmemory",
-    )
-    metric_export_interval: float = Field(
-        default=60_000,
-        validation_alias="OTEL_METRIC_EXPORT_INTERVAL",
-        ge=1000,
-        le=3_600_000,
-        allow_inf_nan=False,
-        description="a number of milliseconds from 1000 to 3600000",
-    )
 
-    # Tracing: on or off, which requests are exported, what their spans hold
+    # Tracing: which requests are exported, what their spans hold
 
-    enable_tracing: bool = Field(
-        default=True, validation_alias="ENABLE_TRACING", description=TRUE_OR_FALSE
-    )
-    sdk_disabled: bool = Field(
-        default=False, validation_alias="OTEL_SDK_DISABLED", description=TRUE_OR_FALSE
-    )
-    sample_rate: Ratio | None = Field(
-        default=None,
-        validation_alias="OTEL_SAMPLE_RATE",
-        allow_inf_nan=False,
-        description="a number from 0 to 1",
-    )
-    traces_sampler: SamplerName | None = Field(
-        default=None,
-        validation_alias="OTEL_TRACES_SAMPLER",
-        description=("always_on, always_off, traceidratio, or one of these after `parentbased_`"),
-    )
-    traces_sampler_arg: Ratio | None = Field(
-        default=None,
-        validation_alias="OTEL_TRACES_SAMPLER_ARG",
-        allow_inf_nan=False,
-        description="a number from 0 to 1",
-    )
     trace_keep_slow_seconds: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="a number of seconds above 0"
     )
@@ -296,74 +200,6 @@ class ServeSettings(BaseSettings):
         pattern=r"^https?://[^\s{}]*\{trace_id\}[^\s{}]*$",
         description="an http:// or https:// URL with {trace_id} in it",
     )
-    service_name: str | None = Field(
-        default=None, validation_alias="OTEL_SERVICE_NAME", description="any text"
-    )
-    resource_attributes: str = Field(
-        default="",
-        validation_alias="OTEL_RESOURCE_ATTRIBUTES",
-        description="a comma-separated list of NAME=VALUE",
-    )
-
-    # The batch span processor
-
-    bsp_max_queue_size: int | None = Field(
-        default=None,
-        validation_alias="OTEL_BSP_MAX_QUEUE_SIZE",
-        ge=MOST_SPANS_PER_REQUEST,
-        description=f"a whole number from {MOST_SPANS_PER_REQUEST}, the spans of one long request,",
-    )
-    bsp_max_export_batch_size: int | None = Field(
-        default=None,
-        validation_alias="OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
-        ge=1,
-        description="a whole number from 1, at most OTEL_BSP_MAX_QUEUE_SIZE",
-    )
-    bsp_schedule_delay: int | None = Field(
-        default=None,
-        validation_alias="OTEL_BSP_SCHEDULE_DELAY",
-        ge=1,
-        description="a whole number of milliseconds from 1",
-    )
-    bsp_export_timeout: str | None = Field(
-        default=None,
-        validation_alias="OTEL_BSP_EXPORT_TIMEOUT",
-        description="any text, without effect,",
-    )
-
-    # The OTLP endpoint, for spans and for pushed metrics
-
-    otlp_endpoint: str | None = _otlp_url("OTEL_EXPORTER_OTLP_ENDPOINT", " without /v1/traces")
-    otlp_traces_endpoint: str | None = _otlp_url(
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", ", used as it stands"
-    )
-    otlp_metrics_endpoint: str | None = _otlp_url(
-        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", ", used as it stands"
-    )
-    otlp_headers: str | None = _otlp_headers("OTEL_EXPORTER_OTLP_HEADERS")
-    otlp_traces_headers: str | None = _otlp_headers("OTEL_EXPORTER_OTLP_TRACES_HEADERS")
-    otlp_metrics_headers: str | None = _otlp_headers("OTEL_EXPORTER_OTLP_METRICS_HEADERS")
-    otlp_compression: Compression | None = _otlp_compression("OTEL_EXPORTER_OTLP_COMPRESSION")
-    otlp_traces_compression: Compression | None = _otlp_compression(
-        "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION"
-    )
-    otlp_metrics_compression: Compression | None = _otlp_compression(
-        "OTEL_EXPORTER_OTLP_METRICS_COMPRESSION"
-    )
-    otlp_timeout: float | None = _otlp_timeout("OTEL_EXPORTER_OTLP_TIMEOUT")
-    otlp_traces_timeout: float | None = _otlp_timeout("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT")
-    otlp_metrics_timeout: float | None = _otlp_timeout("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT")
-
-    # Read by the exporter and its HTTP client; here only the doctor checks them
-
-    otlp_certificate: str | None = _checked_by_the_doctor("OTEL_EXPORTER_OTLP_CERTIFICATE")
-    otlp_traces_certificate: str | None = _checked_by_the_doctor(
-        "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE"
-    )
-    requests_ca_bundle: str | None = _checked_by_the_doctor("REQUESTS_CA_BUNDLE")
-    curl_ca_bundle: str | None = _checked_by_the_doctor("CURL_CA_BUNDLE")
-    otlp_protocol: str | None = _checked_by_the_doctor("OTEL_EXPORTER_OTLP_PROTOCOL")
-    otlp_traces_protocol: str | None = _checked_by_the_doctor("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 
     @field_validator("shapes", mode="before")
     @classmethod
@@ -373,18 +209,19 @@ class ServeSettings(BaseSettings):
             return tuple(dict.fromkeys(shapes))
         return value
 
+    @field_validator("gateway_target")
+    @classmethod
+    def _is_a_url_or_an_app(cls, target: str | None) -> str | None:
+        if target is not None and "://" in target and not is_http_url(target):
+            raise ValueError("no URL that HTTP can use")
+        return target
+
     @field_validator("admin_token")
     @classmethod
     def _fits_into_a_header(cls, token: SecretStr | None) -> SecretStr | None:
         if token is not None and not re.fullmatch(r"[!-~]+", token.get_secret_value()):
             raise ValueError("does not fit into a header")
         return token
-
-    @field_validator("otlp_metrics_temporality", mode="before")
-    @classmethod
-    def _lower(cls, value: Any) -> Any:
-        # The specification writes these values in any case.
-        return value.lower() if isinstance(value, str) else value
 
     @field_validator(
         "buckets_request",
@@ -400,27 +237,9 @@ class ServeSettings(BaseSettings):
         return buckets.parse(value) if isinstance(value, str) else value
 
     @property
-    def tracing_enabled(self) -> bool:
-        """Whether spans are exported: an endpoint is set, and tracing is not turned off."""
-        named = self.otlp_endpoint is not None or self.otlp_traces_endpoint is not None
-        return self.enable_tracing and not self.sdk_disabled and named
-
-    @property
-    def rate(self) -> float:
-        """The share of traces that is exported, of those that no caller has decided on."""
-        rates = (self.sample_rate, self.traces_sampler_arg)
-        return next((rate for rate in rates if rate is not None), 1.0)
-
-    @property
-    def exports_to_honeycomb(self) -> bool:
-        """Whether spans go to Honeycomb, which reads the sampling rate from its own attribute."""
-        host = urlsplit(self.otlp_traces_endpoint or self.otlp_endpoint or "").hostname or ""
-        return host.endswith(".honeycomb.io")
-
-    @property
-    def resource_attributes_name_the_service(self) -> bool:
-        """Whether `OTEL_RESOURCE_ATTRIBUTES` holds a service name."""
-        return "service.name=" in self.resource_attributes
+    def pushes_metrics(self) -> bool:
+        """Whether the metrics are pushed over OTLP."""
+        return self.otlp_metrics or "otlp" in (self.metrics_exporter or ())
 
 
 def load_settings() -> ServeSettings:
@@ -430,12 +249,27 @@ def load_settings() -> ServeSettings:
         ConfigurationError: names the first variable that is wrong, unknown, or contradicts another.
     """
     _refuse_unknown_names()
+    otel_variables.refuse(os.environ, _standard_names())
+    _refuse_proxies()
     try:
         settings = ServeSettings()
     except ValidationError as error:
         raise ConfigurationError(_sentence(error)) from None
     _refuse_contradictions(settings)
+    for name, headers in (
+        ("OTEL_EXPORTER_OTLP_HEADERS", settings.otlp_headers),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", settings.otlp_traces_headers),
+        ("OTEL_EXPORTER_OTLP_METRICS_HEADERS", settings.otlp_metrics_headers),
+    ):
+        refuse_unsendable_headers(name, headers or "")
+    files = (field for field in ServeSettings.model_fields if field.endswith(_FILES))
+    refuse_unusable_certificates({environment_name(f): getattr(settings, f) for f in files})
     return settings
+
+
+def variables_without_effect() -> list[tuple[str, str]]:
+    """The standard variables that are set and have no effect here, each with the reason."""
+    return list(otel_variables.without_effect(os.environ, _standard_names()))
 
 
 def environment_name(field: str) -> str:
@@ -444,14 +278,41 @@ def environment_name(field: str) -> str:
     return alias if isinstance(alias, str) else PREFIX + field.upper()
 
 
+def _standard_names() -> list[str]:
+    names = map(environment_name, ServeSettings.model_fields)
+    return [name for name in names if name.startswith(otel_variables.PREFIX)]
+
+
 def _refuse_unknown_names() -> None:
+    """Refuse names that are no settings. Names are read in any case, so one may be set twice."""
     known = {environment_name(field) for field in ServeSettings.model_fields}
+    spellings: dict[str, str] = {}
     for name in sorted(os.environ):
-        if name.startswith(PREFIX) and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+        setting = name.upper()
+        if not setting.startswith(PREFIX):
+            continue
+        if setting not in known:
+            close = difflib.get_close_matches(setting, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
             ours = ", ".join(sorted(n for n in known if n.startswith(PREFIX)))
             raise ConfigurationError(f"{name} is not a setting{hint} Allowed are {ours}.")
+        if setting in spellings:
+            raise ConfigurationError(
+                f"{spellings[setting]} and {name} are the same setting: set one of them."
+            )
+        spellings[setting] = name
+
+
+def _refuse_proxies() -> None:
+    """Refuse a proxy that no HTTP client can use: their messages quote it, password and all."""
+    for name in sorted(os.environ):
+        if name.upper() not in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            continue
+        if os.environ[name] and not is_proxy(os.environ[name]):
+            raise ConfigurationError(
+                f"{name} is not allowed as it is (its value is not shown): the URL of a proxy is, "
+                "as http://HOST:PORT."
+            )
 
 
 def _sentence(error: ValidationError) -> str:
@@ -460,20 +321,42 @@ def _sentence(error: ValidationError) -> str:
     field = next(
         name for name in ServeSettings.model_fields if location in (name, environment_name(name))
     )
-    name = environment_name(field)
+    name, value = _as_given(environment_name(field))
     allowed = ServeSettings.model_fields[field].description
-    if field in _SECRET_FIELDS:
+    if field in _SECRET_FIELDS or (field in _URL_FIELDS and _may_hold_a_secret(value)):
         return f"{name} is not allowed as it is (its value is not shown): {allowed} is."
-    # An endpoint's URL may contain a user name and password.
-    value = re.sub(r"//[^/@]*@", "//...@", os.environ.get(name, ""))
     return f"{name}={value!r} is not allowed: {allowed} is."
 
 
+def _as_given(name: str) -> tuple[str, str]:
+    """A variable's name as it is spelt in the environment, and its value."""
+    return next((item for item in os.environ.items() if item[0].upper() == name), (name, ""))
+
+
+def _may_hold_a_secret(url: str) -> bool:
+    """Whether a URL has a user name, a query or a part that is long enough to be a key."""
+    return bool(re.search(r"[@?#]|[^/:.]{16}", url.partition("://")[2] or url))
+
+
 def _refuse_contradictions(settings: ServeSettings) -> None:
-    if settings.otlp_metrics and not (settings.otlp_metrics_endpoint or settings.otlp_endpoint):
+    exporters = settings.metrics_exporter
+    stated = "otlp_metrics" in settings.model_fields_set and exporters is not None
+    if stated and settings.otlp_metrics != ("otlp" in (exporters or ())):
         raise ConfigurationError(
-            "SDXL_OTLP_METRICS needs an endpoint to push to: set OTEL_EXPORTER_OTLP_ENDPOINT or "
+            f"SDXL_OTLP_METRICS={str(settings.otlp_metrics).lower()} and OTEL_METRICS_EXPORTER="
+            f"{','.join(sorted(exporters or ())) or 'none'} contradict each other: set one of them."
+        )
+    if settings.pushes_metrics and not (settings.otlp_metrics_endpoint or settings.otlp_endpoint):
+        name = "SDXL_OTLP_METRICS" if settings.otlp_metrics else "OTEL_METRICS_EXPORTER=otlp"
+        raise ConfigurationError(
+            f"{name} needs an endpoint to push to: set OTEL_EXPORTER_OTLP_ENDPOINT or "
             "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT."
+        )
+    wanted = settings.traces_exporter == "otlp" and settings.enable_tracing
+    if wanted and not settings.sdk_disabled and not settings.tracing_enabled:
+        raise ConfigurationError(
+            "OTEL_TRACES_EXPORTER=otlp needs an endpoint to export to: set "
+            "OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT."
         )
     rate, argument = settings.sample_rate, settings.traces_sampler_arg
     if rate is not None and argument is not None and rate != argument:

@@ -18,18 +18,18 @@ from urllib3.exceptions import NameResolutionError
 
 from serve.telemetry.backends import Backend, endpoints_of
 from serve.telemetry.finding import Finding, Severity
-from serve.telemetry.trace_endpoint import TraceEndpoint
-
-# Headers that hold options instead of secrets.
-_OPTION_HEADERS = frozenset({"compute_stats", "dd-otlp-source", "x-honeycomb-dataset"})
+from serve.telemetry.trace_endpoint import OPTION_HEADERS, TraceEndpoint
 
 
 class ResponseExplainer:
     """Explains the endpoint's response to an export."""
 
-    def __init__(self, endpoint: TraceEndpoint, backend: Backend | None) -> None:
+    def __init__(
+        self, endpoint: TraceEndpoint, backend: Backend | None, change_of_rate: str
+    ) -> None:
         self._endpoint = endpoint
         self._backend = backend
+        self._change_of_rate = change_of_rate
 
     def explain(
         self, response: requests.Response, spans: int, trace_id: str, seconds: float
@@ -82,9 +82,8 @@ class ResponseExplainer:
         status, backend = response.status_code, self._backend
         variable = self._endpoint.variable
         if backend is not None and status in backend.refusals:
-            advice = f"Set {self._endpoint.headers_variable}={backend.header_form()}"
-            regions = f", or the endpoint of your region: {endpoints_of(backend)}"
-            return backend.refusals[status], advice + regions + "."
+            regions = f"; or take the endpoint of your region: {endpoints_of(backend)}"
+            return backend.refusals[status], self._endpoint.change_of_key(backend) + regions + "."
         match status:
             case 400:
                 return (
@@ -113,7 +112,7 @@ class ResponseExplainer:
                 after = f" for {wait} s" if wait.isdigit() else ""
                 return (
                     f"the backend accepts no more{after}: a limit of the account is reached",
-                    "Wait, lower OTEL_SAMPLE_RATE, or raise the limit there.",
+                    f"Wait, or raise the limit there, or export less: {self._change_of_rate}.",
                 )
             case _ if status >= 500:
                 return (
@@ -143,7 +142,7 @@ class ResponseExplainer:
         for part in self._endpoint.raw_headers.split(","):
             found.add(part.partition("=")[2].strip())
         for name, value in self._endpoint.headers.items():
-            if name in _OPTION_HEADERS:
+            if name in OPTION_HEADERS:
                 found.discard(value)
                 continue
             credentials = value.rpartition(" ")[2]
@@ -192,7 +191,7 @@ def _partial_success(response: requests.Response, kind: str) -> tuple[int, str]:
 def explain_no_response(
     endpoint: TraceEndpoint, errors: list[Exception], seconds: float
 ) -> Finding:
-    """Explain why there was no response.
+    """Explain why there was no response to what was sent.
 
     The exceptions' texts are not shown: they may contain the URL.
     """
@@ -201,15 +200,17 @@ def explain_no_response(
     where = f"{host} port {port or (443 if endpoint.parts.scheme == 'https' else 80)}"
     proxied = ""
     if proxy := requests.utils.get_environ_proxies(endpoint.shown).get(endpoint.parts.scheme):
-        proxied = f" The connection goes through the proxy {urlsplit(proxy).hostname}."
+        proxy_host = urlsplit(proxy if "://" in proxy else f"http://{proxy}").hostname
+        proxied = f" The connection goes through the proxy {proxy_host}."
     reason = getattr(error.args[0], "reason", None) if error is not None and error.args else None
     if isinstance(error, requests.exceptions.ProxyError):
-        text, advice = "the proxy made no connection", "Check HTTPS_PROXY and NO_PROXY."
+        text = "the proxy made no connection"
+        advice = f"Check {endpoint.parts.scheme.upper()}_PROXY and NO_PROXY."
     elif isinstance(error, requests.exceptions.SSLError):
         detail = _certificate_error(reason)
         text = f"no trusted connection to {where}{detail}"
         advice = (
-            "A certificate authority of your own goes into OTEL_EXPORTER_OTLP_CERTIFICATE; an "
+            f"A certificate authority of your own goes into {endpoint.certificate_variable}; an "
             "endpoint without TLS has an http:// URL."
         )
     elif isinstance(reason, NameResolutionError):
@@ -221,7 +222,9 @@ def explain_no_response(
         )
     elif isinstance(error, requests.exceptions.ReadTimeout) or error is None:
         text = f"{where} accepted the spans and sent no response for {seconds:.0f} s"
-        advice = "Check that it accepts OTLP/HTTP; if it is slow, raise OTEL_EXPORTER_OTLP_TIMEOUT."
+        advice = (
+            f"Check that it accepts OTLP/HTTP; if it is slow, raise {endpoint.timeout_variable}."
+        )
     elif reason is not None:
         text = f"nothing listens at {where}"
         advice = f"Check {endpoint.variable}, and that the endpoint is up."
@@ -229,6 +232,16 @@ def explain_no_response(
         text = f"{where} closed the connection or does not speak HTTP"
         advice = "Check scheme and port: https:// or http://, and OTLP/HTTP's port, not gRPC's."
     return Finding(Severity.PROBLEM, "answer", f"none: {text}", advice + proxied)
+
+
+def explain_nothing_sent(cause: str) -> Finding:
+    """Explain that the HTTP client refused to send, with the exception `cause`."""
+    return Finding(
+        Severity.PROBLEM,
+        "answer",
+        f"none: nothing was sent, the HTTP client raised {cause}",
+        "Check the endpoint, its headers and the proxy.",
+    )
 
 
 def _certificate_error(reason: object) -> str:

@@ -2,7 +2,7 @@
 
 All code logs through the standard library and structlog renders it, so the lines of uvicorn,
 diffusers and OpenTelemetry have the same form. A prompt, a header's value or a secret is never
-logged.
+logged: of a library's message only what `library_text` lets through.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import structlog
 
 from metrics.sampling import TraceIdentity
+from serve.telemetry import library_text
 
 
 class LoggedCall(Protocol):
@@ -62,13 +63,13 @@ def configure_logging(
             foreign_pre_chain=[
                 structlog.stdlib.add_log_level,
                 structlog.stdlib.add_logger_name,
-                structlog.stdlib.ExtraAdder(),
+                library_text.add_extra,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
                 add_ids,
             ],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
+                library_text.add_exception,
                 renderer,
             ],
         )
@@ -84,12 +85,13 @@ def configure_logging(
         library.propagate = True
     # The middleware logs one line a request, with its ids.
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
-    # These two quote what they cannot parse: a header's value, a caller's tracestate.
-    for name in ("opentelemetry.util.re", "opentelemetry.trace.span"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Whatever a caller sends as tracestate is its own affair.
+    logging.getLogger("opentelemetry.trace.span").setLevel(logging.CRITICAL)
     # torchao, which SDXL_QUANTIZE uses, logs at import that kernels for other machines are missing.
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # These log every connection.
     for name in ("httpx", "urllib3", "asyncio", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.setLogRecordFactory(library_text.record_factory)
+    library_text.hide_texts_of_uncaught_exceptions()
