@@ -18,7 +18,7 @@ import requests
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.metrics import MeterProvider
+from opentelemetry.metrics import MeterProvider, NoOpMeterProvider
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from urllib3.exceptions import (
     ConnectTimeoutError,
@@ -153,7 +153,10 @@ def otlp_exporter(
     """
     session = AnswerReader("spans")
     exporter = OTLPSpanExporter(
-        session=session, meter_provider=meter_provider, timeout=timeout_seconds
+        session=session,
+        # Else the SDK loads the global provider that OTEL_PYTHON_METER_PROVIDER names.
+        meter_provider=meter_provider or NoOpMeterProvider(),
+        timeout=timeout_seconds,
     )
     return exporter, session
 
@@ -161,4 +164,5 @@ def otlp_exporter(
 def otlp_metric_exporter(**options: Any) -> tuple[OTLPMetricExporter, AnswerReader]:
     """The same for metrics."""
     session = AnswerReader("metric points")
-    return OTLPMetricExporter(session=session, **options), session
+    exporter = OTLPMetricExporter(session=session, meter_provider=NoOpMeterProvider(), **options)
+    return exporter, session

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
-from opentelemetry.metrics import MeterProvider
+from opentelemetry.metrics import MeterProvider, NoOpMeterProvider
 from opentelemetry.sdk.environment_variables import OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED
 from opentelemetry.sdk.metrics import MeterProvider as SdkMeterProvider
 from opentelemetry.sdk.metrics import TraceBasedExemplarFilter
@@ -245,6 +245,8 @@ class Tracing:
                 shutdown_on_exit=False,
                 id_generator=self._preset_ids,
                 span_limits=limits,
+                # Else the SDK loads the global provider that OTEL_PYTHON_METER_PROVIDER names.
+                meter_provider=NoOpMeterProvider(),
             )
             watched = _WatchedExporter(
                 destination.exporter, self._ledger, destination.take_rejected
@@ -350,7 +352,7 @@ def _batch_processor(
             max_queue_size=sizes.queue_size,
             max_export_batch_size=sizes.export_batch_size,
             schedule_delay_millis=sizes.schedule_delay_millis,
-            meter_provider=meter_provider,
+            meter_provider=meter_provider or NoOpMeterProvider(),
         )
 
 

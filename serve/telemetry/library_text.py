@@ -47,6 +47,8 @@ def record_factory(*arguments: Any, **options: Any) -> logging.LogRecord:
     own, which pass the process's by.
     """
     record = logging.LogRecord(*arguments, **options)
+    if not record.name:
+        return record  # of `logging.makeLogRecord`, which fills in another record's fields
     if not _is_ours(record.name) and not record.name.startswith(_SHOWN_WHOLE):
         record.msg, record.args = _constant_text(record), ()
     if record.exc_info and record.exc_info[1] is not None:

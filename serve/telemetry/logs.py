@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, MutableMapping
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any, Protocol, TextIO
 
 import structlog
 
@@ -26,6 +27,16 @@ class LoggedCall(Protocol):
     def identity(self) -> TraceIdentity: ...
     @property
     def request_id(self) -> str: ...
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Report a line that could not be written. logging's own report has the texts and
+        arguments that the line was to leave out."""
+        kind = sys.exc_info()[0]
+        name = "?" if kind is None else kind.__name__
+        with suppress(Exception):
+            sys.stderr.write(f"a log line of {record.name} could not be written: {name}\n")
 
 
 def configure_logging(
@@ -54,10 +65,13 @@ def configure_logging(
         log_format = "text" if sys.stderr.isatty() else "json"
     renderer: structlog.types.Processor
     if log_format == "text":
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        # Its own tracebacks would show the texts that `library_text` leaves out.
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     else:
         renderer = structlog.processors.JSONRenderer()
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[

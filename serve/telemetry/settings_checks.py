@@ -26,7 +26,6 @@ from serve.telemetry.backends import (
 from serve.telemetry.finding import Finding, Severity
 from serve.telemetry.trace_endpoint import TRACES_PATH, TraceEndpoint, shown_path, trace_endpoint
 
-
 SPAN_BYTES = 400
 """An upper estimate of an encoded span: 190 bytes measured, over a request of 30 steps."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import requests
 from opentelemetry import trace
+from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -113,8 +114,9 @@ def _trial_trace(settings: ServeSettings) -> tuple[tuple[ReadableSpan, ...], str
         resource=build_resource(settings),
         shutdown_on_exit=False,
         span_limits=span_limits(settings),
+        meter_provider=NoOpMeterProvider(),
     )
-    provider.add_span_processor(SimpleSpanProcessor(kept))
+    provider.add_span_processor(SimpleSpanProcessor(kept, meter_provider=NoOpMeterProvider()))
     tracer = provider.get_tracer(SCOPE_NAME, __version__)
     with tracer.start_as_current_span("doctor") as root, tracer.start_as_current_span("checkup"):
         trace_id = trace.format_trace_id(root.get_span_context().trace_id)
