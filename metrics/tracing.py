@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -405,4 +406,4 @@ def otlp_destination(
 
 def console_destination(meter_provider: MeterProvider | None) -> SpanDestination:
     """Standard output, where the SDK's own exporter writes each span as JSON."""
-    return SpanDestination(ConsoleSpanExporter(), meter_provider=meter_provider)
+    return SpanDestination(ConsoleSpanExporter(out=sys.stdout), meter_provider=meter_provider)

@@ -31,7 +31,9 @@ def is_http_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
         PreparedRequest().prepare_url(url, None)
-        return bool(parts.hostname) and parts.port != 0 and _fits_userinfo(parts.netloc)
+        host = parts.hostname or ""
+        host.encode("idna")  # as the client does before it connects
+        return bool(host) and parts.port != 0 and _fits_userinfo(parts.netloc)
     except (ValueError, RequestException):
         return False
 

@@ -143,7 +143,7 @@ def test_what_torch_raises_is_shown_by_its_text() -> None:
 def test_a_line_that_cannot_be_written_is_reported_without_its_text(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    [handler] = logging.getLogger().handlers
+    handler = logging.getLogger().handlers[0]
     assert isinstance(handler, logging.StreamHandler)
     handler.stream.close()
     logging.getLogger("serve.http").error("%s", SECRET)
