@@ -47,7 +47,14 @@ class Untrusted(requests.RequestException):
         super().__init__(f"the endpoint's certificate was not accepted: {reason}")
 
 
-class NotSent(requests.RequestException):
+_WHILE_READING = (
+    requests.exceptions.ChunkedEncodingError,
+    requests.exceptions.ContentDecodingError,
+)
+"""What the HTTP client raises when it has sent a request and cannot read the response."""
+
+
+class ClientError(requests.RequestException):
     """The HTTP client raised something else; a retry would not help."""
 
     def __init__(self, cause: str) -> None:
@@ -80,8 +87,10 @@ class AnswerReader(requests.Session):
                 raise Untrusted(_described(reason)) from None
             raise requests.ConnectionError(_described(reason)) from None
         except Exception as error:  # noqa: BLE001 - a proxy's URL alone raises four kinds
-            self.refusal = type(error).__name__
-            raise NotSent(self.refusal) from None
+            kind = type(error).__name__
+            if not isinstance(error, _WHILE_READING):
+                self.refusal = kind
+            raise ClientError(kind) from None
         # The exporter logs it, and it is the server's own text.
         response.reason = _phrase(response.status_code)
         if 300 <= response.status_code < 400:

@@ -235,11 +235,13 @@ def explain_no_response(
 
 
 def explain_nothing_sent(cause: str) -> Finding:
-    """Explain that the HTTP client refused to send, with the exception `cause`."""
+    """Explain that nothing was sent: the HTTP client refused with an exception of type `cause`, or
+    (empty) the exporter did not call it."""
+    why = f"the HTTP client raised {cause}" if cause else "the exporter could not encode it"
     return Finding(
         Severity.PROBLEM,
         "answer",
-        f"none: nothing was sent, the HTTP client raised {cause}",
+        f"none: nothing was sent, {why}",
         "Check the endpoint, its headers and the proxy.",
     )
 

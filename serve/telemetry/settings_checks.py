@@ -68,7 +68,7 @@ def check_settings(settings: ServeSettings, treat_as: Backend | None = None) -> 
     region = None if backend is None else backend.region_of(endpoint.host)
     findings += _check_endpoint(endpoint, backend, region, treat_as is not None)
     findings += _check_headers(endpoint, backend, region)
-    findings += _check_timeout(endpoint)
+    findings += _check_timeout(endpoint, settings)
     findings.append(_check_sampling(settings))
     if backend is not None:
         findings += _check_batch_size(settings, backend)
@@ -271,13 +271,14 @@ def _check_headers(
 
 
 def _line_break_in_credentials(value: str) -> bool:
-    """Whether base64 credentials of the scheme Basic hold a line break or another control."""
+    """Whether the text inside base64 credentials of the scheme Basic has a line break."""
     scheme, _, credentials = value.partition(" ")
     try:
         decoded = base64.b64decode(credentials)
     except (binascii.Error, ValueError):
         return False
-    return scheme.lower() == "basic" and re.search(rb"[\x00-\x1f\x7f]", decoded) is not None
+    is_text = re.fullmatch(rb"[ -~\r\n]+", decoded) is not None
+    return scheme.lower() == "basic" and is_text and re.search(rb"[\r\n]", decoded) is not None
 
 
 def _check_encoding(endpoint: TraceEndpoint) -> Iterator[Finding]:
@@ -311,16 +312,21 @@ def _check_encoding(endpoint: TraceEndpoint) -> Iterator[Finding]:
             )
 
 
-def _check_timeout(endpoint: TraceEndpoint) -> Iterator[Finding]:
+def _check_timeout(endpoint: TraceEndpoint, settings: ServeSettings) -> Iterator[Finding]:
     seconds = endpoint.timeout_seconds
     yield Finding(Severity.OK, "timeout", f"{seconds:g} s for one export")
     if seconds < 1:
-        unit = 1000 if endpoint.timeout_variable == "OTEL_BSP_EXPORT_TIMEOUT" else 1
+        longer = []
+        if (settings.otlp_traces_timeout or settings.otlp_timeout or 10) < 1:
+            of_traces = "TRACES_" if settings.otlp_traces_timeout is not None else ""
+            longer.append(f"OTEL_EXPORTER_OTLP_{of_traces}TIMEOUT=10")
+        if (settings.bsp_export_timeout or 10_000) < 1000:
+            longer.append("OTEL_BSP_EXPORT_TIMEOUT=10000")
         yield Finding(
             Severity.NOTE,
             "timeout",
             "a backend on another continent takes longer",
-            f"Set {endpoint.timeout_variable}={10 * unit}",
+            f"Set {' and '.join(longer)}",
         )
 
 

@@ -102,8 +102,8 @@ def send_trial_trace(settings: ServeSettings, treat_as: Backend | None = None) -
     if exchange.response is not None:
         explainer = ResponseExplainer(endpoint, backend, change_of_rate(settings, "0.1"))
         return [explainer.explain(exchange.response, len(spans), trace_id, seconds)]
-    if not exchange.tried:
-        return [explain_nothing_sent(session.refusal or "nothing")]
+    if session.refusal or not exchange.tried:
+        return [explain_nothing_sent(session.refusal)]
     return [explain_no_response(endpoint, exchange.errors, seconds)]
 
 
