@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 def hub_failure(error: BaseException) -> str:
     """Why loading a hub repository failed, by the type of the first cause that says it."""
-    import httpx
     from huggingface_hub import errors
 
     reasons: tuple[tuple[type[BaseException], str], ...] = (
@@ -21,7 +20,6 @@ def hub_failure(error: BaseException) -> str:
         (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and it was not downloaded before"),
         (errors.LocalEntryNotFoundError, "the hub cannot be reached, nor was it downloaded before"),
         (errors.EntryNotFoundError, "the repository lacks a file of the diffusers layout"),
-        (httpx.TransportError, "the hub cannot be reached"),
     )
     causes = list(_causes(error))
     for kind, reason in reasons:
@@ -30,6 +28,9 @@ def hub_failure(error: BaseException) -> str:
     for cause in causes:
         if isinstance(cause, errors.HfHubHTTPError):
             return f"the hub answered {cause.response.status_code}"
+        # By name: which HTTP library raises it differs between the client's versions.
+        if any(kind.__name__ == "TransportError" for kind in type(cause).__mro__):
+            return "the hub cannot be reached"
     return f"{type(causes[-1]).__name__} was raised"
 
 

@@ -9,7 +9,7 @@ import base64
 import binascii
 import re
 import textwrap
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 import requests
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -18,7 +18,7 @@ from urllib3.exceptions import NameResolutionError
 
 from serve.telemetry.backends import Backend, endpoints_of
 from serve.telemetry.finding import Finding, Severity
-from serve.telemetry.trace_endpoint import OPTION_HEADERS, TraceEndpoint
+from serve.telemetry.trace_endpoint import OPTION_HEADERS, TraceEndpoint, shown_path
 
 
 class ResponseExplainer:
@@ -136,9 +136,16 @@ class ResponseExplainer:
         return f' ("{shortened}")' if shortened else ""
 
     def _secrets(self) -> set[str]:
-        """All forms in which the server could quote a header's value or the URL's password."""
-        password = self._endpoint.parts.password or ""
-        found = {password, unquote(password)}
+        """All forms in which a server or a proxy could quote a header's value, or what is secret in
+        their URLs."""
+        parts = self._endpoint.parts
+        found = _forms_of_credentials(parts)
+        for proxy in requests.utils.get_environ_proxies(self._endpoint.shown).values():
+            found |= _forms_of_credentials(urlsplit(proxy if "://" in proxy else f"//{proxy}"))
+        found |= {part for part in parts.path.split("/") if shown_path(part) != part}
+        for _, value in parse_qsl(parts.query, keep_blank_values=True):
+            found |= {value, quote(value), quote(value, safe="")}
+        found |= {parts.query, unquote(parts.query)}
         for part in self._endpoint.raw_headers.split(","):
             found.add(part.partition("=")[2].strip())
         for name, value in self._endpoint.headers.items():
@@ -153,6 +160,15 @@ class ResponseExplainer:
                 continue
             found |= {decoded, decoded.partition(":")[2]}
         return found
+
+
+def _forms_of_credentials(url: SplitResult) -> set[str]:
+    """A URL's user name and password as it has them, decoded, and as a header sends them."""
+    if url.username is None and url.password is None:
+        return set()
+    user, password = unquote(url.username or ""), unquote(url.password or "")
+    both = f"{user}:{password}"
+    return {url.password or "", password, both, base64.b64encode(both.encode()).decode()}
 
 
 def _with_stars_for(text: str, secrets: set[str]) -> str:

@@ -105,7 +105,7 @@ def configure_logging(
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # These log every connection.
-    for name in ("httpx", "urllib3", "asyncio", "PIL"):
+    for name in ("httpx", "httpx2", "urllib3", "asyncio", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.setLogRecordFactory(library_text.record_factory)
     library_text.hide_texts_of_uncaught_exceptions()

@@ -185,7 +185,10 @@ def build_gpu_metrics(
 def torch_memory() -> MemoryUse | None:
     """The memory of torch's CUDA allocator on the current device; None before CUDA is used."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    # While torch is being imported it is there without its parts.
+    if torch is None or not hasattr(torch, "cuda") or not hasattr(torch.cuda, "is_initialized"):
+        return None
+    if not torch.cuda.is_initialized():
         return None
     return MemoryUse(
         allocated=torch.cuda.memory_allocated(),

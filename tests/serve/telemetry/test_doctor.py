@@ -37,6 +37,9 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 # Secrets
 
 SECRET = "s3cr3t/Sh0uld+Never=BeSeen"
+PASSWORD = "Qx7vLm2RtZ9kWp4N"
+QUERY_KEY = "bH3uYc8JdF6gSa1E"
+PATH_KEY = "Wn5oKi0TxU7yPq3M"
 
 
 def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **more: Any) -> str:
@@ -60,6 +63,8 @@ def pieces(secret: str, length: int = 6) -> list[str]:
         "credentials {decoded} do not match",
         "key {start}... is unknown, it ends in {end}",
         "{escaped}",
+        "no such path: {url}",
+        '{{"error": "{basic} is unknown at {url}"}}',
         "\x1b[2J{value}\n\n{value}",
     ],
 )
@@ -77,6 +82,8 @@ def test_a_backend_that_quotes_the_key_is_not_repeated(
         value=encoded,
         raw=raw,
         decoded=f"12345:{SECRET}",
+        url=f"/in/{PATH_KEY}/v1/traces?key={QUERY_KEY}",
+        basic=base64.b64encode(f"me:{PASSWORD}".encode()).decode(),
         start=encoded[:9],
         end=encoded[-9:],
         escaped=encoded.replace("/", "\\/"),
@@ -87,11 +94,14 @@ def test_a_backend_that_quotes_the_key_is_not_repeated(
         answer, kind = partial(2, body), PROTOBUF
     with answering(status, answer, kind) as server:
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setenv(ENDPOINT, server.url)
+        url = server.url.replace("//", f"//me:{PASSWORD}@")
+        monkeypatch.setenv(TRACES_ENDPOINT, f"{url}/in/{PATH_KEY}/v1/traces?key={QUERY_KEY}")
         monkeypatch.setenv(HEADERS, f"Authorization={raw},x-scope={SECRET}")
         shown = told(monkeypatch, capsys, width=10_000) + caplog.text
-    for piece in [*pieces(SECRET), *pieces(encoded)]:
-        assert piece not in shown, shown
+    basic = base64.b64encode(f"me:{PASSWORD}".encode()).decode()
+    for secret in (SECRET, encoded, basic, PASSWORD, QUERY_KEY, PATH_KEY):
+        for piece in pieces(secret):
+            assert piece not in shown, shown
     assert "\x1b" not in shown
 
 
