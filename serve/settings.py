@@ -5,8 +5,8 @@ allowed. So does an `SDXL_` name that does not exist: a misspelt setting that is
 than a start that fails.
 
 The fields of telemetry are in `serve.telemetry_settings`, under their standard `OTEL_*` names.
-OpenTelemetry's exporters read theirs from the environment too; the values here are the ones that
-this code decides by. Nothing else in this package reads a setting from the environment.
+OpenTelemetry's exporters read theirs from the environment too; this code uses the values here.
+Nothing else in this package reads a setting from the environment.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from serve.otlp_checks import (
     refuse_unsendable_headers,
     refuse_unusable_certificates,
 )
-from serve.telemetry_settings import TRUE_OR_FALSE, TelemetrySettings
+from serve.setting_fields import TRUE_OR_FALSE, BucketBounds, bucket_bounds_field
+from serve.telemetry_settings import TelemetrySettings
 
 PREFIX = "SDXL_"
 
@@ -52,16 +53,6 @@ _URL_FIELDS = frozenset(
 
 _FILES = ("_certificate", "_client_key")
 """How the names of the fields that hold files of certificates and keys end."""
-
-BucketBounds = Annotated[tuple[float, ...] | None, NoDecode]
-
-
-def _bucket_bounds(unit: str) -> Any:
-    description = (
-        f"a comma-separated list of 1 to {buckets.MOST_BOUNDS} positive numbers of {unit}, each "
-        "above the last"
-    )
-    return Field(default=None, description=description)
 
 
 class ServeSettings(TelemetrySettings):
@@ -116,7 +107,7 @@ class ServeSettings(TelemetrySettings):
         default=None, description="a folder that only this service's operators can write to"
     )
 
-    # What a request gets that does not say (few-step checkpoints need other values), and limits
+    # Defaults of a request (few-step checkpoints need others), and limits
 
     steps: int = Field(default=20, ge=1, le=100, description="a whole number from 1 to 100")
     guidance_scale: float = Field(
@@ -174,12 +165,12 @@ class ServeSettings(TelemetrySettings):
         allow_inf_nan=False,
         description="a number of dense bf16 teraFLOPs a second up to 1000000, above 0",
     )
-    buckets_request: BucketBounds = _bucket_bounds("seconds")
-    buckets_queue: BucketBounds = _bucket_bounds("seconds")
-    buckets_stage: BucketBounds = _bucket_bounds("seconds")
-    buckets_step: BucketBounds = _bucket_bounds("seconds")
-    buckets_gpu_queue: BucketBounds = _bucket_bounds("seconds")
-    buckets_image_bytes: BucketBounds = _bucket_bounds("bytes")
+    buckets_request: BucketBounds = bucket_bounds_field("seconds")
+    buckets_queue: BucketBounds = bucket_bounds_field("seconds")
+    buckets_stage: BucketBounds = bucket_bounds_field("seconds")
+    buckets_step: BucketBounds = bucket_bounds_field("seconds")
+    buckets_gpu_queue: BucketBounds = bucket_bounds_field("seconds")
+    buckets_image_bytes: BucketBounds = bucket_bounds_field("bytes")
     otlp_metrics: bool = Field(default=False, description=TRUE_OR_FALSE)
 
     # Tracing: which requests are exported, what their spans hold

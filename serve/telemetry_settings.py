@@ -8,120 +8,32 @@ that this service does not read.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from metrics.batch_sizes import MOST_SPANS_PER_REQUEST
 from serve.otlp_checks import is_http_url
-
-TRUE_OR_FALSE = "true or false"
-
-MOST = 2**31 - 1
-"""The largest whole number that the OpenTelemetry specification asks an SDK to accept."""
+from serve.setting_fields import (
+    TRUE_OR_FALSE,
+    Compression,
+    Ratio,
+    SamplerName,
+    WholeNumber,
+    limit_field,
+    milliseconds_field,
+    otlp_compression_field,
+    otlp_headers_field,
+    otlp_timeout_field,
+    otlp_url_field,
+    pem_file_field,
+)
 
 DEFAULT_TIMEOUT_SECONDS = 10.0
-
-# NAME=VALUE, NAME=VALUE. The exporter skips what does not match with a warning that quotes it, so
-# it is refused here.
-_HEADER = r"""[ \t]*[-!#-'*+.0-9A-Z^-z|~]+[ \t]*=[ !#-+\--:<-\[\]-~\t]*"""
-_HEADERS = rf"^{_HEADER}(,{_HEADER})*,?\s*$"
-
-SamplerName = Literal[
-    "always_on",
-    "always_off",
-    "traceidratio",
-    "parentbased_always_on",
-    "parentbased_always_off",
-    "parentbased_traceidratio",
-]
-"""Standard samplers of the OpenTelemetry specification."""
-
-Compression = Literal["none", "gzip", "deflate"]
-
-
-def _between_0_and_1(value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError("out of range")
-    return value
-
-
-Ratio = Annotated[float, AfterValidator(_between_0_and_1)]
-
-
-def _digits(value: Any) -> Any:
-    # The SDK reads some of them too, when it is imported, and does not take 5.0 or 1_000 for one.
-    if isinstance(value, str) and not re.fullmatch(r"\s*-?[0-9]{1,30}\s*", value):
-        raise ValueError("not a whole number")
-    return value
-
-
-WholeNumber = Annotated[int, BeforeValidator(_digits)]
-
-
-# Kinds of fields that occur more than once
-
-
-def _otlp_url(variable: str, description: str) -> Any:
-    return Field(
-        default=None,
-        validation_alias=variable,
-        description=f"an http:// or https:// URL with a host{description}",
-    )
-
-
-def _otlp_headers(variable: str) -> Any:
-    return Field(
-        default=None,
-        validation_alias=variable,
-        pattern=_HEADERS,
-        description="a comma-separated list of NAME=VALUE, values percent-encoded",
-    )
-
-
-def _otlp_compression(variable: str) -> Any:
-    return Field(default=None, validation_alias=variable, description="none, gzip or deflate")
-
-
-def _otlp_timeout(variable: str) -> Any:
-    # The Python SDK reads seconds, the specification says milliseconds: 10000 would be nearly three
-    # hours.
-    return Field(
-        default=None,
-        validation_alias=variable,
-        gt=0,
-        le=300,
-        description="a number of seconds up to 300, above 0 (not milliseconds)",
-    )
-
-
-def _file(variable: str, content: str) -> Any:
-    return Field(default=None, validation_alias=variable, description=f"a PEM file with {content}")
-
-
-def _limit(variable: str) -> Any:
-    return Field(
-        default=None,
-        validation_alias=variable,
-        ge=0,
-        le=MOST,
-        description=f"a whole number from 0 to {MOST}",
-    )
-
-
-def _milliseconds(variable: str) -> Any:
-    return Field(
-        default=None,
-        validation_alias=variable,
-        ge=1,
-        le=3_600_000,
-        description="a whole number of milliseconds from 1 to 3600000",
-    )
 
 
 class TelemetrySettings(BaseSettings):
@@ -195,16 +107,20 @@ class TelemetrySettings(BaseSettings):
 
     # Limits of a span
 
-    attribute_count_limit: WholeNumber | None = _limit("OTEL_ATTRIBUTE_COUNT_LIMIT")
-    attribute_value_length_limit: WholeNumber | None = _limit("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT")
-    span_attribute_count_limit: WholeNumber | None = _limit("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT")
-    span_attribute_value_length_limit: WholeNumber | None = _limit(
+    attribute_count_limit: WholeNumber | None = limit_field("OTEL_ATTRIBUTE_COUNT_LIMIT")
+    attribute_value_length_limit: WholeNumber | None = limit_field(
+        "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT"
+    )
+    span_attribute_count_limit: WholeNumber | None = limit_field("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT")
+    span_attribute_value_length_limit: WholeNumber | None = limit_field(
         "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT"
     )
-    span_event_count_limit: WholeNumber | None = _limit("OTEL_SPAN_EVENT_COUNT_LIMIT")
-    span_link_count_limit: WholeNumber | None = _limit("OTEL_SPAN_LINK_COUNT_LIMIT")
-    event_attribute_count_limit: WholeNumber | None = _limit("OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT")
-    link_attribute_count_limit: WholeNumber | None = _limit("OTEL_LINK_ATTRIBUTE_COUNT_LIMIT")
+    span_event_count_limit: WholeNumber | None = limit_field("OTEL_SPAN_EVENT_COUNT_LIMIT")
+    span_link_count_limit: WholeNumber | None = limit_field("OTEL_SPAN_LINK_COUNT_LIMIT")
+    event_attribute_count_limit: WholeNumber | None = limit_field(
+        "OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT"
+    )
+    link_attribute_count_limit: WholeNumber | None = limit_field("OTEL_LINK_ATTRIBUTE_COUNT_LIMIT")
 
     # The batch span processor
 
@@ -223,8 +139,8 @@ class TelemetrySettings(BaseSettings):
         le=1_000_000,
         description="a whole number from 1, at most OTEL_BSP_MAX_QUEUE_SIZE",
     )
-    bsp_schedule_delay: WholeNumber | None = _milliseconds("OTEL_BSP_SCHEDULE_DELAY")
-    bsp_export_timeout: WholeNumber | None = _milliseconds("OTEL_BSP_EXPORT_TIMEOUT")
+    bsp_schedule_delay: WholeNumber | None = milliseconds_field("OTEL_BSP_SCHEDULE_DELAY")
+    bsp_export_timeout: WholeNumber | None = milliseconds_field("OTEL_BSP_EXPORT_TIMEOUT")
 
     # Pushed metrics
 
@@ -241,57 +157,57 @@ class TelemetrySettings(BaseSettings):
         allow_inf_nan=False,
         description="a number of milliseconds from 1000 to 3600000",
     )
-    metric_export_timeout: WholeNumber | None = _milliseconds("OTEL_METRIC_EXPORT_TIMEOUT")
+    metric_export_timeout: WholeNumber | None = milliseconds_field("OTEL_METRIC_EXPORT_TIMEOUT")
 
     # The OTLP endpoint, for spans and for pushed metrics
 
-    otlp_endpoint: str | None = _otlp_url(
+    otlp_endpoint: str | None = otlp_url_field(
         "OTEL_EXPORTER_OTLP_ENDPOINT", ", without /v1/traces and without a query,"
     )
-    otlp_traces_endpoint: str | None = _otlp_url(
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", ", used as it stands,"
+    otlp_traces_endpoint: str | None = otlp_url_field(
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", ", used unchanged,"
     )
-    otlp_metrics_endpoint: str | None = _otlp_url(
-        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", ", used as it stands,"
+    otlp_metrics_endpoint: str | None = otlp_url_field(
+        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", ", used unchanged,"
     )
-    otlp_headers: str | None = _otlp_headers("OTEL_EXPORTER_OTLP_HEADERS")
-    otlp_traces_headers: str | None = _otlp_headers("OTEL_EXPORTER_OTLP_TRACES_HEADERS")
-    otlp_metrics_headers: str | None = _otlp_headers("OTEL_EXPORTER_OTLP_METRICS_HEADERS")
-    otlp_compression: Compression | None = _otlp_compression("OTEL_EXPORTER_OTLP_COMPRESSION")
-    otlp_traces_compression: Compression | None = _otlp_compression(
+    otlp_headers: str | None = otlp_headers_field("OTEL_EXPORTER_OTLP_HEADERS")
+    otlp_traces_headers: str | None = otlp_headers_field("OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+    otlp_metrics_headers: str | None = otlp_headers_field("OTEL_EXPORTER_OTLP_METRICS_HEADERS")
+    otlp_compression: Compression | None = otlp_compression_field("OTEL_EXPORTER_OTLP_COMPRESSION")
+    otlp_traces_compression: Compression | None = otlp_compression_field(
         "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION"
     )
-    otlp_metrics_compression: Compression | None = _otlp_compression(
+    otlp_metrics_compression: Compression | None = otlp_compression_field(
         "OTEL_EXPORTER_OTLP_METRICS_COMPRESSION"
     )
-    otlp_timeout: float | None = _otlp_timeout("OTEL_EXPORTER_OTLP_TIMEOUT")
-    otlp_traces_timeout: float | None = _otlp_timeout("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT")
-    otlp_metrics_timeout: float | None = _otlp_timeout("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT")
-    otlp_certificate: str | None = _file(
+    otlp_timeout: float | None = otlp_timeout_field("OTEL_EXPORTER_OTLP_TIMEOUT")
+    otlp_traces_timeout: float | None = otlp_timeout_field("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT")
+    otlp_metrics_timeout: float | None = otlp_timeout_field("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT")
+    otlp_certificate: str | None = pem_file_field(
         "OTEL_EXPORTER_OTLP_CERTIFICATE", "the endpoint's certificate authority"
     )
-    otlp_traces_certificate: str | None = _file(
+    otlp_traces_certificate: str | None = pem_file_field(
         "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "the endpoint's certificate authority"
     )
-    otlp_metrics_certificate: str | None = _file(
+    otlp_metrics_certificate: str | None = pem_file_field(
         "OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE", "the endpoint's certificate authority"
     )
-    otlp_client_certificate: str | None = _file(
+    otlp_client_certificate: str | None = pem_file_field(
         "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", "this client's certificate"
     )
-    otlp_traces_client_certificate: str | None = _file(
+    otlp_traces_client_certificate: str | None = pem_file_field(
         "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE", "this client's certificate"
     )
-    otlp_metrics_client_certificate: str | None = _file(
+    otlp_metrics_client_certificate: str | None = pem_file_field(
         "OTEL_EXPORTER_OTLP_METRICS_CLIENT_CERTIFICATE", "this client's certificate"
     )
-    otlp_client_key: str | None = _file(
+    otlp_client_key: str | None = pem_file_field(
         "OTEL_EXPORTER_OTLP_CLIENT_KEY", "the client certificate's key, unencrypted"
     )
-    otlp_traces_client_key: str | None = _file(
+    otlp_traces_client_key: str | None = pem_file_field(
         "OTEL_EXPORTER_OTLP_TRACES_CLIENT_KEY", "the client certificate's key, unencrypted"
     )
-    otlp_metrics_client_key: str | None = _file(
+    otlp_metrics_client_key: str | None = pem_file_field(
         "OTEL_EXPORTER_OTLP_METRICS_CLIENT_KEY", "the client certificate's key, unencrypted"
     )
 
