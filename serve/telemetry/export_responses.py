@@ -258,7 +258,7 @@ def explain_nothing_sent(cause: str) -> Finding:
         Severity.PROBLEM,
         "answer",
         f"none: nothing was sent, {why}",
-        "Check the endpoint, its headers and the proxy.",
+        "Check the endpoint, its headers, the proxy, and REQUESTS_CA_BUNDLE.",
     )
 
 
