@@ -56,20 +56,16 @@ def test_servers_are_imported_without_a_model_library(module: str) -> None:
     [
         ({"SDXL_MAX_WAITING": "many"}, "SDXL_MAX_WAITING='many' is not allowed"),
         ({"SDXL_MDOEL": "demo"}, "did you mean SDXL_MODEL"),
-        ({"sdxl_stpes": "5"}, "did you mean SDXL_STEPS"),
         ({"OTEL_SAMPLE_RATE": "2"}, "a number from 0 to 1"),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:99999"}, "with a host"),
         ({"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "abc"}, "a whole number from 0"),
-        ({"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "-1"}, "a whole number from 0"),
         ({"OTEL_PROPAGATORS": "no-such-propagator"}, "tracecontext"),
-        ({"OTEL_TRACES_EXPORTER": "zipkin"}, "otlp, console or none"),
     ],
 )
-@pytest.mark.parametrize("command", ["run", "doctor"])
 def test_a_wrong_setting_stops_the_start_with_a_sentence(
-    environment: dict[str, str], said: str, command: str
+    environment: dict[str, str], said: str
 ) -> None:
-    result = serve(command, **environment)
+    result = serve(**environment)
     assert result.returncode == 2
     assert said in result.stderr
     assert len(result.stderr.splitlines()) == 1

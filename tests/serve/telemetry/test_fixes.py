@@ -288,7 +288,7 @@ def test_the_fix_for_a_backend_that_wants_less_exports_less(
 @pytest.mark.parametrize(
     ("backend", "status"),
     [(backend, status) for backend in BACKENDS for status in (*backend.refusals, 413)],
-    ids=str,
+    ids=lambda part: getattr(part, "name", str(part)),
 )
 def test_the_fix_for_a_refused_export_is_a_setting_that_is_right(
     monkeypatch: pytest.MonkeyPatch, backend: Backend, status: int
