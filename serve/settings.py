@@ -242,6 +242,7 @@ def load_settings() -> ServeSettings:
     _refuse_unknown_names()
     otel_variables.refuse(os.environ, _standard_names())
     _refuse_proxies()
+    _refuse_keys()
     try:
         settings = ServeSettings()
     except ValidationError as error:
@@ -303,6 +304,19 @@ def _refuse_proxies() -> None:
             raise ConfigurationError(
                 f"{name} is not allowed as it is (its value is not shown): the URL of a proxy is, "
                 "as http://HOST:PORT."
+            )
+
+
+def _refuse_keys() -> None:
+    """Refuse a key of a hub or of fal that does not fit into a header: the HTTP client's message
+    would quote it."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "FAL_KEY"):
+        key = os.environ.get(name, "")
+        # The hub's client strips its token, which may come from a file.
+        if not re.fullmatch(r"[!-~]*", key if name == "FAL_KEY" else key.strip()):
+            raise ConfigurationError(
+                f"{name} is not allowed as it is (its value is not shown): visible ASCII "
+                "characters without spaces and line breaks are."
             )
 
 

@@ -189,6 +189,9 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
         ("SDXL_ADMIN_TOKEN", "hunter2"),
         ("SDXL_GATEWAY_TARGET", "http://me:hunter2@host:x"),
         ("SDXL_TRACE_URL", "https://me:hunter2@host/"),
+        ("HF_TOKEN", "hf_hunter2\nhunter2"),
+        ("HUGGING_FACE_HUB_TOKEN", "hf_hunter2 hunter2"),
+        ("FAL_KEY", "hunter2:hunter2\n"),
         ("HTTPS_PROXY", "http://me:hunter2@proxy:x"),
         ("http_proxy", "http://me:hunter2@"),
         ("ALL_PROXY", "gopher://me:hunter2@proxy"),
@@ -222,6 +225,7 @@ def test_headers_as_the_exporter_reads_them(monkeypatch: pytest.MonkeyPatch, hea
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://[::1]:4318"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://xn--bcher-kva.example:4318/otlp"),
         ("SDXL_GATEWAY_TARGET", "someone/app"),
+        ("HF_TOKEN", "hf_0123456789\n"),
     ],
 )
 def test_what_http_can_use_is_allowed(
