@@ -59,15 +59,17 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
         The runtime loads the model on a thread of its own, so the metrics port, which shares this
         event loop, responds meanwhile.
         """
+        from serve.settings import load_settings
+
+        require_our_handlers(self._installed)
+        settings = load_settings()
+
         from prometheus_client import CollectorRegistry
 
         from serve.engine.call import current_call
         from serve.engine.runtime import build_runtime
-        from serve.settings import load_settings
         from serve.telemetry.logs import configure_logging
 
-        require_our_handlers(self._installed)
-        settings = load_settings()
         if settings.cache_dir is None and KEPT.is_dir():
             settings = settings.model_copy(update={"cache_dir": KEPT / "stepspan"})
         configure_logging(settings.log_format, current_call.get)

@@ -29,17 +29,19 @@ class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not follow
 
     async def setup(self) -> None:
         """Read the settings. There is nothing to warm up."""
+        from serve.settings import load_settings
+
+        require_our_handlers(self._installed)
+        settings = load_settings()
+
         from fal.auth import key_credentials
         from fal.flags import FAL_RUN_HOST
         from prometheus_client import CollectorRegistry
 
         from serve.engine.call import current_call
         from serve.http.gateway_client import GatewayClient, ImageAppAddress
-        from serve.settings import load_settings
         from serve.telemetry.logs import configure_logging
 
-        require_our_handlers(self._installed)
-        settings = load_settings()
         configure_logging(settings.log_format, current_call.get)
         image_app = ImageAppAddress.named_by(
             settings.gateway_target, key_credentials(), FAL_RUN_HOST

@@ -226,14 +226,15 @@ def _export(request: RequestTiming, series: int) -> CallTime:
     from bench.service.processes import running
     from metrics.otlp import AnswerReader
     from metrics.spans import emit, request_tree
-    from metrics.tracing import MAX_EXPORT_BATCH_SIZE
+    from metrics.tracing import BatchSizes
 
     kept, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(kept))
     tree = request_tree(request)
-    while len(kept.get_finished_spans()) < MAX_EXPORT_BATCH_SIZE:
+    size = BatchSizes().export_batch_size
+    while len(kept.get_finished_spans()) < size:
         emit(provider.get_tracer("bench"), Context(), tree)
-    batch, spans = kept.get_finished_spans()[:MAX_EXPORT_BATCH_SIZE], tree.size
+    batch, spans = kept.get_finished_spans()[:size], tree.size
     with running("the OTLP receiver", ["bench.service.otlp_receiver"]) as receiver:
         exporter = OTLPSpanExporter(receiver.address + "/v1/traces", session=AnswerReader("spans"))
 

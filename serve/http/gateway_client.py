@@ -152,7 +152,7 @@ class GatewayClient:
     ) -> None:
         # The gateway uses no GPU, even if the machine has one.
         settings = settings.model_copy(update={"device": "cpu"})
-        if settings.service_name is None and not settings.resource_attributes_name_the_service:
+        if settings.service_name is None and not settings.resource_attributes.get("service.name"):
             settings = settings.model_copy(update={"service_name": SERVICE_NAME})
         self.settings = settings
         self.metrics = GenerationMetrics(

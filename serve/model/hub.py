@@ -7,6 +7,7 @@ signature.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 HUB_SECONDS = 10.0
@@ -26,36 +27,51 @@ def variant_on_hub(name: str, revision: str | None) -> str | None:
             give it to this user.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     try:
         files = HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS).siblings or []
-    except OfflineModeIsEnabled:
-        raise HubUnavailable("HF_HUB_OFFLINE forbids to ask the hub") from None
-    except GatedRepoError:
-        raise HubUnavailable(
-            "the hub gives it only to accounts that were granted access, and HF_TOKEN is not one's"
-        ) from None
-    except RevisionNotFoundError:
-        raise HubUnavailable(f"the hub's repository has no revision {revision!r}") from None
-    except RepositoryNotFoundError:
-        raise HubUnavailable(
-            "the hub has no such repository, or a private one that HF_TOKEN does not open"
-        ) from None
-    except HfHubHTTPError as error:
-        raise HubUnavailable(f"the hub answered {error.response.status_code}") from None
-    except Exception as error:  # noqa: BLE001 - see below
-        # The library's HTTP client and the system raise many types: no route, a name that does not
-        # resolve, a certificate, a time limit, a proxy.
-        raise HubUnavailable(f"the hub cannot be reached ({type(error).__name__})") from None
+    except Exception as error:  # noqa: BLE001 - the library's HTTP client raises many types
+        raise HubUnavailable(hub_failure(error, revision)) from None
     found = any(f.rfilename.startswith("unet/") and ".fp16." in f.rfilename for f in files)
     return "fp16" if found else None
+
+
+def hub_failure(error: BaseException, revision: str | None) -> str:
+    """A clause that says why the hub did not give a repository, by the type of the first cause that
+    says it."""
+    from huggingface_hub import errors
+
+    reasons: tuple[tuple[type[BaseException], str], ...] = (
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids to ask the hub"),
+        (
+            errors.GatedRepoError,
+            "the hub gives it only to accounts that were granted access, and HF_TOKEN is not one's",
+        ),
+        (errors.RevisionNotFoundError, f"the hub's repository has no revision {revision!r}"),
+        (
+            errors.RepositoryNotFoundError,
+            "the hub has no such repository, or a private one that HF_TOKEN does not open",
+        ),
+        (errors.LocalEntryNotFoundError, "the hub cannot be reached"),
+        (errors.EntryNotFoundError, "the repository lacks a file of the diffusers layout"),
+    )
+    causes = list(_causes(error))
+    for kind, reason in reasons:
+        if any(isinstance(cause, kind) for cause in causes):
+            return reason
+    for cause in causes:
+        if isinstance(cause, errors.HfHubHTTPError):
+            return f"the hub answered {cause.response.status_code}"
+    # No route, a name that does not resolve, a certificate, a time limit, a proxy.
+    return f"the hub cannot be reached ({type(causes[-1]).__name__})"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what led to it, the latest first."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
 
 
 def downloaded_before(name: str, revision: str | None) -> Path | None:

@@ -27,7 +27,13 @@ from kernels_warmup.rewrites.zero_text import ZERO_TEXT, takes_zero_text
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError
-from serve.model.hub import HubUnavailable, downloaded_before, first_line, variant_on_hub
+from serve.model.hub import (
+    HubUnavailable,
+    downloaded_before,
+    first_line,
+    hub_failure,
+    variant_on_hub,
+)
 from serve.model.noise import cpu_generator
 from serve.model.scheduler_watch import watch_scheduler
 from serve.model.weights import non_finite_tensor
@@ -433,12 +439,12 @@ def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> StableDif
             add_watermarker=False,
             **options,
         )
-    except Exception as error:
-        # Four libraries read these files, each with its own errors; all mean the same here.
-        raise ModelError(
-            f"the model at {name!r} could not be loaded: {type(error).__name__}: "
-            f"{first_line(error)}"
-        ) from error
+    except Exception as error:  # noqa: BLE001 - of four libraries' errors; all mean the same here
+        # About local files they quote no more than the files.
+        local = f"{type(error).__name__}: {first_line(error)}"
+        local_only = options.get("local_files_only")
+        why = local if local_only else hub_failure(error, options.get("revision"))
+        raise ModelError(f"the model at {name!r} could not be loaded: {why}") from None
     for part in _PARTS:
         module = getattr(pipeline, part)
         if module is None:
