@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,12 +22,18 @@ from dataclasses import dataclass
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
-from opentelemetry.metrics import MeterProvider
+from opentelemetry.metrics import MeterProvider, NoOpMeterProvider
 from opentelemetry.sdk.environment_variables import OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED
 from opentelemetry.sdk.metrics import MeterProvider as SdkMeterProvider
+from opentelemetry.sdk.metrics import TraceBasedExemplarFilter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import (
+    BatchSpanProcessor,
+    ConsoleSpanExporter,
+    SpanExporter,
+    SpanExportResult,
+)
 from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult
 from opentelemetry.semconv.schemas import Schemas
@@ -36,6 +42,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import Attributes
 from prometheus_client import CollectorRegistry
 
+from metrics.batch_sizes import BatchSizes as BatchSizes  # the bench's worker gets it from here
 from metrics.records import RequestTiming
 from metrics.sampling import KeepReason, TraceIdentity, TraceSampling
 from metrics.spans import SpanNode, emit
@@ -45,23 +52,15 @@ logger = logging.getLogger(__name__)
 SCOPE_NAME = "stepspan"
 SCHEMA_URL = Schemas.V1_44_0.value
 
-# The batch processor's sizes. A request is ten spans and one a step. A GPU serves about one request
-# of 30 steps a second and the demo model about five shorter ones; call it five of 40 spans.
-SPANS_PER_REQUEST = 10 + 30
-MOST_SPANS_PER_REQUEST = 10 + 100
-REQUESTS_PER_SECOND = 5
-# While a backend is redeployed, for half a minute, nothing is lost. The queue for that, 8,192 spans
-# of about 1.5 kB, is 12 MB, the most memory that telemetry uses.
-OUTAGE_SECONDS = 30
-MAX_QUEUE_SIZE = 2 ** math.ceil(math.log2(SPANS_PER_REQUEST * REQUESTS_PER_SECOND * OUTAGE_SECONDS))
-# A dozen requests and under 200 kB on the wire, far below every backend's limit. At the highest
-# rate a batch fills in two and a half seconds, so the delay below decides when it is exported.
-MAX_EXPORT_BATCH_SIZE = 512
-# How soon a trace is visible. It costs at most one small export a second.
-SCHEDULE_DELAY_MILLIS = 1000
-
 PROBABILITY = "sampling.probability"
 """On every exported span: the probability that it was exported. Its weight is 1/p."""
+
+MAX_TRACE_STATE_CHARACTERS = 512
+"""W3C: at least 512 characters of a `tracestate` should be passed on. More is not, because every
+exported span repeats it: 8 kB on each of a batch's 512 spans would exceed what backends accept."""
+
+Carrier = Mapping[str, str | Sequence[str]]
+"""May hold `traceparent`, and `tracestate` as one text or as several, in order."""
 
 HONEYCOMB_SAMPLE_RATE = "SampleRate"
 """The weight as Honeycomb reads it: 1/p as an integer."""
@@ -209,31 +208,6 @@ class SpanDestination:
     meter_provider: MeterProvider | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BatchSizes:
-    """The batch span processor's queue and batch sizes, in spans, and its delay."""
-
-    queue_size: int = MAX_QUEUE_SIZE
-    export_batch_size: int = MAX_EXPORT_BATCH_SIZE
-    schedule_delay_millis: int = SCHEDULE_DELAY_MILLIS
-
-    @classmethod
-    def chosen(
-        cls,
-        queue_size: int | None = None,
-        export_batch_size: int | None = None,
-        schedule_delay_millis: int | None = None,
-    ) -> BatchSizes:
-        """The sizes given, and the defaults for those that are None."""
-        queue_size = queue_size or MAX_QUEUE_SIZE
-        return cls(
-            queue_size,
-            # The SDK refuses a batch larger than the queue; a small queue means small batches.
-            export_batch_size or min(MAX_EXPORT_BATCH_SIZE, queue_size),
-            schedule_delay_millis or SCHEDULE_DELAY_MILLIS,
-        )
-
-
 class Tracing:
     """Draws identities for requests, and exports the trees of the chosen ones.
 
@@ -245,6 +219,7 @@ class Tracing:
         on_ended: counts spans that ended.
         on_result: counts spans by result.
         batches: the batch processor's sizes; None: the defaults.
+        limits: the SDK's limits of a span; None: those of the environment.
     """
 
     def __init__(
@@ -257,6 +232,7 @@ class Tracing:
         on_result: CountResults,
         version: str = "",
         batches: BatchSizes | None = None,
+        limits: SpanLimits | None = None,
     ) -> None:
         self._sampling = sampling
         self._ids = RandomIdGenerator()
@@ -276,6 +252,9 @@ class Tracing:
                 resource=resource,
                 shutdown_on_exit=False,
                 id_generator=self._preset_ids,
+                span_limits=limits,
+                # Else the SDK loads the global provider that OTEL_PYTHON_METER_PROVIDER names.
+                meter_provider=NoOpMeterProvider(),
             )
             watched = _WatchedExporter(
                 destination.exporter, self._ledger, destination.take_rejected
@@ -297,12 +276,12 @@ class Tracing:
         """Spans in the queue and in the batch that is being exported."""
         return self._ledger.outstanding
 
-    def identify(self, *carriers: Mapping[str, str]) -> TraceIdentity:
+    def identify(self, *carriers: Carrier) -> TraceIdentity:
         """Draw a request's ids and decide on its export at its start.
 
         Args:
-            carriers: mappings that may hold `traceparent` and `tracestate`, in order of precedence.
-                A malformed one is ignored, as the W3C recommendation requires.
+            carriers: in order of precedence. As W3C requires, a malformed `traceparent` means that
+                there is no caller, and a malformed `tracestate` alone that it is empty.
         """
         identity = self._sampling.decide_at_start(
             self._ids.generate_trace_id(), self._ids.generate_span_id(), self._caller(carriers)
@@ -359,13 +338,41 @@ class Tracing:
             )
         return lost
 
-    def _caller(self, carriers: Sequence[Mapping[str, str]]) -> SpanContext | None:
+    def _caller(self, carriers: Sequence[Carrier]) -> SpanContext | None:
         for carrier in carriers:
             context = self._propagator.extract(carrier, context=Context())
             caller = trace.get_current_span(context).get_span_context()
             if caller.is_valid:
-                return caller
+                return SpanContext(
+                    caller.trace_id,
+                    caller.span_id,
+                    is_remote=True,
+                    trace_flags=caller.trace_flags,
+                    trace_state=shortened(caller.trace_state),
+                )
         return None
+
+
+def drawn_identity() -> TraceIdentity:
+    """A new identity that is never exported, for what no `Tracing` is there for."""
+    ids = RandomIdGenerator()
+    return TraceIdentity(ids.generate_trace_id(), ids.generate_span_id(), exported=False)
+
+
+def shortened(state: TraceState) -> TraceState:
+    """A trace state of at most `MAX_TRACE_STATE_CHARACTERS`, cut as W3C says.
+
+    Whole entries are removed: those of more than 128 characters first, then from the end. `ot`
+    stays: it is OpenTelemetry's own, and holds the caller's sampling probability.
+    """
+    entries = {key: f"{key}={value}" for key, value in state.items()}
+    from_the_end = [key for key in reversed(entries) if key != "ot"]
+    long = [key for key in from_the_end if len(entries[key]) > 128]
+    for key in (*long, *(key for key in from_the_end if key not in long)):
+        if len(",".join(entries.values())) <= MAX_TRACE_STATE_CHARACTERS:
+            break
+        del entries[key]
+    return TraceState([(key, state[key]) for key in entries])
 
 
 def _never_exported(identity: TraceIdentity) -> TraceIdentity:
@@ -381,7 +388,7 @@ def _batch_processor(
             max_queue_size=sizes.queue_size,
             max_export_batch_size=sizes.export_batch_size,
             schedule_delay_millis=sizes.schedule_delay_millis,
-            meter_provider=meter_provider,
+            meter_provider=meter_provider or NoOpMeterProvider(),
         )
 
 
@@ -408,13 +415,30 @@ def sdk_metrics(registry: CollectorRegistry) -> MeterProvider:
     reader = PrometheusMetricReader(
         disable_target_info=True, scope_info_enabled=False, registry=registry
     )
-    return SdkMeterProvider([reader], resource=Resource.get_empty(), shutdown_on_exit=False)
+    return SdkMeterProvider(
+        [reader],
+        resource=Resource.get_empty(),
+        shutdown_on_exit=False,
+        # Its default is read from the environment, where an empty value would be an error.
+        exemplar_filter=TraceBasedExemplarFilter(),
+    )
 
 
-def otlp_destination(honeycomb: bool, meter_provider: MeterProvider | None) -> SpanDestination:
-    """The OTLP/HTTP endpoint of the standard `OTEL_EXPORTER_OTLP_*` variables."""
+def otlp_destination(
+    honeycomb: bool, meter_provider: MeterProvider | None, timeout_seconds: float | None = None
+) -> SpanDestination:
+    """The OTLP/HTTP endpoint of the standard `OTEL_EXPORTER_OTLP_*` variables.
+
+    Args:
+        timeout_seconds: time limit for one export, retries included; None: the environment's.
+    """
     from metrics.otlp import otlp_exporter
 
     with _self_metrics(meter_provider):
-        exporter, answers = otlp_exporter(meter_provider)
+        exporter, answers = otlp_exporter(meter_provider, timeout_seconds)
     return SpanDestination(exporter, answers.take_rejected, honeycomb, meter_provider)
+
+
+def console_destination(meter_provider: MeterProvider | None) -> SpanDestination:
+    """Standard output, where the SDK's own exporter writes each span as JSON."""
+    return SpanDestination(ConsoleSpanExporter(out=sys.stdout), meter_provider=meter_provider)

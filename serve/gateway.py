@@ -29,17 +29,19 @@ class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not follow
 
     async def setup(self) -> None:
         """Read the settings. There is nothing to warm up."""
+        from serve.settings import load_settings
+
+        require_our_handlers(self._installed)
+        settings = load_settings()
+
         from fal.auth import key_credentials
         from fal.flags import FAL_RUN_HOST
         from prometheus_client import CollectorRegistry
 
         from serve.engine.call import current_call
         from serve.http.gateway_client import GatewayClient, ImageAppAddress
-        from serve.settings import load_settings
         from serve.telemetry.logs import configure_logging
 
-        require_our_handlers(self._installed)
-        settings = load_settings()
         configure_logging(settings.log_format, current_call.get)
         image_app = ImageAppAddress.named_by(
             settings.gateway_target, key_credentials(), FAL_RUN_HOST
@@ -71,5 +73,7 @@ class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not follow
 
     def _add_extra_routes(self, app: FastAPI) -> None:
         """Replace fal's handlers and routes by ours, as `SdxlApp` does."""
-        replace_fals_handlers(app, lambda: self._client)
+        from serve.http.image_app_errors import GATEWAY_ERRORS
+
+        replace_fals_handlers(app, lambda: self._client, ("/",), GATEWAY_ERRORS)
         self._installed = True

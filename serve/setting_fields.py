@@ -1,13 +1,19 @@
-"""Types and fields that several settings share, such as those of OTLP for spans and for metrics."""
+"""Kinds of fields that settings have more than once: their types and what each allows."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
 from metrics import buckets
+
+TRUE_OR_FALSE = "true or false"
+
+MOST = 2**31 - 1
+"""The largest whole number that the OpenTelemetry specification asks an SDK to accept."""
 
 # NAME=VALUE, NAME=VALUE. The exporter skips what does not match with a warning that quotes it, so
 # it is refused here.
@@ -25,7 +31,6 @@ SamplerName = Literal[
 """Standard samplers of the OpenTelemetry specification."""
 
 Compression = Literal["none", "gzip", "deflate"]
-BucketBounds = Annotated[tuple[float, ...] | None, NoDecode]
 
 
 def _between_0_and_1(value: float) -> float:
@@ -37,20 +42,34 @@ def _between_0_and_1(value: float) -> float:
 Ratio = Annotated[float, AfterValidator(_between_0_and_1)]
 
 
-def bucket_bounds_field(unit: str) -> Any:
-    description = (
-        f"a comma-separated list of 1 to {buckets.MOST_BOUNDS} positive numbers of {unit}, each "
-        "above the last"
+def _digits(value: Any) -> Any:
+    # The SDK reads some of them too, when it is imported, and does not take 5.0 or 1_000 for one.
+    if isinstance(value, str) and not re.fullmatch(r"\s*-?[0-9]{1,30}\s*", value):
+        raise ValueError("not a whole number")
+    return value
+
+
+WholeNumber = Annotated[int, BeforeValidator(_digits)]
+
+
+# Kinds of fields that occur more than once
+
+
+def seconds_field(default: float) -> Any:
+    return Field(
+        default=default,
+        gt=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="a number of seconds up to 3600, above 0",
     )
-    return Field(default=None, description=description)
 
 
 def otlp_url_field(variable: str, description: str) -> Any:
     return Field(
         default=None,
         validation_alias=variable,
-        pattern=r"^https?://[^\s]+$",
-        description=f"an http:// or https:// URL{description}",
+        description=f"an http:// or https:// URL with a host{description}",
     )
 
 
@@ -79,6 +98,36 @@ def otlp_timeout_field(variable: str) -> Any:
     )
 
 
-def doctor_field(variable: str) -> Any:
-    """A variable that OpenTelemetry or its HTTP client reads, and only `serve doctor` checks."""
-    return Field(default=None, validation_alias=variable, description="any text")
+def pem_file_field(variable: str, content: str) -> Any:
+    return Field(default=None, validation_alias=variable, description=f"a PEM file with {content}")
+
+
+def limit_field(variable: str) -> Any:
+    return Field(
+        default=None,
+        validation_alias=variable,
+        ge=0,
+        le=MOST,
+        description=f"a whole number from 0 to {MOST}",
+    )
+
+
+def milliseconds_field(variable: str) -> Any:
+    return Field(
+        default=None,
+        validation_alias=variable,
+        ge=1,
+        le=3_600_000,
+        description="a whole number of milliseconds from 1 to 3600000",
+    )
+
+
+BucketBounds = Annotated[tuple[float, ...] | None, NoDecode]
+
+
+def bucket_bounds_field(unit: str) -> Any:
+    description = (
+        f"a comma-separated list of 1 to {buckets.MOST_BOUNDS} positive numbers of {unit}, each "
+        "above the last"
+    )
+    return Field(default=None, description=description)

@@ -4,9 +4,9 @@ A wrong value stops the start with a sentence that names the variable, the value
 allowed. So does an `SDXL_` name that does not exist: a misspelt setting that is ignored is worse
 than a start that fails.
 
-Telemetry uses the standard `OTEL_*` names. OpenTelemetry's exporters read theirs from the
-environment too; this code uses the values here. Nothing else in this package reads a setting from
-the environment.
+The fields of telemetry are in `serve.telemetry_settings`, under their standard `OTEL_*` names.
+OpenTelemetry's exporters read theirs from the environment too; this code uses the values here.
+Nothing else in this package reads a setting from the environment.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from kernels_warmup.shapes import CompiledShape
 from metrics import buckets
-from metrics.tracing import MAX_QUEUE_SIZE, MOST_SPANS_PER_REQUEST
+from metrics.batch_sizes import MAX_QUEUE_SIZE
+from serve import otel_variables
 from serve.errors import ConfigurationError
-from serve.setting_fields import (
-    BucketBounds,
-    Compression,
-    Ratio,
-    SamplerName,
-    bucket_bounds_field,
-    doctor_field,
-    otlp_compression_field,
-    otlp_headers_field,
-    otlp_timeout_field,
-    otlp_url_field,
+from serve.otlp_checks import (
+    is_http_url,
+    is_proxy,
+    refuse_unsendable_headers,
+    refuse_unusable_certificates,
 )
+from serve.setting_fields import (
+    TRUE_OR_FALSE,
+    BucketBounds,
+    bucket_bounds_field,
+    seconds_field,
+)
+from serve.telemetry_settings import TelemetrySettings
 
 PREFIX = "SDXL_"
 
@@ -44,15 +45,22 @@ DEMO_MODEL = "demo"
 RANDOM_SDXL_BASE = "random:sdxl-base"
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
-TRUE_OR_FALSE = "true or false"
-
 _SECRET_FIELDS = frozenset(
     {"otlp_headers", "otlp_traces_headers", "otlp_metrics_headers", "admin_token"}
 )
 """Fields whose value no error message shows."""
 
+_URL_FIELDS = frozenset(
+    {"otlp_endpoint", "otlp_traces_endpoint", "otlp_metrics_endpoint"}
+    | {"gateway_target", "trace_url"}
+)
+"""Fields whose value may contain a user name and password, or a key."""
 
-class ServeSettings(BaseSettings):
+_FILES = ("_certificate", "_client_key")
+"""How the names of the fields that hold files of certificates and keys end."""
+
+
+class ServeSettings(TelemetrySettings):
     """Every setting with its default. Each description ends the sentence "... is allowed"."""
 
     model_config = SettingsConfigDict(
@@ -121,6 +129,15 @@ class ServeSettings(BaseSettings):
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
     )
 
+    # Connections. `serve.http.connections` says what each limit is for
+
+    max_connections: int | None = Field(
+        default=None, ge=1, le=100_000, description="a whole number from 1 to 100000"
+    )
+    header_seconds: float = seconds_field(10)
+    keep_alive_seconds: float = seconds_field(5)
+    send_seconds: float = seconds_field(30)
+
     # Operation: logs, profiles, the operator's token
 
     log_format: Literal["auto", "text", "json"] = Field(
@@ -134,7 +151,7 @@ class ServeSettings(BaseSettings):
         description="a token of at least 16 characters, printable and without spaces,",
     )
 
-    # fal: the gateway's image app, billing, and what fal sets on a runner
+    # fal: the gateway's image app, billing
 
     gateway_target: str | None = Field(
         default=None,
@@ -142,12 +159,6 @@ class ServeSettings(BaseSettings):
         description="an http:// or https:// URL, or OWNER/APP on fal,",
     )
     fal_billing: bool = Field(default=False, description=TRUE_OR_FALSE)
-    fal_runner_id: str | None = Field(
-        default=None, validation_alias="FAL_JOB_ID", description="any text"
-    )
-    fal_app_name: str | None = Field(
-        default=None, validation_alias="FAL_APP_NAME", description="any text"
-    )
 
     # Metrics: the latency budget, utilisation, histogram buckets, pushing
 
@@ -175,45 +186,9 @@ class ServeSettings(BaseSettings):
     buckets_gpu_queue: BucketBounds = bucket_bounds_field("seconds")
     buckets_image_bytes: BucketBounds = bucket_bounds_field("bytes")
     otlp_metrics: bool = Field(default=False, description=TRUE_OR_FALSE)
-    otlp_metrics_temporality: Literal["cumulative", "delta", "lowmemory"] = Field(
-        default="cumulative",
-        validation_alias="OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
-        description="cumulative, delta or lowmemory",
-    )
-    metric_export_interval: float = Field(
-        default=60_000,
-        validation_alias="OTEL_METRIC_EXPORT_INTERVAL",
-        ge=1000,
-        le=3_600_000,
-        allow_inf_nan=False,
-        description="a number of milliseconds from 1000 to 3600000",
-    )
 
-    # Tracing: on or off, which requests are exported, what their spans hold
+    # Tracing: which requests are exported, what their spans hold
 
-    enable_tracing: bool = Field(
-        default=True, validation_alias="ENABLE_TRACING", description=TRUE_OR_FALSE
-    )
-    sdk_disabled: bool = Field(
-        default=False, validation_alias="OTEL_SDK_DISABLED", description=TRUE_OR_FALSE
-    )
-    sample_rate: Ratio | None = Field(
-        default=None,
-        validation_alias="OTEL_SAMPLE_RATE",
-        allow_inf_nan=False,
-        description="a number from 0 to 1",
-    )
-    traces_sampler: SamplerName | None = Field(
-        default=None,
-        validation_alias="OTEL_TRACES_SAMPLER",
-        description=("always_on, always_off, traceidratio, or one of these after `parentbased_`"),
-    )
-    traces_sampler_arg: Ratio | None = Field(
-        default=None,
-        validation_alias="OTEL_TRACES_SAMPLER_ARG",
-        allow_inf_nan=False,
-        description="a number from 0 to 1",
-    )
     trace_keep_slow_seconds: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="a number of seconds above 0"
     )
@@ -230,72 +205,6 @@ class ServeSettings(BaseSettings):
         pattern=r"^https?://[^\s{}]*\{trace_id\}[^\s{}]*$",
         description="an http:// or https:// URL with {trace_id} in it",
     )
-    service_name: str | None = Field(
-        default=None, validation_alias="OTEL_SERVICE_NAME", description="any text"
-    )
-    resource_attributes: str = Field(
-        default="",
-        validation_alias="OTEL_RESOURCE_ATTRIBUTES",
-        description="a comma-separated list of NAME=VALUE",
-    )
-
-    # The batch span processor
-
-    bsp_max_queue_size: int | None = Field(
-        default=None,
-        validation_alias="OTEL_BSP_MAX_QUEUE_SIZE",
-        ge=MOST_SPANS_PER_REQUEST,
-        description=f"a whole number from {MOST_SPANS_PER_REQUEST}, the spans of one long request,",
-    )
-    bsp_max_export_batch_size: int | None = Field(
-        default=None,
-        validation_alias="OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
-        ge=1,
-        description="a whole number from 1, at most OTEL_BSP_MAX_QUEUE_SIZE",
-    )
-    bsp_schedule_delay: int | None = Field(
-        default=None,
-        validation_alias="OTEL_BSP_SCHEDULE_DELAY",
-        ge=1,
-        description="a whole number of milliseconds from 1",
-    )
-    bsp_export_timeout: str | None = Field(
-        default=None,
-        validation_alias="OTEL_BSP_EXPORT_TIMEOUT",
-        description="any text, without effect,",
-    )
-
-    # The OTLP endpoint, for spans and for pushed metrics
-
-    otlp_endpoint: str | None = otlp_url_field("OTEL_EXPORTER_OTLP_ENDPOINT", " without /v1/traces")
-    otlp_traces_endpoint: str | None = otlp_url_field(
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", ", used unchanged"
-    )
-    otlp_metrics_endpoint: str | None = otlp_url_field(
-        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", ", used unchanged"
-    )
-    otlp_headers: str | None = otlp_headers_field("OTEL_EXPORTER_OTLP_HEADERS")
-    otlp_traces_headers: str | None = otlp_headers_field("OTEL_EXPORTER_OTLP_TRACES_HEADERS")
-    otlp_metrics_headers: str | None = otlp_headers_field("OTEL_EXPORTER_OTLP_METRICS_HEADERS")
-    otlp_compression: Compression | None = otlp_compression_field("OTEL_EXPORTER_OTLP_COMPRESSION")
-    otlp_traces_compression: Compression | None = otlp_compression_field(
-        "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION"
-    )
-    otlp_metrics_compression: Compression | None = otlp_compression_field(
-        "OTEL_EXPORTER_OTLP_METRICS_COMPRESSION"
-    )
-    otlp_timeout: float | None = otlp_timeout_field("OTEL_EXPORTER_OTLP_TIMEOUT")
-    otlp_traces_timeout: float | None = otlp_timeout_field("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT")
-    otlp_metrics_timeout: float | None = otlp_timeout_field("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT")
-
-    # Read by the exporter and its HTTP client; here only the doctor checks them
-
-    otlp_certificate: str | None = doctor_field("OTEL_EXPORTER_OTLP_CERTIFICATE")
-    otlp_traces_certificate: str | None = doctor_field("OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE")
-    requests_ca_bundle: str | None = doctor_field("REQUESTS_CA_BUNDLE")
-    curl_ca_bundle: str | None = doctor_field("CURL_CA_BUNDLE")
-    otlp_protocol: str | None = doctor_field("OTEL_EXPORTER_OTLP_PROTOCOL")
-    otlp_traces_protocol: str | None = doctor_field("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 
     @field_validator("shapes", mode="before")
     @classmethod
@@ -305,18 +214,19 @@ class ServeSettings(BaseSettings):
             return tuple(dict.fromkeys(shapes))
         return value
 
+    @field_validator("gateway_target")
+    @classmethod
+    def _is_a_url_or_an_app(cls, target: str | None) -> str | None:
+        if target is not None and "://" in target and not is_http_url(target):
+            raise ValueError("no URL that HTTP can use")
+        return target
+
     @field_validator("admin_token")
     @classmethod
     def _fits_into_a_header(cls, token: SecretStr | None) -> SecretStr | None:
         if token is not None and not re.fullmatch(r"[!-~]+", token.get_secret_value()):
             raise ValueError("does not fit into a header")
         return token
-
-    @field_validator("otlp_metrics_temporality", mode="before")
-    @classmethod
-    def _lower(cls, value: Any) -> Any:
-        # The specification writes these values in any case.
-        return value.lower() if isinstance(value, str) else value
 
     @field_validator(
         "buckets_request",
@@ -332,27 +242,9 @@ class ServeSettings(BaseSettings):
         return buckets.parse(value) if isinstance(value, str) else value
 
     @property
-    def tracing_enabled(self) -> bool:
-        """Whether spans are exported: an endpoint is set, and tracing is not turned off."""
-        named = self.otlp_endpoint is not None or self.otlp_traces_endpoint is not None
-        return self.enable_tracing and not self.sdk_disabled and named
-
-    @property
-    def rate(self) -> float:
-        """The share of traces that is exported, of those that no caller has decided on."""
-        rates = (self.sample_rate, self.traces_sampler_arg)
-        return next((rate for rate in rates if rate is not None), 1.0)
-
-    @property
-    def exports_to_honeycomb(self) -> bool:
-        """Whether spans go to Honeycomb, which reads the sampling rate from its own attribute."""
-        host = urlsplit(self.otlp_traces_endpoint or self.otlp_endpoint or "").hostname or ""
-        return host.endswith(".honeycomb.io")
-
-    @property
-    def resource_attributes_name_the_service(self) -> bool:
-        """Whether `OTEL_RESOURCE_ATTRIBUTES` holds a service name."""
-        return "service.name=" in self.resource_attributes
+    def pushes_metrics(self) -> bool:
+        """Whether the metrics are pushed over OTLP."""
+        return self.otlp_metrics or "otlp" in (self.metrics_exporter or ())
 
 
 def load_settings() -> ServeSettings:
@@ -362,12 +254,28 @@ def load_settings() -> ServeSettings:
         ConfigurationError: names the first variable that is wrong, unknown, or contradicts another.
     """
     _refuse_unknown_names()
+    otel_variables.refuse(os.environ, _standard_names())
+    _refuse_proxies()
+    _refuse_keys()
     try:
         settings = ServeSettings()
     except ValidationError as error:
         raise ConfigurationError(_sentence(error)) from None
     _refuse_contradictions(settings)
+    for name, headers in (
+        ("OTEL_EXPORTER_OTLP_HEADERS", settings.otlp_headers),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", settings.otlp_traces_headers),
+        ("OTEL_EXPORTER_OTLP_METRICS_HEADERS", settings.otlp_metrics_headers),
+    ):
+        refuse_unsendable_headers(name, headers or "")
+    files = (field for field in ServeSettings.model_fields if field.endswith(_FILES))
+    refuse_unusable_certificates({environment_name(f): getattr(settings, f) for f in files})
     return settings
+
+
+def variables_without_effect() -> list[tuple[str, str]]:
+    """The standard variables that are set and have no effect here, each with the reason."""
+    return list(otel_variables.without_effect(os.environ, _standard_names()))
 
 
 def environment_name(field: str) -> str:
@@ -376,14 +284,54 @@ def environment_name(field: str) -> str:
     return alias if isinstance(alias, str) else PREFIX + field.upper()
 
 
+def _standard_names() -> list[str]:
+    names = map(environment_name, ServeSettings.model_fields)
+    return [name for name in names if name.startswith(otel_variables.PREFIX)]
+
+
 def _refuse_unknown_names() -> None:
+    """Refuse names that are no settings. Names are read in any case, so one may be set twice."""
     known = {environment_name(field) for field in ServeSettings.model_fields}
+    spellings: dict[str, str] = {}
     for name in sorted(os.environ):
-        if name.startswith(PREFIX) and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+        setting = name.upper()
+        if not setting.startswith(PREFIX):
+            continue
+        if setting not in known:
+            close = difflib.get_close_matches(setting, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
             ours = ", ".join(sorted(n for n in known if n.startswith(PREFIX)))
             raise ConfigurationError(f"{name} is not a setting{hint} Allowed are {ours}.")
+        if setting in spellings:
+            raise ConfigurationError(
+                f"{spellings[setting]} and {name} are the same setting: set one of them."
+            )
+        spellings[setting] = name
+
+
+def _refuse_proxies() -> None:
+    """Refuse a proxy that no HTTP client can use: their messages quote it, password and all."""
+    for name in sorted(os.environ):
+        if name.upper() not in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            continue
+        if os.environ[name] and not is_proxy(os.environ[name]):
+            raise ConfigurationError(
+                f"{name} is not allowed as it is (its value is not shown): the URL of a proxy is, "
+                "as http://HOST:PORT."
+            )
+
+
+def _refuse_keys() -> None:
+    """Refuse a key of a hub or of fal that does not fit into a header: the HTTP client's message
+    would quote it."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "FAL_KEY"):
+        key = os.environ.get(name, "")
+        # The hub's client strips its token, which may come from a file.
+        if not re.fullmatch(r"[!-~]*", key if name == "FAL_KEY" else key.strip()):
+            raise ConfigurationError(
+                f"{name} is not allowed as it is (its value is not shown): visible ASCII "
+                "characters without spaces and line breaks are."
+            )
 
 
 def _sentence(error: ValidationError) -> str:
@@ -392,20 +340,42 @@ def _sentence(error: ValidationError) -> str:
     field = next(
         name for name in ServeSettings.model_fields if location in (name, environment_name(name))
     )
-    name = environment_name(field)
+    name, value = _as_given(environment_name(field))
     allowed = ServeSettings.model_fields[field].description
-    if field in _SECRET_FIELDS:
+    if field in _SECRET_FIELDS or (field in _URL_FIELDS and _may_hold_a_secret(value)):
         return f"{name} is not allowed as it is (its value is not shown): {allowed} is."
-    # An endpoint's URL may contain a user name and password.
-    value = re.sub(r"//[^/@]*@", "//...@", os.environ.get(name, ""))
     return f"{name}={value!r} is not allowed: {allowed} is."
 
 
+def _as_given(name: str) -> tuple[str, str]:
+    """A variable's name as it is spelt in the environment, and its value."""
+    return next((item for item in os.environ.items() if item[0].upper() == name), (name, ""))
+
+
+def _may_hold_a_secret(url: str) -> bool:
+    """Whether a URL has a user name, a query or a part that is long enough to be a key."""
+    return bool(re.search(r"[@?#]|[^/:.]{16}", url.partition("://")[2] or url))
+
+
 def _refuse_contradictions(settings: ServeSettings) -> None:
-    if settings.otlp_metrics and not (settings.otlp_metrics_endpoint or settings.otlp_endpoint):
+    exporters = settings.metrics_exporter
+    stated = "otlp_metrics" in settings.model_fields_set and exporters is not None
+    if stated and settings.otlp_metrics != ("otlp" in (exporters or ())):
         raise ConfigurationError(
-            "SDXL_OTLP_METRICS needs an endpoint to push to: set OTEL_EXPORTER_OTLP_ENDPOINT or "
+            f"SDXL_OTLP_METRICS={str(settings.otlp_metrics).lower()} and OTEL_METRICS_EXPORTER="
+            f"{','.join(sorted(exporters or ())) or 'none'} contradict each other: set one of them."
+        )
+    if settings.pushes_metrics and not (settings.otlp_metrics_endpoint or settings.otlp_endpoint):
+        name = "SDXL_OTLP_METRICS" if settings.otlp_metrics else "OTEL_METRICS_EXPORTER=otlp"
+        raise ConfigurationError(
+            f"{name} needs an endpoint to push to: set OTEL_EXPORTER_OTLP_ENDPOINT or "
             "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT."
+        )
+    wanted = settings.traces_exporter == "otlp" and settings.enable_tracing
+    if wanted and not settings.sdk_disabled and not settings.tracing_enabled:
+        raise ConfigurationError(
+            "OTEL_TRACES_EXPORTER=otlp needs an endpoint to export to: set "
+            "OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT."
         )
     rate, argument = settings.sample_rate, settings.traces_sampler_arg
     if rate is not None and argument is not None and rate != argument:

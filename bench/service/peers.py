@@ -10,17 +10,16 @@ and `default` of `python -m bench run` compare single requests, by step and end 
 from __future__ import annotations
 
 import argparse
-import json
 import queue
 import sys
 import threading
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
+from bench.outputs import output_file, write_json
 
 OURS, DOCUMENTED = "ours", "documented"
 
@@ -44,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--requests", type=int, default=12, help="requests a block (default: 12)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
-    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+    parser.add_argument("--out", type=output_file, help="also write it here, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"ours over documented: {ratio}")
     if options.out:
         written = asdict(found) | {"ours_over_documented": asdict(ratio)}
-        options.out.write_text(json.dumps(written, indent=1) + "\n")
+        write_json(options.out, written)
     return 0
 
 
@@ -96,7 +95,7 @@ def measure(model: str, clients: int, blocks: int, requests: int, steps: int) ->
 
 def load(server: Any, clients: int, requests: int, steps: int) -> float:
     """Seconds until all requests are answered; each client sends its next one at once."""
-    from bench.service.processes import connect, request_body, send_request
+    from bench.service.processes import connect, holds_image, request_body, send_request
 
     seeds: queue.SimpleQueue[int] = queue.SimpleQueue()
     for seed in range(requests):
@@ -111,6 +110,8 @@ def load(server: Any, clients: int, requests: int, steps: int) -> float:
                 status, body = send_request(connection, "POST", "/", request_body(seed, steps))
                 if status != 200:
                     failures.append(f"{server.name} answered {status}: {body[:200]!r}")
+                elif not holds_image(body):
+                    failures.append(f"{server.name} answered 200 without an image")
         except queue.Empty:
             pass
         except OSError as error:

@@ -28,6 +28,7 @@ from bench.errors import BenchError
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("SDXL_", "OTEL_", "ENABLE_TRACING", "FAL_")
 """How the names of the service's settings begin."""
+_IMAGE_URL = re.compile(r"https?://[^/\s]|data:image/[\w.+-]+;base64,[\w+/]")
 _READY = re.compile(r"ready at (http://\S+)")
 
 
@@ -107,6 +108,8 @@ class Server:
         status, body = self.request("POST", "/", request_body(seed, steps) | more)
         if status != 200:
             raise BenchError(f"{self.name} answered {status} to a request: {body[:200]!r}")
+        if not holds_image(body):
+            raise BenchError(f"{self.name} answered 200 without an image: {body[:200]!r}")
         answer: dict[str, Any] = json.loads(body)
         return answer
 
@@ -173,6 +176,19 @@ def request_body(seed: int, steps: int) -> dict[str, object]:
     from bench.harness.work import PROMPT
 
     return {"prompt": PROMPT, "seed": seed, "num_inference_steps": steps}
+
+
+def holds_image(body: bytes) -> bool:
+    """Whether the body of a 200 is JSON with an image in it, as a URL or inline.
+
+    A status alone says nothing of who answered: a proxy or another service may answer 200 to
+    everything.
+    """
+    try:
+        url = json.loads(body)["image"]["url"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return isinstance(url, str) and _IMAGE_URL.match(url) is not None
 
 
 def connect(address: str) -> http.client.HTTPConnection:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -45,12 +46,31 @@ class Readiness:
     compile: dict[str, str | int | float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     cpu_threads: Callable[[], dict[str, Any]] = dict
+    draining: bool = False
+    _on_drain: list[Callable[[], object]] = field(default_factory=list, repr=False)
 
     def drain(self) -> None:
         """No request is accepted from now on. A failed start stays failed."""
         if self.state is not State.FAILED:
             self.state = State.DRAINING
         self.phase = "draining"
+        self.draining = True
+        for callback in list(self._on_drain):
+            callback()
+
+    @contextmanager
+    def when_draining(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Call `callback` when the drain begins within the block, at once if it has begun already.
+
+        Whoever drains calls it, on any thread.
+        """
+        self._on_drain.append(callback)
+        try:
+            if self.draining:
+                callback()
+            yield
+        finally:
+            self._on_drain.remove(callback)
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from kernels_warmup.cache.trust import UntrustedFolder
+from kernels_warmup.cache.working_directory import use_trusted_folders
 from kernels_warmup.cpu_contention import ComputingThreads
 from kernels_warmup.cpu_threads import choose_cpu_threads
 from kernels_warmup.shapes import CompiledShape
@@ -46,6 +48,7 @@ from serve.errors import (
     OUTCOMES,
     REJECTIONS,
     ClientGone,
+    ConfigurationError,
     DeadlineExceeded,
     DeviceLost,
     Draining,
@@ -231,15 +234,9 @@ class Runtime:
 
     def _plan(self, request: TextToImageRequest, call: Call) -> PlannedRequest:
         """Decide what the request left open. Raises unless this process can serve it now."""
+        if (refusal := self.refusal()) is not None:
+            raise refusal
         readiness = self.readiness
-        if readiness.state is State.STARTING:
-            raise NotReady(f"The model is not warm yet ({readiness.phase}).")
-        if readiness.state is State.DRAINING:
-            raise Draining
-        if readiness.state is State.FAILED:
-            raise NotReady(f"The model could not be started: {readiness.reason}.")
-        if not self.healthy:
-            raise DeviceLost  # nothing queued behind a run that hangs would ever start
         planned = plan_request(
             request, self.settings, readiness.shapes, self.loaded.model.trained_shapes
         )
@@ -403,11 +400,29 @@ class Runtime:
             return True  # the platform's own limit on start-up applies
         return self._gpu.silent_seconds() < SILENCE_LIMIT_SECONDS
 
+    def refusal(self) -> RequestError | None:
+        """The error that every request gets now, or None if requests are served."""
+        readiness = self.readiness
+        if readiness.state is State.STARTING:
+            return NotReady(f"The model is not warm yet ({readiness.phase}).")
+        if readiness.state is State.DRAINING:
+            return Draining()
+        if readiness.state is State.FAILED:
+            return NotReady(f"The model could not be started: {readiness.reason}.")
+        if not self.healthy:
+            return DeviceLost()  # nothing queued behind a run that hangs would ever start
+        return None
+
     def begin_drain(self) -> None:
         """Start no new work; what runs may finish. May be called more than once."""
         self.readiness.drain()
         self.metrics.set_ready(False)
         self.admission.drain()
+
+    def cut_off(self) -> None:
+        """Cancel what runs. Each request fails as `draining`, within two steps."""
+        self.begin_drain()
+        self.admission.cancel_all()
 
     def close(self, budget_seconds: float) -> int:
         """Export what is left, for at most `budget_seconds`; returns how many spans were lost."""
@@ -447,9 +462,16 @@ def build_runtime(
         prepare: makes the loaded model fast in another way than the settings say. The bench uses
             it to compare ways.
         kinds: the kinds of run to warm, if not all that can be served will be requested.
+
+    Raises:
+        ConfigurationError: a folder of profiles or of compiled code cannot be used.
     """
     # OpenMP reads its environment when torch is loaded, which comes later.
     cpu_threads = ComputingThreads(choose_cpu_threads())
+    try:
+        use_trusted_folders()
+    except UntrustedFolder as error:
+        raise ConfigurationError(str(error)) from None
     gpu = Gpu.open(settings.device)
     resource = build_resource(settings, gpu)
     metrics = _build_metrics(settings, registry)

@@ -16,10 +16,16 @@ from fnmatch import fnmatchcase
 
 @dataclass(frozen=True, slots=True)
 class KeyRemark:
-    """A remark about a key's form. `certain`: the key cannot work; else it only looks unusual."""
+    """A remark about a key's form. `certain`: the key cannot work; else it only looks unusual.
+
+    Attributes:
+        missing: the header that the key needs beside it, as NAME=VALUE. Without one, another key
+            is needed.
+    """
 
     text: str
     certain: bool = True
+    missing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,10 @@ class Backend:
 
     def header_form(self) -> str:
         """The value of `OTEL_EXPORTER_OTLP_HEADERS`."""
-        return f"{self.header}={self.key}"
+        wanted = {name: value for name, (value, _) in self.wanted.items()}
+        return ",".join(
+            f"{name}={value}" for name, value in ({self.header: self.key} | wanted).items()
+        )
 
 
 def backend_of(host: str) -> Backend | None:
@@ -121,7 +130,8 @@ def _honeycomb_key(key: str, _region: str, others: frozenset[str]) -> KeyRemark 
         return KeyRemark("is a management key; spans need an ingest key")
     if re.fullmatch(r"[0-9a-f]{32}", key) and "x-honeycomb-dataset" not in others:
         return KeyRemark(
-            "is a Honeycomb Classic key, which needs x-honeycomb-dataset=<dataset> beside it"
+            "is a Honeycomb Classic key, which needs x-honeycomb-dataset beside it",
+            missing="x-honeycomb-dataset=<dataset>",
         )
     return None
 

@@ -46,6 +46,8 @@ def run(
         return len(wrong)
 
     problems = report(check_settings(settings, treat_as))
+    # The service itself would send nothing.
+    sends = sends and settings.tracing_enabled and not settings.writes_spans
     if sends:
         problems += report(send_trial_trace(settings, treat_as))
     unsent = "" if sends else " Nothing was sent."

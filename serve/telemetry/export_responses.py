@@ -9,7 +9,7 @@ import base64
 import binascii
 import re
 import textwrap
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 import requests
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -18,18 +18,18 @@ from urllib3.exceptions import NameResolutionError
 
 from serve.telemetry.backends import Backend, endpoints_of
 from serve.telemetry.finding import Finding, Severity
-from serve.telemetry.trace_endpoint import TraceEndpoint
-
-# Headers that hold options instead of secrets.
-_OPTION_HEADERS = frozenset({"compute_stats", "dd-otlp-source", "x-honeycomb-dataset"})
+from serve.telemetry.trace_endpoint import OPTION_HEADERS, TraceEndpoint, shown_path
 
 
 class ResponseExplainer:
     """Explains the endpoint's response to an export."""
 
-    def __init__(self, endpoint: TraceEndpoint, backend: Backend | None) -> None:
+    def __init__(
+        self, endpoint: TraceEndpoint, backend: Backend | None, change_of_rate: str
+    ) -> None:
         self._endpoint = endpoint
         self._backend = backend
+        self._change_of_rate = change_of_rate
 
     def explain(
         self, response: requests.Response, spans: int, trace_id: str, seconds: float
@@ -82,9 +82,8 @@ class ResponseExplainer:
         status, backend = response.status_code, self._backend
         variable = self._endpoint.variable
         if backend is not None and status in backend.refusals:
-            advice = f"Set {self._endpoint.headers_variable}={backend.header_form()}"
-            regions = f", or the endpoint of your region: {endpoints_of(backend)}"
-            return backend.refusals[status], advice + regions + "."
+            regions = f"; or take the endpoint of your region: {endpoints_of(backend)}"
+            return backend.refusals[status], self._endpoint.change_of_key(backend) + regions + "."
         match status:
             case 400:
                 return (
@@ -113,7 +112,7 @@ class ResponseExplainer:
                 after = f" for {wait} s" if wait.isdigit() else ""
                 return (
                     f"the backend accepts no more{after}: a limit of the account is reached",
-                    "Wait, lower OTEL_SAMPLE_RATE, or raise the limit there.",
+                    f"Wait, or raise the limit there, or export less: {self._change_of_rate}.",
                 )
             case _ if status >= 500:
                 return (
@@ -137,13 +136,20 @@ class ResponseExplainer:
         return f' ("{shortened}")' if shortened else ""
 
     def _secrets(self) -> set[str]:
-        """All forms in which the server could quote a header's value or the URL's password."""
-        password = self._endpoint.parts.password or ""
-        found = {password, unquote(password)}
+        """All forms in which a server or a proxy could quote a header's value, or what is secret in
+        their URLs."""
+        parts = self._endpoint.parts
+        found = _forms_of_credentials(parts)
+        for proxy in requests.utils.get_environ_proxies(self._endpoint.shown).values():
+            found |= _forms_of_credentials(urlsplit(proxy if "://" in proxy else f"//{proxy}"))
+        found |= {part for part in parts.path.split("/") if shown_path(part) != part}
+        for _, value in parse_qsl(parts.query, keep_blank_values=True):
+            found |= {value, quote(value), quote(value, safe="")}
+        found |= {parts.query, unquote(parts.query)}
         for part in self._endpoint.raw_headers.split(","):
             found.add(part.partition("=")[2].strip())
         for name, value in self._endpoint.headers.items():
-            if name in _OPTION_HEADERS:
+            if name in OPTION_HEADERS:
                 found.discard(value)
                 continue
             credentials = value.rpartition(" ")[2]
@@ -154,6 +160,15 @@ class ResponseExplainer:
                 continue
             found |= {decoded, decoded.partition(":")[2]}
         return found
+
+
+def _forms_of_credentials(url: SplitResult) -> set[str]:
+    """A URL's user name and password as it has them, decoded, and as a header sends them."""
+    if url.username is None and url.password is None:
+        return set()
+    user, password = unquote(url.username or ""), unquote(url.password or "")
+    both = f"{user}:{password}"
+    return {url.password or "", password, both, base64.b64encode(both.encode()).decode()}
 
 
 def _with_stars_for(text: str, secrets: set[str]) -> str:
@@ -192,7 +207,7 @@ def _partial_success(response: requests.Response, kind: str) -> tuple[int, str]:
 def explain_no_response(
     endpoint: TraceEndpoint, errors: list[Exception], seconds: float
 ) -> Finding:
-    """Explain why there was no response.
+    """Explain why there was no response to what was sent.
 
     The exceptions' texts are not shown: they may contain the URL.
     """
@@ -201,15 +216,17 @@ def explain_no_response(
     where = f"{host} port {port or (443 if endpoint.parts.scheme == 'https' else 80)}"
     proxied = ""
     if proxy := requests.utils.get_environ_proxies(endpoint.shown).get(endpoint.parts.scheme):
-        proxied = f" The connection goes through the proxy {urlsplit(proxy).hostname}."
+        proxy_host = urlsplit(proxy if "://" in proxy else f"http://{proxy}").hostname
+        proxied = f" The connection goes through the proxy {proxy_host}."
     reason = getattr(error.args[0], "reason", None) if error is not None and error.args else None
     if isinstance(error, requests.exceptions.ProxyError):
-        text, advice = "the proxy made no connection", "Check HTTPS_PROXY and NO_PROXY."
+        text = "the proxy made no connection"
+        advice = f"Check {endpoint.parts.scheme.upper()}_PROXY and NO_PROXY."
     elif isinstance(error, requests.exceptions.SSLError):
         detail = _certificate_error(reason)
         text = f"no trusted connection to {where}{detail}"
         advice = (
-            "A certificate authority of your own goes into OTEL_EXPORTER_OTLP_CERTIFICATE; an "
+            f"A certificate authority of your own goes into {endpoint.certificate_variable}; an "
             "endpoint without TLS has an http:// URL."
         )
     elif isinstance(reason, NameResolutionError):
@@ -221,7 +238,9 @@ def explain_no_response(
         )
     elif isinstance(error, requests.exceptions.ReadTimeout) or error is None:
         text = f"{where} accepted the spans and sent no response for {seconds:.0f} s"
-        advice = "Check that it accepts OTLP/HTTP; if it is slow, raise OTEL_EXPORTER_OTLP_TIMEOUT."
+        advice = (
+            f"Check that it accepts OTLP/HTTP; if it is slow, raise {endpoint.timeout_variable}."
+        )
     elif reason is not None:
         text = f"nothing listens at {where}"
         advice = f"Check {endpoint.variable}, and that the endpoint is up."
@@ -229,6 +248,18 @@ def explain_no_response(
         text = f"{where} closed the connection or does not speak HTTP"
         advice = "Check scheme and port: https:// or http://, and OTLP/HTTP's port, not gRPC's."
     return Finding(Severity.PROBLEM, "answer", f"none: {text}", advice + proxied)
+
+
+def explain_nothing_sent(cause: str) -> Finding:
+    """Explain that nothing was sent: the HTTP client refused with an exception of type `cause`, or
+    (empty) the exporter did not call it."""
+    why = f"the HTTP client raised {cause}" if cause else "the exporter could not encode it"
+    return Finding(
+        Severity.PROBLEM,
+        "answer",
+        f"none: nothing was sent, {why}",
+        "Check the endpoint, its headers, the proxy, and REQUESTS_CA_BUNDLE.",
+    )
 
 
 def _certificate_error(reason: object) -> str:

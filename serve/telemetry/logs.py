@@ -2,7 +2,7 @@
 
 All code logs through the standard library and structlog renders it, so the lines of uvicorn,
 diffusers and OpenTelemetry have the same form. A prompt, a header's value or a secret is never
-logged.
+logged: of a library's message only what `library_text` lets through.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, MutableMapping
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any, Protocol, TextIO
 
 import structlog
 
 from metrics.sampling import TraceIdentity
+from serve.telemetry import library_text
 
 
 class LoggedCall(Protocol):
@@ -25,6 +27,16 @@ class LoggedCall(Protocol):
     def identity(self) -> TraceIdentity: ...
     @property
     def request_id(self) -> str: ...
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Report a line that could not be written. logging's own report has the texts and
+        arguments that the line was to leave out."""
+        kind = sys.exc_info()[0]
+        name = "?" if kind is None else kind.__name__
+        with suppress(Exception):
+            sys.stderr.write(f"a log line of {record.name} could not be written: {name}\n")
 
 
 def configure_logging(
@@ -53,22 +65,25 @@ def configure_logging(
         log_format = "text" if sys.stderr.isatty() else "json"
     renderer: structlog.types.Processor
     if log_format == "text":
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        # Its own tracebacks would show the texts that `library_text` leaves out.
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     else:
         renderer = structlog.processors.JSONRenderer()
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[
                 structlog.stdlib.add_log_level,
                 structlog.stdlib.add_logger_name,
-                structlog.stdlib.ExtraAdder(),
+                library_text.add_extra,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
                 add_ids,
             ],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
+                library_text.add_exception,
                 renderer,
             ],
         )
@@ -84,12 +99,13 @@ def configure_logging(
         library.propagate = True
     # The middleware logs one line a request, with its ids.
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
-    # These two quote what they cannot parse: a header's value, a caller's tracestate.
-    for name in ("opentelemetry.util.re", "opentelemetry.trace.span"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Whatever a caller sends as tracestate is its own affair.
+    logging.getLogger("opentelemetry.trace.span").setLevel(logging.CRITICAL)
     # torchao, which SDXL_QUANTIZE uses, logs at import that kernels for other machines are missing.
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # These log every connection.
-    for name in ("httpx", "urllib3", "asyncio", "PIL"):
+    for name in ("httpx", "httpx2", "urllib3", "asyncio", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.setLogRecordFactory(library_text.record_factory)
+    library_text.hide_texts_of_uncaught_exceptions()

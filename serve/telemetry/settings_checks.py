@@ -5,14 +5,16 @@ No check shows a header's value, only its length.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from collections.abc import Iterator
 from ipaddress import ip_address
-from pathlib import Path
 from urllib.parse import unquote
 
-from metrics.tracing import MAX_EXPORT_BATCH_SIZE
-from serve.settings import ServeSettings
+from metrics.batch_sizes import MAX_EXPORT_BATCH_SIZE
+from serve.otlp_checks import shown_header_name
+from serve.settings import ServeSettings, variables_without_effect
 from serve.telemetry.backends import (
     BACKENDS,
     Backend,
@@ -35,6 +37,21 @@ def check_settings(settings: ServeSettings, treat_as: Backend | None = None) -> 
         treat_as: the backend that the endpoint forwards to, if its host does not show it.
     """
     findings = list(_check_switches(settings))
+    findings += (
+        Finding(Severity.NOTE, "variable", f"{name} has no effect: {reason}", f"Unset {name}.")
+        for name, reason in variables_without_effect()
+    )
+    if settings.writes_spans:
+        findings += [
+            Finding(
+                Severity.NOTE,
+                "exporter",
+                "OTEL_TRACES_EXPORTER=console: spans are written to standard output, none is sent",
+                "Unset OTEL_TRACES_EXPORTER.",
+            ),
+            _check_sampling(settings),
+        ]
+        return findings
     endpoint = trace_endpoint(settings)
     if endpoint is None:
         findings.append(
@@ -51,9 +68,7 @@ def check_settings(settings: ServeSettings, treat_as: Backend | None = None) -> 
     region = None if backend is None else backend.region_of(endpoint.host)
     findings += _check_endpoint(endpoint, backend, region, treat_as is not None)
     findings += _check_headers(endpoint, backend, region)
-    findings += _check_timeout(endpoint)
-    findings += _check_certificate(settings)
-    findings += _check_protocol(settings)
+    findings += _check_timeout(endpoint, settings)
     findings.append(_check_sampling(settings))
     if backend is not None:
         findings += _check_batch_size(settings, backend)
@@ -62,13 +77,14 @@ def check_settings(settings: ServeSettings, treat_as: Backend | None = None) -> 
 
 
 def _check_switches(settings: ServeSettings) -> Iterator[Finding]:
-    switch = None
-    if settings.sdk_disabled:
-        switch = "OTEL_SDK_DISABLED=true"
-    if not settings.enable_tracing:
-        switch = "ENABLE_TRACING=false"
-    if switch is not None:
-        yield Finding(Severity.PROBLEM, "tracing", f"{switch} turns it off", "Unset that variable.")
+    switches = {
+        "OTEL_SDK_DISABLED=true": settings.sdk_disabled,
+        "ENABLE_TRACING=false": not settings.enable_tracing,
+        "OTEL_TRACES_EXPORTER=none": settings.traces_exporter == "none",
+    }
+    for switch in (switch for switch, is_off in switches.items() if is_off):
+        name = switch.partition("=")[0]
+        yield Finding(Severity.PROBLEM, "tracing", f"{switch} turns it off", f"Unset {name}.")
 
 
 def _known_endpoints() -> str:
@@ -107,7 +123,7 @@ def _check_form(
     parts = endpoint.parts
     change = ""
     if backend is not None and region is not None:
-        change = f"Set OTEL_EXPORTER_OTLP_ENDPOINT={backend.base_url(endpoint.host)}"
+        change = endpoint.change_of_url(backend.base_url(endpoint.host))
     yield from _check_path(endpoint, backend, change)
     if parts.username is not None or parts.password is not None:
         yield Finding(
@@ -147,28 +163,32 @@ def _check_form(
 def _check_path(endpoint: TraceEndpoint, backend: Backend | None, change: str) -> Iterator[Finding]:
     path, name = endpoint.parts.path, endpoint.variable
     base = path.removesuffix(TRACES_PATH)
-    if base.endswith(TRACES_PATH):
+    is_whole = name != "OTEL_EXPORTER_OTLP_ENDPOINT"
+    if base.rstrip("/").endswith(TRACES_PATH) and path != base:
+        why = "" if is_whole else f", for it is appended to {name}, which ends in it"
         yield Finding(
             Severity.PROBLEM,
             "endpoint",
-            f"{TRACES_PATH} is appended to {name}, which ends in it, so the path has it twice",
-            change or f"Remove {TRACES_PATH} from {name}.",
+            f"the path has {TRACES_PATH} twice{why}",
+            change or f"Remove {TRACES_PATH} from the end of {name}.",
         )
     elif not path.endswith(TRACES_PATH):
         # Another endpoint than a known backend's may have any path.
         yield Finding(
             Severity.NOTE if backend is None else Severity.PROBLEM,
             "endpoint",
-            f"{name} is used unchanged, and does not end in {TRACES_PATH}",
-            f"Append {TRACES_PATH}, or name it without in OTEL_EXPORTER_OTLP_ENDPOINT.",
+            f"the path of {name} is used unchanged, and does not end in {TRACES_PATH}",
+            change or f"Make {TRACES_PATH} the end of its path.",
         )
     elif backend is not None and base != backend.path:
+        path = backend.path + (TRACES_PATH if is_whole else "")
         yield Finding(
             Severity.PROBLEM,
             "endpoint",
             f"before {TRACES_PATH} the path has {shown_path(base) or 'nothing'}; "
             f"{backend.name} needs {backend.path or 'nothing'}",
-            change or f"Make the path {backend.path}{TRACES_PATH}.",
+            change
+            or (f"Make the path of {name} {path}." if path else f"Remove the path of {name}."),
         )
 
 
@@ -184,22 +204,30 @@ def _check_headers(
 ) -> Iterator[Finding]:
     headers, variable = endpoint.headers, endpoint.headers_variable
     for name, value in headers.items():
-        shown = _shown_name(name, value)
+        shown = shown_header_name(name, value)
         yield Finding(Severity.OK, "header", f"{shown}, {len(value)} characters")
         if not value.strip("="):
             yield Finding(
                 Severity.PROBLEM,
                 "header",
                 f"{shown} has no value",
-                f"Set {variable} to NAME=VALUE, the key as the value",
+                f"Write NAME=VALUE into {variable}, the key as the value.",
             )
     yield from _check_encoding(endpoint)
     for name, value in headers.items():
+        if _line_break_in_credentials(value):
+            yield Finding(
+                Severity.PROBLEM,
+                "header",
+                f"the credentials inside the base64 of {shown_header_name(name, value)} have a "
+                "line break",
+                "Encode them without it: printf writes none at the end, echo writes one.",
+            )
         if re.search(r"<.*>|\$\{?\w+\}?$|^your[-_ ]", value, re.IGNORECASE):
             yield Finding(
                 Severity.PROBLEM,
                 "header",
-                f"{_shown_name(name, value)} contains a placeholder",
+                f"{shown_header_name(name, value)} contains a placeholder",
                 "Put the key in its place.",
             )
         owner = key_owner(name)
@@ -208,7 +236,7 @@ def _check_headers(
                 Severity.PROBLEM,
                 "header",
                 f"{name} is the header of {owner.name}'s key, not of {backend.name}'s",
-                f"Set {variable}={backend.header_form()}",
+                endpoint.change_of_key(backend),
             )
     if backend is None:
         return
@@ -218,16 +246,19 @@ def _check_headers(
             Severity.PROBLEM,
             "header",
             f"there is no {backend.header}, the header of {backend.name}'s key",
-            f"Set {variable}={backend.header_form()}",
+            endpoint.change_of_key(backend),
         )
         return
     remark = backend.remark(key, region.name if region else "", frozenset(headers))
     if remark is not None:
+        advice = endpoint.change_of_key(backend) if remark.certain else ""
+        if remark.missing:
+            advice = f"Append ,{remark.missing} to {variable}."
         yield Finding(
             Severity.PROBLEM if remark.certain else Severity.NOTE,
             "header",
             f"the value of {backend.header} {remark.text}",
-            f"Set {variable}={backend.header_form()}" if remark.certain else "",
+            advice,
         )
     for name, (value, missing) in backend.wanted.items():
         if headers.get(name) != value:
@@ -239,11 +270,15 @@ def _check_headers(
             )
 
 
-def _shown_name(name: str, value: str) -> str:
-    """A header's name, unless it may be a key in the name's place."""
-    if value.strip("=") and re.fullmatch(r"[a-z]+([-_]([a-z]+|[a-z0-9]{1,3}))*", name):
-        return name
-    return "a header (its name is not shown, it may be the key)"
+def _line_break_in_credentials(value: str) -> bool:
+    """Whether the text inside base64 credentials of the scheme Basic has a line break."""
+    scheme, _, credentials = value.partition(" ")
+    try:
+        decoded = base64.b64decode(credentials)
+    except (binascii.Error, ValueError):
+        return False
+    is_text = re.fullmatch(rb"[ -~\r\n]+", decoded) is not None
+    return scheme.lower() == "basic" and is_text and re.search(rb"[\r\n]", decoded) is not None
 
 
 def _check_encoding(endpoint: TraceEndpoint) -> Iterator[Finding]:
@@ -253,7 +288,7 @@ def _check_encoding(endpoint: TraceEndpoint) -> Iterator[Finding]:
     """
     for part in endpoint.raw_headers.split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))
-        shown = _shown_name(unquote(name).lower(), value)
+        shown = shown_header_name(unquote(name).lower(), value)
         if len(value) > 1 and value[0] == value[-1] == "'":
             yield Finding(
                 Severity.PROBLEM,
@@ -277,49 +312,21 @@ def _check_encoding(endpoint: TraceEndpoint) -> Iterator[Finding]:
             )
 
 
-def _check_timeout(endpoint: TraceEndpoint) -> Iterator[Finding]:
+def _check_timeout(endpoint: TraceEndpoint, settings: ServeSettings) -> Iterator[Finding]:
     seconds = endpoint.timeout_seconds
     yield Finding(Severity.OK, "timeout", f"{seconds:g} s for one export")
     if seconds < 1:
-        yield Finding(
-            Severity.NOTE, "timeout", "a backend on another continent takes longer", "Allow 10 (s)."
-        )
-
-
-def _check_certificate(settings: ServeSettings) -> Iterator[Finding]:
-    certificate = settings.otlp_traces_certificate or settings.otlp_certificate
-    if certificate is None:
-        return
-    if not Path(certificate).is_file():
-        yield Finding(
-            Severity.PROBLEM,
-            "certificate",
-            f"there is no file {certificate}, so no connection can be made",
-            "Name the file of the endpoint's certificate authority, or unset the variable.",
-        )
-    # The HTTP client prefers these to the exporter's own variable.
-    bundles = {
-        "REQUESTS_CA_BUNDLE": settings.requests_ca_bundle,
-        "CURL_CA_BUNDLE": settings.curl_ca_bundle,
-    }
-    bundle = next((name for name, path in bundles.items() if path is not None), None)
-    if bundle is not None:
-        yield Finding(
-            Severity.PROBLEM,
-            "certificate",
-            f"{bundle} is set as well, and wins over {certificate}",
-            "Unset it, or put the certificate into that bundle.",
-        )
-
-
-def _check_protocol(settings: ServeSettings) -> Iterator[Finding]:
-    protocol = settings.otlp_traces_protocol or settings.otlp_protocol
-    if protocol is not None and protocol != "http/protobuf":
+        longer = []
+        if (settings.otlp_traces_timeout or settings.otlp_timeout or 10) < 1:
+            of_traces = "TRACES_" if settings.otlp_traces_timeout is not None else ""
+            longer.append(f"OTEL_EXPORTER_OTLP_{of_traces}TIMEOUT=10")
+        if (settings.bsp_export_timeout or 10_000) < 1000:
+            longer.append("OTEL_BSP_EXPORT_TIMEOUT=10000")
         yield Finding(
             Severity.NOTE,
-            "protocol",
-            f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol} has no effect: spans go as http/protobuf",
-            "The endpoint must be one for OTLP/HTTP.",
+            "timeout",
+            "a backend on another continent takes longer",
+            f"Set {' and '.join(longer)}",
         )
 
 
@@ -333,12 +340,12 @@ def _check_batch_size(settings: ServeSettings, backend: Backend) -> Iterator[Fin
             "batches",
             f"one can have {most / 1e6:.1f} MB; "
             f"{backend.name} accepts {backend.max_bytes / 1e6:g} MB",
-            f"Set OTEL_BSP_MAX_EXPORT_BATCH_SIZE to {backend.max_bytes // SPAN_BYTES} or less",
+            f"Set OTEL_BSP_MAX_EXPORT_BATCH_SIZE={backend.max_bytes // SPAN_BYTES} or less",
         )
 
 
 def _check_pushed_metrics(settings: ServeSettings, backend: Backend) -> Iterator[Finding]:
-    if not settings.otlp_metrics or settings.otlp_metrics_endpoint is not None:
+    if not settings.pushes_metrics or settings.otlp_metrics_endpoint is not None:
         return  # not pushed, or to another endpoint
     if backend.delta_metrics and settings.otlp_metrics_temporality != "delta":
         yield Finding(
@@ -359,7 +366,19 @@ def _check_sampling(settings: ServeSettings) -> Finding:
             Severity.NOTE,
             "sampling",
             f"no trace is exported{unless}",
-            "Set OTEL_SAMPLE_RATE above 0.",
+            f"{change_of_rate(settings, '1')}, or another share above 0.",
         )
     share = "every trace" if rate == 1 else f"one trace in {1 / rate:.4g}"
     return Finding(Severity.OK, "sampling", f"{share} is exported{unless}")
+
+
+def change_of_rate(settings: ServeSettings, share: str) -> str:
+    """The advice to export another share of the traces, which the other variables allow."""
+    if (settings.traces_sampler or "").endswith(("always_on", "always_off")):
+        return (
+            f"Set OTEL_TRACES_SAMPLER=parentbased_traceidratio and OTEL_TRACES_SAMPLER_ARG={share}"
+        )
+    if settings.traces_sampler_arg is None:
+        return f"Set OTEL_SAMPLE_RATE={share}"
+    also = "" if settings.sample_rate is None else " and unset OTEL_SAMPLE_RATE"
+    return f"Set OTEL_TRACES_SAMPLER_ARG={share}{also}"

@@ -6,9 +6,11 @@ import logging
 import sys
 import uuid
 
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import SpanLimits
 
 from kernels_warmup.shapes import CompiledShape
+from metrics.batch_sizes import BatchSizes
 from metrics.catalogue import BucketFamilies, GenerationMetrics
 from metrics.families.budget import Budget
 from metrics.families.peaks import peak_flops
@@ -16,11 +18,28 @@ from metrics.gpu import Gpu
 from metrics.gpu_metrics import GpuMetrics, MemoryUse
 from metrics.push import MetricsPush
 from metrics.sampling import KeepRules, TraceSampling
-from metrics.tracing import BatchSizes, Tracing, otlp_destination, sdk_metrics
+from metrics.tracing import (
+    SpanDestination,
+    Tracing,
+    console_destination,
+    otlp_destination,
+    sdk_metrics,
+)
 from serve import __version__
-from serve.settings import ServeSettings
+from serve.settings import ServeSettings, variables_without_effect
 
 logger = logging.getLogger(__name__)
+
+
+_STANDARD_LIMIT = 128
+
+_LOG_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+    "none": logging.CRITICAL + 1,
+}
 
 
 def build_tracing(
@@ -32,17 +51,13 @@ def build_tracing(
         resource: the resource of the spans; by default `build_resource(settings)`. Pass the one
             that pushed metrics have.
     """
-    destination = None
-    if settings.tracing_enabled:
-        if settings.bsp_export_timeout is not None:
-            logger.warning(
-                "OTEL_BSP_EXPORT_TIMEOUT has no effect in OpenTelemetry's Python SDK; "
-                "OTEL_EXPORTER_OTLP_TIMEOUT, in seconds, limits an export"
-            )
-        destination = otlp_destination(settings.exports_to_honeycomb, sdk_metrics(metrics.registry))
+    for name, reason in variables_without_effect():
+        logger.warning("%s is set and has no effect: %s", name, reason)
+    if settings.log_level is not None:
+        logging.getLogger("opentelemetry").setLevel(_LOG_LEVELS[settings.log_level])
     return Tracing(
         sampling=build_sampling(settings),
-        destination=destination,
+        destination=_destination(settings, metrics),
         resource=resource or build_resource(settings),
         on_ended=metrics.spans_ended,
         on_result=metrics.span_results,
@@ -52,6 +67,40 @@ def build_tracing(
             settings.bsp_max_export_batch_size,
             settings.bsp_schedule_delay,
         ),
+        limits=span_limits(settings),
+    )
+
+
+def _destination(settings: ServeSettings, metrics: GenerationMetrics) -> SpanDestination | None:
+    if not settings.tracing_enabled:
+        return None
+    sdks_own = sdk_metrics(metrics.registry)
+    if settings.writes_spans:
+        return console_destination(sdks_own)
+    return otlp_destination(
+        settings.exports_to_honeycomb, sdks_own, settings.traces_timeout_seconds
+    )
+
+
+def span_limits(settings: ServeSettings) -> SpanLimits:
+    """The SDK's limits of a span: each setting, else the general one, else the standard's 128."""
+    count, length = settings.attribute_count_limit, settings.attribute_value_length_limit
+    attributes = _STANDARD_LIMIT if count is None else count
+    unlimited = SpanLimits.UNSET if length is None else length
+
+    def chosen(limit: int | None, default: int) -> int:
+        return default if limit is None else limit
+
+    # All of them, so that the SDK reads none from the environment by itself.
+    return SpanLimits(
+        max_attributes=attributes,
+        max_events=chosen(settings.span_event_count_limit, _STANDARD_LIMIT),
+        max_links=chosen(settings.span_link_count_limit, _STANDARD_LIMIT),
+        max_span_attributes=chosen(settings.span_attribute_count_limit, attributes),
+        max_event_attributes=chosen(settings.event_attribute_count_limit, attributes),
+        max_link_attributes=chosen(settings.link_attribute_count_limit, attributes),
+        max_attribute_length=unlimited,
+        max_span_attribute_length=chosen(settings.span_attribute_value_length_limit, unlimited),
     )
 
 
@@ -76,15 +125,14 @@ def build_sampling(settings: ServeSettings) -> TraceSampling:
 def build_resource(settings: ServeSettings, gpu: Gpu | None = None) -> Resource:
     """The resource: the service's name, version and instance id, the GPU, and fal's runner.
 
-    The SDK adds `OTEL_RESOURCE_ATTRIBUTES`, and attributes set here win. So the service name is not
-    set here if only that variable has one.
+    The SDK adds what the detectors of `OTEL_EXPERIMENTAL_RESOURCE_DETECTORS` find.
+    `OTEL_RESOURCE_ATTRIBUTES` wins over the version and the id here, `OTEL_SERVICE_NAME` over both.
     """
     attributes = {
         "service.version": __version__,
         "service.instance.id": str(uuid.uuid4()),
-    }
-    if settings.service_name or not settings.resource_attributes_name_the_service:
-        attributes["service.name"] = settings.service_name or "stepspan"
+    } | dict(settings.resource_attributes)
+    attributes[SERVICE_NAME] = settings.service_name or attributes.get(SERVICE_NAME) or "stepspan"
     if settings.fal_runner_id is not None:
         attributes["fal.runner.id"] = settings.fal_runner_id
     if settings.fal_app_name is not None:
@@ -137,7 +185,10 @@ def build_gpu_metrics(
 def torch_memory() -> MemoryUse | None:
     """The memory of torch's CUDA allocator on the current device; None before CUDA is used."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    # While torch is being imported it is there without its parts.
+    if torch is None or not hasattr(torch, "cuda") or not hasattr(torch.cuda, "is_initialized"):
+        return None
+    if not torch.cuda.is_initialized():
         return None
     return MemoryUse(
         allocated=torch.cuda.memory_allocated(),
@@ -149,12 +200,12 @@ def torch_memory() -> MemoryUse | None:
 def build_push(
     settings: ServeSettings, metrics: GenerationMetrics, resource: Resource
 ) -> MetricsPush | None:
-    """What pushes the metrics over OTLP; None unless `SDXL_OTLP_METRICS` is on."""
-    if not settings.otlp_metrics or settings.sdk_disabled:
+    """What pushes the metrics over OTLP; None unless the settings say so."""
+    if not settings.pushes_metrics or settings.sdk_disabled:
         return None
     from metrics.otlp import otlp_metric_exporter
 
-    exporter, answers = otlp_metric_exporter()
+    exporter, answers = otlp_metric_exporter(timeout=settings.metrics_timeout_seconds)
     return MetricsPush(
         metrics.registry,
         exporter,

@@ -12,6 +12,7 @@ from typing import Any
 
 import requests
 from opentelemetry import trace
+from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -23,9 +24,14 @@ from metrics.tracing import SCOPE_NAME
 from serve import __version__
 from serve.settings import ServeSettings
 from serve.telemetry.backends import Backend, backend_of
-from serve.telemetry.export_responses import ResponseExplainer, explain_no_response
+from serve.telemetry.export_responses import (
+    ResponseExplainer,
+    explain_no_response,
+    explain_nothing_sent,
+)
 from serve.telemetry.finding import Finding
-from serve.telemetry.setup import build_resource
+from serve.telemetry.settings_checks import change_of_rate
+from serve.telemetry.setup import build_resource, span_limits
 from serve.telemetry.trace_endpoint import trace_endpoint
 
 
@@ -39,6 +45,7 @@ class _Exchange:
 
     response: requests.Response | None = None
     errors: list[Exception] = field(default_factory=list)
+    tried: bool = False
     over: threading.Event = field(default_factory=threading.Event)
 
 
@@ -50,6 +57,7 @@ class _ObservingAdapter(HTTPAdapter):
         self._exchange = exchange
 
     def send(self, *args: Any, **kwargs: Any) -> requests.Response:
+        self._exchange.tried = True
         try:
             response = super().send(*args, **kwargs)
             _ = response.content  # read here, so that an error while reading is kept too
@@ -64,13 +72,16 @@ class _ObservingAdapter(HTTPAdapter):
 
 
 def send_trial_trace(settings: ServeSettings, treat_as: Backend | None = None) -> list[Finding]:
-    """Send a trace of two spans through the service's own exporter, and explain the response."""
+    """Send a trace of two spans through the service's own exporter, and explain the response.
+
+    Nothing is sent, and there is no finding, if the service itself would send nothing.
+    """
     endpoint = trace_endpoint(settings)
-    if endpoint is None:
+    if endpoint is None or not settings.tracing_enabled or settings.writes_spans:
         return []
     backend = treat_as or backend_of(endpoint.host)
     exchange = _Exchange()
-    exporter, session = otlp_exporter()
+    exporter, session = otlp_exporter(timeout_seconds=endpoint.timeout_seconds)
     for scheme in ("http://", "https://"):
         session.mount(scheme, _ObservingAdapter(exchange))
     spans, trace_id = _trial_trace(settings)
@@ -89,17 +100,23 @@ def send_trial_trace(settings: ServeSettings, treat_as: Backend | None = None) -
         exporter.shutdown()  # type: ignore[no-untyped-call]
         exporting.join(1)
     if exchange.response is not None:
-        explainer = ResponseExplainer(endpoint, backend)
+        explainer = ResponseExplainer(endpoint, backend, change_of_rate(settings, "0.1"))
         return [explainer.explain(exchange.response, len(spans), trace_id, seconds)]
+    if session.refusal or not exchange.tried:
+        return [explain_nothing_sent(session.refusal)]
     return [explain_no_response(endpoint, exchange.errors, seconds)]
 
 
 def _trial_trace(settings: ServeSettings) -> tuple[tuple[ReadableSpan, ...], str]:
     kept = InMemorySpanExporter()
     provider = TracerProvider(
-        sampler=ALWAYS_ON, resource=build_resource(settings), shutdown_on_exit=False
+        sampler=ALWAYS_ON,
+        resource=build_resource(settings),
+        shutdown_on_exit=False,
+        span_limits=span_limits(settings),
+        meter_provider=NoOpMeterProvider(),
     )
-    provider.add_span_processor(SimpleSpanProcessor(kept))
+    provider.add_span_processor(SimpleSpanProcessor(kept, meter_provider=NoOpMeterProvider()))
     tracer = provider.get_tracer(SCOPE_NAME, __version__)
     with tracer.start_as_current_span("doctor") as root, tracer.start_as_current_span("checkup"):
         trace_id = trace.format_trace_id(root.get_span_context().trace_id)

@@ -19,17 +19,19 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 
+from metrics.batch_sizes import (
+    MAX_EXPORT_BATCH_SIZE,
+    MAX_QUEUE_SIZE,
+    MOST_SPANS_PER_REQUEST,
+    SPANS_PER_REQUEST,
+    BatchSizes,
+)
 from metrics.catalogue import SPAN_RESULTS, render
 from metrics.sampling import KeepRules, TraceIdentity, TraceSampling
 from metrics.spans import SpanNode, request_tree
 from metrics.tracing import (
     HONEYCOMB_SAMPLE_RATE,
-    MAX_EXPORT_BATCH_SIZE,
-    MAX_QUEUE_SIZE,
-    MOST_SPANS_PER_REQUEST,
     PROBABILITY,
-    SPANS_PER_REQUEST,
-    BatchSizes,
     SpanDestination,
     Tracing,
     sdk_metrics,

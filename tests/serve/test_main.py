@@ -58,6 +58,9 @@ def test_servers_are_imported_without_a_model_library(module: str) -> None:
         ({"SDXL_MAX_WAITING": "many"}, "SDXL_MAX_WAITING='many' is not allowed"),
         ({"SDXL_MDOEL": "demo"}, "did you mean SDXL_MODEL"),
         ({"OTEL_SAMPLE_RATE": "2"}, "a number from 0 to 1"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:99999"}, "with a host"),
+        ({"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "abc"}, "a whole number from 0"),
+        ({"OTEL_PROPAGATORS": "no-such-propagator"}, "tracecontext"),
     ],
 )
 def test_a_wrong_setting_stops_the_start_with_a_sentence(
@@ -66,6 +69,7 @@ def test_a_wrong_setting_stops_the_start_with_a_sentence(
     result = serve(**environment)
     assert result.returncode == 2
     assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
     assert "Traceback" not in result.stderr
 
 

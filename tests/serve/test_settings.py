@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+import http.client
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+import requests
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from opentelemetry.util.re import parse_env_headers
 
 from kernels_warmup.shapes import CompiledShape
 from serve.errors import ConfigurationError
 from serve.settings import ServeSettings, environment_name, load_settings
+from tests.support.certificates import client_certificate, self_signed
+from tests.support.processes import clean_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith(("SDXL_", "OTEL_")) or name == "ENABLE_TRACING":
+        proxies = name.upper().endswith("_PROXY")
+        if name.startswith(("SDXL_", "OTEL_")) or name == "ENABLE_TRACING" or proxies:
             monkeypatch.delenv(name)
 
 
@@ -111,6 +122,37 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
         ("SDXL_TRACE_URL", "https://example.com/{id}/{trace_id}", "with {trace_id} in it"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "brotli", "none, gzip or deflate"),
         ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "abc", "not milliseconds"),
+        ("OTEL_TRACES_EXPORTER", "zipkin", "otlp, console or none"),
+        ("OTEL_TRACES_EXPORTER", "otlp,console", "otlp, console or none"),
+        ("OTEL_METRICS_EXPORTER", "none,otlp", "or none"),
+        ("OTEL_METRICS_EXPORTER", "console", "or none"),
+        ("OTEL_METRICS_EXPORTER", ",", "or none"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "http/protobuf"),
+        ("OTEL_PROPAGATORS", "b3", "tracecontext"),
+        ("OTEL_PROPAGATORS", "baggage", "tracecontext"),
+        ("OTEL_PROPAGATORS", "none", "tracecontext"),
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "abc", "a whole number from 0"),
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "-1", "a whole number from 0"),
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "5.0", "a whole number from 0"),
+        ("OTEL_SPAN_EVENT_COUNT_LIMIT", "9" * 20, "a whole number from 0"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "9" * 20, "from 1 to 3600000"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "9" * 20, "to 1000000"),
+        ("OTEL_BSP_EXPORT_TIMEOUT", "-1", "from 1 to 3600000"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "a=1,b", "NAME=VALUE"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "=1", "NAME=VALUE"),
+        ("OTEL_EXPERIMENTAL_RESOURCE_DETECTORS", "process,gpc", "installed"),
+        ("OTEL_LOG_LEVEL", "loud", "debug"),
+        ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/no/such/ca.pem", "a PEM file"),
+        ("OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", __file__, "a PEM file"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http:///", "with a host"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://:4318", "with a host"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:99999", "with a host"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:0", "with a host"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://host:abc", "with a host"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://[::1", "with a host"),
+        ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://a..b", "with a host"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://*.example.com", "with a host"),
+        ("SDXL_GATEWAY_TARGET", "http:///", "OWNER/APP"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(
@@ -132,6 +174,28 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
         ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "hunter2"),
         ("OTEL_EXPORTER_OTLP_METRICS_HEADERS", "hunter2"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector://me:hunter2@host"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://me:hun/hunter2@host:x"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://host/?key=hunter2"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://host:x/?key=hunter2"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://me:hunter2%0A@host/v1/traces"),
+        ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://host:x/hunter2hunter2hunter2"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "Authorization=Basic%20hunter2%0Ahunter2"),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "a=1,api-key=hunter2%00"),
+        ("OTEL_EXPORTER_OTLP_METRICS_HEADERS", "api-key=hunter2%E2%82%AC"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "hunter2%20hunter2=x"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "hunter2%0D%0Ahunter2=x"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "content-length=7,api-key=hunter2"),
+        ("SDXL_ADMIN_TOKEN", "hunter2hunter2\nhunter2"),
+        ("SDXL_ADMIN_TOKEN", "hunter2"),
+        ("SDXL_GATEWAY_TARGET", "http://me:hunter2@host:x"),
+        ("SDXL_TRACE_URL", "https://me:hunter2@host/"),
+        ("HF_TOKEN", "hf_hunter2\nhunter2"),
+        ("HUGGING_FACE_HUB_TOKEN", "hf_hunter2 hunter2"),
+        ("FAL_KEY", "hunter2:hunter2\n"),
+        ("HTTPS_PROXY", "http://me:hunter2@proxy:x"),
+        ("http_proxy", "http://me:hunter2@"),
+        ("ALL_PROXY", "gopher://me:hunter2@proxy"),
+        ("HTTP_PROXY", "me:hunter2%0A@proxy:3128"),
     ],
 )
 def test_a_secret_is_never_shown(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -148,6 +212,65 @@ def test_a_secret_is_never_shown(monkeypatch: pytest.MonkeyPatch, name: str, val
 def test_headers_as_the_exporter_reads_them(monkeypatch: pytest.MonkeyPatch, headers: str) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", headers)
     load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HTTPS_PROXY", "http://me:secret@proxy:3128"),
+        ("HTTP_PROXY", "proxy:3128"),
+        ("ALL_PROXY", "socks5h://127.0.0.1:1080"),
+        ("https_proxy", "http://[::1]:3128/"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "https://me:x%20y@host/v1/traces?key=1"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://[::1]:4318"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://xn--bcher-kva.example:4318/otlp"),
+        ("SDXL_GATEWAY_TARGET", "someone/app"),
+        ("HF_TOKEN", "hf_0123456789\n"),
+    ],
+)
+def test_what_http_can_use_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    load_settings()
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.text(max_size=12), value=st.text(max_size=20))
+def test_a_header_that_is_allowed_is_one_that_http_carries(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    encoded = f"{quote(name, safe='')}={quote(value, safe='')}"
+    with monkeypatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_HEADERS", encoded)
+        try:
+            load_settings()
+        except ConfigurationError:
+            return
+    sent = parse_env_headers(encoded, liberal=True)
+    prepared = requests.Request("POST", "http://127.0.0.1", headers=sent).prepare()
+    connection = http.client.HTTPConnection("127.0.0.1")
+    connection.putrequest("POST", "/")
+    for each, its_value in prepared.headers.items():
+        connection.putheader(each, its_value)
+
+
+def test_a_name_in_lower_case_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("sdxl_steps", "7")
+    assert load_settings().steps == 7
+    monkeypatch.setenv("sdxl_steps", "abc")
+    with pytest.raises(ConfigurationError, match="sdxl_steps='abc' is not allowed"):
+        load_settings()
+    monkeypatch.setenv("SDXL_STEPS", "7")
+    with pytest.raises(ConfigurationError, match="SDXL_STEPS and sdxl_steps"):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["SDXL_STPES", "sdxl_stpes", "Sdxl_Stpes"])
+def test_a_misspelt_name_is_refused_in_any_case(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "5")
+    with pytest.raises(ConfigurationError, match=f"{name} is not a setting; did you mean SDXL_ST"):
+        load_settings()
 
 
 def test_an_unknown_name_is_refused_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +347,53 @@ def test_a_push_needs_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
         load_settings()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://127.0.0.1:4318/v1/metrics")
     assert load_settings().otlp_metrics
+
+
+def test_a_push_can_be_turned_on_by_its_standard_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "otlp")
+    with pytest.raises(ConfigurationError, match="needs an endpoint"):
+        load_settings()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    assert load_settings().pushes_metrics
+    monkeypatch.setenv("SDXL_OTLP_METRICS", "false")
+    with pytest.raises(ConfigurationError, match="contradict"):
+        load_settings()
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    assert not load_settings().pushes_metrics
+    monkeypatch.setenv("SDXL_OTLP_METRICS", "true")
+    with pytest.raises(ConfigurationError, match="contradict"):
+        load_settings()
+
+
+def test_an_exporter_that_is_named_needs_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
+    with pytest.raises(ConfigurationError, match="needs an endpoint"):
+        load_settings()
+    monkeypatch.setenv("ENABLE_TRACING", "false")
+    assert not load_settings().tracing_enabled
+
+
+def test_a_client_certificate_and_its_key_are_read_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    certificate, key = client_certificate(tmp_path)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_CLIENT_KEY", str(key))
+    with pytest.raises(ConfigurationError, match="OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE"):
+        load_settings()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", str(certificate))
+    load_settings()
+    _, another_key = client_certificate(tmp_path)
+    another_key.write_bytes(self_signed()[1])
+    with pytest.raises(ConfigurationError, match="OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE"):
+        load_settings()
+
+
+def test_a_wrong_setting_is_found_before_the_sdk_is_imported() -> None:
+    """The SDK reads the limits of a span at its import, and answers with a traceback."""
+    code = "import sys, serve.settings; sys.exit('opentelemetry.sdk.trace' in sys.modules)"
+    environment = clean_environment({"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "abc"})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0
 
 
 def test_buckets_and_temporality_are_read_as_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,6 @@ from tests.serve.telemetry.doctor_cases import (
     TRACES_ENDPOINT,
     answering,
     clean_environment_of_settings,
-    examined,
     partial,
 )
 from tests.support.processes import clean_environment
@@ -38,6 +37,9 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 # Secrets
 
 SECRET = "s3cr3t/Sh0uld+Never=BeSeen"
+PASSWORD = "Qx7vLm2RtZ9kWp4N"
+QUERY_KEY = "bH3uYc8JdF6gSa1E"
+PATH_KEY = "Wn5oKi0TxU7yPq3M"
 
 
 def output_of_doctor(
@@ -63,6 +65,8 @@ def pieces(secret: str, length: int = 6) -> list[str]:
         "credentials {decoded} do not match",
         "key {start}... is unknown, it ends in {end}",
         "{escaped}",
+        "no such path: {url}",
+        '{{"error": "{basic} is unknown at {url}"}}',
         "\x1b[2J{value}\n\n{value}",
     ],
 )
@@ -80,6 +84,8 @@ def test_a_backend_that_quotes_the_key_is_not_repeated(
         value=encoded,
         raw=raw,
         decoded=f"12345:{SECRET}",
+        url=f"/in/{PATH_KEY}/v1/traces?key={QUERY_KEY}",
+        basic=base64.b64encode(f"me:{PASSWORD}".encode()).decode(),
         start=encoded[:9],
         end=encoded[-9:],
         escaped=encoded.replace("/", "\\/"),
@@ -90,11 +96,14 @@ def test_a_backend_that_quotes_the_key_is_not_repeated(
         answer, kind = partial(2, body), PROTOBUF
     with answering(status, answer, kind) as server:
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setenv(ENDPOINT, server.url)
+        url = server.url.replace("//", f"//me:{PASSWORD}@")
+        monkeypatch.setenv(TRACES_ENDPOINT, f"{url}/in/{PATH_KEY}/v1/traces?key={QUERY_KEY}")
         monkeypatch.setenv(HEADERS, f"Authorization={raw},x-scope={SECRET}")
         shown = output_of_doctor(monkeypatch, capsys, width=10_000) + caplog.text
-    for piece in [*pieces(SECRET), *pieces(encoded)]:
-        assert piece not in shown, shown
+    basic = base64.b64encode(f"me:{PASSWORD}".encode()).decode()
+    for secret in (SECRET, encoded, basic, PASSWORD, QUERY_KEY, PATH_KEY):
+        for piece in pieces(secret):
+            assert piece not in shown, shown
     assert "\x1b" not in shown
 
 
@@ -122,7 +131,8 @@ def test_no_header_is_shown_whatever_is_wrong_with_it(
 def test_an_endpoints_password_is_not_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(ENDPOINT, "http://someone:hunter2hunter2@127.0.0.1:9/?token=hunter2hunter2")
+    url = "http://someone:hunter2hunter2@127.0.0.1:9/v1/traces?token=hunter2hunter2"
+    monkeypatch.setenv(TRACES_ENDPOINT, url)
     assert "hunter2" not in output_of_doctor(monkeypatch, capsys)
 
 
@@ -134,12 +144,6 @@ def test_a_key_in_an_endpoints_path_is_not_shown(
     shown = output_of_doctor(monkeypatch, capsys, sends=False)
     assert "/in/***" in shown
     assert "456789" not in shown
-
-
-@pytest.mark.parametrize("url", ["http://host:99999", "https://[::1", "http://host:port"])
-def test_what_is_no_url_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    with pytest.raises(ConfigurationError, match="OTEL_EXPORTER_OTLP_ENDPOINT is no URL"):
-        examined(monkeypatch, **{ENDPOINT: url})
 
 
 # A host of each backend and of none, with what may be mistyped around it.
@@ -155,7 +159,8 @@ ENDPOINTS = st.builds(
 )
 SOME_HEADERS = st.dictionaries(
     st.sampled_from([backend.header for backend in BACKENDS] + ["a", "x-b"]),
-    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60),
+    # hypothesis also draws words of our own code, as a backend's name, which the doctor may show.
+    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60).map(str.swapcase),
     max_size=3,
 )
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 
@@ -10,14 +9,7 @@ from metrics.sampling import TraceIdentity
 from serve.engine.call import Call, current_call
 from serve.telemetry.logs import configure_logging
 
-
-@pytest.fixture(autouse=True)
-def _root_logger_as_it_was() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 
 
 def test_json_lines_carry_their_request(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,4 +43,6 @@ def test_an_exception_is_logged_once(capsys: pytest.CaptureFixture[str]) -> None
     except ValueError:
         logging.getLogger("serve.test").exception("it failed")
     [line] = capsys.readouterr().err.splitlines()
-    assert "ValueError: no" in json.loads(line)["exception"]
+    exception = json.loads(line)["exception"]
+    assert exception.splitlines()[-1] == "ValueError"
+    assert exception.count("test_logs.py") == 1

@@ -113,13 +113,13 @@ def test_the_destination_is_the_exporters_own(
         # The endpoint's form.
         (
             {ENDPOINT: "https://otlp.nr-data.net:4318/v1/traces"},
-            "which ends in it, so the path has it twice",
+            "the path has /v1/traces twice",
             "OTEL_EXPORTER_OTLP_ENDPOINT=https://otlp.nr-data.net:4318",
         ),
         (
             {TRACES_ENDPOINT: "https://otlp.nr-data.net:4318"},
             "is used unchanged, and does not end in /v1/traces",
-            "Append /v1/traces",
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=https://otlp.nr-data.net:4318/v1/traces",
         ),
         (
             {ENDPOINT: "http://otlp.nr-data.net:4318"},
@@ -130,6 +130,11 @@ def test_the_destination_is_the_exporters_own(
             {ENDPOINT: "https://otlp.datadoghq.com:4318"},
             "this host accepts OTLP/HTTP on port 443, not on 4318",
             "=https://otlp.datadoghq.com",
+        ),
+        (
+            {TRACES_ENDPOINT: "https://api.honeycomb.io/v1/traces/v1/traces"},
+            "the path has /v1/traces twice",
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=https://api.honeycomb.io/v1/traces",
         ),
         (
             {ENDPOINT: "https://otlp-gateway-prod-us-east-0.grafana.net"},
@@ -209,7 +214,7 @@ def test_the_destination_is_the_exporters_own(
         (
             {ENDPOINT: "https://api.honeycomb.io", HEADERS: f"x-honeycomb-team={'0a' * 16}"},
             "needs x-honeycomb-dataset",
-            "",
+            "Append ,x-honeycomb-dataset=<dataset> to OTEL_EXPORTER_OTLP_HEADERS",
         ),
         *(
             (
@@ -226,6 +231,21 @@ def test_the_destination_is_the_exporters_own(
                 (f"Basic%20{base64.b64encode(b'no-colon-12345').decode()}", "instance id"),
                 (f"Basic%20{base64.b64encode(b'me@x.test:glc_1').decode()}", "instance id"),
                 (f"Basic%20{base64.b64encode(b'123:glsa_12345').decode()}", "service account"),
+            )
+        ),
+        *(
+            (
+                {ENDPOINT: endpoint, HEADERS: f"Authorization=Basic%20{encoded}"},
+                "the credentials inside the base64 of authorization have a line break",
+                "printf",
+            )
+            for endpoint in (
+                "https://otlp-gateway-prod-us-east-0.grafana.net/otlp",
+                "http://127.0.0.1:1",
+            )
+            for encoded in (
+                base64.b64encode(b"123:glc_12345\n").decode(),
+                base64.b64encode(b"123\r\n:glc_12345").decode(),
             )
         ),
         # Headers of any backend.
@@ -250,18 +270,14 @@ def test_the_destination_is_the_exporters_own(
             "Unset",
         ),
         (
-            {ENDPOINT: "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_CERTIFICATE": "/no/such/ca.pem"},
-            "there is no file /no/such/ca.pem",
-            "certificate authority",
+            {ENDPOINT: "http://127.0.0.1:1", "OTEL_SDK_DISABLED": "true"},
+            "OTEL_SDK_DISABLED=true turns it off",
+            "Unset OTEL_SDK_DISABLED",
         ),
         (
-            {
-                ENDPOINT: "https://127.0.0.1:1",
-                "OTEL_EXPORTER_OTLP_CERTIFICATE": __file__,
-                "REQUESTS_CA_BUNDLE": "/etc/ca.pem",
-            },
-            "REQUESTS_CA_BUNDLE is set as well, and wins over",
-            "Unset it",
+            {ENDPOINT: "http://127.0.0.1:1", "OTEL_TRACES_EXPORTER": "none"},
+            "OTEL_TRACES_EXPORTER=none turns it off",
+            "Unset OTEL_TRACES_EXPORTER",
         ),
         (
             {
@@ -270,7 +286,7 @@ def test_the_destination_is_the_exporters_own(
                 "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "4000",
             },
             "can have 1.6 MB; New Relic accepts 1 MB",
-            "OTEL_BSP_MAX_EXPORT_BATCH_SIZE to 2500 or less",
+            "OTEL_BSP_MAX_EXPORT_BATCH_SIZE=2500 or less",
         ),
     ],
 )
@@ -311,7 +327,7 @@ def test_a_wrong_setting_is_a_problem_with_advice(
         ({TRACES_ENDPOINT: "http://127.0.0.1:4318/spans"}, "does not end in /v1/traces"),
         ({ENDPOINT: "http://127.0.0.1:1", "OTEL_SAMPLE_RATE": "0"}, "no trace is exported"),
         ({ENDPOINT: "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_TIMEOUT": "0.5"}, "takes longer"),
-        ({ENDPOINT: "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "has no effect"),
+        ({"OTEL_TRACES_EXPORTER": "console"}, "spans are written to standard output"),
     ],
 )
 def test_a_questionable_setting_is_a_note_and_no_problem(

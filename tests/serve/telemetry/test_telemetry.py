@@ -26,6 +26,7 @@ from serve.telemetry.setup import (
 )
 from tests.metrics.fake_nvml import FakeGpu, FakeNvml
 from tests.metrics.test_catalogue import OPENMETRICS, declared
+from tests.metrics.test_tracing import TWO_SPANS
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,10 @@ def test_the_resource_identifies_the_service(monkeypatch: pytest.MonkeyPatch) ->
         (None, "", "stepspan"),
         (None, "service.name=foo", "foo"),
         ("bar", "service.name=foo", "bar"),
+        (None, "peer.service.name=x", "stepspan"),
+        (None, "a=1, service.name = y ", "y"),
+        (None, "service.name=", "stepspan"),
+        (None, "service.name=a%20b%2Cc=d", "a b,c=d"),
     ],
 )
 def test_the_operators_service_name_is_used(
@@ -97,6 +102,14 @@ def test_the_operators_service_name_is_used(
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", attributes)
     settings = ServeSettings.model_validate({"OTEL_SERVICE_NAME": explicit, "device": "cpu"})
     assert build_resource(settings).attributes["service.name"] == expected
+
+
+def test_the_environment_says_which_version_and_instance_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"service.version": "2.7", "service.instance.id": "pod-3"}
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", ",".join(f"{k}={v}" for k, v in given.items()))
+    assert given.items() <= build_resource(load_settings()).attributes.items()
 
 
 def test_the_resource_names_the_gpu() -> None:
@@ -121,6 +134,14 @@ def built(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Tracing:
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}, True),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "ENABLE_TRACING": "false"}, False),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"}, False),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_TRACES_EXPORTER": "none"},
+            False,
+        ),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_TRACES_EXPORTER": "OTLP"},
+            True,
+        ),
     ],
 )
 def test_tracing_is_on_if_an_endpoint_is_set_and_tracing_is_not_disabled(
@@ -144,16 +165,15 @@ def test_the_batch_processors_variables_reach_it(monkeypatch: pytest.MonkeyPatch
     assert [[sizes[name] for name in names] for sizes in seen] == [[200, 200, 1000], [200, 20, 7]]
 
 
-def test_a_standard_variable_without_effect_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_spans_go_to_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracing = built(
-        monkeypatch,
-        OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9",
-        OTEL_BSP_EXPORT_TIMEOUT="5000",
-    )
-    tracing.shutdown(1)
-    assert "OTEL_BSP_EXPORT_TIMEOUT has no effect" in caplog.text
+    tracing = built(monkeypatch, OTEL_TRACES_EXPORTER="console", OTEL_SERVICE_NAME="mine")
+    tracing.emit(tracing.identify(), TWO_SPANS)
+    assert tracing.shutdown(5) == 0
+    written = capsys.readouterr().out
+    assert written.count('"trace_id"') == 2
+    assert '"service.name": "mine"' in written
 
 
 def test_a_budget_follows_the_device_and_the_operator() -> None:

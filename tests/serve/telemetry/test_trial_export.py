@@ -18,7 +18,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
 )
 
-from serve.settings import load_settings
+from serve.settings import ServeSettings, load_settings
+from serve.telemetry import doctor
 from serve.telemetry.backends import DATADOG, GRAFANA, HONEYCOMB, NEW_RELIC, Backend
 from serve.telemetry.finding import Severity
 from serve.telemetry.trial_export import send_trial_trace
@@ -177,6 +178,60 @@ def test_the_trial_export_is_compressed_as_configured(monkeypatch: pytest.Monkey
     [(_, headers, body)] = server.received
     assert headers["content-encoding"] == "gzip"
     assert ExportTraceServiceRequest.FromString(gzip.decompress(body)).resource_spans
+
+
+# Nothing sent
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {HEADERS: "Authorization=Basic%20AAAA%0AB3BBBB"},
+        {HEADERS: "a=%E2%82%AC"},
+        {"HTTP_PROXY": "http://me:hunter2@proxy:x", "http_proxy": "http://me:hunter2@proxy:x"},
+    ],
+    ids=str,
+)
+def test_what_the_client_refuses_was_not_sent(
+    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, str]
+) -> None:
+    """The settings' checks refuse these; the doctor does not rely on it."""
+    monkeypatch.setenv(ENDPOINT, "http://collector.example.com:4318")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    [finding] = send_trial_trace(ServeSettings())
+    assert finding.severity is Severity.PROBLEM
+    assert "nothing was sent" in finding.text
+    assert "accepted" not in finding.text
+    for secret in ("AAAA", "hunter2"):
+        assert secret not in finding.text + finding.advice
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"OTEL_SDK_DISABLED": "true"},
+        {"ENABLE_TRACING": "false"},
+        {"OTEL_TRACES_EXPORTER": "none"},
+        {"OTEL_TRACES_EXPORTER": "console"},
+    ],
+    ids=str,
+)
+def test_the_doctor_sends_nothing_where_the_service_would_send_nothing(
+    monkeypatch: pytest.MonkeyPatch, switch: dict[str, str]
+) -> None:
+    lines: list[str] = []
+    with answering(200) as server:
+        monkeypatch.setenv(ENDPOINT, server.url)
+        for name, value in switch.items():
+            monkeypatch.setenv(name, value)
+        status = doctor.run(load_settings(), lines.append)
+    assert server.received == []
+    assert lines[-1].endswith(" Nothing was sent.")
+    assert status == (switch != {"OTEL_TRACES_EXPORTER": "console"})
+    assert not any("accepted" in line for line in lines)
 
 
 # No answer
