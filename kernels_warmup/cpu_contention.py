@@ -220,9 +220,11 @@ class CpuContention:
         if cpus == self._kept_on:
             return
         self._kept_on = cpus
-        python = {thread.native_id for thread in threading.enumerate()} - {self._owner}
+        left_out: set[int | None] = set()
+        if cpus != self._cpus:
+            left_out = {thread.native_id for thread in threading.enumerate()} - {self._owner}
         for task in map(int, os.listdir("/proc/self/task")):
-            if task not in python:  # libgomp's threads have no name to know them by
+            if task not in left_out:  # libgomp's threads have no name to know them by
                 try:
                     os.sched_setaffinity(task, cpus)
                 except ProcessLookupError:

@@ -24,10 +24,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
+from bench.outputs import output_file, write_json
 
 if TYPE_CHECKING:
     from bench.service.processes import Server
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="further environment variables of both servers",
     )
-    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+    parser.add_argument("--out", type=output_file, help="also write it here, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         print(line)
     if options.out:
         written = where("cpu") | asdict(samples) | {"judged": figures}
-        options.out.write_text(json.dumps(written, indent=1) + "\n")
+        write_json(options.out, written)
     return 0
 
 
