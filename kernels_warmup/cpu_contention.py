@@ -26,6 +26,7 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ SHARE_OF_TIME = 0.01
 """The most that measuring may take of one core; /proc/stat is slow to read on large machines."""
 CALM_MEASUREMENTS = 5
 """How many measurements in a row must find room before threads spin again."""
+REMEMBERED = 10
+"""How many measurements say how many CPUs are free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +100,12 @@ class Judge:
         # Each CPU's idle time is rounded down by up to a tenth of an interval.
         self._noise = 0.3 + 0.1 * math.sqrt(cpus)
         self._calm = 0
+        self._recent: deque[float] = deque(maxlen=REMEMBERED)
         self.contended = False
 
     def judge(self, others: float) -> bool:
         """Take a measurement; returns whether others need cores that the threads would use."""
+        self._recent.append(others)
         if others > self._spare + self._noise:
             self.contended, self._calm = True, 0
         elif others > self._spare + self._noise / 2:
@@ -111,9 +116,13 @@ class Judge:
                 self.contended = False
         return self.contended
 
-    def free_cpus(self, others: float) -> int:
-        """How many CPUs others leave free; 0: not even one."""
-        return max(0, self._cpus - math.ceil(others - 0.25))
+    def free_cpus(self) -> int:
+        """How many CPUs others have left free lately; 0: not even one.
+
+        Of the recent measurements the largest counts: where others want every CPU, they use less of
+        them while our threads compute too.
+        """
+        return max(0, self._cpus - math.ceil(max(self._recent) - 0.25))
 
 
 class SleepingTeam:
@@ -207,7 +216,7 @@ class CpuContention:
         if self._team is None:
             # One more than CPUs, together with the computing threads.
             self._team = SleepingTeam(max(2, len(self._cpus) - self._threads + 2))
-        free = self._judge.free_cpus(others)
+        free = self._judge.free_cpus()
         self._keep_on(set(sorted(self._cpus)[:free]) or self._cpus)
 
     def _spin(self) -> None:

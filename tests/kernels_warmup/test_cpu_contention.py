@@ -18,6 +18,7 @@ from bench.service.busy import endless_loops
 from kernels_warmup import cpu_contention
 from kernels_warmup.cpu_contention import (
     CALM_MEASUREMENTS,
+    REMEMBERED,
     ComputingThreads,
     CpuContention,
     Judge,
@@ -71,8 +72,21 @@ def test_what_others_leave_free_is_no_contention() -> None:
     judge = Judge(cpus=8, threads=4)
     assert not judge.judge(4.0)
     assert judge.judge(5.0)
-    assert [judge.free_cpus(others) for others in (0.9, 1.2, 2.0, 8.0)] == [7, 7, 6, 0]
-    assert [Judge(2, 2).free_cpus(others) for others in (1.0, 1.5, 2.0)] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "others", "free"),
+    [(8, 0.9, 7), (8, 1.2, 7), (8, 2.0, 6), (8, 8.0, 0), (2, 1.0, 1), (2, 1.5, 0), (2, 2.0, 0)],
+)
+def test_free_cpus_are_what_others_left_lately(cpus: int, others: float, free: int) -> None:
+    judge = Judge(cpus, cpus)
+    judge.judge(others)
+    assert judge.free_cpus() == free
+    for _ in range(REMEMBERED - 1):
+        judge.judge(0.0)
+        assert judge.free_cpus() == free
+    judge.judge(0.0)
+    assert judge.free_cpus() == cpus
 
 
 @on_linux
