@@ -83,6 +83,7 @@ COMMANDS = {
     ),
     "compare": Command("stats.compare", "judge whether HEAD is faster than BASE, and by how much"),
     "show": Command("report.show", "show a result as a table, or as a page with plots"),
+    "busy": Command("service.busy", "request time on a busy machine: beside endless loops"),
     "load": Command("service.load", "latency, goodput and rejections of a server under load"),
 }
 """By name, in the order of `--help`."""
@@ -105,6 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
             subparser.description = module.__doc__
             module.add_arguments(subparser)
     options = parser.parse_args(arguments)
+    from kernels_warmup.cpu_threads import choose_cpu_threads
+
+    # Before a command loads torch, and for the processes that it starts.
+    choose_cpu_threads()
     try:
         status = _run(COMMANDS[options.command], options)
     except BenchError as error:
@@ -132,4 +137,12 @@ def _run(command: Command, options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    # `python -m` looks for packages in the working directory first.
+    if sys.path[0] == os.getcwd() and os.path.dirname(__file__) != os.path.join(
+        sys.path[0], "bench"
+    ):
+        del sys.path[0]
+        from serve.working_directory import name_shadowing_files
+
+        name_shadowing_files("run it from another directory")
     sys.exit(main())

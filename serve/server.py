@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from importlib.util import find_spec
+from ipaddress import IPv6Address, ip_address
 from types import FrameType
 
 import uvicorn
@@ -200,6 +201,12 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ConfigurationError: the address is in use, or is not this machine's.
     """
+    if not host.strip():
+        # The system would take it for every interface.
+        raise ConfigurationError(
+            "--host is empty: name the address to listen on, as 127.0.0.1, or 0.0.0.0 for every "
+            "interface."
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio turns Nagle's algorithm off only then. With it on, a
     # response on a kept connection waits 40 ms for the client's delayed acknowledgement.
@@ -207,13 +214,28 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: no host has such a name
         listener.close()
         raise ConfigurationError(
             f"cannot listen on {host} port {port}: {error}. Choose another with --host or --port; "
             "port 0 takes a free one."
         ) from None
     return listener
+
+
+def reachable_by(address: str) -> str | None:
+    """Who else than this machine reaches a bound address; None: nobody.
+
+    Args:
+        address: a numeric IPv4 or IPv6 address, as a socket names its own.
+    """
+    parsed = ip_address(address.partition("%")[0])
+    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    if parsed.is_loopback:
+        return None
+    where = "on every interface, so" if parsed.is_unspecified else "not on loopback alone, so"
+    return f"{where} other machines may reach it, and no key is asked for"
 
 
 def run(settings: ServeSettings, host: str, port: int) -> int:
@@ -242,6 +264,8 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     )
     server = _Server(config, runtime, listener, limit)
     address, bound_port = listener.getsockname()[:2]
+    if (reach := reachable_by(address)) is not None:
+        logger.warning("listening on %s port %d: %s", address, bound_port, reach)
     shown = f"[{address}]" if ":" in address else address
 
     async def serve() -> None:

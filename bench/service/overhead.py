@@ -17,7 +17,6 @@ spend CPU time on waiting. With --scrape, requests are also compared with and wi
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 import threading
@@ -89,8 +88,9 @@ def run(options: argparse.Namespace) -> int:
 def measure(options: argparse.Namespace) -> Samples:
     """Send requests one after the other: 3 a pair, and 30 a block."""
     from bench.service.processes import running
+    from kernels_warmup.cpu_threads import cores_given
 
-    threads = max(1, (os.cpu_count() or 1) - 1)
+    threads = max(1, cores_given() - 1)
     samples = Samples(
         {arm: [] for arm in ARMS},
         {arm: [] for arm in ARMS},

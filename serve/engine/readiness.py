@@ -33,6 +33,7 @@ class Readiness:
         phases_ms: duration of each finished phase of the start-up.
         compile: how the model was prepared to run, and what the compiler did.
         left_out: the shapes that could not be warmed, and the type of the error of each.
+        cpu_threads: describes the threads that compute on the CPU, as they are now.
     """
 
     state: State = State.STARTING
@@ -46,6 +47,7 @@ class Readiness:
     left_out: dict[str, str] = field(default_factory=dict)
     draining: bool = False
     _on_drain: list[Callable[[], object]] = field(default_factory=list, repr=False)
+    cpu_threads: Callable[[], dict[str, Any]] = dict
 
     def drain(self) -> None:
         """No request is accepted from now on. A failed start stays failed."""
@@ -81,4 +83,5 @@ class Readiness:
             "left_out": self.left_out,
             "warmup_ms": self.phases_ms,
             "compile": self.compile,
+            "cpu_threads": self.cpu_threads(),
         }

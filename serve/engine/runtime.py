@@ -23,6 +23,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from kernels_warmup.cache.trust import UntrustedFolder
 from kernels_warmup.cache.working_directory import use_trusted_folders
+from kernels_warmup.cpu_contention import ComputingThreads
+from kernels_warmup.cpu_threads import choose_cpu_threads
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import RunKind
 from metrics.catalogue import GenerationMetrics
@@ -104,6 +106,7 @@ class Runtime:
         gpu_watch: GpuWatch,
         gpu_metrics: GpuMetrics | None = None,
         push: MetricsPush | None = None,
+        cpu_threads: ComputingThreads | None = None,
     ) -> None:
         self.settings = settings
         self.tracing = tracing
@@ -121,6 +124,7 @@ class Runtime:
         self._gpu_watch = gpu_watch
         self._gpu_metrics = gpu_metrics
         self._push = push
+        self._cpu_threads = cpu_threads
         self._loaded: LoadedModel | None = None
         self._device_lost = False
 
@@ -155,6 +159,8 @@ class Runtime:
 
     async def _load_and_warm(self, on_progress: Callable[[str], None]) -> None:
         self._loaded = await self._startup.load(on_progress)
+        if self._cpu_threads is not None:
+            self._cpu_threads.loaded(self.readiness.device, self._gpu.native_id)
         await self._startup.warm(self._loaded, self._warm_once, on_ready=self.ready.set)
 
     def _warm_once(self, shape: CompiledShape, kind: RunKind) -> None:
@@ -426,6 +432,8 @@ class Runtime:
         self._startup.close()
         if not self.work_left_behind:
             self._loaded = None  # gives the model's memory back
+        if self._cpu_threads is not None:
+            self._cpu_threads.close()
         if self._gpu_metrics is not None:
             self._gpu_metrics.stop()
         # Spans and metrics are exported side by side: a dead backend uses up all its time.
@@ -462,13 +470,15 @@ def build_runtime(
         use_trusted_folders()
     except UntrustedFolder as error:
         raise ConfigurationError(str(error)) from None
+    # OpenMP reads its environment when torch is loaded, which comes later.
+    cpu_threads = ComputingThreads(choose_cpu_threads())
     gpu = Gpu.open(settings.device)
     resource = build_resource(settings, gpu)
     metrics = _build_metrics(settings, registry)
     tracing = build_tracing(settings, metrics, resource)
     recorder = Recorder(tracing, metrics, settings.trace_steps)
     profiling = Profiling(settings.profile_dir, settings.nvtx)
-    readiness = Readiness()
+    readiness = Readiness(cpu_threads=cpu_threads.describe)
     gpu_thread = GpuThread()
     startup = Startup(settings, readiness, metrics, recorder, gpu_thread, prepare, kinds)
     return Runtime(
@@ -484,6 +494,7 @@ def build_runtime(
         gpu_watch=GpuWatch(gpu),
         gpu_metrics=build_gpu_metrics(settings, metrics, gpu),
         push=build_push(settings, metrics, resource),
+        cpu_threads=cpu_threads,
     )
 
 

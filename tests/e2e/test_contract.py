@@ -296,6 +296,9 @@ def test_health_and_readiness(servers: dict[str, Server]) -> None:
     ours, fals = (server.client.get("/ready") for server in servers.values())
     assert (ours.status_code, fals.status_code) == (200, 200)
     assert ours.json()["state"] == "ready"
+    threads = ours.json()["cpu_threads"]
+    assert (threads["threads"], threads["set_by_user"]) == (1, {"OMP_NUM_THREADS": "1"})
+    assert threads["cores"] >= 1
     assert shape_of(ours.json()) == shape_of(fals.json())
     assert {k: v for k, v in ours.json().items() if k != "warmup_ms"} == {
         k: v for k, v in fals.json().items() if k != "warmup_ms"

@@ -590,3 +590,21 @@ def test_a_missing_model_library_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(server, "find_spec", lambda name: None if name == "torch" else name)
     with pytest.raises(ConfigurationError, match=r"torch not installed: `pip install 'stepspan\["):
         server.run(ServeSettings(), "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("address", "reached"),
+    [
+        ("127.0.0.1", False),
+        ("127.8.8.8", False),
+        ("::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("0.0.0.0", True),
+        ("::", True),
+        ("::ffff:0.0.0.0", True),
+        ("192.0.2.7", True),
+        ("fe80::1%eth0", True),
+    ],
+)
+def test_who_reaches_an_address_is_known(address: str, reached: bool) -> None:
+    assert (server.reachable_by(address) is not None) == reached
