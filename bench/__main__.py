@@ -58,7 +58,8 @@ COMMANDS = {
         "time of every product, convolution, attention and norm of a step, each by itself",
     ),
     "peers": Command(
-        "service.peers", "throughput with concurrent clients, compared with the documented example"
+        "peers.throughput",
+        "throughput with concurrent clients, beside the documented example, BentoML and LitServe",
     ),
     "bare": Command("micro.harness_check", "what the bench reports, against a minimal timing loop"),
     "compare": Command("stats.compare", "judge whether HEAD is faster than BASE, and by how much"),

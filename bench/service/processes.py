@@ -93,6 +93,8 @@ class Server:
     process: subprocess.Popen[bytes]
     started: float
     """`time.monotonic` just before its start."""
+    output: Path
+    """What it has printed so far."""
     address: str = ""
     _connection: http.client.HTTPConnection | None = field(default=None, init=False)
 
@@ -143,19 +145,19 @@ def running(
     started = time.monotonic()
     command = [sys.executable, "-m", *module]
     with launched(command, clean_environment(environment), ROOT) as (process, output):
-        server = Server(name, process, started)
+        server = Server(name, process, started, output)
         try:
             if wait_for_line:
-                server.address = _address(server, output, ready_seconds)
+                server.address = _address(server, ready_seconds)
             yield server
         finally:
             server.close()
 
 
-def _address(server: Server, output: Path, seconds: float) -> str:
+def _address(server: Server, seconds: float) -> str:
     while time.monotonic() - server.started < seconds:
         ended = server.process.poll() is not None
-        text = output.read_text(errors="replace")
+        text = server.output.read_text(errors="replace")
         if match := _READY.search(text):
             return match[1]
         if ended:
