@@ -2,9 +2,9 @@
 
 Each peer gets a folder of its own, which its server finds first on PYTHONPATH. Everything that is
 not in the folder (torch, diffusers, ...) comes from this Python's own packages, so both sides run
-the same model code. The folders are apart because BentoML needs an older OpenTelemetry than the
-service, and because uvicorn would serve our server with LitServe's uvloop and httptools if it
-found them.
+the same model code. They are no part of the service's environment, because BentoML's tracing needs
+other semantic conventions than the service's, and because uvicorn would serve our server with
+LitServe's uvloop and httptools if it found them.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ BATCH_TIMEOUT = 0.05
 and less than a tenth of the demo model's request."""
 
 
-class TextToImage(litserve.LitAPI):
+class TextToImage(litserve.LitAPI):  # type: ignore[misc]
     """Text to image, in batches."""
 
     def setup(self, device: str) -> None:

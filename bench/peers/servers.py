@@ -1,4 +1,4 @@
-"""The compared servers: each in processes of its own, started, asked, paused and ended the same way.
+"""The compared servers, each in processes of its own: how to start, ask, pause and end them.
 
 A server that is not being loaded is paused (SIGSTOP), because an idle one is not free: LitServe's
 worker asks for requests a thousand times a second. psutil finds a server's processes; BentoML and
@@ -11,7 +11,6 @@ import http.client
 import json
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping

@@ -39,8 +39,11 @@ if TYPE_CHECKING:
     from bench.stats.intervals import Interval
 
 OWN_THREADS = "own"
-FEWEST_REQUESTS = 6
-"""Requests of a block: with one client, half a second each."""
+FEWEST_REQUESTS = 4
+"""Requests of a block."""
+TRAINING_REQUESTS = 12
+"""Requests before anything else, one after the other. BentoML's batching learns how long one, two
+and three take together from the first eleven batches, and waits for the others meanwhile."""
 LONGEST_WAIT_SECONDS = 3600
 """The same for every server, so that none refuses a request that another one answers."""
 
@@ -54,6 +57,8 @@ class Plan:
 
     peers: tuple[str, ...]
     clients: tuple[int, ...]
+    """Ascending. One number after the other, because BentoML's batching goes by its last 50
+    batches: waiting times with many clients would delay a single one."""
     blocks: int
     requests: int | None
     """Requests of a block; None: chosen by the number of clients."""
@@ -88,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(4,),
         help="concurrent clients, comma-separated (default: 4)",
     )
-    add("--blocks", type=int, default=8, help="blocks of each server (default: 8)")
+    add("--blocks", type=int, default=6, help="blocks of each server (default: 6)")
     add(
         "--requests",
         type=int,
@@ -116,7 +121,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers") from None
 
@@ -214,28 +219,38 @@ def measure(plan: Plan, settings: PeerSettings) -> Rates:
     rates: dict[int, dict[str, list[float]]] = {
         clients: {name: [] for name in names} for clients in plan.clients
     }
-    most_clients = max(plan.clients)
     with ExitStack() as stack:
-        servers = {}
+        servers: dict[str, ComparedServer] = {}
         for name in names:
             print(f"starting {name}", file=sys.stderr, flush=True)
-            server = stack.enter_context(serving(name, settings, most_clients, plan.threads))
-            # Like a block, but not timed: the first runs of each batch size are slow, and BentoML's
-            # batching begins by learning how long batches take.
-            for clients in sorted(plan.clients):
-                load(server, clients, plan.requests_with(clients), plan.steps)
-            server.pause()
-            servers[name] = server
-        for block in range(plan.blocks):
-            for clients in plan.clients:
-                requests = plan.requests_with(clients)
+            servers[name] = stack.enter_context(
+                serving(name, settings, max(plan.clients), plan.threads)
+            )
+            load(servers[name], 1, TRAINING_REQUESTS, plan.steps)
+            servers[name].pause()
+        for clients in plan.clients:
+            requests = plan.requests_with(clients)
+            for name in names:
+                # The first runs of a batch size are slow.
+                load_alone(servers[name], clients, clients, plan.steps)
+            for block in range(plan.blocks):
                 for name in order(names, block):
-                    servers[name].resume()
-                    seconds = load(servers[name], clients, requests, plan.steps)
-                    servers[name].pause()
+                    seconds = load_alone(servers[name], clients, requests, plan.steps)
                     rates[clients][name].append(requests / seconds)
-            print(f"block {block + 1} of {plan.blocks}", file=sys.stderr, flush=True)
+                print(
+                    f"{clients} clients, block {block + 1} of {plan.blocks}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return rates
+
+
+def load_alone(server: ComparedServer, clients: int, requests: int, steps: int) -> float:
+    """As `load`, of a server that is paused before and after."""
+    server.resume()
+    seconds = load(server, clients, requests, steps)
+    server.pause()
+    return seconds
 
 
 def order(names: Sequence[str], block: int) -> list[str]:
@@ -319,12 +334,13 @@ def _result(
     plan: Plan, settings: PeerSettings, rates: Rates, load_average: float
 ) -> dict[str, Any]:
     """The measurement as JSON has it."""
+    import torch
+
     from bench.harness.environment import where
     from bench.peers.environments import PINS, version
-    from serve.model.sdxl import choose_device
 
     return {
-        **where(str(choose_device("auto"))),
+        **where("cuda" if torch.cuda.is_available() else "cpu"),
         "load_average": load_average,
         "peers": {name: version(name) if name in PINS else None for name in plan.peers},
         "model": settings.model,
