@@ -167,6 +167,7 @@ class ComparedServer:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._server.process.wait()
+        psutil.wait_procs(list(self._seen.values()), ENDING_SECONDS)
 
     def _processes(self) -> list[psutil.Process]:
         """Its processes, the first one first. Raises BenchError if that has ended."""
