@@ -255,7 +255,6 @@ def test_a_peer_draws_what_the_pipeline_draws(name: str, pipeline: Pipeline) -> 
                 connection.close()
 
         server.pause()
-        assert {process.status() for process in processes} == {"stopped"}
         server.resume()
         with ThreadPoolExecutor(4) as clients:
             answers = list(clients.map(ask, drawings))
