@@ -27,6 +27,14 @@ subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
 time.sleep(100)
 """
 
+# BentoML prints its worker's failure, and starts another.
+FAILING_WORKER = """
+import time
+print("ValueError: no such model")
+print("Application startup failed. Exiting.", flush=True)
+time.sleep(100)
+"""
+
 
 @contextmanager
 def started(code: str) -> Iterator[Server]:
@@ -82,15 +90,7 @@ def test_what_the_first_process_leaves_behind_is_ended() -> None:
         assert psutil.wait_procs(processes, timeout=1)[1] == []
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "raise ValueError('no such model')",
-        # As BentoML: the worker's failure is printed, and the first process goes on.
-        "import time\nprint('ValueError: no such model\\nApplication startup failed.', flush=True)\n"
-        + "time.sleep(100)",
-    ],
-)
+@pytest.mark.parametrize("code", ["raise ValueError('no such model')", FAILING_WORKER])
 def test_a_server_that_cannot_start_says_why(code: str) -> None:
     with started(code) as server, pytest.raises(BenchError, match="ValueError: no such model"):
         servers._wait_until_ready(server, "/ready")
