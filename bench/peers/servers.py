@@ -110,14 +110,16 @@ def _our_environment(settings: PeerSettings, most_clients: int) -> dict[str, str
 class ComparedServer:
     """A ready server of the comparison."""
 
-    def __init__(self, server: Server, command: _Command) -> None:
+    def __init__(self, server: Server, command: _Command, longest_wait_seconds: float) -> None:
         self.name = server.name
         self._server, self._command = server, command
+        self._longest_wait_seconds = longest_wait_seconds
         self._seen: dict[int, psutil.Process] = {}
         """Its processes so far, by process id, the first one first."""
 
     def connect(self) -> http.client.HTTPConnection:
-        return connect(self._server.address)
+        """A connection that waits as long as the server may."""
+        return connect(self._server.address, self._longest_wait_seconds)
 
     def draw(
         self, connection: http.client.HTTPConnection, drawing: dict[str, object]
@@ -206,7 +208,7 @@ def serving(
         with running(
             name, command.module, environment, READY_SECONDS, wait_for_line=prints_address
         ) as server:
-            compared = ComparedServer(server, command)
+            compared = ComparedServer(server, command, settings.longest_wait_seconds)
             try:
                 if not prints_address:
                     server.address = command.address

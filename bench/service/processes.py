@@ -177,11 +177,11 @@ def request_body(seed: int, steps: int) -> dict[str, object]:
     return {"prompt": PROMPT, "seed": seed, "num_inference_steps": steps}
 
 
-def connect(address: str) -> http.client.HTTPConnection:
+def connect(address: str, timeout_seconds: float = 600) -> http.client.HTTPConnection:
     """A connection to `http://HOST:PORT`, opened by its first request."""
     parts = urlsplit(address)
     assert parts.hostname is not None
-    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=600)
+    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_seconds)
 
 
 def send_request(

@@ -67,7 +67,7 @@ def stopped(processes: list[psutil.Process], expected: bool) -> bool:
 def test_all_processes_are_paused_resumed_and_ended() -> None:
     with started(TWO_PROCESSES) as server:
         processes = family(server, 2)
-        compared = ComparedServer(server, servers._Command((), {}))
+        compared = ComparedServer(server, servers._Command((), {}), 1)
         compared.pause()
         assert stopped(processes, True)
         compared.resume()
@@ -80,7 +80,7 @@ def test_all_processes_are_paused_resumed_and_ended() -> None:
 def test_what_the_first_process_leaves_behind_is_ended() -> None:
     with started(TWO_PROCESSES) as server:
         processes = family(server, 2)
-        compared = ComparedServer(server, servers._Command((), {}))
+        compared = ComparedServer(server, servers._Command((), {}), 1)
         compared.pause()
         server.process.kill()
         server.process.wait()
