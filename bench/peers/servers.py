@@ -31,6 +31,8 @@ PEERS = (DOCUMENTED, BENTOML, LITSERVE)
 READY_SECONDS = 1800
 ENDING_SECONDS = 30
 _POLL_SECONDS = 0.1
+_READY_ANSWER_SECONDS = 1.0
+"""BentoML takes connections before there is a worker that answers them."""
 _EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception): .*", re.MULTILINE)
 _FAILED = "Application startup failed"
 """What uvicorn prints. BentoML starts such a worker again and again."""
@@ -226,7 +228,7 @@ def _wait_until_ready(server: Server, path: str) -> None:
             found = _EXCEPTION.search(text)
             reason = found[0] if found else (text.strip().splitlines() or ["no output"])[-1]
             raise BenchError(f"{server.name} could not start: {reason[:300]}")
-        connection = connect(server.address)
+        connection = connect(server.address, _READY_ANSWER_SECONDS)
         try:
             connection.request("GET", path)
             if connection.getresponse().status == 200:

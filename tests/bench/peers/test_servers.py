@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 from bench.errors import BenchError
 from bench.peers import servers
 from bench.peers.servers import ComparedServer
-from bench.service.processes import ROOT, Server, clean_environment, free_port, launched
+from bench.service.processes import ROOT, Server, clean_environment, launched
 
 WAIT_SECONDS = 30
 
@@ -38,9 +39,12 @@ time.sleep(100)
 
 @contextmanager
 def started(code: str) -> Iterator[Server]:
-    """A Python program as a server that listens nowhere."""
-    with launched([sys.executable, "-c", code], clean_environment()) as (process, output):
-        address = f"http://127.0.0.1:{free_port()}"
+    """A Python program as a server that takes connections, and never answers."""
+    with (
+        launched([sys.executable, "-c", code], clean_environment()) as (process, output),
+        socket.create_server(("127.0.0.1", 0)) as listener,
+    ):
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         yield Server("fake", process, time.monotonic(), output, address)
 
 
