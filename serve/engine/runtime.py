@@ -273,7 +273,7 @@ class Runtime:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             if not cancellations.all_cancelled:
-                # The task that waits was cancelled: nobody is there to get the images.
+                # The waiting task was cancelled, so its images have no reader.
                 draining = self.readiness.state is State.DRAINING
                 for call in calls:
                     call.cancellation.cancel(Draining() if draining else ClientGone())

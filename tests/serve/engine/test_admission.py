@@ -7,12 +7,12 @@ from serve.errors import ClientGone, DeadlineExceeded, Draining, QueueFull
 
 
 def admission(max_waiting: int) -> tuple[Admission, list[int]]:
-    told: list[int] = []
-    return Admission(max_waiting, told.append), told
+    waiting: list[int] = []
+    return Admission(max_waiting, waiting.append), waiting
 
 
 def test_one_runs_and_the_allowed_number_waits() -> None:
-    door, told = admission(1)
+    door, waiting = admission(1)
     with door.admit(Cancellation()), door.admit(Cancellation()):
         assert door.waiting == 1
         with pytest.raises(QueueFull) as caught, door.admit(Cancellation()):
@@ -20,10 +20,10 @@ def test_one_runs_and_the_allowed_number_waits() -> None:
         assert caught.value.status == 429
         assert int(caught.value.headers["Retry-After"]) >= 1
     assert door.waiting == 0
-    assert told == [0, 1, 0, 0]
+    assert waiting == [0, 1, 0, 0]
 
 
-def test_none_may_wait() -> None:
+def test_with_no_waiting_place_a_second_request_is_refused() -> None:
     door, _ = admission(0)
     with door.admit(Cancellation()), pytest.raises(QueueFull), door.admit(Cancellation()):
         pass
@@ -50,7 +50,7 @@ def test_draining_cancels_waiting_requests_and_not_running_ones() -> None:
             pass
 
 
-def test_the_first_reason_stands_and_callbacks_run_once() -> None:
+def test_the_first_cancellation_reason_is_kept_and_callbacks_run_once() -> None:
     cancellation = Cancellation()
     called: list[str] = []
     cancellation.when_cancelled(lambda: called.append("before"))
