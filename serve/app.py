@@ -20,13 +20,14 @@ import fal
 from serve.schema import TextToImageRequest, TextToImageResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
 
     from serve.engine.images import Upload
     from serve.engine.runtime import Runtime
+    from serve.errors import RequestError
     from serve.http.service import Service
     from serve.schema import ImageFormat
 
@@ -138,11 +139,13 @@ def replace_fals_handlers(
     app: FastAPI,
     service: Callable[[], Service | None],
     endpoints: Collection[str] = ("/", "/stream"),
+    errors: Sequence[type[RequestError]] = (),
 ) -> None:
     """Replace fal's middleware, exception handlers and GET endpoints by ours.
 
     Args:
         endpoints: the paths that generate.
+        errors: what they may answer beside the image app's errors.
     """
     from fastapi.middleware.cors import CORSMiddleware
 
@@ -153,7 +156,7 @@ def replace_fals_handlers(
     app.user_middleware[:] = [added for added in app.user_middleware if added.cls is not cors]
     # It would answer an unknown path, and echo it.
     app.exception_handlers.pop(404, None)
-    install(app, service, endpoints)
+    install(app, service, endpoints, errors)
 
 
 def require_our_handlers(installed: bool) -> None:

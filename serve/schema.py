@@ -48,6 +48,15 @@ def _well_formed_or_none(value: Any) -> Any:
     }
 
 
+_NOT_BLANK: dict[str, Any] = {"pattern": r"\S"}
+"""Says in the OpenAPI document what the validator below checks with a clearer message."""
+
+
+def _any_value(schema: dict[str, Any]) -> None:
+    """In the OpenAPI document: whatever is not a trace context is ignored."""
+    schema["anyOf"].append({})
+
+
 class TextToImageRequest(BaseModel):
     """What to draw and how. A number must be a JSON number: `"20"` and `true` are refused."""
 
@@ -58,6 +67,7 @@ class TextToImageRequest(BaseModel):
         max_length=MAX_PROMPT_CHARACTERS,
         description="What to draw.",
         examples=["a red circle on a white background"],
+        json_schema_extra=_NOT_BLANK,
     )
     negative_prompt: str = Field(
         default="", max_length=MAX_PROMPT_CHARACTERS, description="What to keep out."
@@ -90,7 +100,11 @@ class TextToImageRequest(BaseModel):
         description="Give up after this long; null, or more than the server's own: the server's.",
     )
     trace_context: Annotated[TraceContext | None, BeforeValidator(_well_formed_or_none)] = Field(
-        default=None, description="The caller's trace; preferred to the traceparent header."
+        default=None,
+        description=(
+            "The caller's W3C trace context; preferred to the headers. A malformed one is ignored."
+        ),
+        json_schema_extra=_any_value,
     )
 
     @field_validator("prompt")
@@ -109,6 +123,7 @@ class PromptRequest(TextToImageRequest):
         max_length=MAX_UNTIDY_CHARACTERS,
         description="What to draw; made tidy, and cut at 2,000 characters.",
         examples=["a red circle   on a\twhite background"],
+        json_schema_extra=_NOT_BLANK,
     )
     negative_prompt: str = Field(
         default="", max_length=MAX_UNTIDY_CHARACTERS, description="What to keep out."
@@ -152,3 +167,19 @@ class TextToImageResponse(BaseModel):
     timings: Timings
     trace_id: str
     prompt_truncated: bool
+
+
+class InvalidField(BaseModel):
+    """What is wrong with a field. Never repeats what was sent."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every error. `trace_id` is also in the service's log."""
+
+    detail: str | list[InvalidField]
+    error_type: str
+    trace_id: str = Field(pattern="^[0-9a-f]{32}$")

@@ -7,7 +7,7 @@ port. Everything between is the same code, in this folder.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
@@ -16,9 +16,10 @@ from metrics.catalogue import render
 from serve.engine.call import the_call
 from serve.engine.readiness import Readiness
 from serve.engine.runtime import ENDPOINTS, Runtime
-from serve.errors import DeviceLost, NotReady
+from serve.errors import REQUEST_ERRORS, DeviceLost, NotReady, RequestError
 from serve.http.error_responses import add_exception_handlers, error_response
 from serve.http.middleware import RequestMiddleware
+from serve.http.openapi import install_document
 from serve.http.responses import json_response
 from serve.http.service import Service, received_call
 from serve.schema import TextToImageRequest
@@ -28,12 +29,15 @@ def install(
     app: FastAPI,
     service: Callable[[], Service | None],
     endpoints: Collection[str] = ENDPOINTS,
+    errors: Sequence[type[RequestError]] = (),
 ) -> None:
-    """Put the middleware, the exception handlers, `/health` and `/ready` into an app.
+    """Put the middleware, the exception handlers, `/health`, `/ready` and the OpenAPI document into
+    an app.
 
     Args:
         service: returns the service, or None before there is one. Called for every request.
         endpoints: the paths that generate. Their requests are traced and counted.
+        errors: what they may answer beside `REQUEST_ERRORS`.
     """
     app.add_middleware(RequestMiddleware, service=service, endpoints=endpoints)
     add_exception_handlers(app)
@@ -57,6 +61,7 @@ def install(
 
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/ready", ready, methods=["GET"])
+    install_document(app, service, endpoints, (*REQUEST_ERRORS, RequestError, *errors))
 
 
 async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:

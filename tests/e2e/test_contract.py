@@ -145,6 +145,54 @@ def test_what_is_no_json_is_422_without_echo(server: Server) -> None:
 JSON = {"content-type": "application/json"}
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "error_type"),
+    [
+        ("GET", "/xylograph", 404, "not_found"),
+        ("POST", "/xylograph", 404, "not_found"),
+        ("GET", "/", 405, "method_not_allowed"),
+        ("DELETE", "/stream", 405, "method_not_allowed"),
+        ("POST", "/health", 405, "method_not_allowed"),
+        ("POST", "/", 422, "invalid_request"),
+        ("POST", "/debug/profile", 404, "not_found"),
+    ],
+)
+def test_every_error_has_one_shape_and_an_id_that_the_log_has(
+    server: Server, method: str, path: str, status: int, error_type: str
+) -> None:
+    trace_id, _, traceparent = a_context()
+    for headers in ({}, {"traceparent": traceparent}):
+        answer = server.client.request(method, path, headers=headers)
+        body = answer.json()
+        assert (answer.status_code, body["error_type"]) == (status, error_type)
+        assert set(body) == {"detail", "error_type", "trace_id"}
+        assert "xylograph" not in answer.text
+        assert answer.headers["x-trace-id"] == body["trace_id"]
+        assert answer.headers["x-fal-billable-units"] == "0"
+        assert ("allow" in answer.headers) == (status == 405)
+        if headers:
+            assert body["trace_id"] == trace_id
+        wait_for(lambda said=body["trace_id"]: said in server.process.output())  # type: ignore[misc]
+
+
+def test_what_makes_no_image_is_in_no_metric_and_no_trace(server: Server) -> None:
+    def counted() -> float:
+        lines = server.metrics().splitlines()
+        names = ("sdxl_request_duration_seconds_count", "sdxl_errors_total")
+        return sum(float(line.split(" ")[1]) for line in lines if line.startswith(names))
+
+    server.otlp.wait_for_trace(server.generate().json()["trace_id"])
+    before = counted()
+    lost = server.client.get("/xylograph").json()["trace_id"]
+    for path in ("/health", "/ready", "/openapi.json"):
+        answer = server.client.get(path)
+        assert answer.status_code == 200
+        assert "x-trace-id" not in answer.headers  # neither a trace nor the log would have it
+    server.otlp.wait_for_trace(server.generate().json()["trace_id"])
+    wait_for(lambda: counted() == before + 1)
+    assert server.otlp.trace(lost) == []
+
+
 @pytest.mark.parametrize("size", [64 * 1024 + 1, 4 * 1024 * 1024])
 def test_a_large_body_is_413(server: Server, size: int) -> None:
     answer = server.client.post("/", content=b" " * size, headers=JSON)
@@ -382,15 +430,6 @@ def test_metrics_are_elsewhere_and_without_exemplars(servers: dict[str, Server])
     )
     assert servers["fal"].client.get("/metrics").status_code == 404
     assert not [f for f in families(servers["self-hosted"].metrics()) if f.startswith("http_")]
-
-
-@row("An unknown path")
-def test_fal_says_itself_that_a_path_is_unknown(servers: dict[str, Server]) -> None:
-    ours, fals = (server.client.post("/xylograph", json={}) for server in servers.values())
-    assert (ours.status_code, fals.status_code) == (404, 404)
-    assert ours.json() == {"detail": "Not Found"}
-    assert fals.json() == {"detail": "Path /xylograph not found"}
-    assert fals.headers["x-fal-billable-units"] == "0"
 
 
 @row("API pages")

@@ -347,8 +347,10 @@ def test_a_connection_closed_after_the_last_byte_calls_nothing_off() -> None:
         gone.set()
         await asyncio.sleep(0.05)
 
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    asyncio.run(RequestMiddleware(slow_to_leave, lambda: runtime)(scope, receive, send))
+    json_body = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": json_body}
+    middleware = RequestMiddleware(slow_to_leave, lambda: runtime, endpoints=("/",))
+    asyncio.run(middleware(scope, receive, send))
     runtime.close(1)
     shown = generate_latest(runtime.metrics.registry).decode()
     assert 'sdxl_errors_total{error_type="client_gone"} 0.0' in shown
