@@ -44,11 +44,12 @@ def error_body(error: RequestError, call: Call) -> dict[str, Any]:
         detail = [
             {"loc": list(p.location), "msg": p.message, "type": p.kind} for p in error.problems
         ]
-    return {
+    body = {
         "detail": detail,
         "error_type": error.error_type,
         "trace_id": call.identity.trace_id_hex,
     }
+    return body if error.eta_ms is None else body | {"eta_ms": error.eta_ms}
 
 
 async def _on_validation_error(_request: Request, error: Exception) -> Response:
