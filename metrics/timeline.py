@@ -13,6 +13,7 @@ from typing import Protocol
 
 from metrics.clock import Clock, HostClock, Mark, MonotonicNs, WallAnchor
 from metrics.records import (
+    Estimate,
     Failure,
     GenerationFacts,
     GpuConditions,
@@ -102,6 +103,7 @@ class RunTimeline:
         failed: bool = False,
         eager_fallback: bool = False,
         conditions: Sequence[GpuConditions] = (),
+        error_type: str | None = None,
     ) -> RunTiming:
         """Resolve every mark and freeze the run's timing. Call it once, at the run's end.
 
@@ -153,6 +155,7 @@ class RunTimeline:
             drift_ns=resolved.drift_ns,
             eager_fallback=eager_fallback,
             conditions=tuple(conditions),
+            error_type=error_type,
         )
 
 
@@ -207,9 +210,9 @@ class RequestTimeline:
         return (self._monotonic() - self._start_ns) / 1e9
 
     def stage_ms(self, name: str) -> float | None:
-        """Milliseconds of a closed stage."""
-        stage = next((stage for stage in self._stages if stage.name == name), None)
-        return None if stage is None else stage.duration_ns / 1e6
+        """Milliseconds of a closed stage, of all its parts together."""
+        parts = [stage.duration_ns for stage in self._stages if stage.name == name]
+        return sum(parts) / 1e6 if parts else None
 
     def finish(
         self,
@@ -218,11 +221,12 @@ class RequestTimeline:
         method: str,
         status_code: int,
         outcome: str,
-        run: RunTiming | None = None,
-        observes_run: bool = False,
+        runs: Sequence[RunTiming] = (),
+        observed_runs: Sequence[RunTiming] = (),
         facts: GenerationFacts | None = None,
         failure: Failure | None = None,
-        image_bytes: int | None = None,
+        image_bytes: Sequence[int] = (),
+        estimate: Estimate | None = None,
     ) -> RequestTiming:
         """Close the open stage and freeze the request's timing, which ends now."""
         self.end()
@@ -234,9 +238,10 @@ class RequestTimeline:
             start_ns=self.anchor.to_unix(self._start_ns),
             end_ns=self.now_unix_ns(),
             stages=tuple(self._stages),
-            run=run,
-            observes_run=observes_run,
+            runs=tuple(runs),
+            observed_runs=tuple(observed_runs),
             facts=facts,
             failure=failure,
-            image_bytes=image_bytes,
+            image_bytes=tuple(image_bytes),
+            estimate=estimate,
         )

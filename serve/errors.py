@@ -72,6 +72,8 @@ class RequestError(ServeError):
         """The type of the exception behind this error, if there is one. Only its type is kept: the
         exception would keep a failed run's tensors alive, and its text may quote a prompt."""
         self.headers = {**NOT_BILLED, **(headers or {})}
+        self.eta_ms: float | None = None
+        """The time that the request was estimated to take from now on, if it was estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +134,13 @@ class QueueFull(RequestError):
     error_type = "queue_full"
     outcome = "rejected"
 
-    def __init__(self, waiting: int, retry_after_seconds: int) -> None:
+    def __init__(self, waiting: int, retry_after_seconds: int, eta_ms: float | None = None) -> None:
         super().__init__(
             f"{waiting} requests are waiting already, which is all that may; "
             f"try again in about {retry_after_seconds} s.",
             {"Retry-After": str(retry_after_seconds)},
         )
+        self.eta_ms = eta_ms
 
 
 class DeadlineExceeded(RequestError):
@@ -145,10 +148,14 @@ class DeadlineExceeded(RequestError):
     error_type = "deadline_exceeded"
     outcome = "deadline"
 
-    def __init__(self, deadline_seconds: float) -> None:
+    def __init__(
+        self, deadline_seconds: float, eta_ms: float | None = None, refused: bool = False
+    ) -> None:
+        verb = "cannot be done" if refused else "was not done"
         super().__init__(
-            f"The request was not done within its deadline of {deadline_seconds:g} s.", NO_RETRY
+            f"The request {verb} within its deadline of {deadline_seconds:g} s.", NO_RETRY
         )
+        self.eta_ms = eta_ms
 
 
 class ClientGone(RequestError):

@@ -90,6 +90,13 @@ class TextToImageRequest(BaseModel):
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="null: drawn; the response says which."
     )
+    num_images: int = Field(
+        default=1,
+        ge=1,
+        description=(
+            "How many images to draw, each with the next seed; the server's own limit is often 4."
+        ),
+    )
     format: ImageFormat = Field(default="jpeg", description="The image's encoding.")
     preview: bool = Field(default=False, description="On /stream: a small picture with every step.")
     deadline_seconds: float | None = Field(
@@ -131,7 +138,7 @@ class PromptRequest(TextToImageRequest):
 
 
 class GeneratedImage(BaseModel):
-    """The image's URL, or the image as a data URI. A subset of fal's image type."""
+    """The image's URL, or the image as a data URI: fal's image type, and the image's seed."""
 
     # fal's web page shows the image by this.
     model_config = ConfigDict(json_schema_extra={"ui": {"field": "image"}})
@@ -140,10 +147,14 @@ class GeneratedImage(BaseModel):
     width: int
     height: int
     content_type: str
+    seed: int = Field(description="It draws this image again, also in a request for one image.")
 
 
 class Timings(BaseModel):
     """The stages' durations in milliseconds. A stage that did not run is null.
+
+    Images may be drawn in several runs; the model's stages are then the sums over the runs, and
+    `steps_ms` has the steps of each in turn.
 
     `clock` is what the model's stages were timed with: `cuda` events or the `host` clock.
     """
@@ -160,9 +171,13 @@ class Timings(BaseModel):
 
 
 class TextToImageResponse(BaseModel):
-    """The image, and what is needed to draw it again or to find its trace."""
+    """The images, and what is needed to draw them again or to find their trace.
+
+    `image` is the first of `images`, and `seed` its seed.
+    """
 
     image: GeneratedImage
+    images: list[GeneratedImage]
     seed: int
     timings: Timings
     trace_id: str

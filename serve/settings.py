@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kernels_warmup.shapes import CompiledShape
 from metrics import buckets
+from metrics.buckets import MOST_IMAGES
 from metrics.tracing import MAX_QUEUE_SIZE, MOST_SPANS_PER_REQUEST
 from serve.errors import ConfigurationError
 
@@ -182,6 +183,19 @@ class ServeSettings(BaseSettings):
     )
     max_waiting: int = Field(
         default=32, ge=0, le=10_000, description="a whole number from 0 to 10000"
+    )
+    max_batch: int | None = Field(
+        default=None, ge=1, le=MOST_IMAGES, description=f"a whole number from 1 to {MOST_IMAGES}"
+    )
+    batch_wait_ms: float = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        allow_inf_nan=False,
+        description="a number of milliseconds from 0 to 10000",
+    )
+    max_images: int = Field(
+        default=4, ge=1, le=MOST_IMAGES, description=f"a whole number from 1 to {MOST_IMAGES}"
     )
     deadline_seconds: float = Field(
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"

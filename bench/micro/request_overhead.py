@@ -190,8 +190,10 @@ def _pictures(model: SdxlModel, series: int) -> list[CallTime]:
     noise, drawn = _noise(), _drawn(model)
     jpeg = encode_image(noise, "jpeg")
     url = data_uri(jpeg, "jpeg")
+    image = GeneratedImage(url=url, width=SIDE, height=SIDE, content_type="image/jpeg", seed=1)
     response = TextToImageResponse(
-        image=GeneratedImage(url=url, width=SIDE, height=SIDE, content_type="image/jpeg"),
+        image=image,
+        images=[image],
         seed=1,
         timings=Timings(clock="cuda", steps_ms=[30.4] * LOOP_STEPS),
         trace_id="0" * 32,
@@ -229,7 +231,7 @@ def _answer(runtime: Runtime, runner: asyncio.Runner, series: int) -> CallTime:
 
     async def once() -> float:
         start = time.perf_counter_ns()
-        response_body(await runtime._answer(planned, call, generated))
+        response_body(await runtime._answer(planned, call, [generated]))
         return time.perf_counter_ns() - start
 
     async def all_of_them() -> list[float]:

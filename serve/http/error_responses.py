@@ -89,7 +89,8 @@ def _body(error: RequestError, trace_id: str) -> dict[str, Any]:
         detail = [
             {"loc": list(p.location), "msg": p.message, "type": p.kind} for p in error.problems
         ]
-    return {"detail": detail, "error_type": error.error_type, "trace_id": trace_id}
+    body = {"detail": detail, "error_type": error.error_type, "trace_id": trace_id}
+    return body if error.eta_ms is None else body | {"eta_ms": error.eta_ms}
 
 
 async def _on_validation_error(_request: Request, error: Exception) -> Response:

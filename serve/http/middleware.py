@@ -254,8 +254,10 @@ def _path(scope: Scope) -> str:
 
 
 def _billable_units(facts: GenerationFacts) -> bytes:
-    """Megapixels times steps, to which an image's time on the GPU is about proportional."""
-    return f"{facts.width * facts.height * facts.num_inference_steps / 1e6:.6f}".encode()
+    """Megapixels times steps, to which an image's time on the GPU is about proportional, of all
+    images."""
+    pixels = facts.width * facts.height * facts.num_images
+    return f"{pixels * facts.num_inference_steps / 1e6:.6f}".encode()
 
 
 def _trace_carrier(headers: Headers) -> Carrier:

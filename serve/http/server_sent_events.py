@@ -39,7 +39,10 @@ async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) ->
     events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
     def on_queued(waiting: int) -> None:
-        events.put_nowait(("queued", {"waiting": waiting, "trace_id": call.identity.trace_id_hex}))
+        queued = {"waiting": waiting, "trace_id": call.identity.trace_id_hex}
+        if call.estimate is not None:
+            queued["eta_ms"] = call.estimate.seconds * 1e3
+        events.put_nowait(("queued", queued))
 
     def on_step(index: int, gpu_ms: float, preview: Any) -> None:  # on the GPU thread
         loop.call_soon_threadsafe(events.put_nowait, ("step", (index, gpu_ms, preview)))
@@ -92,10 +95,9 @@ async def _events(
 
 
 async def _step_data(call: Call, index: int, gpu_ms: float, preview: Any) -> dict[str, Any]:
-    assert call.facts is not None  # set before the first step
     data: dict[str, Any] = {
         "index": index,
-        "total": call.facts.num_inference_steps,
+        "total": call.total_steps,
         "gpu_ms": gpu_ms,
     }
     if preview is not None:

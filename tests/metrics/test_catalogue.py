@@ -66,7 +66,7 @@ def test_a_request_is_observed_once_everywhere(metrics: GenerationMetrics) -> No
 def test_a_shared_run_is_observed_once(metrics: GenerationMetrics) -> None:
     request = request_timing()
     metrics.observe_request(request, None)
-    metrics.observe_request(dataclasses.replace(request, observes_run=False), None)
+    metrics.observe_request(dataclasses.replace(request, observed_runs=()), None)
     assert value(metrics, "sdxl_stage_duration_seconds_count", stage="denoise") == 1
     assert value(metrics, "sdxl_images_total") == 2
 
@@ -122,8 +122,8 @@ def failing(error_type: str, outcome: str = "error", **changes: Any) -> Any:
 
 
 def test_a_rejection_is_a_request_without_any_work(metrics: GenerationMetrics) -> None:
-    metrics.observe_request(failing("queue_full", "rejected", run=None), None)
-    metrics.observe_request(failing("deadline_exceeded", run=None), None)
+    metrics.observe_request(failing("queue_full", "rejected", runs=()), None)
+    metrics.observe_request(failing("deadline_exceeded", runs=()), None)
     metrics.observe_request(failing("deadline_exceeded"), None)  # midway
     assert value(metrics, "sdxl_rejections_total", reason="queue_full") == 1
     assert value(metrics, "sdxl_rejections_total", reason="deadline_exceeded") == 1
@@ -138,7 +138,7 @@ def test_what_is_not_finite_is_counted(metrics: GenerationMetrics) -> None:
 def test_a_cancelled_request_is_counted_by_when_it_was_cancelled(
     metrics: GenerationMetrics,
 ) -> None:
-    metrics.observe_request(failing("internal", "cancelled", run=None), None)
+    metrics.observe_request(failing("internal", "cancelled", runs=()), None)
     during = failing("internal", "cancelled")
     before_encoding = [s for s in during.stages if s.name in ("receive", "queue")]
     metrics.observe_request(dataclasses.replace(during, stages=tuple(before_encoding)), None)
@@ -302,7 +302,7 @@ def test_a_wrong_duration_is_counted_and_not_summed(
         ),
     )
     stages = tuple(wrong(stage) for stage in good.stages)
-    metrics.observe_request(dataclasses.replace(wrong(good), stages=stages, run=run), EXEMPLAR)
+    metrics.observe_request(dataclasses.replace(wrong(good), stages=stages, runs=(run,), observed_runs=(run,)), EXEMPLAR)
     # The request, its five stages, the run's three, its steps and their queue times, and possibly
     # its seconds.
     assert value(metrics, "sdxl_telemetry_faults_total", fault=fault) == pytest.approx(16, abs=1)
@@ -358,7 +358,7 @@ def test_ten_thousand_varied_requests_add_no_series(metrics: GenerationMetrics) 
         request = dataclasses.replace(
             request,
             endpoint=random.choice(("/", "/stream", f"/{random.random()}")),
-            image_bytes=random.randrange(10**7),
+            image_bytes=(random.randrange(10**7),),
         )
         metrics.observe_request(request, EXEMPLAR)
     assert series(metrics) == before

@@ -302,7 +302,7 @@ def test_a_deadline_is_a_504(app: FastAPI) -> None:
 def test_a_full_queue_is_a_429(
     app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime.admission, "_max_waiting", -1)
+    monkeypatch.setattr(runtime.queue, "_max_waiting", -1)
     answer = post(app, valid())
     assert answer.status_code == 429
     assert int(answer.headers["retry-after"]) >= 1

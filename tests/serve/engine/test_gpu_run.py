@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from serve.engine.call import Call
-from serve.engine.gpu_run import GpuRun, Outcome, RunRequest
+from serve.engine.gpu_run import GpuRun, Outcome, RunPart
 from serve.engine.runtime import Runtime
 from serve.errors import (
     ClientGone,
@@ -118,7 +118,7 @@ def test_a_waiting_run_leaves_the_queue_when_all_its_requests_are_cancelled(
         ["cancelled", "deadline"] if cancelled == 2 else ["cancelled", "ok"]
     )
     assert [call.run is None for call in calls] == [cancelled == 2] * 2
-    assert runtime.admission.waiting == 0
+    assert runtime.queue.waiting == 0
 
 
 def test_requests_that_differ_in_steps_cannot_share_a_run(
@@ -162,7 +162,7 @@ def test_the_sum_of_steps_is_the_loops_wall_time(
 
     def work() -> Any:  # on the model's own thread, where the profiler has to be
         with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
-            runtime._execute([RunRequest(planned, call)], run_id="r")
+            runtime._execute([RunPart(planned, call)], run_id="r")
         return profiler.events()
 
     events = runtime._gpu.submit(work).result(60)

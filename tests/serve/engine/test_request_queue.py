@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve.engine.admission import Admission, Cancellation
+from serve.engine.cancellation import Admission, Cancellation
 from serve.errors import ClientGone, DeadlineExceeded, Draining, QueueFull
 
 
