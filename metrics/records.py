@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 RUN_STAGES = ("text_encode", "denoise", "vae_decode")
 """Stages on the thread that owns the model, timed by the run's clock."""
 
+PREVIEW_DECODE = "preview_decode"
+"""Between two steps: a preview that a request wants from the model's decoder."""
+
 REQUEST_STAGES = ("receive", "queue", "image_encode", "upload", "respond")
 """Stages of one request outside its run, timed by the host's clock."""
 
@@ -87,6 +90,8 @@ class RunTiming:
     end_ns: int
     stages: tuple[StageTiming, ...]
     steps: tuple[StepTiming, ...]
+    between_steps: tuple[StageTiming, ...] = ()
+    """Other work in the denoising loop, as a preview that the model's decoder makes."""
     error_bound_ns: int = 0
     drift_ns: int = 0
     eager_fallback: bool = False

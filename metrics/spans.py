@@ -201,7 +201,7 @@ def _run_node(run: RunTiming, request: RequestTiming, steps: bool) -> SpanNode:
         children: tuple[SpanNode, ...] = ()
         if stage.name == "denoise":
             attributes = {**attributes, **_step_summary(run)}
-            children = _step_nodes(run) if steps else ()
+            children = _loop_nodes(run, steps)
         stages.append(_stage_node(stage, request.failure, attributes, children))
     failure = request.failure if _happened_in(request.failure, run.start_ns, run.end_ns) else None
     return SpanNode(
@@ -215,6 +215,13 @@ def _run_node(run: RunTiming, request: RequestTiming, steps: bool) -> SpanNode:
         clamped_attribute="inference.clamped_us",
         reports_zero_clamping=True,
     )
+
+
+def _loop_nodes(run: RunTiming, steps: bool) -> tuple[SpanNode, ...]:
+    """The steps, and what was done between them, in the order of time."""
+    between = [SpanNode(each.name, each.start_ns, each.end_ns) for each in run.between_steps]
+    nodes = [*(_step_nodes(run) if steps else ()), *between]
+    return tuple(sorted(nodes, key=lambda node: node.start_ns))
 
 
 def _step_nodes(run: RunTiming) -> tuple[SpanNode, ...]:

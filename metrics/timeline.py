@@ -56,7 +56,9 @@ class RunTimeline:
         self._ranges = ranges
         self._monotonic = monotonic
         self._stages: list[tuple[str, Mark, Mark]] = []
-        self._step_bounds: list[Mark] = []
+        self._step_starts: list[Mark] = []
+        self._step_ends: list[Mark] = []
+        self._between_steps: list[tuple[str, Mark, Mark]] = []
         self._start_ns = monotonic()
         clock.begin()
 
@@ -72,31 +74,41 @@ class RunTimeline:
 
     def loop_begins(self) -> None:
         """Mark the start of the loop, which is the start of step 0. N steps need N+1 marks."""
-        self._step_bounds = [self._clock.mark()]
+        self._step_starts = [self._clock.mark()]
         if self._ranges:
             self._ranges.step_begins(0)
 
     def step_enqueued(self) -> int:
         """Mark the end of a step. Returns how many steps have been enqueued."""
-        self._step_bounds.append(self._clock.mark())
+        end = self._clock.mark()
+        self._step_ends.append(end)
+        self._step_starts.append(end)
         if self._ranges:
             self._ranges.step_begins(self.steps_enqueued)
         return self.steps_enqueued
 
+    @contextmanager
+    def between_steps(self, name: str) -> Iterator[None]:
+        """Time other work in the loop, after the end of a step. The next step starts after it."""
+        yield
+        end = self._clock.mark()
+        self._between_steps.append((name, self._step_starts[-1], end))
+        self._step_starts[-1] = end
+
     def wait_for_step(self, index: int) -> int:
         """Block until step `index` has ended on the device; returns its duration in nanoseconds."""
-        start, end = self._step_bounds[index], self._step_bounds[index + 1]
+        start, end = self._step_starts[index], self._step_ends[index]
         self._clock.wait(end)
         start_ns, end_ns = self._clock.poll(start), self._clock.poll(end)
         return 0 if start_ns is None or end_ns is None else end_ns - start_ns
 
     def step_has_ended(self, index: int) -> bool:
         """Whether step `index` has ended on the device; never blocks."""
-        return self._clock.poll(self._step_bounds[index + 1]) is not None
+        return self._clock.poll(self._step_ends[index]) is not None
 
     @property
     def steps_enqueued(self) -> int:
-        return max(0, len(self._step_bounds) - 1)
+        return len(self._step_ends)
 
     def finish(
         self,
@@ -112,7 +124,8 @@ class RunTimeline:
         enqueueing instead, and the clock's name is `host`.
         """
         marks = [mark for _, start, end in self._stages for mark in (start, end)]
-        marks += self._step_bounds
+        marks += [mark for _, start, end in self._between_steps for mark in (start, end)]
+        marks += [*self._step_starts, *self._step_ends]
         clock_name = self._clock.name
         try:
             resolved = self._clock.resolve(marks)
@@ -148,8 +161,12 @@ class RunTimeline:
                     ),
                 )
                 for index, (start, end) in enumerate(
-                    zip(self._step_bounds, self._step_bounds[1:], strict=False)
+                    zip(self._step_starts, self._step_ends, strict=False)
                 )
+            ),
+            between_steps=tuple(
+                StageTiming(name, happened[start.index], happened[end.index])
+                for name, start, end in self._between_steps
             ),
             error_bound_ns=resolved.error_bound_ns,
             drift_ns=resolved.drift_ns,
@@ -208,6 +225,10 @@ class RequestTimeline:
     def elapsed_seconds(self) -> float:
         """Seconds since the request arrived."""
         return (self._monotonic() - self._start_ns) / 1e9
+
+    @property
+    def closed_stages(self) -> Sequence[StageTiming]:
+        return tuple(self._stages)
 
     def stage_ms(self, name: str) -> float | None:
         """Milliseconds of a closed stage, of all its parts together."""

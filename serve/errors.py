@@ -5,6 +5,7 @@
     ├── ModelError              the model cannot be loaded; start-up fails
     └── RequestError            one request fails
         ├── InvalidRequest      422
+        ├── ModelNotFound       404, only on OpenAI's endpoints
         ├── BodyTooLarge        413
         ├── BodyTooSlow         408
         ├── UnsupportedMediaType 415
@@ -32,7 +33,7 @@ fal's default charge for a request without an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -102,6 +103,17 @@ class InvalidRequest(RequestError):
         super().__init__("; ".join(f"{_dotted(p.location)}: {p.message}" for p in self.problems))
 
 
+class ModelNotFound(InvalidRequest):
+    """A model that is not served here. OpenAI's clients know it as a 404."""
+
+    status = 404
+    error_type = "model_not_found"
+
+    def __init__(self, names: Sequence[str]) -> None:
+        message = f"must be one of {', '.join(names)}"
+        super().__init__([FieldProblem(("body", "model"), message, self.error_type)])
+
+
 class BodyTooLarge(RequestError):
     status = 413
     error_type = "body_too_large"
@@ -126,6 +138,21 @@ class UnsupportedMediaType(RequestError):
     status = 415
     error_type = "unsupported_media_type"
     outcome = "invalid"
+
+
+class NotAcceptable(RequestError):
+    """The Accept header names no type that the image can have."""
+
+    status = 406
+    error_type = "not_acceptable"
+    outcome = "invalid"
+
+    def __init__(self, content_types: Iterable[str]) -> None:
+        allowed = ", ".join(content_types)
+        super().__init__(
+            f"The Accept header can name {allowed}, image/* or application/json, and must name the "
+            "type of the body's `format`, if it has one."
+        )
 
 
 class QueueFull(RequestError):
@@ -266,8 +293,10 @@ class MethodNotAllowed(RequestError):
 
 REQUEST_ERRORS: tuple[type[RequestError], ...] = (
     InvalidRequest,
+    ModelNotFound,
     BodyTooLarge,
     BodyTooSlow,
+    NotAcceptable,
     UnsupportedMediaType,
     QueueFull,
     DeadlineExceeded,

@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request, Response
 from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import ConfigurationError, ModelError
 from serve.http.endpoints import install, metrics_endpoint, text_to_image
+from serve.http.openai.images import install_openai
 from serve.http.profiling_endpoint import arm_profiling
 from serve.http.server_sent_events import text_to_image_stream
 from serve.schema import TextToImageRequest, TextToImageResponse
@@ -66,6 +67,8 @@ def create_app(runtime: Runtime, on_failed_start: Callable[[], None] = lambda: N
     async def stream(request: TextToImageRequest) -> Response:
         """Text to image as server-sent events: `queued`, `step`, `image` or `error`."""
         return await text_to_image_stream(runtime, request)
+
+    install_openai(app, runtime)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:

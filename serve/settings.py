@@ -45,6 +45,9 @@ _SECRET_FIELDS = frozenset(
 _HEADER = r"""[ \t]*[-!#-'*+.0-9A-Z^-z|~]+[ \t]*=[ !#-+\--:<-\[\]-~\t]*"""
 _HEADERS = rf"^{_HEADER}(,{_HEADER})*,?\s*$"
 
+_MODEL_NAME = re.compile(r"[!-+\--~]{1,128}")
+"""Printable, without spaces and commas."""
+
 SamplerName = Literal[
     "always_on",
     "always_off",
@@ -135,6 +138,10 @@ class ServeSettings(BaseSettings):
             f"`{DEMO_MODEL}`, `{RANDOM_SDXL_BASE}`, a hub repository like {SDXL_BASE}, "
             "or a local directory in diffusers layout"
         ),
+    )
+    model_names: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="a comma-separated list of names without spaces",
     )
     model_revision: str | None = Field(
         default=None, min_length=1, description="a branch, tag or commit of a hub repository"
@@ -378,6 +385,16 @@ class ServeSettings(BaseSettings):
     curl_ca_bundle: str | None = _checked_by_the_doctor("CURL_CA_BUNDLE")
     otlp_protocol: str | None = _checked_by_the_doctor("OTEL_EXPORTER_OTLP_PROTOCOL")
     otlp_traces_protocol: str | None = _checked_by_the_doctor("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+
+    @field_validator("model_names", mode="before")
+    @classmethod
+    def _parse_names(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            names = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+            if not all(_MODEL_NAME.fullmatch(name) for name in names):
+                raise ValueError("not a list of names")
+            return names
+        return value
 
     @field_validator("shapes", mode="before")
     @classmethod

@@ -9,13 +9,15 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from metrics.buckets import MOST_IMAGES, BucketFamilies
 from metrics.families.observing import CountFault, Exemplar, is_countable, labelled, observe
-from metrics.records import REQUEST_STAGES, RUN_STAGES, RunTiming
+from metrics.records import PREVIEW_DECODE, REQUEST_STAGES, RUN_STAGES, RunTiming
 
 COLD_SHAPE = "cold"
 """The label of every shape that is not warm: one series for all of them."""
 
 # `queue` has a histogram of its own.
-_STAGES = tuple(stage for stage in (*REQUEST_STAGES, *RUN_STAGES) if stage != "queue")
+_STAGES = tuple(
+    stage for stage in (*REQUEST_STAGES, *RUN_STAGES, PREVIEW_DECODE) if stage != "queue"
+)
 
 _GUIDANCE = {True: "on", False: "off"}
 
@@ -127,7 +129,7 @@ class RunMetrics:
 
     def observe(self, run: RunTiming, exemplar: Exemplar) -> None:
         observe(self._batch_sizes, run.batch_size, exemplar, self._count_fault)
-        for stage in run.stages:
+        for stage in (*run.stages, *run.between_steps):
             self.observe_stage(stage.name, stage.duration_ns, exemplar)
         batch = min(2 ** (run.batch_size - 1).bit_length(), MOST_IMAGES)
         steps = self._step_durations.get((run.shape, run.guidance, batch))

@@ -28,6 +28,8 @@ class Call:
     endpoint: str
     method: str
     identity: TraceIdentity
+    accept: str = ""
+    """The request's Accept header."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     timeline: RequestTimeline = field(default_factory=RequestTimeline)
     cancellation: Cancellation = field(default_factory=Cancellation)

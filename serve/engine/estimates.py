@@ -93,7 +93,7 @@ class Estimates:
             serving: it was for requests. A run of the warm-up gives a first estimate, and is no
                 evidence to refuse a request by.
         """
-        if run.profiled or run.eager_fallback or not run.steps:
+        if run.profiled or run.eager_fallback or run.between_steps or not run.steps:
             return
         kind = run.shape, run.guidance
         newest = self._runs.setdefault((*kind, run.batch_size), deque(maxlen=NEWEST))

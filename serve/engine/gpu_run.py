@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metrics.gpu import GpuWatch
-from metrics.records import RunTiming
+from metrics.records import PREVIEW_DECODE, RunTiming
 from metrics.timeline import Ranges, RunTimeline
 from serve.engine.call import Call
 from serve.engine.cancellation import Cancellations
@@ -33,13 +33,31 @@ ended. The steps of a request's runs are counted through."""
 
 
 @dataclass(frozen=True, slots=True)
+class Previews:
+    """The previews of a request's steps.
+
+    Attributes:
+        steps: the steps of a run that have one; None: each. The last has no decoded one.
+        decoded: made by the model's decoder at full size, which takes about as long as a step.
+            Otherwise a linear map makes one of an eighth of the size in microseconds.
+    """
+
+    steps: frozenset[int] | None = None
+    decoded: bool = False
+
+    def at(self, step: int) -> bool:
+        return self.steps is None or step in self.steps
+
+
+@dataclass(frozen=True, slots=True)
 class RunPart:
     """The images of one request in one run.
 
     Attributes:
         call: where the request's timing is kept, and how it is cancelled.
         images: which of the request's images.
-        on_step: called for each step; a preview of the first image is made only if it is given.
+        on_step: called for each step.
+        previews: those that it is called with, of the first image; None: none.
         steps_before: denoising steps of the request's earlier runs.
     """
 
@@ -48,6 +66,7 @@ class RunPart:
     images: range = range(1)
     on_step: OnStep | None = None
     steps_before: int = 0
+    previews: Previews | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +76,12 @@ class GeneratedPixels:
     Attributes:
         pixels: (height, width, 3) uint8, in host memory.
         prompt_truncated: whether a text encoder cut the prompt.
+        prompt_tokens: how many tokens the whole prompt has.
     """
 
     pixels: Any
     prompt_truncated: bool
+    prompt_tokens: int
 
 
 Outcome = list[GeneratedPixels] | RequestError
@@ -158,8 +179,12 @@ class GpuRun:
         self._gpu_watch.request_reading()  # the GPU has the text to encode
 
         def on_step_enqueued(index: int, latents: Any) -> None:
-            self._step_reports.enqueue_previews(index, latents)
+            previews = self._step_reports
+            previews.enqueue_linear(index, latents)
             pacer.step_enqueued()
+            if previews.decodes(index):
+                with timeline.between_steps(PREVIEW_DECODE):
+                    previews.enqueue_decoded(index, latents)
 
         return self._model.denoise(
             conditioning,
@@ -203,7 +228,11 @@ class GpuRun:
             if failure is None:
                 outcomes.append(
                     [
-                        GeneratedPixels(images.pixels[index].numpy(), conditioning.truncated[index])
+                        GeneratedPixels(
+                            images.pixels[index].numpy(),
+                            conditioning.truncated[index],
+                            conditioning.tokens[index],
+                        )
                         for index in indices
                     ]
                 )
@@ -241,8 +270,9 @@ class GpuRun:
 class _StepReports:
     """Tells each request of the run of its steps, with a preview where it wants one.
 
-    A preview is a small image of the latents of the request's first image in the run. Its copy to
-    the host is enqueued behind the step's work, so that it is there when the step has ended.
+    A preview shows the request's first image in the run. Its copy to the host is enqueued behind
+    the step's work, so that it is there when the step has ended. A decoded one is enqueued after
+    the step's end was marked, so that it is in no step's time; it comes with the next step.
     """
 
     def __init__(self, model: SdxlModel, parts: Sequence[RunPart]) -> None:
@@ -253,21 +283,38 @@ class _StepReports:
         for part in parts:
             self._parts.append((first, part))
             first += len(part.images)
-        self._with_preview = [
-            image
+        wanted = [
+            (image, part.previews)
             for image, part in self._parts
-            if part.on_step is not None and part.planned.request.preview
+            if part.on_step is not None and part.previews is not None
         ]
+        self._linear = [(image, previews) for image, previews in wanted if not previews.decoded]
+        self._decoded = [(image, previews) for image, previews in wanted if previews.decoded]
         self._pending: dict[tuple[int, int], Any] = {}
 
     @property
     def previews_wanted(self) -> bool:
-        return bool(self._with_preview)
+        return bool(self._linear or self._decoded)
 
-    def enqueue_previews(self, index: int, latents: Any) -> None:
-        """Enqueue a step's previews. `latents`: (images, channels, height / 8, width / 8)."""
-        for image in self._with_preview:
-            self._pending[index, image] = self._model.preview(latents[image])
+    def enqueue_linear(self, index: int, latents: Any) -> None:
+        """Enqueue a step's linear previews.
+
+        Args:
+            latents: (images, channels, height / 8, width / 8).
+        """
+        for image, previews in self._linear:
+            if previews.at(index):
+                self._pending[index, image] = self._model.preview(latents[image])
+
+    def decodes(self, index: int) -> bool:
+        return any(previews.at(index) for _, previews in self._decoded)
+
+    def enqueue_decoded(self, index: int, latents: Any) -> None:
+        """Enqueue a step's decoded previews. `latents`: as for `enqueue_linear`."""
+        for image, previews in self._decoded:
+            if previews.at(index):
+                decoded = self._model.decode(latents[image : image + 1])
+                self._pending[index + 1, image] = decoded.pixels[0]
 
     def report(self, index: int, duration_ns: int) -> None:
         """Step `index` has ended on the device. A request that was cancelled is not told."""

@@ -119,8 +119,9 @@ def _choose_shape(
     trained_shapes: Sequence[CompiledShape],
 ) -> CompiledShape:
     default = warm_shapes[0]
-    width = default.width if request.width is None else request.width
-    height = default.height if request.height is None else request.height
+    wanted_width, wanted_height = request.size
+    width = default.width if wanted_width is None else wanted_width
+    height = default.height if wanted_height is None else wanted_height
     for shape in warm_shapes:
         if (shape.width, shape.height) == (width, height):
             return shape
@@ -133,6 +134,8 @@ def _choose_shape(
             if shape.pixels <= most:
                 return shape
     field_name = "width" if request.width is not None else "height"
+    if request.image_size is not None:
+        field_name = "image_size"
     raise InvalidRequest(
         [FieldProblem(("body", field_name), f"the size must be {allowed}", "shape")]
     )

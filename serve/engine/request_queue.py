@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from serve.engine.call import Call
-from serve.engine.gpu_run import GeneratedPixels, OnStep, Outcome, RunPart
+from serve.engine.gpu_run import GeneratedPixels, OnStep, Outcome, Previews, RunPart
 from serve.engine.planning import PlannedRequest
 from serve.errors import Draining, OutOfMemory, RequestError
 
@@ -91,6 +91,7 @@ class QueuedRequest:
     planned: PlannedRequest
     call: Call
     on_step: OnStep | None
+    previews: Previews | None
     parts: deque[range]
     joined_at: float
     future: Future[Outcome] = field(default_factory=Future)
@@ -115,7 +116,12 @@ class QueuedRequest:
         steps = self.planned.num_inference_steps
         self.call.total_steps = steps * (self.runs_done + len(self.parts))
         return RunPart(
-            self.planned, self.call, self.parts.popleft(), self.on_step, steps * self.runs_done
+            self.planned,
+            self.call,
+            self.parts.popleft(),
+            self.on_step,
+            steps * self.runs_done,
+            self.previews,
         )
 
 
@@ -230,7 +236,12 @@ class RequestQueue:
     # On the event loop
 
     def join(
-        self, planned: PlannedRequest, call: Call, on_step: OnStep | None, sizes: Sequence[int]
+        self,
+        planned: PlannedRequest,
+        call: Call,
+        on_step: OnStep | None,
+        sizes: Sequence[int],
+        previews: Previews | None = None,
     ) -> QueuedRequest:
         """Put a request at the end of the queue. Its `queue` stage has begun.
 
@@ -243,7 +254,7 @@ class RequestQueue:
         for images in split(planned.num_images, sizes):
             first = parts[-1].stop if parts else 0
             parts.append(range(first, first + images))
-        queued = QueuedRequest(planned, call, on_step, parts, self._monotonic())
+        queued = QueuedRequest(planned, call, on_step, previews, parts, self._monotonic())
         # Whoever stops waiting for it cancels its call; the future itself cannot be cancelled.
         queued.future.set_running_or_notify_cancel()
         with self._changed:

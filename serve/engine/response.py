@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from serve.engine.call import Call
+from serve.engine.gpu_run import GeneratedPixels
 from serve.engine.images import CONTENT_TYPES
 from serve.engine.planning import PlannedRequest
 from serve.schema import GeneratedImage, TextToImageResponse, Timings
 
 
 def build_response(
-    planned: PlannedRequest, call: Call, urls: Sequence[str], prompt_truncated: bool
+    planned: PlannedRequest, call: Call, urls: Sequence[str], drawn: Sequence[GeneratedPixels]
 ) -> TextToImageResponse:
     """The response. `urls` has one for each image, in the order of their seeds."""
     images = [
@@ -28,9 +29,11 @@ def build_response(
         image=images[0],
         images=images,
         seed=planned.seed,
+        prompt=planned.request.prompt,
         timings=_timings(call),
         trace_id=call.identity.trace_id_hex,
-        prompt_truncated=prompt_truncated,
+        prompt_truncated=any(image.prompt_truncated for image in drawn),
+        prompt_tokens=drawn[0].prompt_tokens,
     )
 
 
@@ -48,5 +51,6 @@ def _timings(call: Call) -> Timings:
         vae_decode_ms=runs_ms("vae_decode"),
         image_encode_ms=call.timeline.stage_ms("image_encode"),
         upload_ms=call.timeline.stage_ms("upload"),
+        inference=sum(run.duration_ns for run in call.runs) / 1e9,
         clock=call.runs[-1].clock,
     )

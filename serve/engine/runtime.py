@@ -34,7 +34,7 @@ from serve.engine.admission import Admission
 from serve.engine.call import Call
 from serve.engine.estimates import Estimates
 from serve.engine.failures import clear_frames
-from serve.engine.gpu_run import GeneratedPixels, GpuRun, OnStep, Outcome, RunPart
+from serve.engine.gpu_run import GeneratedPixels, GpuRun, OnStep, Outcome, Previews, RunPart
 from serve.engine.gpu_thread import GpuThread
 from serve.engine.images import Upload, data_uri, encode_image
 from serve.engine.loaded_model import LoadedModel
@@ -73,7 +73,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ENDPOINTS = ("/", "/stream")
+OPENAI_IMAGES = "/v1/images/generations"
+ENDPOINTS = ("/", "/stream", OPENAI_IMAGES)
 """The endpoints that generate: traced, counted, and the values of the `endpoint` label."""
 
 WARMUP_STEPS = 2
@@ -192,20 +193,32 @@ class Runtime:
 
     # Serving
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What a request may call the model, its own name first; empty before it is loaded."""
+        own = (self.readiness.model,) if self.readiness.model else ()
+        return (*own, *self.settings.model_names)
+
+    @property
+    def uploads(self) -> bool:
+        """Whether images are stored somewhere and answered as a URL, instead of inline."""
+        return self._upload is not data_uri
+
     async def generate(
         self,
         request: TextToImageRequest,
         call: Call,
         on_queued: Callable[[int], None] = lambda _: None,
         on_step: OnStep | None = None,
+        previews: Previews | None = None,
     ) -> TextToImageResponse:
         """Serve one valid request.
 
         Args:
             on_queued: called with the number of waiting requests once this one is queued. The call
                 has its estimate by then, if there is one.
-            on_step: called on the GPU thread for each step that has ended. Previews are made only
-                if it is given.
+            on_step: called on the GPU thread for each step that has ended.
+            previews: those that `on_step` gets; None: of each step if the request wants them.
 
         Raises:
             RequestError: a row of the failure table.
@@ -214,7 +227,7 @@ class Runtime:
         with self._deadline(planned, call) as seconds:
             self.admission.admit(planned, call, seconds)
             on_queued(self.queue.waiting)
-            queued = self._queue(planned, call, on_step)
+            queued = self._queue(planned, call, on_step, previews)
             self._wake(queued)
             images = await self._drawn(queued)
         return await self._answer(planned, call, images)
@@ -234,7 +247,7 @@ class Runtime:
             for each, call in zip(planned, calls, strict=True):
                 seconds = deadlines.enter_context(self._deadline(each, call))
                 self.admission.admit(each, call, seconds)
-                queued.append(self._queue(each, call, None))
+                queued.append(self._queue(each, call))
             for each_queued in queued:
                 self._wake(each_queued)
             drawn = await asyncio.gather(*map(self._drawn, queued), return_exceptions=True)
@@ -277,9 +290,17 @@ class Runtime:
         finally:
             timer.cancel()
 
-    def _queue(self, planned: PlannedRequest, call: Call, on_step: OnStep | None) -> QueuedRequest:
+    def _queue(
+        self,
+        planned: PlannedRequest,
+        call: Call,
+        on_step: OnStep | None = None,
+        previews: Previews | None = None,
+    ) -> QueuedRequest:
+        if previews is None and planned.request.preview:
+            previews = Previews()
         call.timeline.begin("queue")
-        return self.queue.join(planned, call, on_step, self._sizes(planned))
+        return self.queue.join(planned, call, on_step, self._sizes(planned), previews)
 
     def _wake(self, queued: QueuedRequest) -> None:
         """Make the GPU thread take a batch for each of the request's runs."""
@@ -306,21 +327,23 @@ class Runtime:
     ) -> TextToImageResponse:
         """Encode and upload the images."""
         drawn = time.perf_counter()
-        image_format = planned.request.format
+        wanted = planned.request
+        encode = partial(encode_image, image_format=wanted.format, quality=wanted.image_quality)
         with call.stage("image_encode"):
             encoded = await asyncio.gather(
-                *(asyncio.to_thread(encode_image, image.pixels, image_format) for image in images)
+                *(asyncio.to_thread(encode, image.pixels) for image in images)
             )
         call.image_bytes = tuple(map(len, encoded))
         with call.stage("upload"):
             urls = await asyncio.gather(*(self._put(data, planned) for data in encoded))
         self.estimates.observe_answer(planned, time.perf_counter() - drawn)
-        truncated = any(image.prompt_truncated for image in images)
-        if truncated:
+        if any(image.prompt_truncated for image in images):
             self.metrics.prompt_truncated()
-        return build_response(planned, call, urls, truncated)
+        return build_response(planned, call, urls, images)
 
     async def _put(self, data: bytes, planned: PlannedRequest) -> str:
+        if planned.request.sync_mode:
+            return data_uri(data, planned.request.format)
         try:
             return await asyncio.to_thread(self._upload, data, planned.request.format)
         except Exception as error:  # noqa: BLE001 - any storage's client may raise anything

@@ -18,6 +18,7 @@ from serve.engine.readiness import Readiness
 from serve.engine.runtime import ENDPOINTS, Runtime
 from serve.errors import REQUEST_ERRORS, DeviceLost, NotReady, RequestError
 from serve.http.error_responses import add_exception_handlers, error_response
+from serve.http.image_responses import as_image_request, image_response, wants_image
 from serve.http.middleware import RequestMiddleware
 from serve.http.openapi import install_document
 from serve.http.responses import json_response
@@ -65,11 +66,15 @@ def install(
 
 
 async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:
-    """The handler of `POST /`."""
+    """The handler of `POST /`: JSON, or an image if the Accept header names an image type."""
+    accept = the_call().accept
+    as_image = wants_image(accept)
+    if as_image:
+        request = as_image_request(request, accept)
     call = received_call(runtime, request)
     response = await runtime.generate(request, call)
     call.timeline.begin("respond")
-    return json_response(response)
+    return image_response(response) if as_image else json_response(response)
 
 
 async def metrics_endpoint(request: Request, runtime: Runtime) -> Response:

@@ -179,7 +179,7 @@ def test_a_wrong_field_is_named(
     client: openai.OpenAI, fields: dict[str, Any], parameter: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.images.generate(**{"prompt": PROMPT, "extra_body": fields})
+        client.images.generate(prompt=PROMPT, extra_body=fields)
     error = caught.value
     assert error.param == parameter
     assert error.type == "invalid_request_error"

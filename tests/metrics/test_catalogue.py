@@ -302,7 +302,9 @@ def test_a_wrong_duration_is_counted_and_not_summed(
         ),
     )
     stages = tuple(wrong(stage) for stage in good.stages)
-    metrics.observe_request(dataclasses.replace(wrong(good), stages=stages, runs=(run,), observed_runs=(run,)), EXEMPLAR)
+    metrics.observe_request(
+        dataclasses.replace(wrong(good), stages=stages, runs=(run,), observed_runs=(run,)), EXEMPLAR
+    )
     # The request, its five stages, the run's three, its steps and their queue times, and possibly
     # its seconds.
     assert value(metrics, "sdxl_telemetry_faults_total", fault=fault) == pytest.approx(16, abs=1)

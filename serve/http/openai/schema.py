@@ -8,7 +8,6 @@ unless its value asks for nothing. The limits that both APIs share are checked b
 from __future__ import annotations
 
 import re
-import time
 from typing import Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -21,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from serve.schema import GeneratedImage, ImageFormat, TextToImageRequest, TextToImageResponse
+from serve.schema import ImageFormat, TextToImageRequest
 
 MOST_IMAGES = 10
 MOST_PARTIAL_IMAGES = 3
@@ -52,10 +51,13 @@ class ImageGenerationRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(description="What to draw.")
-    model: str | None = Field(default=None, description="One of GET /v1/models; null: the only one.")
+    model: str | None = Field(
+        default=None, description="One of GET /v1/models; null: the only one."
+    )
     n: int | None = Field(default=None, ge=1, le=MOST_IMAGES, description="Images; null: 1.")
     size: str | None = Field(
-        default=None, description="`WIDTHxHEIGHT` of a warm size; `auto` and null: the default size."
+        default=None,
+        description="`WIDTHxHEIGHT` of a warm size; `auto` and null: the default size.",
     )
     quality: Quality | None = Field(default=None, description="Sets the number of steps.")
     background: Literal["auto", "opaque", "transparent"] | None = Field(
@@ -120,7 +122,7 @@ class ImageGenerationRequest(BaseModel):
     @field_validator("size")
     @classmethod
     def _well_formed_size(cls, value: str | None) -> str | None:
-        if value not in (None, "auto") and not _SIZE.fullmatch(value):
+        if value is not None and value != "auto" and not _SIZE.fullmatch(value):
             raise ValueError("must be auto or WIDTHxHEIGHT in pixels, like 1024x1024")
         return value
 

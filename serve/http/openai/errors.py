@@ -28,7 +28,7 @@ _TRY_AGAIN = (429, 503)
 
 def openai_status(error: RequestError) -> int:
     """The HTTP status of an error."""
-    return _INVALID_STATUS if isinstance(error, InvalidRequest) else error.status
+    return _INVALID_STATUS if error.status == InvalidRequest.status else error.status
 
 
 def openai_headers(error: RequestError) -> Mapping[str, str]:
