@@ -45,8 +45,9 @@ logger = logging.getLogger(__name__)
 SCOPE_NAME = "stepspan"
 SCHEMA_URL = Schemas.V1_44_0.value
 
-# The batch processor's sizes. A request is ten spans and one a step. A GPU serves about one request
-# of 30 steps a second and the demo model about five shorter ones; call it five of 40 spans.
+# The batch processor's sizes. A request of one run is ten spans and one a step. A GPU serves about
+# one request of 30 steps a second and the demo model about five shorter ones; call it five of 40
+# spans.
 SPANS_PER_REQUEST = 10 + 30
 MOST_SPANS_PER_REQUEST = 10 + 100
 REQUESTS_PER_SECOND = 5

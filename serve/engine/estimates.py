@@ -81,7 +81,7 @@ class Estimates:
         self._runs: dict[tuple[str, bool, int], deque[Pace]] = {}
         self._seen: dict[tuple[str, bool], dict[int, _Seen]] = {}
         self._observed_at: dict[tuple[str, bool], deque[float]] = {}
-        self._batch_sizes: deque[int] = deque(maxlen=NEWEST)
+        self._batch_sizes: dict[tuple[str, bool, int], deque[int]] = {}
         self._answers: dict[tuple[str, str, int], deque[float]] = {}
 
     # Learning
@@ -97,6 +97,8 @@ class Estimates:
             return
         kind = run.shape, run.guidance
         newest = self._runs.setdefault((*kind, run.batch_size), deque(maxlen=NEWEST))
+        if not serving:
+            newest.clear()  # the runs before it may have compiled
         newest.append(Pace.of(run))
         seen = _Seen(
             Pace(*(statistics.median(values) for values in _by_field(newest))),
@@ -107,7 +109,9 @@ class Estimates:
         if serving:
             observed = self._observed_at.setdefault(kind, deque(maxlen=EVIDENCE_RUNS))
             observed.append(self._monotonic())
-            self._batch_sizes.extend([run.batch_size] * run.batch_size)
+            # Once for each image, because a usual image is in a large run.
+            sizes = self._batch_sizes.setdefault((*kind, len(run.steps)), deque(maxlen=NEWEST))
+            sizes.extend([run.batch_size] * run.batch_size)
 
     def observe_answer(self, planned: PlannedRequest, seconds: float) -> None:
         """Learn how long a request took from its last run's end until its images were stored."""
@@ -149,9 +153,10 @@ class Estimates:
         since = self._monotonic() - EVIDENCE_SECONDS
         return sum(at >= since for at in list(observed)) >= EVIDENCE_RUNS
 
-    def typical_batch(self) -> int:
-        """The number of images in the run of a usual image."""
-        sizes = list(self._batch_sizes)
+    def typical_batch(self, planned: PlannedRequest) -> int:
+        """The number of images in the run of a usual image of such requests."""
+        kind = str(planned.shape), planned.guided, planned.num_inference_steps
+        sizes = list(self._batch_sizes.get(kind, ()))
         return round(statistics.median(sizes)) if sizes else 1
 
     # Forecasts
@@ -181,11 +186,10 @@ class Estimates:
         for batch in coming_batches(runs, lambda run: sizes(run.planned)):
             if not missing:
                 break
-            images = sum(run.next_images for run in batch)
+            planned, images = batch[0].planned, sum(run.next_images for run in batch)
             if busy and not fastest:
                 # Others will join until it begins, as they did before.
-                images = max(images, min(self.typical_batch(), sizes(batch[0].planned)[-1]))
-            planned = batch[0].planned
+                images = max(images, min(self.typical_batch(planned), sizes(planned)[-1]))
             pace = self.pace(planned, images, fastest)
             if pace is None:
                 return None

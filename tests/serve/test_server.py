@@ -64,7 +64,7 @@ def test_a_request_is_answered(app: FastAPI) -> None:
     body = response.json()
     assert body["trace_id"] == response.headers["x-trace-id"]
     assert body["timings"]["receive_ms"] is not None
-    assert set(body) == {"image", "seed", "timings", "trace_id", "prompt_truncated"}
+    assert set(body) == {"image", "images", "seed", "timings", "trace_id", "prompt_truncated"}
 
 
 @pytest.mark.parametrize(

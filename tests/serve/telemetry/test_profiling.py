@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gzip
 import json
 import os
@@ -389,7 +390,7 @@ def test_a_run_called_off_before_it_began_leaves_nothing(tmp_path: Path) -> None
         profiling = Profiling(tmp_path)
         profiling.arm(1)
         call = _call_with_a_run()
-        call.run = None
+        call.runs = []
         profiling.run(lambda: None, "0123abcd", [call])
         assert profiling.close(10)
     assert profiling.profiles() == []
@@ -404,7 +405,7 @@ def _call_with_a_run() -> Call:
     runtime = build_runtime(ServeSettings(), CollectorRegistry())
     call = Call("/", "POST", runtime.tracing.identify())
     runtime.close(0.1)
-    call.run = run_timing(START_NS)
+    call.runs = [dataclasses.replace(run_timing(START_NS), run_id="0123abcd")]
     return call
 
 
