@@ -232,15 +232,6 @@ def test_the_longest_valid_body_fits(app: FastAPI) -> None:
     assert post(app, body.encode()).status_code == 200
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("PUT", "/"), ("GET", "/stream")])
-def test_other_methods(app: FastAPI, method: str, path: str) -> None:
-    assert fetch(app, method, path).status_code == 405
-
-
-def test_an_unknown_path(app: FastAPI) -> None:
-    assert fetch(app, "POST", "/nowhere", json={}).status_code == 404
-
-
 def test_health_and_readiness(app: FastAPI, runtime: Runtime) -> None:
     assert fetch(app, "GET", "/health").json() == {"status": "ok"}
     ready = fetch(app, "GET", "/ready")

@@ -9,7 +9,7 @@ import schemathesis
 
 @schemathesis.hook
 def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
-    """One step where a valid number of steps was drawn, no deadline that would pass, no profiles."""
+    """One step for any valid number of them, no deadline that would pass, no profiles."""
     body = case.body
     if not isinstance(body, dict):
         return
