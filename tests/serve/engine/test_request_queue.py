@@ -131,7 +131,7 @@ class Queue:
         return batch
 
 
-PIXELS = GeneratedPixels("pixels", prompt_truncated=False)
+PIXELS = GeneratedPixels("pixels", prompt_truncated=False, prompt_tokens=3)
 
 
 def drawn(batch: Batch) -> list[Outcome]:
