@@ -29,7 +29,7 @@ from serve.errors import (
     RequestError,
     UnsupportedMediaType,
 )
-from serve.http.profiling_endpoint import ProfileOrder
+from serve.http.profiling_endpoint import ProfileRequest
 from serve.http.service import Service
 from serve.schema import ErrorBody, TextToImageResponse
 
@@ -110,7 +110,7 @@ def _exact_schemas(app: FastAPI) -> Schema:
     models: list[tuple[Any, JsonSchemaMode]] = [
         (ErrorBody, "serialization"),
         (TextToImageResponse, "serialization"),
-        (ProfileOrder, "validation"),
+        (ProfileRequest, "validation"),
     ]
     for route in app.routes:
         if not isinstance(route, APIRoute):
@@ -207,7 +207,7 @@ def _state(operation: Schema, name: str, values: dict[str, list[str]]) -> None:
 
 
 def _profile(operation: Schema) -> None:
-    order = {"schema": {"$ref": _REF.format(model=ProfileOrder.__name__)}}
+    order = {"schema": {"$ref": _REF.format(model=ProfileRequest.__name__)}}
     operation["requestBody"] = {"required": True, "content": {"application/json": order}}
     operation["responses"]["200"]["content"]["application/json"]["schema"] = _object(
         armed={"type": "integer"}, profiles={"type": "array", "items": {"type": "string"}}

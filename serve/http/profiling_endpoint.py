@@ -1,4 +1,4 @@
-"""`POST /debug/profile`: an operator asks for the next requests to be profiled."""
+"""`POST /debug/profile`: an operator has the next requests profiled."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _FORWARDING_HEADERS = (
 )
 
 
-class ProfileOrder(BaseModel):
-    """How many of the next requests to profile; 0 cancels an earlier order."""
+class ProfileRequest(BaseModel):
+    """How many of the next requests to profile; 0 cancels an earlier request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -51,11 +51,11 @@ async def arm_profiling(runtime: Runtime, request: Request) -> Response:
     body = await read_body(request.receive, MAX_BODY_BYTES)
     fields = json_object(request.headers, body)
     try:
-        order = ProfileOrder.model_validate(fields)
+        wanted = ProfileRequest.model_validate(fields)
     except ValidationError as error:
         raise InvalidRequest(field_problems(error.errors(), within=("body",))) from None
-    runtime.profiling.arm(order.requests)
-    logger.info("the next %d requests will be profiled", order.requests)
+    runtime.profiling.arm(wanted.requests)
+    logger.info("the next %d requests will be profiled", wanted.requests)
     return JSONResponse(
         {"armed": runtime.profiling.armed, "profiles": runtime.profiling.profiles()}
     )
