@@ -384,6 +384,21 @@ def test_a_callers_context_comes_by_header_or_by_body(server: Server, path: str)
         assert answer.headers["x-trace-id"] == trace_id
 
 
+def test_repeated_headers_of_a_callers_trace(server: Server) -> None:
+    """`tracestate` is a list over all headers; of `traceparent` there is one."""
+    trace_id, _, traceparent = a_context()
+    states = [("tracestate", "vendor=1"), ("tracestate", "ot=th:8")]
+    server.client.post("/", json=body(), headers=[("traceparent", traceparent), *states])
+    spans = server.otlp.wait_for_trace(trace_id)
+    assert {span.attributes["sampling.probability"] for span in spans} == {0.5}
+    other, _, another = a_context()
+    parents = [("traceparent", traceparent), ("traceparent", another)]
+    answer = server.client.post("/", json=body(), headers=[*parents, *states])
+    assert answer.headers["x-trace-id"] not in (trace_id, other)
+    root = by_name(server.otlp.wait_for_trace(answer.headers["x-trace-id"]), "text-to-image")
+    assert not root.parent_span_id
+
+
 def test_a_caller_that_does_not_sample_is_not_exported(server: Server) -> None:
     trace_id, _, traceparent = a_context(flags="00")
     unsampled = server.client.post("/", json=body(), headers={"traceparent": traceparent})
