@@ -30,10 +30,10 @@ class Command:
 
 COMMANDS = {
     "session": Command(
-        "harness.session", "measure everything in the table of targets, in resumable pieces"
+        "session.run", "measure everything in the table of targets, in resumable pieces"
     ),
     "precompile": Command(
-        "harness.precompile", "compile several scenarios at once, before they are timed"
+        "session.precompile", "compile several scenarios at once, before they are timed"
     ),
     "run": Command(
         "harness.run", "time scenarios in interleaved rounds, of this commit or of two commits"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class BenchError(Exception):
-    """The command cannot do what was asked. The message is one sentence that names the cause."""
+    """The command cannot run as it was called. The message is one sentence that names the cause."""
 
 
 class ResultFileError(BenchError):

@@ -1,7 +1,7 @@
 """Turns a loaded SDXL pipeline into one that runs compiled. Only this module configures inductor.
 
 `compile_model` changes the pipeline's UNet, VAE decoder and text encoders in place, so diffusers'
-own pipeline goes on calling its own classes. It compiles nothing itself: each input shape compiles
+own pipeline still calls its own classes. It compiles nothing itself: each input shape compiles
 at its first call. Warm-up makes those calls, and then freezes the model.
 """
 

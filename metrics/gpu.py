@@ -101,8 +101,7 @@ class GpuWatch:
     """Reads the GPU's conditions during a run, without blocking the run's thread.
 
     A driver call usually takes microseconds, sometimes many milliseconds, and may never return once
-    the device is lost. So a daemon thread reads, and nobody waits for a reading that is not there
-    at the run's end.
+    the device is lost. So a daemon thread reads, and the run's end does not wait for a reading.
     """
 
     def __init__(self, gpu: Gpu | None) -> None:

@@ -129,7 +129,7 @@ class SpanLedger(SpanProcessor):
         self._on_result = on_result
         self._closed = False
         self.outstanding = 0
-        """Spans in the queue and in the batch on its way."""
+        """Spans in the queue and in the batch that is being exported."""
 
     def on_end(self, span: ReadableSpan) -> None:
         self._on_ended(1)
@@ -295,7 +295,7 @@ class Tracing:
 
     @property
     def outstanding(self) -> int:
-        """Spans in the queue and in the batch on its way."""
+        """Spans in the queue and in the batch that is being exported."""
         return self._ledger.outstanding
 
     def identify(self, *carriers: Mapping[str, str]) -> TraceIdentity:

@@ -5,8 +5,8 @@ allowed. So does an `SDXL_` name that does not exist: a misspelt setting that is
 than a start that fails.
 
 Telemetry uses the standard `OTEL_*` names. OpenTelemetry's exporters read theirs from the
-environment too; the values here are the ones that this code decides by. Nothing else in this
-package reads a setting from the environment.
+environment too; this code uses the values here. Nothing else in this package reads a setting from
+the environment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kernels_warmup.shapes import CompiledShape
@@ -26,6 +26,18 @@ from metrics import buckets
 from metrics.buckets import MOST_IMAGES
 from metrics.tracing import MAX_QUEUE_SIZE, MOST_SPANS_PER_REQUEST
 from serve.errors import ConfigurationError
+from serve.setting_fields import (
+    BucketBounds,
+    Compression,
+    Ratio,
+    SamplerName,
+    bucket_bounds_field,
+    doctor_field,
+    otlp_compression_field,
+    otlp_headers_field,
+    otlp_timeout_field,
+    otlp_url_field,
+)
 
 PREFIX = "SDXL_"
 
@@ -39,84 +51,6 @@ _SECRET_FIELDS = frozenset(
     {"otlp_headers", "otlp_traces_headers", "otlp_metrics_headers", "admin_token"}
 )
 """Fields whose value no error message shows."""
-
-# NAME=VALUE, NAME=VALUE. The exporter skips what does not match with a warning that quotes it, so
-# it is refused here.
-_HEADER = r"""[ \t]*[-!#-'*+.0-9A-Z^-z|~]+[ \t]*=[ !#-+\--:<-\[\]-~\t]*"""
-_HEADERS = rf"^{_HEADER}(,{_HEADER})*,?\s*$"
-
-SamplerName = Literal[
-    "always_on",
-    "always_off",
-    "traceidratio",
-    "parentbased_always_on",
-    "parentbased_always_off",
-    "parentbased_traceidratio",
-]
-"""Standard samplers of the OpenTelemetry specification."""
-
-BucketBounds = Annotated[tuple[float, ...] | None, NoDecode]
-
-
-def _between_0_and_1(value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError("out of range")
-    return value
-
-
-Ratio = Annotated[float, AfterValidator(_between_0_and_1)]
-
-
-# Fields that occur once for spans and once for metrics
-
-
-def _bucket_bounds(unit: str) -> Any:
-    description = (
-        f"a comma-separated list of 1 to {buckets.MOST_BOUNDS} positive numbers of {unit}, each "
-        "above the last"
-    )
-    return Field(default=None, description=description)
-
-
-def _otlp_url(variable: str, description: str) -> Any:
-    return Field(
-        default=None,
-        validation_alias=variable,
-        pattern=r"^https?://[^\s]+$",
-        description=f"an http:// or https:// URL{description}",
-    )
-
-
-def _otlp_headers(variable: str) -> Any:
-    return Field(
-        default=None,
-        validation_alias=variable,
-        pattern=_HEADERS,
-        description="a comma-separated list of NAME=VALUE, values percent-encoded",
-    )
-
-
-def _otlp_compression(variable: str) -> Any:
-    return Field(default=None, validation_alias=variable, description="none, gzip or deflate")
-
-
-def _otlp_timeout(variable: str) -> Any:
-    # The Python SDK reads seconds, the specification says milliseconds: 10000 would be nearly three
-    # hours.
-    return Field(
-        default=None,
-        validation_alias=variable,
-        gt=0,
-        le=300,
-        description="a number of seconds up to 300, above 0 (not milliseconds)",
-    )
-
-
-def _checked_by_the_doctor(variable: str) -> Any:
-    return Field(default=None, validation_alias=variable, description="any text")
-
-
-Compression = Literal["none", "gzip", "deflate"]
 
 
 class ServeSettings(BaseSettings):
@@ -171,7 +105,7 @@ class ServeSettings(BaseSettings):
         default=None, description="a folder that only this service's operators can write to"
     )
 
-    # What a request gets that does not say (few-step checkpoints need other values), and limits
+    # Defaults of a request (few-step checkpoints need others), and limits
 
     steps: int = Field(default=20, ge=1, le=100, description="a whole number from 1 to 100")
     guidance_scale: float = Field(
@@ -248,12 +182,12 @@ class ServeSettings(BaseSettings):
         allow_inf_nan=False,
         description="a number of dense bf16 teraFLOPs a second up to 1000000, above 0",
     )
-    buckets_request: BucketBounds = _bucket_bounds("seconds")
-    buckets_queue: BucketBounds = _bucket_bounds("seconds")
-    buckets_stage: BucketBounds = _bucket_bounds("seconds")
-    buckets_step: BucketBounds = _bucket_bounds("seconds")
-    buckets_gpu_queue: BucketBounds = _bucket_bounds("seconds")
-    buckets_image_bytes: BucketBounds = _bucket_bounds("bytes")
+    buckets_request: BucketBounds = bucket_bounds_field("seconds")
+    buckets_queue: BucketBounds = bucket_bounds_field("seconds")
+    buckets_stage: BucketBounds = bucket_bounds_field("seconds")
+    buckets_step: BucketBounds = bucket_bounds_field("seconds")
+    buckets_gpu_queue: BucketBounds = bucket_bounds_field("seconds")
+    buckets_image_bytes: BucketBounds = bucket_bounds_field("bytes")
     otlp_metrics: bool = Field(default=False, description=TRUE_OR_FALSE)
     otlp_metrics_temporality: Literal["cumulative", "delta", "lowmemory"] = Field(
         default="cumulative",
@@ -347,37 +281,35 @@ class ServeSettings(BaseSettings):
 
     # The OTLP endpoint, for spans and for pushed metrics
 
-    otlp_endpoint: str | None = _otlp_url("OTEL_EXPORTER_OTLP_ENDPOINT", " without /v1/traces")
-    otlp_traces_endpoint: str | None = _otlp_url(
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", ", used as it stands"
+    otlp_endpoint: str | None = otlp_url_field("OTEL_EXPORTER_OTLP_ENDPOINT", " without /v1/traces")
+    otlp_traces_endpoint: str | None = otlp_url_field(
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", ", used unchanged"
     )
-    otlp_metrics_endpoint: str | None = _otlp_url(
-        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", ", used as it stands"
+    otlp_metrics_endpoint: str | None = otlp_url_field(
+        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", ", used unchanged"
     )
-    otlp_headers: str | None = _otlp_headers("OTEL_EXPORTER_OTLP_HEADERS")
-    otlp_traces_headers: str | None = _otlp_headers("OTEL_EXPORTER_OTLP_TRACES_HEADERS")
-    otlp_metrics_headers: str | None = _otlp_headers("OTEL_EXPORTER_OTLP_METRICS_HEADERS")
-    otlp_compression: Compression | None = _otlp_compression("OTEL_EXPORTER_OTLP_COMPRESSION")
-    otlp_traces_compression: Compression | None = _otlp_compression(
+    otlp_headers: str | None = otlp_headers_field("OTEL_EXPORTER_OTLP_HEADERS")
+    otlp_traces_headers: str | None = otlp_headers_field("OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+    otlp_metrics_headers: str | None = otlp_headers_field("OTEL_EXPORTER_OTLP_METRICS_HEADERS")
+    otlp_compression: Compression | None = otlp_compression_field("OTEL_EXPORTER_OTLP_COMPRESSION")
+    otlp_traces_compression: Compression | None = otlp_compression_field(
         "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION"
     )
-    otlp_metrics_compression: Compression | None = _otlp_compression(
+    otlp_metrics_compression: Compression | None = otlp_compression_field(
         "OTEL_EXPORTER_OTLP_METRICS_COMPRESSION"
     )
-    otlp_timeout: float | None = _otlp_timeout("OTEL_EXPORTER_OTLP_TIMEOUT")
-    otlp_traces_timeout: float | None = _otlp_timeout("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT")
-    otlp_metrics_timeout: float | None = _otlp_timeout("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT")
+    otlp_timeout: float | None = otlp_timeout_field("OTEL_EXPORTER_OTLP_TIMEOUT")
+    otlp_traces_timeout: float | None = otlp_timeout_field("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT")
+    otlp_metrics_timeout: float | None = otlp_timeout_field("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT")
 
     # Read by the exporter and its HTTP client; here only the doctor checks them
 
-    otlp_certificate: str | None = _checked_by_the_doctor("OTEL_EXPORTER_OTLP_CERTIFICATE")
-    otlp_traces_certificate: str | None = _checked_by_the_doctor(
-        "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE"
-    )
-    requests_ca_bundle: str | None = _checked_by_the_doctor("REQUESTS_CA_BUNDLE")
-    curl_ca_bundle: str | None = _checked_by_the_doctor("CURL_CA_BUNDLE")
-    otlp_protocol: str | None = _checked_by_the_doctor("OTEL_EXPORTER_OTLP_PROTOCOL")
-    otlp_traces_protocol: str | None = _checked_by_the_doctor("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+    otlp_certificate: str | None = doctor_field("OTEL_EXPORTER_OTLP_CERTIFICATE")
+    otlp_traces_certificate: str | None = doctor_field("OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE")
+    requests_ca_bundle: str | None = doctor_field("REQUESTS_CA_BUNDLE")
+    curl_ca_bundle: str | None = doctor_field("CURL_CA_BUNDLE")
+    otlp_protocol: str | None = doctor_field("OTEL_EXPORTER_OTLP_PROTOCOL")
+    otlp_traces_protocol: str | None = doctor_field("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 
     @field_validator("shapes", mode="before")
     @classmethod

@@ -1,6 +1,6 @@
 """The result file of the bench: every sample, and where it was measured, as one JSON document.
 
-A file holds no derived figures: whoever reads it computes medians, ratios and utilisation from the
+A file holds no derived figures: its readers compute medians, ratios and utilisation from the
 samples. The exception is the block `figures` of each scenario, for people and `jq`, which is
 ignored when the file is read. A digest over the content shows whether a file was edited by hand.
 
@@ -155,7 +155,7 @@ class MeasuredScenario:
 
 @dataclass(frozen=True, config=_CLOSED)
 class NotRun:
-    """A scenario that was asked for but could not be measured, and why."""
+    """A scenario that was selected but could not be measured, and why."""
 
     name: Name
     reason: Name

@@ -49,7 +49,7 @@ class Bench:
         self._attempts = Attempts(out if options.resume else None, code_digest())
         codes = [worker.code() for worker in workers]
         self._record = RunRecord(out, work, codes, options.price_per_hour)
-        self._asked: list[Scenario] = []
+        self._selected: list[Scenario] = []
         self._in_memory: list[str] = []
         self._next_round = 0
         self._postponed = False
@@ -67,7 +67,7 @@ class Bench:
         if self._resume and record.path.exists():
             record.continue_file()
             self._next_round = record.first_round
-        self._asked = list(scenarios)
+        self._selected = list(scenarios)
         left = [s for s in scenarios if not record.is_settled(s, self._requests, self._attempts)]
         if record.continues and not left:
             self._log(f"{record.path} already has every scenario, or the reason why it cannot run")
@@ -98,9 +98,9 @@ class Bench:
         return status
 
     def _failed_status(self) -> int:
-        """1 if a scenario that was asked for failed, else 0."""
-        asked = {scenario.name for scenario in self._asked}
-        return int(any(n.failed and n.name in asked for n in self._record.not_run.values()))
+        """1 if a selected scenario failed, else 0."""
+        selected = {scenario.name for scenario in self._selected}
+        return int(any(n.failed and n.name in selected for n in self._record.not_run.values()))
 
     # Groups
 
@@ -110,7 +110,7 @@ class Bench:
         largest = 0
         # These are in every group, so that the machine's state in one group or session can be held
         # against another's. They come after the group's first, which may be the only one that fits.
-        beside = [s for s in self._beside if s in self._asked and s not in left]
+        beside = [s for s in self._beside if s in self._selected and s not in left]
         for scenario in left:
             if group and not self._fits(largest):
                 break

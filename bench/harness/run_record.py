@@ -188,7 +188,7 @@ class RunRecord:
     def add_not_run(
         self, scenario: Scenario, side: Side | None, reason: str, *, failed: bool = False
     ) -> None:
-        """Record why a scenario has no samples, or no more; `side` None stands for all sides."""
+        """Record why a scenario has no samples, or no more; `side` None means all sides."""
         self.not_run[side, scenario.name] = NotRun(scenario.name, reason, side, failed)
 
     def clear_not_run(self, scenario: Scenario) -> None:

@@ -217,7 +217,7 @@ class WorkerProcess:
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            # A file: nobody reads meanwhile, and a full pipe would block the process.
+            # A file, because a full pipe that is not read would block the process.
             stderr=self._errors,
             text=True,
             pass_fds=(its_end,),

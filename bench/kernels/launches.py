@@ -20,7 +20,7 @@ from unittest import mock
 
 from bench.errors import BenchError
 from bench.harness.scenarios import KERNELS, Scenario, chosen
-from bench.report.terminal import table
+from bench.terminal import table
 
 if TYPE_CHECKING:
     from bench.kernels.hopper_code import Lowered

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.harness.result_file import BenchResult, Code, MeasuredScenario, Session
-from bench.report.terminal import percent
-from bench.stats.compare import busy, change, machine
+from bench.stats.compare import change, machine
+from bench.stats.differences import busy
 from bench.stats.verdict import Judgement, by_round, judge
+from bench.terminal import percent
 
 
 @dataclass(frozen=True)

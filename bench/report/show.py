@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.errors import BenchError
 from bench.harness.result_file import BenchResult
 from bench.report.rows import columns, facts, lines, remarks
-from bench.report.terminal import coloured, table
+from bench.terminal import coloured, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

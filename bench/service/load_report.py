@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.report.terminal import table
 from bench.service.arrivals import Mix
 from bench.service.server_histograms import Check
+from bench.terminal import table
 
 PERCENTILES = (50, 90, 95, 99)
 KEPT_UP = 0.95

@@ -24,14 +24,15 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
-from bench.harness.result_file import BenchResult, Code, MeasuredScenario, Side
-from bench.report.terminal import coloured, percent, table
+from bench.harness.result_file import BenchResult
+from bench.stats.compared_side import ComparedSide, read_sides
+from bench.stats.differences import SCENARIO_FACTS, differences, facts, not_comparable, notes
 from bench.stats.verdict import (
     ERROR_RATE,
     SMALLEST_CHANGE,
@@ -40,16 +41,12 @@ from bench.stats.verdict import (
     judge,
     judge_separate,
 )
+from bench.terminal import coloured, percent, table
 
 QUANTITIES = ("step", "request", "text_encode", "vae_decode", "image_encode", "cpu")
 DEFAULT_QUANTITIES = ("step", "request")
 REGRESSED, UNDECIDED = 1, 3
 COLOURS = {"improved": "green", "regressed": "red", "no difference": None}
-SCENARIO_FACTS = ("dtype", "images")
-"""Fields of a scenario that must be equal for a comparison."""
-WORSE_ERROR = 1.1
-"""A note reports an error of one forward pass that rose by this factor. A smaller rise comes from
-another order of additions."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +92,7 @@ def share(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
-    base, head = _sides(options.files)
+    base, head = read_sides(options.files)
     comparison = compare(
         base,
         head,
@@ -109,62 +106,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(comparison.as_text())
     return comparison.exit_status
-
-
-# Sides -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ComparedSide:
-    """One side of one file."""
-
-    name: str
-    result: BenchResult
-    side: Side
-
-    @property
-    def code(self) -> Code:
-        return self.result.code_of(self.side)
-
-    @property
-    def scenarios(self) -> dict[str, MeasuredScenario]:
-        return self.result.of_side(self.side)
-
-    @property
-    def revision(self) -> str:
-        commit = (self.code.commit or "no commit")[:12]
-        return f"{commit} with changes" if self.code.dirty else commit
-
-    def why_not_run(self, scenario: str) -> str | None:
-        """The recorded reason why a scenario was not run; None if there is none."""
-        for missing in self.result.not_run:
-            if missing.name == scenario and missing.side in (None, self.side):
-                return missing.reason
-        return None
-
-
-def _sides(files: Sequence[Path]) -> tuple[ComparedSide, ComparedSide]:
-    if len(files) > 2:
-        raise BenchError(f"{len(files)} files were given; compare one or two")
-    results = [BenchResult.read(path) for path in files]
-    if len(files) == 1:
-        name, result = files[0].name, results[0]
-        if len(result.sides) != 2:
-            raise BenchError(
-                f"{files[0]} holds one side; give a BASE and a HEAD, or measure with --base"
-            )
-        return ComparedSide(name, result, "base"), ComparedSide(name, result, "head")
-    for path, result in zip(files, results, strict=True):
-        if len(result.sides) != 1:
-            raise BenchError(f"{path} holds both sides; compare it by itself")
-    base, head = (
-        ComparedSide(path.name, result, result.sides[0])
-        for path, result in zip(files, results, strict=True)
-    )
-    return base, head
-
-
-# Comparing ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -296,19 +237,19 @@ def compare(
     smallest_change: float = SMALLEST_CHANGE,
     allow: Sequence[str] = (),
 ) -> Comparison:
-    """Judge every quantity of every scenario that both sides were asked for.
+    """Judge every quantity of every scenario that was selected on both sides.
 
     Raises:
         BenchError: there is no such scenario, or `allow` has an unknown name.
     """
     names = _compared_names(base, head, scenarios)
-    may_differ = {*_facts(base), *_facts(head), *SCENARIO_FACTS}
+    may_differ = {*facts(base), *facts(head), *SCENARIO_FACTS}
     for name in allow:
         if name not in may_differ:
             raise BenchError(f"--allow {name}: unknown; use one of {', '.join(sorted(may_differ))}")
     different = [
         f"{name} ({was} and {became})"
-        for name, was, became in _differences(base, head)
+        for name, was, became in differences(base, head)
         if name not in allow
     ]
     error_rate = ERROR_RATE / (len(names) * len(quantities))
@@ -318,7 +259,7 @@ def compare(
     for name in names:
         here, there = base.scenarios.get(name), head.scenarios.get(name)
         for quantity in quantities:
-            judgement = _not_comparable(base, head, name, different, allow)
+            judgement = not_comparable(base, head, name, different, allow)
             of_base = {} if here is None else by_round(here, quantity)
             of_head = {} if there is None else by_round(there, quantity)
             if judgement is None and not (of_base and of_head):
@@ -334,7 +275,7 @@ def compare(
                     base, head, name, quantity, smallest_change, error_rate
                 )
             rows.append(Row(name, quantity, _median(of_base), _median(of_head), judgement))
-    return Comparison(base, head, smallest_change, tuple(rows), tuple(_notes(base, head, names)))
+    return Comparison(base, head, smallest_change, tuple(rows), tuple(notes(base, head, names)))
 
 
 def _median(figures: dict[int, float]) -> float | None:
@@ -344,7 +285,7 @@ def _median(figures: dict[int, float]) -> float | None:
 def _compared_names(
     base: ComparedSide, head: ComparedSide, wanted: Sequence[str] | None
 ) -> list[str]:
-    """The scenarios that both sides were asked for, in head's order, without the calibration."""
+    """The scenarios that were selected on both sides, in head's order, without the calibration."""
     known = {**head.scenarios, **base.scenarios}
     if wanted is not None:
         unknown = [name for name in wanted if name not in known]
@@ -428,108 +369,3 @@ def _broken_control(base: ComparedSide, head: ComparedSide, smallest_change: flo
                 f"the same state: measure again"
             )
     return None
-
-
-# What differs ------------------------------------------------------------------------------------
-
-
-def _differences(base: ComparedSide, head: ComparedSide) -> Iterator[tuple[str, object, object]]:
-    """The facts in which two files differ, by name, with both values."""
-    facts_of_base, facts_of_head = _facts(base), _facts(head)
-    for name in dict.fromkeys([*facts_of_base, *facts_of_head]):
-        was, became = facts_of_base.get(name), facts_of_head.get(name)
-        if was != became:
-            yield name, _text(was), _text(became)
-
-
-def _facts(side: ComparedSide) -> dict[str, object]:
-    result, environment = side.result, side.result.environment
-    limits = {s.start.power_limit_watts for s in result.sessions} - {None}
-    return {
-        **asdict(result.workload),
-        **{
-            name: getattr(environment, name)
-            for name in ("device", "gpu", "driver", "cuda", "cpu", "cores", "platform", "python")
-        },
-        "power limit": ", ".join(f"{limit:.0f} W" for limit in sorted(filter(None, limits))),
-        **side.code.versions,
-    }
-
-
-def _text(value: object) -> str:
-    return "none" if value in (None, "") else str(value)
-
-
-def _not_comparable(
-    base: ComparedSide, head: ComparedSide, name: str, different: list[str], allow: Sequence[str]
-) -> Judgement | None:
-    for side in (base, head):
-        if name not in side.scenarios:
-            reason = side.why_not_run(name) or "it was not asked for"
-            which = "base" if side is base else "head"
-            return Judgement("not comparable", f"{which} did not run it: {reason}")
-    if different:
-        return Judgement("not comparable", f"these differ: {', '.join(different)}")
-    here, there = base.scenarios[name], head.scenarios[name]
-    of_scenario = [
-        f"{what} ({was} and {became})"
-        for what in SCENARIO_FACTS
-        if (was := getattr(here, what)) != (became := getattr(there, what)) and what not in allow
-    ]
-    if of_scenario:
-        return Judgement("not comparable", f"these differ: {', '.join(of_scenario)}")
-    return None
-
-
-def _notes(base: ComparedSide, head: ComparedSide, names: Sequence[str]) -> Iterator[str]:
-    """What a reader should know beside the verdicts."""
-    for side in (base, head) if base.result is not head.result else (head,):
-        if side.result.partial:
-            yield f"{side.name} was interrupted; its samples up to then are judged"
-    if base.code.commit is not None and base.code.commit == head.code.commit:
-        dirty = base.code.dirty or head.code.dirty
-        yield "both sides are the same commit" + (", one with changes" if dirty else "")
-    for result in {id(side.result): side.result for side in (base, head)}.values():
-        yield from busy(result)
-    for name in names:
-        here, there = base.scenarios.get(name), head.scenarios.get(name)
-        if here is None or there is None:
-            continue
-        if here.settings != there.settings:
-            changed = sorted(
-                key
-                for key in here.settings.keys() | there.settings.keys()
-                if here.settings.get(key) != there.settings.get(key)
-            )
-            yield f"{name}: settings differ: " + ", ".join(
-                f"{key} {_text(here.settings.get(key))} -> {_text(there.settings.get(key))}"
-                for key in changed
-            )
-        if (
-            here.error_vs_fp32 is not None
-            and there.error_vs_fp32 is not None
-            and there.error_vs_fp32 > WORSE_ERROR * here.error_vs_fp32
-        ):
-            yield (
-                f"{name}: the error of one forward pass against float32 rose from "
-                f"{here.error_vs_fp32:.2g} to {there.error_vs_fp32:.2g}"
-            )
-    for missing in set(base.scenarios) ^ set(head.scenarios):
-        if missing not in names:
-            yield f"{missing} is on one side only"
-
-
-def busy(result: BenchResult) -> Iterator[str]:
-    """Notes on a machine that was busy when the bench began, or whose GPU was throttled."""
-    throttled: set[str] = set()
-    for session in result.sessions:
-        load = session.start.load_average
-        if load is not None and load > result.environment.cores / 2:
-            yield (
-                f"the machine was busy when the bench began: load {load:.1f} on "
-                f"{result.environment.cores} cores"
-            )
-        for moment in (session.start, session.end):
-            throttled.update(() if moment is None else moment.throttle_reasons)
-    if throttled:
-        yield f"the GPU was throttled: {', '.join(sorted(throttled))}"

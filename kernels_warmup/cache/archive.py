@@ -163,7 +163,7 @@ class _Manifest:
 def _open_trusted(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that only its owner, this user or root, could have written.
 
-    It checks the opened file, not the path: whoever may write to the folder can replace the file
+    It checks the opened file, not the path: a user who may write to the folder can replace the file
     behind a path at any time.
     """
     try:

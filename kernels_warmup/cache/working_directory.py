@@ -40,8 +40,8 @@ def operators_directory() -> str | None:
 class WorkingDirectory:
     """A local directory, private to this process, in which inductor and Triton compile.
 
-    Its name cannot be guessed and no other user may enter it, because whoever can write there can
-    run code in this process. The process holds a lock in it, so the directory of a killed process
+    Its name cannot be guessed and no other user may enter it, because another writer could run code
+    in this process. The process holds a lock in it, so the directory of a killed process
     can be recognised.
     """
 

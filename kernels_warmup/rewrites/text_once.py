@@ -34,7 +34,7 @@ class TextCondition:
 class BufferedText:
     """One text in the buffers, as `TextOnce.prepare` put it there. Valid until the next `prepare`.
 
-    It has no content of its own: whoever holds it may let the steps read the buffers.
+    It holds no tensors. Its holder may let the steps read the buffers.
     """
 
 

@@ -29,7 +29,7 @@ def observe(
 
 
 def is_countable(value: float, count_fault: CountFault) -> bool:
-    """Whether a value may be added to a sum. One NaN or negative value would spoil it for good."""
+    """Whether a value may be added to a sum, which one NaN or negative value would ruin."""
     if 0 <= value < math.inf:
         return True
     count_fault("negative_value" if value < 0 else "not_a_number")

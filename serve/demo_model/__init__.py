@@ -1,7 +1,7 @@
 """A tiny SDXL checkpoint, the program that trains it, and the scenes it learns.
 
 Importing this package loads neither torch nor diffusers: the checkpoint is a directory in the
-diffusers layout, and whoever serves it loads it like any other local SDXL directory.
+diffusers layout, and it is loaded like any other local SDXL directory.
 """
 
 from pathlib import Path

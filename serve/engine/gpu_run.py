@@ -73,7 +73,7 @@ class GpuRun:
     Args:
         parts: of one shape, step count and guidance scale; at most one of each request.
         ranges: marks stages and steps for an attached profiler.
-        gpu_watch: reads the GPU's conditions while the run goes on.
+        gpu_watch: reads the GPU's conditions during the run.
         step_ended: called whenever a step has ended.
     """
 
@@ -123,7 +123,7 @@ class GpuRun:
             with timeline.stage("vae_decode"):
                 images = self._model.decode(latents)
             self._wait_for_pixels(timeline, pacer)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it fails these requests alone
+        except Exception as error:  # noqa: BLE001 - any exception fails these requests alone
             return self._fail(error)
         return self._outcomes(images, conditioning)
 
@@ -239,7 +239,7 @@ class GpuRun:
 
 
 class _StepReports:
-    """Tells each request of the run of its steps, with a preview where it wants one.
+    """Reports each step to the run's requests, with a preview for those that want one.
 
     A preview is a small image of the latents of the request's first image in the run. Its copy to
     the host is enqueued behind the step's work, so that it is there when the step has ended.

@@ -80,7 +80,7 @@ class GpuThread:
             self.sign_of_life()
             try:
                 future.set_result(work())
-            except BaseException as error:  # noqa: BLE001 - whoever waits for the future decides
+            except BaseException as error:  # noqa: BLE001 - the future's reader handles it
                 clear_frames(error)
                 future.set_exception(error)
             finally:

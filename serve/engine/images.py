@@ -61,7 +61,7 @@ def bounded(upload: Upload, seconds: float, at_once: int) -> Upload:
         def work() -> None:
             try:
                 url.set_result(upload(data, image_format))
-            except BaseException as error:  # noqa: BLE001 - whoever waits for the URL decides
+            except BaseException as error:  # noqa: BLE001 - the URL's reader handles it
                 url.set_exception(error)
             finally:
                 slots.release()

@@ -298,7 +298,7 @@ class Runtime:
         try:
             outcome = await asyncio.wrap_future(queued.future)
         except asyncio.CancelledError:
-            # The task that waits was cancelled: nobody is there to get the images.
+            # The waiting task was cancelled, so its images have no reader.
             draining = self.readiness.state is State.DRAINING
             call.cancellation.cancel(Draining() if draining else ClientGone())
             raise

@@ -1,4 +1,4 @@
-"""`POST /debug/profile`: an operator asks for the next requests to be profiled."""
+"""`POST /debug/profile`: an operator has the next requests profiled."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _FORWARDING_HEADERS = (
 )
 
 
-class ProfileOrder(BaseModel):
-    """How many of the next requests to profile; 0 cancels an earlier order."""
+class ProfileRequest(BaseModel):
+    """How many of the next requests to profile; 0 cancels an earlier request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -50,16 +50,16 @@ async def arm_profiling(runtime: Runtime, request: Request) -> Response:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            return JSONResponse({"detail": "The body is larger than an order is."}, status_code=413)
+            return JSONResponse({"detail": "The body is too large."}, status_code=413)
     try:
-        order = ProfileOrder.model_validate_json(body)
+        wanted = ProfileRequest.model_validate_json(body)
     except ValidationError:
         return JSONResponse(
-            {"detail": f'{{"requests": N}} is asked for, a number from 0 to {MAX_PROFILES}.'},
+            {"detail": f'The body must be {{"requests": N}}, with N from 0 to {MAX_PROFILES}.'},
             status_code=422,
         )
-    runtime.profiling.arm(order.requests)
-    logger.info("the next %d requests will be profiled", order.requests)
+    runtime.profiling.arm(wanted.requests)
+    logger.info("the next %d requests will be profiled", wanted.requests)
     return JSONResponse(
         {"armed": runtime.profiling.armed, "profiles": runtime.profiling.profiles()}
     )

@@ -1,4 +1,4 @@
-"""What the HTTP room needs from whoever does the work: the runtime, or the gateway's client."""
+"""The interface that serve/http needs from the runtime or the gateway's client."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class KeyRemark:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The OTLP host of one region of a backend; `*` in it stands for a zone."""
+    """The OTLP host of one region of a backend; `*` in it is a placeholder for a zone."""
 
     name: str
     host: str

@@ -26,7 +26,7 @@ def run(
     treat_as: Backend | None = None,
     width: int = 100,
 ) -> int:
-    """Check the settings, and send a trace unless told not to. Print the findings.
+    """Check the settings, send a trace if `sends`, and print the findings.
 
     Args:
         sends: whether to send a trace.

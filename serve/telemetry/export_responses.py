@@ -176,8 +176,8 @@ def _partial_success(response: requests.Response, kind: str) -> tuple[int, str]:
     """How many spans of an accepted batch the backend rejected, and its message."""
     if kind == "application/json":
         try:
-            told = response.json().get("partialSuccess") or {}
-            return int(told.get("rejectedSpans") or 0), str(told.get("errorMessage") or "")
+            partial = response.json().get("partialSuccess") or {}
+            return int(partial.get("rejectedSpans") or 0), str(partial.get("errorMessage") or "")
         except (ValueError, TypeError, AttributeError):
             return 0, ""
     if kind not in ("application/x-protobuf", "application/protobuf"):

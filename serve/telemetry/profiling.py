@@ -105,7 +105,7 @@ class Profiling:
     def run(self, run: Callable[[], T], run_id: str, calls: Sequence[ProfiledCall]) -> T:
         """Run `run`, profiled if one is armed, and put the profile's name into the calls' timings.
 
-        If the profiler cannot start, that is logged and the run goes on.
+        If the profiler cannot start, that is logged and the run continues.
         """
         with self._lock:
             profiled = self._armed > 0

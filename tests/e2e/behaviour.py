@@ -100,7 +100,7 @@ def tree_of(spans: list[ReceivedSpan]) -> list[Any]:
 
     def subtree(parent: ReceivedSpan) -> dict[str, Any]:
         children = [span for span in spans if span.parent_span_id == parent.span_id]
-        # A run that was called off has had as many steps as the machine was fast.
+        # A cancelled run's number of steps depends on the machine's speed.
         steps = [child for child in children if child.name == "denoise_step"]
         children = [child for child in children if child not in steps[1:]]
         return {

@@ -1,4 +1,4 @@
-"""Both servers as real processes, each started once for all tests that only ask."""
+"""Both servers as real processes, each started once for all tests that only send requests."""
 
 from __future__ import annotations
 

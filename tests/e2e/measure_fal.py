@@ -21,7 +21,7 @@ from tests.e2e.conftest import START_SECONDS, STARTS
 
 ENVIRONMENT = {"SDXL_DEVICE": "cpu"}
 
-# The least work that is still an image: what is left to differ is the server.
+# The least work for an image, so that only the server differs.
 ONE_STEP = {
     "prompt": "a red circle",
     "num_inference_steps": 1,

@@ -1,5 +1,5 @@
-"""Debian's Prometheus on loopback, with the rules that ship, over a running service and over
-samples of a past that never was: a GPU's, a day's and fal's."""
+"""Debian's Prometheus on loopback with the shipped rules. It scrapes a running service, and holds
+made-up samples of a service on a GPU and of fal's endpoint."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ RECORDED_RULE = re.compile(r"sdxl:[\w:]+(\{[^}]*\})?")
 
 @dataclass(frozen=True)
 class Expression:
-    """A query that ships, and where."""
+    """A query of the shipped dashboard or rules, and where it is."""
 
     where: str
     text: str
 
     def filled(self, rate_interval: str, rules: Mapping[str, str] | None = None) -> str:
-        """With the dashboard's variables given values and, if `rules` are given, recorded names
-        given for what they record."""
+        """The query with values for the dashboard's variables.
+
+        Args:
+            rules: expressions that replace the names of recording rules.
+        """
         text = self.text
         if rules is not None:
             text = RECORDED_RULE.sub(lambda m: f"({rules[m[0].split('{')[0]]})", text)
@@ -63,7 +66,7 @@ def rules(kind: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A running Prometheus, asked over its API."""
+    """A running Prometheus, queried over its API."""
 
     url: str
 
@@ -89,7 +92,7 @@ class Prometheus:
 
 @contextmanager
 def prometheus(target: str, folder: Path, recorded: Path) -> Iterator[Prometheus]:
-    """Run one with `prometheus.yml` as it ships, but for the target and a shorter interval.
+    """Run one with the shipped `prometheus.yml`, but with this target and a shorter interval.
 
     Args:
         target: host and port of the service to scrape.

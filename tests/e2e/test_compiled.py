@@ -1,4 +1,4 @@
-"""The compiled service as a real process: cut off while it compiles, and started from its cache."""
+"""The compiled service as a real process: ended while it compiles, and started from its cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compiled(otlp: OtlpEndpoint, kept: Path, scratch: Path, **more: str) -> dict
         SDXL_COMPILE="default",
         SDXL_SHAPES="128x128",
         SDXL_CACHE_DIR=str(kept),
-        # Where the process works on its cache: a folder of this test's own can be looked into.
+        # The process keeps its working cache there; in a folder of its own the test can read it.
         TMPDIR=str(scratch),
         **more,
     )
@@ -38,13 +38,13 @@ def family(process: ServerProcess) -> list[psutil.Process]:
     return [parent, *parent.children(recursive=True)]
 
 
-def test_cut_off_while_it_compiles(tmp_path: Path) -> None:
-    """Nothing half-written is kept, nothing goes on running, and the trace says what happened."""
+def test_sigterm_while_it_compiles(tmp_path: Path) -> None:
+    """No partial file is kept, no process keeps running, and the trace has the cause."""
     kept, scratch = tmp_path / "kept", tmp_path / "scratch"
     with otlp_endpoint() as otlp, self_hosted(compiled(otlp, kept, scratch)) as process:
         wait_for_output(process, "start-up: compile")
         deadline = time.monotonic() + START_SECONDS
-        # Inside of inductor: its cache directory has something in it.
+        # inductor is at work as soon as its cache directory has a file.
         while not any(path.is_file() for path in scratch.glob(f"{WORKING_PREFIX}*/**/*")):
             assert time.monotonic() < deadline, process.output()
             time.sleep(0.05)
@@ -60,30 +60,30 @@ def test_cut_off_while_it_compiles(tmp_path: Path) -> None:
 
 
 def start_seconds(process: ServerProcess) -> tuple[float, dict[str, object]]:
-    """Seconds of its `compile` phases, and what `/ready` says of how it was made fast."""
+    """Seconds of its `compile` phases, and `compile` of `/ready`."""
     process.wait_until_ready(1800)
     deadline = time.monotonic() + 60
     while True:
-        told = httpx.get(process.url + "/ready", timeout=60).json()
-        if "cache_store" in told["compile"]:
+        ready = httpx.get(process.url + "/ready", timeout=60).json()
+        if "cache_store" in ready["compile"]:
             break
         assert time.monotonic() < deadline, process.output()
         time.sleep(0.1)
-    phases = told["warmup_ms"].items()
-    return sum(ms for name, ms in phases if name.startswith("compile")) / 1e3, told["compile"]
+    phases = ready["warmup_ms"].items()
+    return sum(ms for name, ms in phases if name.startswith("compile")) / 1e3, ready["compile"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_start_from_the_cache_takes_a_quarter_at_most(tmp_path: Path) -> None:
     kept, scratch = tmp_path / "kept", tmp_path / "scratch"
-    seconds, told, images = [], [], []
+    seconds, compiles, images = [], [], []
     with otlp_endpoint() as otlp:
         for _ in range(2):
             with self_hosted(compiled(otlp, kept, scratch)) as process:
                 took, how = start_seconds(process)
                 seconds.append(took)
-                told.append(how)
+                compiles.append(how)
                 answer = httpx.post(
                     process.url, json=body(format="png"), timeout=ANSWER_SECONDS
                 ).json()
@@ -93,23 +93,26 @@ def test_a_start_from_the_cache_takes_a_quarter_at_most(tmp_path: Path) -> None:
                 process.terminate(60)
         traces = otlp.wait_for(lambda spans: sum(s.name == "warmup" for s in spans) == 2)
     print(f"compile phases: cold {seconds[0]:.1f} s, from the cache {seconds[1]:.1f} s")
-    assert [how["cache"] for how in told] == ["miss", "hit"]
-    assert [how["cache_store"] for how in told] == ["stored", "unchanged"]
-    assert told[1]["graphs_from_cache"] == told[1]["graphs"] == told[0]["graphs"]
+    assert [how["cache"] for how in compiles] == ["miss", "hit"]
+    assert [how["cache_store"] for how in compiles] == ["stored", "unchanged"]
+    assert compiles[1]["graphs_from_cache"] == compiles[1]["graphs"] == compiles[0]["graphs"]
     assert seconds[1] <= seconds[0] / 4
     phases = [span for span in traces if re.fullmatch(r"compile 128x128", span.name)]
     assert [span.attributes["cache_misses"] > 0 for span in phases] == [True, False]
     (archive,) = kept.glob(f"*{SUFFIX}")
     assert archive.stat().st_size > 100_000
-    # Each process's working directory went with it.
+    # Each process removed its working directory.
     assert list(scratch.glob(f"{WORKING_PREFIX}*")) == []
     assert images[0] == pytest.approx(images[1], rel=0.02)
 
 
 @pytest.mark.parametrize("spoil", ["truncated", "foreign"])
-def test_a_spoilt_cache_breaks_no_start(tmp_path: Path, spoil: str) -> None:
-    """One line in the log, and a start as without. Ended before it has compiled, which would take
-    minutes: what is kept is read before that."""
+def test_a_damaged_cache_breaks_no_start(tmp_path: Path, spoil: str) -> None:
+    """The log has one line, and the start is like one without a cache.
+
+    The test ends the process before it has compiled, which would take minutes; the cache is read
+    before that.
+    """
     kept = tmp_path / "kept"
     kept.mkdir(mode=0o700)
     settings = {

@@ -1,4 +1,4 @@
-"""One contract for the self-hosted server and `fal run --local sdxl`, held by real processes.
+"""One contract for the self-hosted server and `fal run --local sdxl`, checked on real processes.
 
 What fal's runtime forces to be different is at the end, a test for each row of the table in
 docs/fal.md.
@@ -78,7 +78,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-# The answer
+# The response
 
 
 @pytest.mark.parametrize("image_format", ["jpeg", "png", "webp"])
@@ -107,7 +107,7 @@ def test_answers_have_the_same_headers(servers: dict[str, Server]) -> None:
     assert "x-fal-billable-units" not in ours
 
 
-def test_a_drawn_seed_is_told_and_draws_the_image_again(server: Server) -> None:
+def test_a_drawn_seed_is_returned_and_repeats_the_image(server: Server) -> None:
     first = server.generate(seed=None).json()
     assert server.generate(seed=first["seed"]).json()["image"] == first["image"]
 
@@ -152,7 +152,7 @@ def test_a_large_body_is_413(server: Server, size: int) -> None:
     assert answer.json()["error_type"] == "body_too_large"
 
 
-def test_a_third_request_is_429_and_says_when_to_come_again(server: Server) -> None:
+def test_a_third_request_is_429_with_retry_after(server: Server) -> None:
     answers: list[httpx.Response] = []
 
     def ask() -> None:
@@ -198,7 +198,7 @@ def test_a_caller_that_leaves_stops_the_work(server: Server) -> None:
     assert metric(server, "sdxl_requests_in_flight") == 0
 
 
-def test_no_web_page_is_let_in(server: Server) -> None:
+def test_no_other_origin_is_allowed(server: Server) -> None:
     origin = {"origin": "https://elsewhere.test"}
     answer = server.client.post("/", json=body(), headers=origin)
     asked = origin | {"access-control-request-method": "POST"}
@@ -208,7 +208,7 @@ def test_no_web_page_is_let_in(server: Server) -> None:
         assert not [name for name in headers if name.startswith("access-control-")]
 
 
-# Being there
+# Health
 
 
 def test_health_and_readiness(servers: dict[str, Server]) -> None:
@@ -248,19 +248,19 @@ def test_an_answer_on_a_kept_connection_leaves_at_once(server: Server) -> None:
 # Streaming
 
 
-def test_a_stream_tells_each_step_and_ends_with_the_same_image(server: Server) -> None:
+def test_a_stream_reports_each_step_and_ends_with_the_same_image(server: Server) -> None:
     answer = server.generate("/stream")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/event-stream")
-    told = events(answer.text)
-    assert [name for name, _ in told] == ["queued", "step", "step", "image"]
-    assert [data["index"] for name, data in told if name == "step"] == [0, 1]
-    image = told[-1][1]
+    received = events(answer.text)
+    assert [name for name, _ in received] == ["queued", "step", "step", "image"]
+    assert [data["index"] for name, data in received if name == "step"] == [0, 1]
+    image = received[-1][1]
     assert image["image"] == server.generate().json()["image"]
-    assert image["trace_id"] == answer.headers["x-trace-id"] == told[0][1]["trace_id"]
+    assert image["trace_id"] == answer.headers["x-trace-id"] == received[0][1]["trace_id"]
 
 
-def test_steps_are_told_as_they_end(server: Server) -> None:
+def test_steps_are_reported_as_they_end(server: Server) -> None:
     arrivals = []
     with server.client.stream("POST", "/stream", json=body(**SLOW)) as stream:
         for line in stream.iter_lines():
@@ -281,7 +281,7 @@ def test_a_failure_midway_is_the_streams_last_event(server: Server) -> None:
 # Telemetry
 
 
-def test_the_trace_is_exported_under_the_answers_id(server: Server) -> None:
+def test_the_trace_is_exported_under_the_responses_id(server: Server) -> None:
     answer = server.generate()
     trace_id = answer.json()["trace_id"]
     spans = server.otlp.wait_for_trace(trace_id)
@@ -294,11 +294,11 @@ def test_the_trace_is_exported_under_the_answers_id(server: Server) -> None:
 
 
 def test_both_servers_emit_the_same_spans(servers: dict[str, Server]) -> None:
-    def told(server: Server) -> list[tuple[str, list[str]]]:
+    def names_of_spans(server: Server) -> list[tuple[str, list[str]]]:
         spans = server.otlp.wait_for_trace(server.generate().json()["trace_id"])
         return sorted((span.name, sorted(span.attributes)) for span in spans)
 
-    ours, fals = map(told, servers.values())
+    ours, fals = map(names_of_spans, servers.values())
     assert ours == fals
 
 
@@ -332,7 +332,7 @@ def test_a_callers_context_comes_by_header_or_by_body(server: Server, path: str)
         answer = server.client.post(path, json=body(**fields), headers=headers)
         root = by_name(server.otlp.wait_for_trace(trace_id), "text-to-image")
         assert (carrier, root.parent_span_id) == (carrier, span_id)
-        # The header is sent with the first byte, so it is the body's context that it tells too.
+        # The body's context decides before the header is sent, so the header has it too.
         assert answer.headers["x-trace-id"] == trace_id
 
 
@@ -348,7 +348,7 @@ def families(text: str) -> list[str]:
     return re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
 
 
-def test_metrics_are_there_once(servers: dict[str, Server]) -> None:
+def test_each_metric_is_exposed_once(servers: dict[str, Server]) -> None:
     for server in servers.values():
         server.generate()
     ours, fals = (
@@ -370,7 +370,7 @@ def test_a_request_is_counted_once(server: Server) -> None:
 
 
 @row("Metrics")
-def test_metrics_are_elsewhere_and_without_exemplars(servers: dict[str, Server]) -> None:
+def test_fals_metrics_have_their_own_port_and_no_exemplars(servers: dict[str, Server]) -> None:
     openmetrics = "application/openmetrics-text; version=1.0.0"
     for server in servers.values():
         server.otlp.wait_for_trace(server.generate().json()["trace_id"])
@@ -385,7 +385,7 @@ def test_metrics_are_elsewhere_and_without_exemplars(servers: dict[str, Server])
 
 
 @row("An unknown path")
-def test_fal_says_itself_that_a_path_is_unknown(servers: dict[str, Server]) -> None:
+def test_fal_answers_an_unknown_path_itself(servers: dict[str, Server]) -> None:
     ours, fals = (server.client.post("/xylograph", json={}) for server in servers.values())
     assert (ours.status_code, fals.status_code) == (404, 404)
     assert ours.json() == {"detail": "Not Found"}
@@ -418,7 +418,7 @@ def test_fal_listens_on_every_interface(servers: dict[str, Server]) -> None:
 
 
 @row("A wrong setting")
-def test_both_name_a_wrong_setting_and_fal_in_a_traceback() -> None:
+def test_both_name_a_wrong_setting_and_fal_adds_a_traceback() -> None:
     outputs = {}
     for kind, start in STARTS.items():
         with start({"SDXL_DEVICE": "tpu"}) as process:

@@ -1,4 +1,4 @@
-"""A dead tracing backend is not our outage: each way it can be unwell, on real servers."""
+"""A failing tracing backend does not disturb requests: each kind of fault, on real servers."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ EXIT_SECONDS = 4.5
 
 @dataclass(frozen=True)
 class Fault:
-    """A way to be unwell and what becomes of the spans: `result` is the label they are counted
-    under while the server runs; `holds` says that some are still there when it is told to end."""
+    """A fault of the backend, and the fate of the spans."""
 
     backend: str
-    told: str
+    """The first column of the documented table."""
+    fate: str
+    """The second column: what happens to a batch."""
     result: str
+    """The label by which the spans are counted while the server runs."""
     answer: Answer = field(default_factory=Answer)
     url: str = ""
     tls: bool = False
     holds: bool = False
+    """Whether spans are still queued at SIGTERM."""
 
 
 RETRIED = "retried for 10 s, then dropped"
@@ -97,7 +100,7 @@ SPANS = 11
 
 @dataclass
 class Served:
-    """A server whose backend has a fault, and what was seen of it."""
+    """A server whose backend has a fault, and the seconds of each request."""
 
     fault: Fault
     otlp: OtlpEndpoint
@@ -105,20 +108,20 @@ class Served:
     seconds: list[float] = field(default_factory=list)
 
     def request(self) -> str:
-        """Serve one request and note how long it took; returns its trace id."""
+        """Send one request and keep its duration; returns its trace id."""
         start = time.perf_counter()
         answer = httpx.post(self.process.url, json=REQUEST, timeout=ANSWER_SECONDS)
         self.seconds.append(time.perf_counter() - start)
         answer.raise_for_status()
         return str(answer.json()["trace_id"])
 
-    def books(self) -> Books:
-        return Books.read(self.process)
+    def counts(self) -> SpanCounts:
+        return SpanCounts.read(self.process)
 
 
 @dataclass(frozen=True)
-class Books:
-    """The account of spans, as scraped: ours, and the SDK's own."""
+class SpanCounts:
+    """The counts of spans in a scrape: the service's own and the SDK's."""
 
     ended: int
     results: dict[str, int]
@@ -127,7 +130,7 @@ class Books:
     processed: int
 
     @classmethod
-    def read(cls, process: ServerProcess) -> Books:
+    def read(cls, process: ServerProcess) -> SpanCounts:
         text = httpx.get(process.metrics_url, timeout=60).text
 
         def value(name: str) -> int:
@@ -144,29 +147,31 @@ class Books:
         )
 
     @property
-    def balance(self) -> bool:
+    def all_accounted_for(self) -> bool:
         settled = sum(self.results.values())
         waiting = self.queued + self.in_flight
         return self.ended == settled + waiting and self.processed == settled + self.in_flight
 
 
-def quiescent(served: Served, ended: int) -> Books:
-    """The books once all that was asked for has ended. They settle in a moment: what was taken out
-    of the queue and is not yet under way is seen by nobody."""
+def settled_counts(served: Served, ended: int) -> SpanCounts:
+    """The counts once `ended` spans have ended and all are accounted for.
+
+    No count has a span that has left the queue and whose export has not begun, so this waits.
+    """
     deadline = time.monotonic() + 20
     while True:
-        books = served.books()
-        if books.ended >= ended and books.balance:
-            return books
-        assert time.monotonic() < deadline, books
+        counts = served.counts()
+        if counts.ended >= ended and counts.all_accounted_for:
+            return counts
+        assert time.monotonic() < deadline, counts
         time.sleep(0.05)
 
 
-def at_rest(served: Served) -> int:
-    """How many spans the start came to, once they are all told."""
+def spans_of_the_start(served: Served) -> int:
+    """The number of spans of the start, once it no longer grows."""
     seen = 0
     while True:
-        now = quiescent(served, 1).ended
+        now = settled_counts(served, 1).ended
         if now == seen:
             return now
         seen = now
@@ -174,7 +179,7 @@ def at_rest(served: Served) -> int:
 
 
 def backend(stack: ExitStack, fault: Fault) -> tuple[OtlpEndpoint, str]:
-    """An endpoint with the fault, and the address of it that a server is given."""
+    """An endpoint with the fault, and the URL that the server exports to."""
     if fault.url:
         return OtlpEndpoint(url=""), fault.url.format(port=free_port())
     otlp = stack.enter_context(otlp_endpoint(fault.answer, fault.tls))
@@ -208,9 +213,9 @@ def servers() -> Iterator[list[Served]]:
 
 
 def test_the_whole_table(servers: list[Served]) -> None:
-    """In one test, since every server is served, looked at and ended once."""
+    """One test, because each server gets its requests, is read and is ended once."""
     table = servers[: len(FAULTS)]
-    of_the_start = [at_rest(served) for served in table]
+    of_the_start = [spans_of_the_start(served) for served in table]
     for _ in range(ROUNDS):
         for served in table:  # in turn, so that all see the same machine
             served.request()
@@ -223,7 +228,7 @@ def test_the_whole_table(servers: list[Served]) -> None:
 
     for served, before in zip(table, of_the_start, strict=True):
         ended = before + ROUNDS * SPANS
-        assert quiescent(served, ended).ended == ended, served.fault.backend
+        assert settled_counts(served, ended).ended == ended, served.fault.backend
         wait_for_result(served)
 
     ends = end_all(table)
@@ -241,10 +246,10 @@ def test_the_whole_table(servers: list[Served]) -> None:
 
 
 def wait_for_result(served: Served) -> None:
-    """Spans are counted as the table says, as soon as there is a result at all."""
+    """Wait for the first result, and assert that it is the table's."""
     deadline = time.monotonic() + 30
     while True:
-        results = {name: count for name, count in served.books().results.items() if count}
+        results = {name: count for name, count in served.counts().results.items() if count}
         if served.fault.result in results:
             break
         assert not results, (served.fault.backend, results)
@@ -255,8 +260,10 @@ def wait_for_result(served: Served) -> None:
 
 
 def end_all(table: list[Served]) -> list[float]:
-    """Send each a last request and SIGTERM; how long each took to be gone. One after the other by
-    half a second: they end side by side, and start ending apart."""
+    """Send each server a last request and SIGTERM; returns the seconds until each had ended.
+
+    The signals are sent one after the other; the servers end in parallel.
+    """
     ends = [0.0] * len(table)
 
     def end(number: int) -> None:
@@ -268,7 +275,7 @@ def end_all(table: list[Served]) -> list[float]:
         threads.append(threading.Thread(target=end, args=(number,)))
         threads[-1].start()
         if served.fault.result == "exported":
-            # Nothing is lost on a backend that takes spans.
+            # A backend that accepts spans has received them all.
             threads[-1].join()
             assert len(served.otlp.trace(last)) == SPANS
     for thread in threads:
@@ -277,7 +284,7 @@ def end_all(table: list[Served]) -> list[float]:
 
 
 def test_sigterm_in_mid_request_with_a_silent_backend(servers: list[Served]) -> None:
-    """The running request is answered in its own time; what telemetry adds is bounded."""
+    """The running request is answered as usual, and telemetry delays the end by a bounded time."""
     process = servers[-1].process
     running = {"prompt": "a red circle", "num_inference_steps": 60, "seed": 1}
     with httpx.stream(
@@ -306,7 +313,7 @@ def test_under_fals_runtime() -> None:
             table.append(Served(fault, otlp, stack.enter_context(fal_local(settings))))
         for served in table:
             served.process.wait_until_ready(START_SECONDS)
-        of_the_start = [at_rest(served) for served in table]
+        of_the_start = [spans_of_the_start(served) for served in table]
         for _ in range(ROUNDS):
             for served in table:
                 served.request()
@@ -314,7 +321,7 @@ def test_under_fals_runtime() -> None:
         for served, before in zip(table, of_the_start, strict=True):
             assert statistics.median(served.seconds) < 2 * healthy + 0.1, served.fault.backend
             ended = before + ROUNDS * SPANS
-            assert quiescent(served, ended).ended == ended, served.fault.backend
+            assert settled_counts(served, ended).ended == ended, served.fault.backend
         ends = end_all(table)
         for served, seconds in zip(table, ends, strict=True):
             output = served.process.output()
@@ -332,7 +339,7 @@ def test_the_documented_table_is_this_one() -> None:
 def rendered() -> str:
     """The table as docs/tracing.md shows it."""
     rows = [
-        f"| {f.backend} | {f.told} | `{f.result}` | {'`shutdown`' if f.holds else 'nothing'} |"
+        f"| {f.backend} | {f.fate} | `{f.result}` | {'`shutdown`' if f.holds else 'nothing'} |"
         for f in FAULTS
     ]
     head = "| the backend | a batch is | counted as | lost at SIGTERM |"

@@ -90,12 +90,12 @@ def test_both_apps_spans_are_one_tree(pair: Pair) -> None:
     assert image.resource["service.name"] == "stepspan"
     assert call.attributes["url.full"].rstrip("/") == pair.image_app.process.url
     assert call.attributes["http.response.status_code"] == 200
-    # One machine, two processes, one clock. The image app is through with a request when its last
-    # byte has left, which the gateway may have read by then.
+    # Both processes share the machine's clock. The image app's span ends when its last byte is
+    # sent, and the gateway may have read that byte before.
     assert root.start_ns <= call.start_ns <= image.start_ns < call.end_ns <= root.end_ns
     assert spans["upload"].end_ns < call.end_ns
 
-    # The same picture as of the tidy prompt, asked for directly.
+    # The image app draws the same picture for the tidy prompt.
     direct = pair.image_app.generate(prompt=TIDY)
     assert answer.json()["image"] == direct.json()["image"]
 
@@ -121,13 +121,13 @@ def test_a_caller_that_is_not_sampled_is_exported_by_neither(pair: Pair) -> None
     unsampled = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-00"}
     answer = httpx.post(pair.gateway.url, json=body(), headers=unsampled, timeout=ANSWER_SECONDS)
     assert answer.json()["trace_id"] == trace_id
-    # What comes after it has been exported, and so would it have been.
+    # A later request has been exported, so this one would have been, too.
     later = httpx.post(pair.gateway.url, json=body(), timeout=ANSWER_SECONDS)
     whole_tree(pair.otlp, later.json()["trace_id"])
     assert pair.otlp.trace(trace_id) == []
 
 
-def test_the_image_apps_refusal_goes_through(pair: Pair) -> None:
+def test_the_image_apps_refusal_is_passed_on(pair: Pair) -> None:
     answer = httpx.post(pair.gateway.url, json=body(width=72, height=72), timeout=ANSWER_SECONDS)
     direct = pair.image_app.generate(width=72, height=72)
     assert answer.status_code == direct.status_code == 422
@@ -149,7 +149,7 @@ def test_its_own_metrics_are_on_fals_port(pair: Pair) -> None:
     assert 'sdxl_spans_total{result="exported"}' in shown
 
 
-def test_it_exports_what_is_left_when_it_is_told_to_end() -> None:
+def test_it_exports_the_remaining_spans_at_sigterm() -> None:
     with otlp_endpoint() as otlp:
         nowhere = environment(otlp, SDXL_GATEWAY_TARGET="http://127.0.0.1:9")
         with fal_local(nowhere, app="gateway") as gateway:

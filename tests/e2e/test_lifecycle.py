@@ -1,4 +1,4 @@
-"""Starting and ending, on both servers: what is answered, what is exported, how long it takes."""
+"""Start and end of both servers: their responses, their exports and how long they take."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 KINDS = pytest.mark.parametrize("kind", list(STARTS))
 
-# The last spans have three seconds to leave; the rest is what a busy machine takes to notice.
+# Three seconds to export the last spans; the rest is for a busy machine.
 ENDING_SECONDS = 15.0
 
 # `termination_grace_period_seconds` of pyproject.toml.
 GRACE_SECONDS = 80.0
 
-# fal hands the signal on when all is done; what SIGTERM ends has no status of its own.
+# fal raises the signal again at the end, so its process has no exit status of its own.
 EXIT_STATUS = {"self-hosted": 0, "fal": -signal.SIGTERM}
 
-# Some shapes that a CPU is not through with in a moment.
+# Shapes whose warm-up takes a CPU some time.
 LONG_WARM_UP = {"SDXL_SHAPES": "1024x1024,768x768,512x512"}
 
 
@@ -49,7 +49,7 @@ def test_the_documents_table_is_what_is_asserted() -> None:
     assert sorted(documented_rows()) == sorted(ROWS)
 
 
-def self_hosted_says_so(process: ServerProcess) -> None:
+def self_hosted_answers_not_ready(process: ServerProcess) -> None:
     assert httpx.get(process.url + "/health", timeout=30).status_code == 200
     ready = httpx.get(process.url + "/ready", timeout=30)
     assert (ready.status_code, ready.json()["state"]) == (503, "starting")
@@ -67,12 +67,12 @@ def fal_opens_no_port(process: ServerProcess) -> None:
 @row("Before it is ready")
 @row("The exit status after SIGTERM")
 @pytest.mark.parametrize(
-    ("kind", "tells"), [("self-hosted", self_hosted_says_so), ("fal", fal_opens_no_port)]
+    ("kind", "check"), [("self-hosted", self_hosted_answers_not_ready), ("fal", fal_opens_no_port)]
 )
-def test_sigterm_in_warm_up(kind: str, tells: Callable[[ServerProcess], None]) -> None:
+def test_sigterm_in_warm_up(kind: str, check: Callable[[ServerProcess], None]) -> None:
     with otlp_endpoint() as otlp, STARTS[kind](environment(otlp, **LONG_WARM_UP)) as process:
         wait_for_output(process, "start-up: compile")
-        tells(process)
+        check(process)
         assert "\nsdxl_ready 0.0\n" in httpx.get(process.metrics_url, timeout=30).text
         seconds = process.terminate(GRACE_SECONDS)
         assert seconds < ENDING_SECONDS
@@ -83,7 +83,7 @@ def test_sigterm_in_warm_up(kind: str, tells: Callable[[ServerProcess], None]) -
 
 @KINDS
 def test_sigterm_in_mid_request(kind: str) -> None:
-    """The running request is answered, the waiting one is sent away, and both are exported."""
+    """The running request is answered, the waiting one is refused, and both are exported."""
     with otlp_endpoint() as otlp, STARTS[kind](environment(otlp)) as process:
         process.wait_until_ready(START_SECONDS)
         waiting: list[httpx.Response] = []
@@ -102,12 +102,12 @@ def test_sigterm_in_mid_request(kind: str) -> None:
             waiter.start()
             while "\nsdxl_requests_waiting 1.0\n" not in httpx.get(process.metrics_url).text:
                 time.sleep(0.02)
-            told = time.monotonic()
+            signalled = time.monotonic()
             process.process.terminate()
             rest = list(lines)
         waiter.join()
         process.process.wait(GRACE_SECONDS)
-        assert time.monotonic() - told < GRACE_SECONDS
+        assert time.monotonic() - signalled < GRACE_SECONDS
         assert process.process.returncode == EXIT_STATUS[kind], process.output()
 
         assert "event: image" in rest
@@ -130,7 +130,7 @@ def silent_storage() -> Iterator[str]:
 @row("Where images are")
 @KINDS
 def test_billing_a_silent_cdn_and_sigterm_at_rest(kind: str) -> None:
-    """One process for what needs settings of its own: starting one takes longer than the rest."""
+    """One test, because starting a process with these settings takes longer than the rest."""
     with otlp_endpoint() as otlp, silent_storage() as storage:
         settings = environment(
             otlp, SDXL_FAL_BILLING="true", FAL_KEY="id:secret", FAL_REST_HOST=storage

@@ -1,4 +1,4 @@
-"""`python -m bench load` against the service: what its clients see is what its histogram says."""
+"""`python -m bench load` against the service: its clients' latencies agree with its histogram."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def test_the_service_is_measured_and_its_histogram_agrees(server: Server, tmp_pa
             "--rate", "1", "--seconds", "4", "--steps", "1=3", "2", "--out", str(out),
         ]
     )  # fmt: skip
-    told = json.loads(out.read_text())
-    (level,) = told["levels"]
+    result = json.loads(out.read_text())
+    (level,) = result["levels"]
     assert level["sent"] > 0
     assert level["ok"] + sum(level["refused"].values()) == level["sent"]
-    # One may wait; at most it refuses.
+    # One request may wait; the server may refuse others.
     assert set(level["refused"]) <= {"429"}
-    assert told["server"]["server_count"] == told["server"]["client_count"] == level["ok"]
-    assert told["server_agrees"] is True
-    # What the clients saw beyond the server's own account: the connection, and the last bytes.
-    assert told["server"]["mean_overhead_ms"] > 0
+    assert result["server"]["server_count"] == result["server"]["client_count"] == level["ok"]
+    assert result["server_agrees"] is True
+    # The clients' time beyond the server's: the connection, and the last bytes.
+    assert result["server"]["mean_overhead_ms"] > 0
     assert status == 0

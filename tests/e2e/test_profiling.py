@@ -1,4 +1,4 @@
-"""Profiling on a real server: asked for over a socket, written, and no hindrance to its end."""
+"""Profiling on a real server: requested over HTTP, written, and no delay to the shutdown."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_request_is_profiled_on_a_real_server(tmp_path: Path) -> None:
                 event["name"] for event in events
             }
 
-            # One more, which is still being written when the server is told to go.
+            # One more, which is still being written at SIGTERM.
             httpx.post(order, json={"requests": 1})
             httpx.post(server.url, json=body(num_inference_steps=20), timeout=ANSWER_SECONDS)
             assert server.terminate() < 10

@@ -1,4 +1,4 @@
-"""What ships for whoever is on call, against Debian's Prometheus and a running service."""
+"""The shipped monitoring files with Debian's Prometheus and a running service."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if shutil.which("prometheus") is None or shutil.which("promtool") is None:
         allow_module_level=True,
     )
 
-# What a service on a CPU that has just started cannot tell.
+# Metrics that a service on a CPU does not have, or not yet.
 NOT_LIVE = re.compile(r"sdxl_gpu_|_step_gpu_queue_|fal_app_|mean1d_past|offset 1h|compile_cache")
 
 # Histograms and counters that name a trace.
@@ -46,7 +46,7 @@ WITH_EXEMPLARS = (
     "sdxl_request_budget_total",
 )
 
-# The past ends long enough ago that its blocks are closed.
+# The recorded samples end so long ago that Prometheus has closed their blocks.
 RECORDED_END = int(time.time()) // 3600 * 3600 - 12 * 3600
 RECORDED_MINUTES = 150
 
@@ -125,7 +125,7 @@ def test_every_recording_rule_returns_data_over_recorded_samples(running: Promet
     assert not [name for name, query in recording if not has_data(running, query, RECORDED_END)]
 
 
-def test_what_is_recorded_is_what_happened(running: Prometheus) -> None:
+def test_recorded_rules_give_the_figures_of_the_samples(running: Prometheus) -> None:
     expressions = rules("record")
 
     def at_the_end(name: str) -> float:
@@ -230,7 +230,7 @@ def test_scrape_configs_are_valid(name: str) -> None:
 
 
 @pytest.mark.docs
-def test_every_alert_says_what_it_is_and_where_to_read_on() -> None:
+def test_every_alert_has_a_summary_and_a_runbook_link() -> None:
     runbook = (ROOT / "docs" / "runbook.md").read_text()
     paragraphs = dict(re.findall(r"^### (\w+)\n\n(.+?)(?=\n#|\Z)", runbook, re.M | re.S))
     groups = yaml.safe_load((MONITORING / "rules.yml").read_text())["groups"]
@@ -244,9 +244,9 @@ def test_every_alert_says_what_it_is_and_where_to_read_on() -> None:
     assert set(paragraphs) == {alert["alert"] for alert in alerts}
 
 
-def test_what_is_named_exists(running: Prometheus) -> None:
-    """Every metric of ours in the dashboard, the rules and the runbook is one that is told."""
-    told = set(running.get("label/__name__/values"))
+def test_every_metric_that_is_named_exists(running: Prometheus) -> None:
+    """Every metric in the dashboard, the rules and the runbook is exposed."""
+    exposed = set(running.get("label/__name__/values"))
     texts = [
         path.read_text()
         for path in (
@@ -257,7 +257,7 @@ def test_what_is_named_exists(running: Prometheus) -> None:
     ]
     named = set(re.findall(r"\b(?:sdxl|fal_app)_[a-z0-9_]+", "\n".join(texts)))
     assert len(named) > 40
-    assert not named - told
+    assert not named - exposed
 
 
 def test_the_dashboard_is_whole() -> None:
@@ -292,7 +292,7 @@ def test_monitoring_ships_with_the_package() -> None:
     assert shipped == {"dashboard.json", "fal.yml", "prometheus.yml", "rules.yml", "rules_test.yml"}
 
 
-def test_the_end_is_pushed_too(service: ServerProcess, otlp: OtlpEndpoint) -> None:
+def test_the_last_values_are_pushed_at_the_end(service: ServerProcess, otlp: OtlpEndpoint) -> None:
     """The last test of this file: it ends the service."""
     assert service.terminate() < 15
     [ready] = [point for point in otlp.pushes[-1] if point.name == "sdxl_ready"]

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/ show what the code gives, and their links lead somewhere."""
+"""The README and the pages of docs/ agree with the code, and their links have targets."""
 
 from __future__ import annotations
 

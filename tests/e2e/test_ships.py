@@ -1,4 +1,4 @@
-"""What reaches a runner: the sdist that fal builds, installed beside the dependencies alone."""
+"""The sdist that fal builds, installed with nothing but the dependencies, as on a runner."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(*command: str | Path, **options: Any) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project without what past builds and runs have left in its directory."""
+    """A copy of the project without the files of past builds and runs."""
     root = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
@@ -69,7 +69,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_what_fal_ships_runs_in_an_empty_environment(
+def test_the_sdist_that_fal_builds_runs_in_an_empty_environment(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # fal's own build command, but with the setuptools at hand instead of a download.

@@ -22,7 +22,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of an environment that holds the wheel, and sees the dependencies only."""
     folder = tmp_path_factory.mktemp("wheel")
     checkout, dist, environment = folder / "checkout", folder / "dist", folder / "environment"
-    # A copy, for setuptools leaves its work in the tree that it builds.
+    # A copy, because setuptools writes into the tree that it builds.
     shutil.copytree(
         ROOT, checkout, ignore=shutil.ignore_patterns(".*", "tests", "build", "*.egg-info")
     )
@@ -68,7 +68,7 @@ def test_the_code_that_runs_is_the_wheels(python: Path, tmp_path: Path) -> None:
     assert shown.count(str(python.parent.parent)) == 2
 
 
-def test_it_brings_what_is_for_whoever_is_on_call(python: Path, tmp_path: Path) -> None:
+def test_it_contains_the_monitoring_files(python: Path, tmp_path: Path) -> None:
     listing = "print(*sorted(f.name for f in (files('metrics') / 'monitoring').iterdir()))"
     shown = subprocess.run(
         [python, "-c", f"from importlib.resources import files; {listing}"],

@@ -68,7 +68,7 @@ def test_without_binding_or_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPat
     ("reasons", "names"),
     [
         (0x0, set()),
-        (0x1 | 0x2 | 0x100, set()),  # idle, clocks that were asked for, a display
+        (0x1 | 0x2 | 0x100, set()),  # idle, clocks set by an application, a display
         (0x4, {"power_cap"}),
         (0x20 | 0x40, {"thermal", "hardware_thermal"}),
         (0xFFF, set(THROTTLE_REASONS)),

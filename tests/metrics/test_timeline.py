@@ -93,7 +93,7 @@ def test_a_lost_device_does_not_lose_the_timing() -> None:
 
     clock.resolve = broken  # type: ignore[method-assign, assignment]
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        timeline.finish()  # the pixels were never copied: nobody may take them for good
+        timeline.finish()  # the pixels were never copied, so they must not be used
     run = timeline.finish(failed=True)
     assert run.clock == "host"
     assert run.stages[0].duration_ns == 1_000

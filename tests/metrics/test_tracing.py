@@ -151,12 +151,12 @@ class SilentExporter(SpanExporter):
     """A backend that accepts a connection and never answers."""
 
     def __init__(self) -> None:
-        self.asked = threading.Event()
+        self.called = threading.Event()
         self.released = threading.Event()
         self.answered = threading.Event()
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        self.asked.set()
+        self.called.set()
         self.released.wait(30)
         self.answered.set()
         return SpanExportResult.FAILURE

@@ -1,4 +1,4 @@
-"""What fal itself makes of the apps' tables in pyproject.toml."""
+"""Reading the apps' tables in pyproject.toml with fal's own code."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from fal.utils import load_function_from
 
 from tests.support.processes import ROOT
 
+FAL_DRAIN_SECONDS = 5.0
+"""How long fal waits for its own uploads before it calls teardown."""
 SDIST_URL = "https://cdn.test/stepspan.tar.gz"
 
 
@@ -21,7 +23,7 @@ def read_table(name: str, monkeypatch: pytest.MonkeyPatch) -> AppData:
 
 
 def resolve(table: AppData, entry_point: str, monkeypatch: pytest.MonkeyPatch) -> Options:
-    """What fal would send: loaded and prepared as `fal deploy` does; no sdist is uploaded."""
+    """The options that `fal deploy` would send, loaded by fal's own code; no sdist is uploaded."""
     monkeypatch.setattr(_sdist, "_resolve_sdist_url", lambda *_: ("stepspan", SDIST_URL))
     host = FalServerlessHost()
     loaded = load_function_from(

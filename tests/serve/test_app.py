@@ -1,6 +1,6 @@
-"""The fal app without a process of its own: what fal resolves of it, builds from it and answers.
+"""The fal app without a process of its own: what fal builds from it, and its responses.
 
-`tests/e2e` holds it against the self-hosted server as real processes.
+`tests/e2e` compares it with the self-hosted server, as real processes.
 """
 
 from __future__ import annotations
@@ -10,28 +10,22 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from contextvars import ContextVar
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import fal
 import pytest
-from fal.api import SERVE_REQUIREMENTS, FalServerlessHost, Options
-from fal.cli._utils import AppData
-from fal.sdk import ApplicationHealthCheckConfig
 from fal.toolkit import Image
 from fal.toolkit.file.file import BUILT_IN_REPOSITORIES
 from fal.toolkit.file.types import FileData, FileRepository
 from fastapi.middleware.cors import CORSMiddleware
-from packaging.requirements import Requirement
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest
 from starlette.testclient import TestClient
 
 from serve import app as app_module
-from serve.app import UPLOAD_SECONDS, SdxlApp, build_upload, show_on_metrics_port, upload_to_cdn
+from serve.app import SdxlApp, build_upload, show_on_metrics_port, upload_to_cdn
 from serve.engine.images import bounded, data_uri
 from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import (
@@ -53,101 +47,6 @@ from serve.http.middleware import RequestMiddleware
 from serve.schema import GeneratedImage, ImageFormat
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
-from tests.serve.fal_table import SDIST_URL, read_table, resolve
-
-ROOT = Path(__file__).resolve().parents[2]
-FAL_DRAIN_SECONDS = 5.0
-"""What fal waits for uploads of its own before it calls teardown."""
-
-
-# What fal would deploy
-
-
-@pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> AppData:
-    return read_table("sdxl", monkeypatch)
-
-
-@pytest.fixture
-def options(table: AppData, monkeypatch: pytest.MonkeyPatch) -> Options:
-    return resolve(table, "serve.app:SdxlApp.run_local", monkeypatch)
-
-
-def test_fal_resolves_every_host_option(table: AppData, options: Options) -> None:
-    assert (table.name, table.auth, table.deployment_strategy) == ("sdxl", "private", "rolling")
-    assert table.reset_scale
-    assert options.host == {
-        "machine_type": "GPU-H100",
-        "num_gpus": 1,
-        "min_concurrency": 0,
-        "max_concurrency": 4,
-        "concurrency_buffer": 0,
-        "scaling_delay": 10,
-        "keep_alive": 300,
-        "max_multiplexing": 2,
-        "startup_timeout": 1800,
-        "request_timeout": 90,
-        "termination_grace_period_seconds": 80,
-        "data_mounts": ["/data/.cache"],
-        "secrets": [
-            "HF_TOKEN",
-            "OTEL_EXPORTER_OTLP_ENDPOINT",
-            "OTEL_EXPORTER_OTLP_HEADERS",
-            "ENABLE_TRACING",
-            "OTEL_SAMPLE_RATE",
-            "SDXL_OTLP_METRICS",
-            "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
-        ],
-        "metrics_port": 9090,
-        "health_check_config": ApplicationHealthCheckConfig(
-            path="/health",
-            method="GET",
-            start_period_seconds=30,
-            timeout_seconds=5,
-            failure_threshold=3,
-            call_regularly=True,
-        ),
-    }
-    assert set(options.host) <= FalServerlessHost._SUPPORTED_KEYS
-    assert options.gateway == {"exposed_port": 8080}
-    assert options.environment["kind"] == "virtualenv"
-    assert options.environment["python_version"] == "3.11"
-
-
-def test_requirements_are_this_project_and_pins_of_what_is_tested_here(options: Options) -> None:
-    requirements: list[str] = options.environment["requirements"]
-    project, *pins = requirements
-    assert project == f"stepspan[gpu,model] @ {SDIST_URL}"
-    # Not installed here.
-    gpu_only = {"nvidia-cuda-runtime-cu12", "nvidia-ml-py", "torchao", "xformers"}
-    for pin in map(Requirement, pins):
-        (specifier,) = pin.specifier
-        assert specifier.operator == "=="
-        assert pin.url is None
-        if pin.name not in gpu_only:
-            assert specifier.version == version(pin.name).split("+")[0], pin.name
-
-
-def test_the_pins_cover_the_project_and_what_fal_serves_with(table: AppData) -> None:
-    def name(requirement: str) -> str:
-        return Requirement(requirement).name.lower().replace("_", "-")
-
-    pinned = {name(pin) for pin in table.options.environment["requirements"][1:]}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    needed = [*project["dependencies"], *extras["gpu"], *extras["model"]]
-    assert {name(requirement) for requirement in needed} <= pinned
-    # By entry point fal adds none of these by itself.
-    assert {name(requirement) for requirement in SERVE_REQUIREMENTS} <= pinned
-
-
-def test_the_time_limits_fit_into_each_other(table: AppData) -> None:
-    host = table.options.host
-    deadline = ServeSettings().deadline_seconds
-    longest = deadline + UPLOAD_SECONDS
-    assert longest < host["request_timeout"]
-    ending = longest + FAL_DRAIN_SECONDS + FLUSH_SECONDS + 0.5
-    assert ending < host["termination_grace_period_seconds"]
 
 
 def test_importing_the_app_loads_no_model_library() -> None:
@@ -209,7 +108,7 @@ def test_a_wrong_setting_stops_setup_with_its_sentence(
 
 
 @pytest.mark.parametrize(("mounted", "named"), [(True, None), (True, "named"), (False, None)])
-def test_what_was_compiled_is_kept_on_the_accounts_disk(
+def test_compiled_artifacts_are_kept_on_the_accounts_disk(
     app: SdxlApp,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -253,7 +152,7 @@ def test_fal_publishes_the_schema(app: SdxlApp) -> None:
 
 
 class FailingRuntime:
-    """A runtime whose every request fails as told; the rest is the real one's."""
+    """A runtime that fails every request as a test chooses. The rest is the real runtime's."""
 
     def __init__(self, error: Exception) -> None:
         self._real: Runtime = build_runtime(ServeSettings(), CollectorRegistry())
@@ -283,7 +182,7 @@ PROMPT = "a word nobody echoes: xylograph"
         (NonFiniteOutput(), 500, {"x-fal-needs-retry": "0"}),
         (GenerationFailed("ValueError"), 500, {}),
         (DeviceLost(), 503, {"x-fal-stop-runner": "1"}),
-        # What fal's own handler would turn into a 503, and so take the runner away.
+        # fal's own handler would turn it into a 503, which ends the runner.
         (RuntimeError(f"CUDA error at {PROMPT}"), 500, {}),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -325,9 +224,9 @@ def test_a_gateways_path_prefix_is_no_part_of_the_endpoint(
     runtime.close(0.1)
 
 
-def test_a_connection_closed_after_the_last_byte_calls_nothing_off() -> None:
-    """uvicorn tells of the end of an answer as of a caller's leaving, while fal's own middleware is
-    still on its way out."""
+def test_a_connection_closed_after_the_last_byte_cancels_nothing() -> None:
+    """uvicorn reports the end of a response as a disconnect, while fal's own middleware is still
+    returning."""
     runtime = build_runtime(ServeSettings(), CollectorRegistry())
     gone = asyncio.Event()
     messages = iter([{"type": "http.request", "body": b"{}"}])
@@ -425,7 +324,7 @@ def test_the_response_is_readable_as_fals_image() -> None:
     )
 
 
-def test_stuck_uploads_cost_a_bounded_time_and_then_none() -> None:
+def test_stuck_uploads_take_a_bounded_time_and_further_ones_fail_at_once() -> None:
     release = threading.Event()
 
     def stuck(_data: bytes, _format: ImageFormat) -> str:

@@ -1,4 +1,4 @@
-"""The gateway as a fal app: what fal resolves of it, and that it needs nothing of the model's."""
+"""The gateway as a fal app: what fal resolves of it, and that it needs no model library."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from serve.http.gateway_client import ANSWER_SECONDS, MAX_CALLS, ImageAppAddress
 from serve.http.middleware import RequestMiddleware
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
-from tests.serve.fal_table import SDIST_URL, read_table, resolve
-from tests.serve.test_app import FAL_DRAIN_SECONDS
+from tests.serve.fal_table import FAL_DRAIN_SECONDS, SDIST_URL, read_table, resolve
 from tests.support.processes import ROOT
 
 
@@ -75,7 +74,7 @@ def test_fal_resolves_every_host_option(table: AppData, options: Options) -> Non
     assert options.environment["python_version"] == "3.11"
 
 
-def test_its_requirements_are_light_pinned_and_whole(options: Options) -> None:
+def test_its_requirements_are_light_pinned_and_complete(options: Options) -> None:
     project, *pins = options.environment["requirements"]
     assert project == f"stepspan @ {SDIST_URL}"
     for pin in map(Requirement, pins):
@@ -167,7 +166,7 @@ def test_exit_before_setup_is_no_error(gateway: PromptGateway) -> None:
     asyncio.run(gateway.teardown())
 
 
-def test_a_life(gateway: PromptGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setup_drain_and_teardown(gateway: PromptGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDXL_GATEWAY_TARGET", "http://127.0.0.1:9")
     client = TestClient(gateway._build_app())
 
@@ -201,7 +200,7 @@ def test_an_app_on_fal_is_called_with_the_key() -> None:
     assert "key-secret" not in repr(target)
 
 
-def test_an_address_is_never_told_the_key() -> None:
+def test_a_plain_address_is_never_sent_the_key() -> None:
     target = ImageAppAddress.named_by("https://elsewhere.test/sdxl", KEY, "fal.run")
     assert (target.url, target.headers) == ("https://elsewhere.test/sdxl", {})
 

@@ -68,7 +68,7 @@ def test_a_wrong_setting_stops_the_start_with_a_sentence(
     assert "Traceback" not in result.stderr
 
 
-def test_a_busy_port_is_said() -> None:
+def test_a_busy_port_is_an_error() -> None:
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         result = serve("--port", str(taken.getsockname()[1]))
@@ -77,7 +77,7 @@ def test_a_busy_port_is_said() -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_an_address_may_stand_on_either_side_of_the_command() -> None:
+def test_the_address_may_precede_or_follow_the_command() -> None:
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = str(taken.getsockname()[1])

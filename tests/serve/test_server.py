@@ -364,21 +364,21 @@ def test_a_stream(app: FastAPI) -> None:
     response = post(app, valid(num_inference_steps=4, preview=True), "/stream")
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/event-stream")
-    told = events(response.text)
-    assert [name for name, _ in told] == ["queued", *["step"] * 4, "image"]
-    assert told[0][1]["eta_ms"] > 0
-    assert [data["index"] for name, data in told if name == "step"] == [0, 1, 2, 3]
-    for name, data in told:
+    received = events(response.text)
+    assert [name for name, _ in received] == ["queued", *["step"] * 4, "image"]
+    assert received[0][1]["eta_ms"] > 0
+    assert [data["index"] for name, data in received if name == "step"] == [0, 1, 2, 3]
+    for name, data in received:
         if name == "step":
             assert data["total"] == 4
             assert data["gpu_ms"] > 0
             assert data["preview"].startswith("data:image/jpeg")
-    assert told[-1][1]["seed"] == 1
+    assert received[-1][1]["seed"] == 1
     direct = post(app, valid(num_inference_steps=4))
-    assert told[-1][1]["image"] == direct.json()["image"]
+    assert received[-1][1]["image"] == direct.json()["image"]
 
 
-def test_a_stream_that_fails_says_so_last(
+def test_a_stream_that_fails_ends_with_an_error_event(
     app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -453,12 +453,12 @@ def test_a_client_that_leaves_stops_the_work(
     monkeypatch.setattr(runtime.recorder, "record", record)
     before = registry.get_sample_value("sdxl_errors_total", labels) or 0
     drive(app, path, leave_soon)
-    # The trace tells of the steps that ran, and they were not all.
+    # The trace has the steps that ran, and those were not all.
     [timing] = timings
     assert timing.outcome == "cancelled"
     assert timing.run is not None
     assert 0 < len(timing.run.steps) < 100
-    # Observed on a thread of its own, after the answer that nobody read.
+    # Observed on another thread, after the response, which had no reader.
     runtime.recorder._executor.submit(lambda: None).result(10)
     assert registry.get_sample_value("sdxl_errors_total", labels) == before + 1
     assert registry.get_sample_value("sdxl_requests_in_flight") == 0
@@ -478,7 +478,7 @@ def test_metrics_in_both_formats(app: FastAPI) -> None:
     assert {"sdxl_stage_duration_seconds", "sdxl_denoise_step_duration_seconds"} <= families
 
 
-def test_an_address_that_cannot_be_had() -> None:
+def test_an_address_that_cannot_be_bound() -> None:
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
@@ -488,7 +488,7 @@ def test_an_address_that_cannot_be_had() -> None:
         bind("127.0.0.1", 99_999)
 
 
-def test_what_draws_images_may_not_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "find_spec", lambda name: None if name == "torch" else name)
     with pytest.raises(ConfigurationError, match=r"torch not installed: `pip install 'stepspan\["):
         server.run(ServeSettings(), "127.0.0.1", 0)

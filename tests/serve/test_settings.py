@@ -48,7 +48,7 @@ def test_tracing_can_be_turned_off(
     assert not load_settings().tracing_enabled
 
 
-def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDXL_SHAPES", "")
     monkeypatch.setenv("SDXL_MODEL", "")
     assert load_settings().shapes is None
@@ -182,7 +182,7 @@ def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ("parentbased_always_off", "SDXL_TRACE_KEEP_SLOW_STEP_MS", "50"),
     ],
 )
-def test_a_sampler_that_decides_alone_takes_no_more(
+def test_a_sampler_without_a_ratio_refuses_one(
     monkeypatch: pytest.MonkeyPatch, sampler: str, name: str, value: str
 ) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
@@ -218,7 +218,7 @@ def test_every_setting_says_what_is_allowed() -> None:
         assert field.description, environment_name(name)
 
 
-def test_a_push_needs_somewhere_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_push_needs_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDXL_OTLP_METRICS", "true")
     with pytest.raises(ConfigurationError, match="set OTEL_EXPORTER_OTLP_ENDPOINT or"):
         load_settings()

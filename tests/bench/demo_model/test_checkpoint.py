@@ -101,7 +101,7 @@ def test_the_vae_keeps_30_decibels(
 
 
 @pytest.mark.parametrize(("width", "height"), DEMO_SIZES)
-def test_one_object_is_drawn_as_asked(
+def test_one_object_is_drawn_as_prompted(
     pipeline: StableDiffusionXLPipeline, width: int, height: int
 ) -> None:
     prompts = held_out_prompts(12, 1, width, height)
@@ -111,7 +111,7 @@ def test_one_object_is_drawn_as_asked(
 
 
 @pytest.mark.parametrize(("width", "height"), DEMO_SIZES)
-def test_two_objects_are_drawn_as_asked(
+def test_two_objects_are_drawn_as_prompted(
     pipeline: StableDiffusionXLPipeline, width: int, height: int
 ) -> None:
     prompts = held_out_prompts(8, 2, width, height)

@@ -30,7 +30,7 @@ def shown(prompts: list[HeldOutPrompt], scenes: list[Scene]) -> Scores:
 
 @pytest.mark.parametrize("objects", [1, 2])
 @pytest.mark.parametrize(("width", "height"), DEMO_SIZES)
-def test_what_was_asked_for_scores_full_marks(objects: int, width: int, height: int) -> None:
+def test_a_picture_of_its_prompt_scores_full_marks(objects: int, width: int, height: int) -> None:
     prompts = held_out_prompts(40, objects, width, height)
     assert shown(prompts, [prompt.scene for prompt in prompts]) == Scores(40, 1, 1, 1, 1, 1, 1)
 

@@ -41,7 +41,7 @@ def test_the_same_seed_draws_the_same_scene() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), DEMO_SIZES)
-def test_pixels_have_the_size_asked_for(width: int, height: int) -> None:
+def test_pixels_have_the_requested_size(width: int, height: int) -> None:
     pixels = render(draw_scene(np.random.default_rng(0), width, height))
     assert pixels.shape == (height, width, 3)
     assert pixels.dtype == np.uint8

@@ -41,7 +41,7 @@ def test_layout_is_free_but_content_is_not(tmp_path: Path) -> None:
     assert BenchResult.parse(json.dumps(json.loads(text), indent=7)) == two_scenarios()
 
 
-def test_each_request_stands_on_a_line_of_its_own() -> None:
+def test_each_request_is_on_a_line_of_its_own() -> None:
     """So that people can read a file and compare two."""
     lines = [line for line in two_scenarios().to_json().splitlines() if '"round"' in line]
     assert len(lines) == 18

@@ -29,7 +29,7 @@ def test_each_lossless_scenario_is_compared_with_eager(
     assert set(found["eager"]) == set(PARTS)
     assert all(0 < error < 0.1 for error in found["eager"].values())
     checked = {one["name"]: one for one in found["scenarios"]}
-    # int8 means to lose something, a batch computes what one image does.
+    # int8 is lossy by design, and a batch computes what one image does.
     assert list(checked) == ["served", "fused-qkv", "compiled"]
     assert list(found["not_run"]) == ["attention-cudnn"]
     assert checked["served"]["errors"] == found["eager"]
@@ -64,9 +64,9 @@ def test_nothing_to_check_is_an_error(capsys: pytest.CaptureFixture[str]) -> Non
 def test_what_computes_the_same_is_checked_once() -> None:
     names = [scenario.name for scenario in to_check(SCENARIOS, "cuda", uncompiled=True)]
     assert "vae-attention" in names
-    # The graph, the compiler and what ships change nothing of that by themselves.
+    # The graph, the compiler and the served pipeline do not change that by themselves.
     assert not {"graph", "documented", "pdl", "launched", "default", "fp8"} & set(names)
-    # On a CPU what ships differs from every other scenario.
+    # On a CPU the default differs from every other scenario.
     assert "default" in [s.name for s in to_check(SCENARIOS, "cpu", uncompiled=True)]
     compiled = [scenario.name for scenario in to_check(SCENARIOS, "cuda", uncompiled=False)]
     assert {"graph", "compiled", "pdl", "max"} <= set(compiled)

@@ -15,7 +15,8 @@ import pytest
 
 from bench.__main__ import main
 from bench.harness.result_file import BenchResult, NotRun
-from bench.report.page import PLOTS, as_page, drift
+from bench.report.page import as_page
+from bench.report.plots import PLOTS, drift
 from bench.report.rows import lines
 from tests.bench.made_up import GPU, noisy, result, scenario
 from tests.bench.stats.test_compare import pair
@@ -148,10 +149,10 @@ def test_a_browser_draws_every_plot(make: Callable[[], BenchResult], tmp_path: P
     )  # fmt: skip
     document = ended.stdout
     assert f'data-drawn="{len(PLOTS)}"' in document
-    # Each of them really has something in it.
+    # No plot is empty.
     assert document.count('class="main-svg"') >= len(PLOTS)
     assert document.count('class="trace bars"') + document.count('class="point"') > len(PLOTS)
-    # A mistake in the page's own script would be told here.
+    # An error of the page's own script would be here.
     assert "Uncaught" not in ended.stderr
 
 
@@ -159,7 +160,8 @@ def test_a_missing_plotting_library_is_an_error(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack().write(tmp_path / "r.json")
-    monkeypatch.delitem(sys.modules, "bench.report.page")
+    for name in ("page", "plots"):
+        monkeypatch.delitem(sys.modules, f"bench.report.{name}")
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     assert main(["show", str(tmp_path / "r.json"), "--html", str(tmp_path / "p.html")]) == 2
     assert "pip install 'stepspan[bench]'" in capsys.readouterr().err

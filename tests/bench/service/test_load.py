@@ -182,7 +182,7 @@ def test_a_stall_delays_every_request_that_arrives_in_it(capsys: Capture) -> Non
     async def answer(_body: dict[str, object]) -> int:
         began.append(time.monotonic())
         if len(began) == 16:  # of the load; six come before it
-            time.sleep(1.0)  # noqa: ASYNC251, RUF100 - the whole loop stands still, as is meant
+            time.sleep(1.0)  # noqa: ASYNC251, RUF100 - blocks the whole loop on purpose
         return 200
 
     with serving(answer) as url:

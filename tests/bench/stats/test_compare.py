@@ -273,15 +273,15 @@ def test_wrong_usage_is_one_sentence_and_status_2(
     assert said in capsys.readouterr().err
 
 
-def test_one_scenario_can_be_asked_for(tmp_path: Path, capsys: Capture) -> None:
+def test_one_scenario_can_be_selected(tmp_path: Path, capsys: Capture) -> None:
     printed = compared(tmp_path, capsys, pair(1.0), also=("--scenario", "documented"))[1]
     assert {row["scenario"] for row in printed["rows"]} == {"documented"}
 
 
-def test_stages_can_be_asked_for(tmp_path: Path, capsys: Capture) -> None:
+def test_stages_can_be_selected(tmp_path: Path, capsys: Capture) -> None:
     """A stage that was not measured is not comparable."""
-    asked = ("--quantity", "vae_decode", "image_encode")
-    status, printed = compared(tmp_path, capsys, pair(0.9), also=asked)
+    stages = ("--quantity", "vae_decode", "image_encode")
+    status, printed = compared(tmp_path, capsys, pair(0.9), also=stages)
     decode, encode = printed["rows"]
     assert (status, decode["verdict"], encode["verdict"]) == (3, "improved", "not comparable")
     assert encode["reason"] == "image_encode was not measured on both"

@@ -103,9 +103,9 @@ def test_the_error_rates_on_record_are_good_enough() -> None:
     assert {row.world for row in judged} == worlds
     assert all(row.false_alarm <= ALLOWED and row.trials >= 2000 for row in judged)
     assert all(row.wrong_way <= 0.002 for row in judged)
-    asked = [row for row in judged if row.world in ("1% noise", "drift") and row.rounds == 20]
-    assert len(asked) == 2
-    assert all(row.found >= 0.9 and row.wrong_way == 0 for row in asked)
+    chosen_rows = [row for row in judged if row.world in ("1% noise", "drift") and row.rounds == 20]
+    assert len(chosen_rows) == 2
+    assert all(row.found >= 0.9 and row.wrong_way == 0 for row in chosen_rows)
 
 
 # Verdicts ----------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Between the prompt and the first step: nothing waits, nothing is worked out twice, and the result
-is the unprepared pipeline's to the bit."""
+"""Between the prompt and the first step: nothing waits, nothing is computed twice, and the result
+equals the unprepared pipeline's bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SERVED = {
     "euler ancestral": diffusers.EulerAncestralDiscreteScheduler.from_config(TRAILING),
     "lcm": diffusers.LCMScheduler.from_config(TRAILING),
     "ddim": diffusers.DDIMScheduler.from_config(TRAILING),
-    # One that keeps a history of the run: not remembered, and served all the same.
+    # It keeps a history of the run, so its timesteps are not cached. It is served all the same.
     "dpm++": diffusers.DPMSolverMultistepScheduler.from_config(SCHEDULER_CONFIG),
 }
 
@@ -62,12 +62,12 @@ def denoise(
 def unprepared(
     pipeline: Any, scheduler: Any, conditioning: Conditioning, steps: int, guidance: float = 5.0
 ) -> torch.Tensor:
-    """diffusers' own call, with the scheduler as new."""
+    """diffusers' own call, with a new scheduler."""
     plain = diffusers.StableDiffusionXLPipeline(
         **pipeline.components | {"scheduler": scheduler}, add_watermarker=False
     )
     plain.set_progress_bar_config(disable=True)
-    # A stochastic scheduler goes on drawing from where the latents' noise came.
+    # A stochastic scheduler draws from the generator that the latents' noise came from.
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn((1, 4, *SHAPE.latent), generator=generator)
     result: torch.Tensor = plain(
@@ -88,10 +88,8 @@ def unprepared(
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_every_scheduler_gives_what_the_unprepared_pipeline_gives(
-    demo: SdxlModel, name: str
-) -> None:
-    """To the bit, again and again, whatever step counts come between."""
+def test_every_scheduler_gives_the_unprepared_pipelines_result(demo: SdxlModel, name: str) -> None:
+    """Bit for bit, in repeated runs, with other step counts in between."""
     pipeline = copy.copy(demo.pipeline)
     pipeline.scheduler = SERVED[name]
     model = SdxlModel(pipeline, "demo", torch.device("cpu"), (SHAPE,))
@@ -106,8 +104,8 @@ def test_every_scheduler_gives_what_the_unprepared_pipeline_gives(
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_what_is_remembered_is_all_that_setting_timesteps_sets(kind: Any) -> None:
-    """diffusers may give a scheduler new state; then this fails, and so would a second request."""
+def test_the_cached_timesteps_are_all_state_that_set_timesteps_sets(kind: Any) -> None:
+    """If diffusers gives a scheduler more state, this fails, as a second request would."""
     written: set[str] = set()
 
     class Watched(kind):  # type: ignore[misc]
@@ -133,7 +131,7 @@ def test_what_is_remembered_is_all_that_setting_timesteps_sets(kind: Any) -> Non
     assert all(torch.equal(tensors[name], value) for name, value in before.items())
 
 
-def test_a_scheduler_that_keeps_a_history_works_its_timesteps_out_each_time(
+def test_a_scheduler_with_a_history_computes_its_timesteps_each_time(
     demo: SdxlModel,
 ) -> None:
     pipeline = copy.copy(demo.pipeline)
@@ -143,8 +141,8 @@ def test_a_scheduler_that_keeps_a_history_works_its_timesteps_out_each_time(
     assert "set_timesteps" in vars(prepare_loop(pipeline).scheduler)
 
 
-def test_the_loaded_pipeline_is_left_as_it_was(demo: SdxlModel) -> None:
-    """The bench's baselines run it, and run no code of this project's."""
+def test_the_loaded_pipeline_is_unchanged(demo: SdxlModel) -> None:
+    """The bench's baselines run it, and they must run no code of this project."""
     denoise(demo, demo.encode_prompts(["a red circle"], ["blue"], guided=True))
     assert type(demo.pipeline) is diffusers.StableDiffusionXLPipeline
     scheduler = vars(demo.pipeline.scheduler)
@@ -152,7 +150,7 @@ def test_the_loaded_pipeline_is_left_as_it_was(demo: SdxlModel) -> None:
 
 
 class Crossings(TorchDispatchMode):
-    """Copies between the host and a device that stands in for a GPU: `waited` for what is enqueued,
+    """Copies between the host and a device that replaces a GPU: `waited` for the enqueued work,
     or `sent` without waiting."""
 
     def __init__(self) -> None:
@@ -185,7 +183,7 @@ class Crossings(TorchDispatchMode):
 
 
 class Reached(Exception):
-    """The first UNet call."""
+    """Raised at the first UNet call."""
 
 
 @pytest.fixture
@@ -232,7 +230,7 @@ def test_nothing_waits_for_the_device_before_the_first_step(
         denoise(model, conditioning[0], guidance=guidance)
 
     encode()
-    crossings(begin)  # a warm-up: what is remembered is worked out once
+    crossings(begin)  # a warm-up, which fills the caches
     pinned = vars(model)["pinned"]
     pinned.clear()
     texts = 2 if guidance > 1 else 1
@@ -241,12 +239,12 @@ def test_nothing_waits_for_the_device_before_the_first_step(
     assert encoding.sent == [(texts, 77), (texts, 77)]
     assert beginning.waited == []
     assert beginning.sent == [(1, 4, 16, 16), ()]  # the noise, and the first step is reached
-    # From memory that is not pinned a copy waits, whatever it is asked.
+    # A copy from memory that is not pinned waits, even with non_blocking.
     assert pinned == [(texts, 77), (texts, 77), (1, 4, 16, 16)]
 
 
-def test_the_unprepared_pipeline_waits_for_each_of_them(on_a_device: SdxlModel) -> None:
-    """What the test above could not see, it would not miss."""
+def test_the_unprepared_pipeline_waits_for_each_copy(on_a_device: SdxlModel) -> None:
+    """Shows that the test above can see each wait."""
     model = on_a_device
     conditioning = model.encode_prompts(["a red circle"], ["blue"], True)
     begin = crossings(
@@ -274,20 +272,20 @@ def test_no_module_tree_is_walked_between_the_prompt_and_the_first_step(
     def watched(self: Any, memo: Any = None, prefix: str = "", *rest: Any, **more: Any) -> Any:
         nonlocal walked
         for found in real(self, memo, prefix, *rest, **more):
-            walked += prefix == ""  # each tree's own walk passes its modules on
+            walked += prefix == ""  # modules of a submodule's walk come through its parent's
             yield found
 
     conditioning = model.encode_prompts(["a red circle"], ["blue"], True, SHAPE)
     denoise(model, conditioning)
     monkeypatch.setattr(torch.nn.Module, "named_modules", watched)
     modules = len(list(model.pipeline.unet.modules()))
-    assert walked == modules > 100  # so that it is counted here if anywhere
+    assert walked == modules > 100  # the count works
     walked = 0
     for ahead in (SHAPE, None):
         conditioning = model.encode_prompts(["a blue circle"], ["red"], True, ahead)
         denoise(model, conditioning)
         assert walked < 20
-    model.pipeline._execution_device  # noqa: B018 - the question that was asked before
+    model.pipeline._execution_device  # noqa: B018 - the property that diffusers reads
     assert walked > 200
 
 
@@ -297,7 +295,7 @@ def with_text_once() -> SdxlModel:
     return model
 
 
-def test_text_filled_ahead_is_the_text_of_the_run_that_comes() -> None:
+def test_a_run_uses_the_text_that_was_filled_before_its_steps() -> None:
     model = with_text_once()
     prompts = ("a red circle", "a blue square")
 
@@ -333,33 +331,33 @@ def test_text_filled_ahead_is_the_text_of_the_run_that_comes() -> None:
     assert filled(lambda: denoise(model, conditioning, shape=WIDE)) == 1
     conditioning = encode(prompts[0], ahead=True)
     assert filled(lambda: denoise(model, conditioning, guidance=1.0)) == 1
-    # A run that was called off leaves nothing behind for another's steps.
+    # A cancelled run leaves no text behind for another run's steps.
     conditioning = encode(prompts[0], ahead=True)
-    with pytest.raises(RuntimeError, match="off"):
+    with pytest.raises(RuntimeError, match="cancelled"):
         model.denoise(
             conditioning,
             shape=SHAPE,
             num_inference_steps=2,
             guidance_scale=5.0,
             seeds=[3],
-            on_loop_begins=called_off,
+            on_loop_begins=cancelled,
             on_step_enqueued=lambda *_: None,
         )
     others = torch.randn(2, 77, conditioning.prompt.shape[-1])
     added = {"text_embeds": conditioning.pooled.repeat(2, 1), "time_ids": torch.zeros(2, 6)}
-    model.text.prepare(others, added)  # type: ignore[union-attr]
+    assert filled(lambda: model.text.prepare(others, added)) == 1  # type: ignore[union-attr]
     assert torch.equal(denoise(model, conditioning), expected[0])
 
 
-def called_off() -> None:
-    raise RuntimeError("called off")
+def cancelled() -> None:
+    raise RuntimeError("cancelled")
 
 
-def test_texts_are_cut_and_filled_as_the_library_does_it(demo: SdxlModel) -> None:
+def test_texts_are_truncated_and_padded_as_diffusers_does(demo: SdxlModel) -> None:
     texts = ["", "a red circle", "circle " * 74, "circle " * 75, "circle " * 76, "a blue " * 300]
     for tokenizer in (demo.pipeline.tokenizer, demo.pipeline.tokenizer_2):
         tokenizer = copy.deepcopy(tokenizer)
-        for pad in (tokenizer.pad_token, "!"):  # SDXL's second fills with another token
+        for pad in (tokenizer.pad_token, "!"):  # SDXL's second tokenizer pads with another token
             tokenizer.pad_token = pad
             ids, cut = tokenise(tokenizer, texts)
             expected = tokenizer(

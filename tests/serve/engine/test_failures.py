@@ -187,7 +187,7 @@ def test_a_failed_run_leaves_no_tensors_behind(
         gc.enable()
 
 
-def test_lines_of_the_models_thread_carry_the_request(
+def test_log_lines_of_the_gpu_thread_belong_to_the_request(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Call | None] = []

@@ -93,7 +93,7 @@ class PacedRun:
         self.host = Ticker()
         self.device = FakeDevice(self.host)
         self.cancellation = Cancellation()
-        self.told: list[int] = []
+        self.reported: list[int] = []
         self.told_at_ns: list[int] = []
         self.life = 0
         anchor = WallAnchor(0, self.host.now_ns)
@@ -110,7 +110,7 @@ class PacedRun:
         self.device_free_ns = self.host.now_ns
 
     def on_step(self, index: int, _duration_ns: int) -> None:
-        self.told.append(index)
+        self.reported.append(index)
         self.told_at_ns.append(self.host.now_ns)
 
     def on_sign_of_life(self) -> None:
@@ -131,9 +131,9 @@ def test_the_host_is_never_more_than_two_steps_ahead() -> None:
         assert ahead_ns <= STEPS_AHEAD * 40_000_000
         if index >= STEPS_AHEAD:
             assert ahead_ns >= 40_000_000  # and the device is never starved
-    assert run.told == list(range(30 - STEPS_AHEAD))
+    assert run.reported == list(range(30 - STEPS_AHEAD))
     run.pacer.drain()
-    assert run.told == list(range(30))
+    assert run.reported == list(range(30))
     assert run.life == 30
 
 
@@ -157,7 +157,7 @@ def test_a_cancelled_run_stops_within_two_steps() -> None:
 
 
 class FreeDevice:
-    """Events that cost nothing, so that what is timed is ours."""
+    """Events that cost nothing, so that only our own code is timed."""
 
     def record(self) -> None:
         self.at_ns = time.perf_counter_ns()
@@ -177,7 +177,7 @@ def test_a_step_costs_its_thread_microseconds(clock: Callable[[], Clock]) -> Non
     """Everything that is done for telemetry between two steps: mark, wait, tell. What the driver
     takes to record an event is measured on hardware, in tests/gpu."""
     best_us = math.inf
-    for _ in range(20):  # the best of many: whatever else runs here is not ours
+    for _ in range(20):  # the fastest of many, because other processes only slow it down
         timeline = RunTimeline(clock(), WallAnchor.now(), run_id="r", shape="s", guidance=True)
         pacer = StepPacer(timeline, Cancellation(), lambda *_: None, lambda: None)
         timeline.loop_begins()

@@ -51,7 +51,7 @@ def test_data_uri() -> None:
         "data:image/png;base64,AAAA",  # not what the response says it is
     ],
 )
-def test_the_answer_is_the_json_that_an_encoder_makes_of_it(url: str) -> None:
+def test_the_response_is_the_json_of_pydantics_own_encoder(url: str) -> None:
     response = TextToImageResponse(
         image=GeneratedImage(url=url, width=1, height=1, content_type="image/jpeg"),
         seed=1,

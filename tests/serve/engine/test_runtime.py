@@ -89,19 +89,19 @@ def test_any_prompt_draws_something(runtime: Runtime, new_call: NewCall, prompt:
 
 
 def test_steps_are_reported_in_order(runtime: Runtime, new_call: NewCall) -> None:
-    told: list[int] = []
+    reported: list[int] = []
     previews: list[Any] = []
 
     def on_step(index: int, gpu_ms: float, preview: Any) -> None:
         assert gpu_ms > 0
-        told.append(index)
+        reported.append(index)
         previews.append(preview)
 
     call = new_call()
     asyncio.run(
         runtime.generate(request(num_inference_steps=5, preview=True), call, on_step=on_step)
     )
-    assert told == [0, 1, 2, 3, 4]
+    assert reported == [0, 1, 2, 3, 4]
     assert all(preview.shape == (16, 16, 3) for preview in previews)
 
 
@@ -242,7 +242,7 @@ def test_a_handler_that_is_cancelled_stops_the_work(runtime: Runtime, new_call: 
     assert len(call.run.steps) < 100
 
 
-def test_a_drained_runtime_that_was_never_warm_says_so(new_call: NewCall) -> None:
+def test_a_runtime_drained_before_it_was_warm_answers_draining(new_call: NewCall) -> None:
     cold = build_runtime(ServeSettings(model="demo", device="cpu"), CollectorRegistry())
     cold.begin_drain()
     with pytest.raises(Draining):

@@ -1,6 +1,6 @@
-"""Each reason for a slow request, caused on the real pipeline and read off the exported span.
+"""Each reason for a slow request, caused on the real pipeline and read from the exported span.
 
-`eager_fallback` takes a compiled model: test_startup.py causes it.
+`eager_fallback` needs a compiled model: test_nothing_compiles.py causes it.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ async def serve(runtime: Runtime, call: Call, **changes: Any) -> RequestTiming:
     return call.finish(200)
 
 
-def told(timing: RequestTiming) -> object:
-    """What the span says; the timing says the same."""
+def exported_reason(timing: RequestTiming) -> object:
+    """The reason in the exported span; asserts that the timing gives the same."""
     reason = dict(named(emitted(timing), "inference").attributes or {}).get("inference.slow_reason")
     assert reason == slow_reason(timing)
     return reason
 
 
 def test_an_ordinary_request_has_none(runtime: Runtime, new_call: NewCall) -> None:
-    assert told(asyncio.run(serve(runtime, new_call()))) is None
+    assert exported_reason(asyncio.run(serve(runtime, new_call()))) is None
 
 
 def test_queue(runtime: Runtime, new_call: NewCall) -> None:
@@ -52,8 +52,8 @@ def test_queue(runtime: Runtime, new_call: NewCall) -> None:
         return [await serve(runtime, new_call(), num_inference_steps=1), await long]
 
     waited, ran = asyncio.run(two())
-    assert told(waited) == "queue"
-    assert told(ran) is None
+    assert exported_reason(waited) == "queue"
+    assert exported_reason(ran) is None
 
 
 def test_upload(runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_upload(runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyP
         return data_uri(data, image_format)
 
     monkeypatch.setattr(runtime, "_upload", slow)
-    assert told(asyncio.run(serve(runtime, call, num_inference_steps=1))) == "upload"
+    assert exported_reason(asyncio.run(serve(runtime, call, num_inference_steps=1))) == "upload"
 
 
 def test_gpu_throttled(
@@ -74,16 +74,16 @@ def test_gpu_throttled(
     hot = FakeGpu(reasons=0x40, sm_clock_mhz=900)
     monkeypatch.setattr(runtime, "_gpu_watch", GpuWatch(Gpu(FakeNvml(hot), hot)))
     timing = asyncio.run(serve(runtime, new_call()))
-    assert told(timing) == "gpu_throttled"
+    assert exported_reason(timing) == "gpu_throttled"
     attributes = dict(named(emitted(timing), "inference").attributes or {})
     assert attributes["gpu.throttle_reasons"] == "hardware_thermal"
     assert attributes["gpu.sm_clock_mhz"] == 900
     hot.reasons = 0
-    assert told(asyncio.run(serve(runtime, new_call()))) is None
+    assert exported_reason(asyncio.run(serve(runtime, new_call()))) is None
 
 
 class IdleDevice:
-    """A device that is through with everything the moment it is enqueued, as one that starves."""
+    """A device that ends all work as soon as it is enqueued, as a starved one does."""
 
     def __init__(self) -> None:
         self.at_ns = 0
@@ -107,4 +107,4 @@ def test_host_starved(runtime: Runtime, new_call: NewCall, monkeypatch: pytest.M
     timing = asyncio.run(serve(runtime, new_call(), num_inference_steps=6))
     assert timing.run is not None
     assert timing.run.clock == "cuda"
-    assert told(timing) == "host_starved"
+    assert exported_reason(timing) == "host_starved"

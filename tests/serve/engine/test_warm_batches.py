@@ -11,27 +11,26 @@ from typing import Any
 
 import pytest
 import torch
-from prometheus_client import CollectorRegistry
 
 from kernels_warmup.cuda_graphs import Fallbacks
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import RunKind, compiler_counts
 from serve.engine.call import Call
-from serve.engine.runtime import Runtime, build_runtime
+from serve.engine.runtime import Runtime
 from serve.schema import TextToImageResponse
-from serve.settings import ServeSettings
 from tests.serve.conftest import request
+from tests.serve.engine import demo_runtime
+from tests.serve.engine.demo_runtime import new_call
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own insides
 
 
 def build(**changes: Any) -> Runtime:
-    fields = {"model": "demo", "device": "cpu", "shapes": (CompiledShape(128, 128),)} | changes
-    return build_runtime(ServeSettings(**fields), CollectorRegistry())
+    return demo_runtime.build(**{"compile": "auto", "shapes": (CompiledShape(128, 128),)} | changes)
 
 
 def generate(runtime: Runtime, **fields: Any) -> tuple[Call, TextToImageResponse]:
-    call = Call("/", "POST", runtime.tracing.identify())
+    call = new_call(runtime)
     return call, asyncio.run(runtime.generate(request(**fields), call))
 
 
@@ -81,7 +80,7 @@ def test_no_run_compiles(compiled: Runtime, images: int, runs: list[int], scale:
 
 
 def test_waiting_requests_fill_the_largest_warm_run(compiled: Runtime) -> None:
-    calls = [Call("/", "POST", compiled.tracing.identify()) for _ in range(7)]
+    calls = [new_call(compiled) for _ in range(7)]
     wanted = [request(seed=seed, negative_prompt="blue" * (seed % 2)) for seed in range(7)]
     asyncio.run(compiled.generate_together(wanted, calls))
     assert [call.runs[0].batch_size for call in calls] == [4, 4, 4, 4, 2, 2, 1]

@@ -1,4 +1,4 @@
-"""Loading from every place a model can be, and what it says when it cannot."""
+"""Loading a model from each supported place, and the error where it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_local_directory_plain_and_in_fp16(demo: SdxlModel, tmp_path: Path) ->
         assert model.name == directory.name
         assert model.dtype is torch.float32
         assert model.trained_shapes == (SHAPE,)
-        # Not to the bit: weights that lie elsewhere in memory take other vector paths.
+        # Not bit for bit: weights at other addresses may take other vector instructions.
         difference = (draw(model).to(torch.int16) - expected.to(torch.int16)).abs()
         assert int(difference.max()) <= 1
 
@@ -70,7 +70,7 @@ def test_a_local_directory_plain_and_in_fp16(demo: SdxlModel, tmp_path: Path) ->
         ("random:sdxl-huge", "neither a directory here nor a hub repository"),
     ],
 )
-def test_a_name_that_means_nothing(name: str, said: str) -> None:
+def test_an_unknown_name_is_refused(name: str, said: str) -> None:
     with pytest.raises(ModelError, match=said) as caught:
         load_model(name, device_name="cpu")
     assert name in str(caught.value)
@@ -82,12 +82,12 @@ def copy_of_demo(tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model_index\.json"):
         load_model(str(tmp_path), device_name="cpu")
 
 
-def test_truncated_weights(tmp_path: Path) -> None:
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     directory = copy_of_demo(tmp_path)
     weights = directory / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -95,7 +95,7 @@ def test_truncated_weights(tmp_path: Path) -> None:
         load_model(str(directory), device_name="cpu")
 
 
-def test_missing_weights(tmp_path: Path) -> None:
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
     directory = copy_of_demo(tmp_path)
     (directory / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ModelError, match="could not be loaded"):
@@ -110,14 +110,14 @@ def test_pickled_weights_are_not_run(tmp_path: Path) -> None:
         load_model(str(directory), device_name="cpu")
 
 
-def test_a_broken_index(tmp_path: Path) -> None:
+def test_a_broken_index_is_refused(tmp_path: Path) -> None:
     directory = copy_of_demo(tmp_path)
     (directory / "model_index.json").write_text("{")
     with pytest.raises(ModelError, match="could not be loaded"):
         load_model(str(directory), device_name="cpu")
 
 
-def test_another_kind_of_pipeline(tmp_path: Path) -> None:
+def test_another_kind_of_pipeline_is_refused(tmp_path: Path) -> None:
     directory = copy_of_demo(tmp_path)
     index = json.loads((directory / "model_index.json").read_text())
     for part in ("text_encoder_2", "tokenizer_2"):
@@ -128,7 +128,7 @@ def test_another_kind_of_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_device_that_is_not_there() -> None:
+def test_an_absent_device_is_refused() -> None:
     with pytest.raises(ModelError, match="0 CUDA devices"):
         load_model("demo", device_name="cuda:1")
 
@@ -141,7 +141,7 @@ def test_a_prompt_is_never_logged(demo: SdxlModel, caplog: pytest.LogCaptureFixt
     assert "okapi" not in caplog.text
 
 
-def test_an_empty_negative_prompt_is_zeros_as_sdxl_asks(demo: SdxlModel) -> None:
+def test_an_empty_negative_prompt_is_zeros_as_sdxl_expects(demo: SdxlModel) -> None:
     conditioning = demo.encode_prompts(["a red circle"], [" "], guided=True)
     assert conditioning.negative is not None
     assert not conditioning.negative.any()
@@ -151,7 +151,7 @@ def test_an_empty_negative_prompt_is_zeros_as_sdxl_asks(demo: SdxlModel) -> None
     assert not unguided.zero_negative
 
 
-def test_negatives_are_zero_together_or_not(
+def test_negatives_are_zero_only_if_all_prompts_of_the_run_are_empty(
     demo: SdxlModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def zero(*negatives: str) -> bool:

@@ -32,7 +32,7 @@ print(model.name, model.dtype, sum(p.numel() for p in model.pipeline.unet.parame
 
 @pytest.fixture(scope="module")
 def revisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`main` with both precisions and pickles beside them; `plain` with one precision."""
+    """Revision `main` has both precisions, and pickles; `plain` has one precision."""
     root = tmp_path_factory.mktemp("hub")
     plain, both = root / "plain", root / "both"
     shutil.copytree(checkpoint_path(), plain)
@@ -59,7 +59,7 @@ def load(hub: HubEndpoint, cache: Path, name: str = REPOSITORY, revision: str = 
     return done.stdout + done.stderr
 
 
-def test_half_precision_is_fetched_where_there_is_one(
+def test_half_precision_is_fetched_if_the_repository_has_it(
     revisions: dict[str, Path], tmp_path: Path
 ) -> None:
     with hub_endpoint(REPOSITORY, revisions) as hub:
@@ -78,7 +78,9 @@ def test_a_revision_is_pinned_and_may_have_one_precision(
         assert not any(".fp16." in path for _, path in hub.fetched)
 
 
-def test_what_is_not_there_is_said(revisions: dict[str, Path], tmp_path: Path) -> None:
+def test_a_missing_revision_or_repository_is_an_error(
+    revisions: dict[str, Path], tmp_path: Path
+) -> None:
     with hub_endpoint(REPOSITORY, revisions) as hub:
         said = load(hub, tmp_path, revision="nowhere")
         assert "ModelError" in said

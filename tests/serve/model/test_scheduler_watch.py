@@ -1,4 +1,4 @@
-"""What a watched scheduler reports, and that it is left as it was."""
+"""What a watched scheduler reports, and that it is restored afterwards."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_loops_start_and_each_step_are_reported(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("on_step", [None, lambda: None])
-def test_the_scheduler_is_its_own_again_after_a_call_that_failed(
+def test_the_scheduler_is_restored_after_a_failed_call(
     on_step: Callable[[], object] | None,
 ) -> None:
     scheduler = EulerDiscreteScheduler.from_config(SCHEDULER_CONFIG)

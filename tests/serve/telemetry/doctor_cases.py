@@ -1,4 +1,4 @@
-"""What the doctor's tests share: settings, keys, and an endpoint that answers as told."""
+"""What the doctor's tests share: settings, keys, and an endpoint that answers as a test chooses."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def said(findings: list[Finding]) -> str:
 
 
 class Answering(ThreadingHTTPServer):
-    """Answers every request with the same; keeps what it was sent."""
+    """Answers every request in the same way, and keeps the requests."""
 
     daemon_threads = True
 
@@ -137,5 +137,5 @@ def sent(
 
 
 def partial(rejected: int, message: str) -> bytes:
-    told = ExportTracePartialSuccess(rejected_spans=rejected, error_message=message)
-    return ExportTraceServiceResponse(partial_success=told).SerializeToString()
+    partial = ExportTracePartialSuccess(rejected_spans=rejected, error_message=message)
+    return ExportTraceServiceResponse(partial_success=partial).SerializeToString()

@@ -40,8 +40,10 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 SECRET = "s3cr3t/Sh0uld+Never=BeSeen"
 
 
-def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **more: Any) -> str:
-    """All that the doctor says, and all that a library says beside it."""
+def output_of_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **more: Any
+) -> str:
+    """The output of the doctor and of the libraries that it uses."""
     lines: list[str] = []
     run(load_settings(), lines.append, **more)
     captured = capsys.readouterr()
@@ -90,7 +92,7 @@ def test_a_backend_that_quotes_the_key_is_not_repeated(
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setenv(ENDPOINT, server.url)
         monkeypatch.setenv(HEADERS, f"Authorization={raw},x-scope={SECRET}")
-        shown = told(monkeypatch, capsys, width=10_000) + caplog.text
+        shown = output_of_doctor(monkeypatch, capsys, width=10_000) + caplog.text
     for piece in [*pieces(SECRET), *pieces(encoded)]:
         assert piece not in shown, shown
     assert "\x1b" not in shown
@@ -102,7 +104,7 @@ def test_a_backend_that_quotes_the_key_is_not_repeated(
         f"api-key={SECRET}",
         f"api-key='{SECRET}'",
         f"Authorization=Bearer {SECRET}%3D",
-        f"{SECRET.replace('/', '').replace('+', '')}=",  # a key where a name is to be
+        f"{SECRET.replace('/', '').replace('+', '')}=",  # a key in place of a name
         "c2VjcmV0U2hvdWxkTmV2ZXJCZVNlZW4=",
         "c2VjcmV0U2hvdWxkTmV2ZXJCZVNlZW==",
     ],
@@ -112,7 +114,7 @@ def test_no_header_is_shown_whatever_is_wrong_with_it(
 ) -> None:
     monkeypatch.setenv(ENDPOINT, "https://otlp.nr-data.net:4318")
     monkeypatch.setenv(HEADERS, headers)
-    shown = told(monkeypatch, capsys, sends=False).lower()
+    shown = output_of_doctor(monkeypatch, capsys, sends=False).lower()
     for piece in [*pieces("s3cr3t/sh0uld+never"), *pieces("c2vjcmv0u2hvdwxktmv2zxjczvnlzw")]:
         assert piece not in shown, shown
 
@@ -121,7 +123,7 @@ def test_an_endpoints_password_is_not_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(ENDPOINT, "http://someone:hunter2hunter2@127.0.0.1:9/?token=hunter2hunter2")
-    assert "hunter2" not in told(monkeypatch, capsys)
+    assert "hunter2" not in output_of_doctor(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:9", "api.honeycomb.io"])
@@ -129,7 +131,7 @@ def test_a_key_in_an_endpoints_path_is_not_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str
 ) -> None:
     monkeypatch.setenv(ENDPOINT, f"https://{host}/in/0123456789abcdef")
-    shown = told(monkeypatch, capsys, sends=False)
+    shown = output_of_doctor(monkeypatch, capsys, sends=False)
     assert "/in/***" in shown
     assert "456789" not in shown
 
@@ -140,7 +142,7 @@ def test_what_is_no_url_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, url:
         examined(monkeypatch, **{ENDPOINT: url})
 
 
-# A host of every backend and none, with what may be typed around it.
+# A host of each backend and of none, with what may be mistyped around it.
 HOSTS = st.sampled_from(
     [r.host.replace("*", "a") for b in BACKENDS for r in b.regions] + ["localhost", "grafana.net"]
 )
@@ -160,7 +162,7 @@ SOME_HEADERS = st.dictionaries(
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(endpoint=ENDPOINTS, headers=SOME_HEADERS, traces=st.booleans())
-def test_whatever_is_set_is_examined_or_refused_and_nothing_of_a_key_shown(
+def test_any_settings_are_checked_or_refused_and_no_key_is_shown(
     monkeypatch: pytest.MonkeyPatch, endpoint: str, headers: dict[str, str], traces: bool
 ) -> None:
     with monkeypatch.context() as patch:
@@ -181,7 +183,7 @@ def test_whatever_is_set_is_examined_or_refused_and_nothing_of_a_key_shown(
 
 
 @pytest.mark.parametrize("header", ['a="quoted"', "a=x;y", "a=ü", "key:hunter2", "a b=hunter2"])
-def test_what_the_exporter_would_leave_out_is_refused_at_the_start(
+def test_headers_that_the_exporter_would_skip_are_refused_at_start_up(
     header: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = doctor({ENDPOINT: "http://127.0.0.1:9", HEADERS: header})
@@ -204,7 +206,7 @@ def doctor(environment: dict[str, str], *arguments: str) -> subprocess.Completed
     )
 
 
-def test_the_command_says_ok_problem_or_wrong_settings() -> None:
+def test_the_exit_status_is_ok_problem_or_wrong_settings() -> None:
     with answering(202) as server:
         ok = doctor({ENDPOINT: server.url, HEADERS: DATADOG_HEADERS}, "--backend", "datadog")
     assert ok.returncode == 0, ok.stdout + ok.stderr

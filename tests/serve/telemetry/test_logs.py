@@ -44,7 +44,7 @@ def test_text_is_one_line_for_a_person(capsys: pytest.CaptureFixture[str]) -> No
     assert not line.startswith("{")
 
 
-def test_an_exception_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_is_logged_once(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("json", current_call.get)
     try:
         raise ValueError("no")

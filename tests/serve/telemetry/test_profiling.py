@@ -1,4 +1,4 @@
-"""Profiles of real runs of the demo pipeline: what is in them, what is not, and who may ask."""
+"""Profiles of real runs of the demo pipeline: their content, and who may request them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def profiled_runtime(otlp: OtlpEndpoint, folder: Path) -> Iterator[Runtime]:
         patch.setenv("SDXL_SHAPES", "128x128")
         patch.setenv("SDXL_PROFILE_DIR", str(folder))
         patch.setenv("SDXL_ADMIN_TOKEN", TOKEN)
-        # Ranges of a tool that only CUDA has: on a CPU nothing may come of it.
+        # NVTX exists with CUDA only; on a CPU it must change nothing.
         patch.setenv("SDXL_NVTX", "true")
         runtime = build_runtime(load_settings(), CollectorRegistry())
     asyncio.run(runtime.start())
@@ -129,7 +129,7 @@ def test_armed_requests_are_profiled_and_the_next_is_not(
     assert {"aten::conv2d", "aten::linear", "aten::scaled_dot_product_attention"} <= operators
     assert not any("Input Dims" in event.get("args", {}) for event in events)
 
-    # Stages and steps stand around their operators, as Perfetto nests them: by time and thread.
+    # Stages and steps contain their operators by time and thread, as Perfetto nests them.
     ranges = {e["name"]: e for e in events if e.get("cat") == "user_annotation" and e["ph"] == "X"}
     stages = ["text_encode", "denoise", "vae_decode"]
     steps = [f"denoise_step {index}" for index in range(STEPS)]
@@ -165,7 +165,7 @@ def test_a_profiled_run_that_fails_has_its_profile(
     assert inference.attributes["inference.profile"] == names[-1]
 
 
-def test_a_profiler_that_cannot_start_costs_no_request(
+def test_a_profiler_that_cannot_start_fails_no_request(
     profiled_runtime: Runtime, otlp: OtlpEndpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -180,7 +180,7 @@ def test_a_profiler_that_cannot_start_costs_no_request(
     assert profiled_runtime.profiling.armed == 0
 
 
-def test_a_folder_that_went_away_costs_no_request(
+def test_a_removed_folder_fails_no_request(
     profiled_runtime: Runtime, otlp: OtlpEndpoint, caplog: pytest.LogCaptureFixture, folder: Path
 ) -> None:
     app = create_app(profiled_runtime)
@@ -194,7 +194,7 @@ def test_a_folder_that_went_away_costs_no_request(
     assert "could not be written: FileNotFoundError" in caplog.text
 
 
-# Who may ask
+# Who may request a profile
 
 BEARER = {"authorization": f"Bearer {TOKEN}"}
 
@@ -215,14 +215,14 @@ BEARER = {"authorization": f"Bearer {TOKEN}"}
         ("192.0.2.7", {"authorization": f"Bearer {TOKEN[:-1]}"}, 403),
         ("192.0.2.7", {"authorization": "Bearer "}, 403),
         ("192.0.2.7", {"authorization": b"Bearer \xff\xe9".decode("latin-1")}, 403),
-        # A proxy on this machine asks for somebody else, a page in a browser for its author.
+        # A proxy on this machine forwards for others, and a page in a browser acts for its author.
         ("127.0.0.1", {"x_forwarded_for": "192.0.2.7"}, 403),
         ("127.0.0.1", {"forwarded": "for=192.0.2.7"}, 403),
         ("127.0.0.1", {"origin": "https://elsewhere.test"}, 403),
         ("127.0.0.1", {"origin": "https://elsewhere.test", **BEARER}, 200),
     ],
 )
-def test_only_this_machine_and_the_token_may_ask(
+def test_only_this_machine_and_the_token_may_request_profiles(
     profiled_runtime: Runtime,
     caplog: pytest.LogCaptureFixture,
     client: str,
@@ -251,7 +251,7 @@ def test_a_wrong_number_is_refused(profiled_runtime: Runtime, requests: Any) -> 
     ("body", "status"),
     [(b"x" * 2000, 413), (b"{", 422), (b"", 422), (b'{"requests": 1, "else": 2}', 422)],
 )
-def test_what_is_no_order_is_refused(profiled_runtime: Runtime, body: bytes, status: int) -> None:
+def test_a_malformed_body_is_refused(profiled_runtime: Runtime, body: bytes, status: int) -> None:
     app = create_app(profiled_runtime)
 
     async def once(client: str) -> httpx.Response:
@@ -264,7 +264,7 @@ def test_what_is_no_order_is_refused(profiled_runtime: Runtime, body: bytes, sta
     assert profiled_runtime.profiling.armed == 0
 
 
-def test_without_a_token_none_is_right(
+def test_without_a_configured_token_every_token_is_refused(
     profiled_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = profiled_runtime.settings.model_copy(update={"admin_token": None})
@@ -274,7 +274,7 @@ def test_without_a_token_none_is_right(
     assert ask(app, "/debug/profile", {"requests": 0}, **BEARER).status_code == 200
 
 
-def test_where_it_is_off_there_is_no_such_path(runtime: Runtime) -> None:
+def test_without_profiling_the_path_does_not_exist(runtime: Runtime) -> None:
     assert not runtime.profiling.enabled
     app = create_app(runtime)
     assert ask(app, "/debug/profile", {"requests": 1}, **BEARER).status_code == 404
@@ -284,7 +284,9 @@ def test_where_it_is_off_there_is_no_such_path(runtime: Runtime) -> None:
 
 
 @pytest.mark.parametrize("token", ["short", "with a space in it it is", "ümlaut-ümlaut-ümlaut"])
-def test_a_weak_token_is_refused_unseen(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+def test_a_weak_token_is_refused_without_showing_it(
+    monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
     monkeypatch.setenv("SDXL_ADMIN_TOKEN", token)
     with pytest.raises(ConfigurationError, match="SDXL_ADMIN_TOKEN is not allowed") as caught:
         load_settings()
@@ -314,7 +316,7 @@ def test_a_folder_that_is_a_file_stops_the_start(tmp_path: Path) -> None:
 
 
 class Profiler:
-    """A profiler that writes as many bytes as it is told to."""
+    """A profiler that writes as many bytes as a test chooses."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -336,7 +338,7 @@ def name(second: int) -> str:
         ([10, 101, 10], [2]),
     ],
 )
-def test_the_oldest_go_first_and_nothing_of_others(
+def test_the_oldest_profiles_are_removed_first_and_no_other_file(
     tmp_path: Path, sizes: list[int], kept: list[int]
 ) -> None:
     others = ("notes.json.gz", "20260101T000000.000Z-0123abcd.json", "a.txt")
@@ -349,14 +351,14 @@ def test_the_oldest_go_first_and_nothing_of_others(
     assert {path.name for path in tmp_path.iterdir()} == {*others, *profiling.profiles()}
 
 
-def test_what_a_process_left_unfinished_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_an_unfinished_profile_is_removed_by_the_next_process(tmp_path: Path) -> None:
     for left in (f".{name(1)}", name(2), ".gitkeep"):
         (tmp_path / left).touch()
     Profiling(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {name(2), ".gitkeep"}
 
 
-def test_the_next_run_and_the_end_wait_for_no_writing(tmp_path: Path) -> None:
+def test_neither_the_next_run_nor_the_shutdown_waits_for_a_write(tmp_path: Path) -> None:
     release = threading.Event()
 
     class Slow(Profiler):
@@ -382,7 +384,7 @@ def test_the_next_run_and_the_end_wait_for_no_writing(tmp_path: Path) -> None:
     assert profiling.profiles() == [call.run.profile]
 
 
-def test_a_run_called_off_before_it_began_leaves_nothing(tmp_path: Path) -> None:
+def test_a_run_cancelled_before_it_began_leaves_no_profile(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("serve.telemetry.profiling._started_profiler", lambda: _Stopping(1))
         profiling = Profiling(tmp_path)
@@ -424,7 +426,7 @@ def recording_ranges(steps: int) -> tuple[Ranges, list[str]]:
     return Ranges([annotation], steps), seen
 
 
-def test_ranges_nest_and_what_follows_the_last_step_is_none() -> None:
+def test_ranges_nest_and_no_step_follows_the_last() -> None:
     ranges, seen = recording_ranges(2)
     with ranges.stage("denoise"):
         for index in range(3):

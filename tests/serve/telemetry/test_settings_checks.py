@@ -64,7 +64,7 @@ def test_the_seven_endpoints_of_fals_documentation_are_known() -> None:
         assert (backend.name, region.name) == expected
 
 
-def test_any_other_endpoint_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_other_endpoint_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = examined(monkeypatch, **{ENDPOINT: "http://127.0.0.1:4318"})
     assert {finding.severity for finding in findings} == {Severity.OK}
     assert "spans go to http://127.0.0.1:4318/v1/traces" in said(findings)
@@ -274,7 +274,7 @@ def test_the_destination_is_the_exporters_own(
         ),
     ],
 )
-def test_what_is_wrong_is_told_with_what_to_do(
+def test_a_wrong_setting_is_a_problem_with_advice(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], problem: str, advice: str
 ) -> None:
     findings = examined(monkeypatch, **environment)
@@ -314,7 +314,7 @@ def test_what_is_wrong_is_told_with_what_to_do(
         ({ENDPOINT: "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "has no effect"),
     ],
 )
-def test_what_may_be_meant_is_noted_and_no_problem(
+def test_a_questionable_setting_is_a_note_and_no_problem(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], note: str
 ) -> None:
     findings = examined(monkeypatch, **environment)
@@ -322,7 +322,7 @@ def test_what_may_be_meant_is_noted_and_no_problem(
     assert not problems(findings), said(findings)
 
 
-def test_datadogs_metrics_are_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datadog_needs_delta_temporality(monkeypatch: pytest.MonkeyPatch) -> None:
     datadog = {
         ENDPOINT: "https://otlp.datadoghq.com",
         HEADERS: DATADOG_HEADERS,
@@ -346,7 +346,7 @@ def test_datadogs_metrics_are_differences(monkeypatch: pytest.MonkeyPatch) -> No
         ),
     ],
 )
-def test_the_share_that_is_exported_is_told(
+def test_the_exported_share_is_reported(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], share: str
 ) -> None:
     findings = examined(monkeypatch, **{ENDPOINT: "http://127.0.0.1:1"}, **environment)

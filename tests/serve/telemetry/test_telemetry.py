@@ -65,12 +65,12 @@ def test_fals_rate_is_the_ratio() -> None:
         ("https://honeycomb.io.example.com", False),
     ],
 )
-def test_honeycomb_is_known_by_its_host(endpoint: str, honeycomb: bool) -> None:
+def test_honeycomb_is_recognised_by_its_host(endpoint: str, honeycomb: bool) -> None:
     settings = ServeSettings.model_validate({"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint})
     assert settings.exports_to_honeycomb == honeycomb
 
 
-def test_the_resource_says_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_resource_identifies_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAL_JOB_ID", "runner-7")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
     first = build_resource(ServeSettings(device="cpu")).attributes
@@ -90,7 +90,7 @@ def test_the_resource_says_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bar", "service.name=foo", "bar"),
     ],
 )
-def test_whoever_names_the_service_is_heard(
+def test_the_operators_service_name_is_used(
     monkeypatch: pytest.MonkeyPatch, explicit: str | None, attributes: str, expected: str
 ) -> None:
     monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
@@ -123,7 +123,7 @@ def built(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Tracing:
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"}, False),
     ],
 )
-def test_tracing_is_on_where_an_endpoint_is_named_and_nobody_said_no(
+def test_tracing_is_on_if_an_endpoint_is_set_and_tracing_is_not_disabled(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], exports: bool
 ) -> None:
     tracing = built(monkeypatch, **environment)
@@ -144,7 +144,7 @@ def test_the_batch_processors_variables_reach_it(monkeypatch: pytest.MonkeyPatch
     assert [[sizes[name] for name in names] for sizes in seen] == [[200, 200, 1000], [200, 20, 7]]
 
 
-def test_a_standard_variable_without_effect_is_told_of(
+def test_a_standard_variable_without_effect_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracing = built(
@@ -182,7 +182,7 @@ def test_a_peak_is_the_gpus_or_the_operators() -> None:
     assert peaks == [989e12, 2e12]
 
 
-def test_nothing_is_pushed_unless_asked_for() -> None:
+def test_nothing_is_pushed_unless_the_setting_is_on() -> None:
     metrics = declared(CollectorRegistry())
     named = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
     for changes, pushes in (
@@ -195,21 +195,23 @@ def test_nothing_is_pushed_unless_asked_for() -> None:
         assert (push is not None) is pushes
 
 
-def test_two_services_of_one_process_both_tell_all_of_their_own() -> None:
+def test_two_services_of_one_process_each_expose_their_own_metrics() -> None:
     registry = CollectorRegistry(auto_describe=True)
     named = {"device": "cpu", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
     runtimes = [build_runtime(ServeSettings.model_validate(named), registry) for _ in range(2)]
     runtimes[1].metrics.record_failed()
-    told = []
+    scrapes = []
     for runtime in runtimes:
         text, _ = render(runtime.metrics.registry, OPENMETRICS)
         families = list(text_string_to_metric_families(text.decode()))
         names = [family.name for family in families]
         assert len(set(names)) == len(names)
-        told.append({sample.name: sample.value for family in families for sample in family.samples})
+        scrapes.append(
+            {sample.name: sample.value for family in families for sample in family.samples}
+        )
         runtime.close(0.1)
-    assert told[0].keys() == told[1].keys()
-    assert [one["sdxl_record_failures_total"] for one in told] == [0, 1]
+    assert scrapes[0].keys() == scrapes[1].keys()
+    assert [one["sdxl_record_failures_total"] for one in scrapes] == [0, 1]
 
 
 def test_a_checkout_that_is_not_installed_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     clean_environment_of_settings(monkeypatch)
 
 
-def test_a_small_trace_arrives_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_trace_arrives_and_its_id_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     with otlp_endpoint() as otlp:
         monkeypatch.setenv("OTEL_SERVICE_NAME", "patient")
         finding = sent(monkeypatch, otlp.url, **{HEADERS: "api-key=0123456789"})
@@ -133,7 +133,7 @@ def test_a_small_trace_arrives_and_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         ),
     ],
 )
-def test_an_answer_is_put_into_words(
+def test_each_response_has_a_finding(
     monkeypatch: pytest.MonkeyPatch,
     backend: Backend | None,
     answer: tuple[int, bytes, str],
@@ -155,7 +155,7 @@ def test_an_answer_is_put_into_words(
     assert ExportTraceServiceRequest.FromString(body).resource_spans
 
 
-def test_a_backend_that_wants_us_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_asks_for_a_later_retry(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(429, Retry_After="120") as server:
         finding = sent(monkeypatch, server.url)
     assert finding.text.startswith("429 after")
@@ -163,15 +163,15 @@ def test_a_backend_that_wants_us_to_wait(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "OTEL_SAMPLE_RATE" in finding.advice
 
 
-def test_one_answer_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exporter would ask again until its time is over."""
+def test_the_trial_export_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter would retry until its time limit."""
     with answering(503) as server:
         finding = sent(monkeypatch, server.url)
     assert len(server.received) == 1
     assert finding.text.startswith("503 after ")
 
 
-def test_what_is_sent_is_compressed_as_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_export_is_compressed_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(200) as server:
         sent(monkeypatch, server.url, OTEL_EXPORTER_OTLP_COMPRESSION="gzip")
     [(_, headers, body)] = server.received
@@ -202,7 +202,7 @@ def _no_such_host(*_: Any, **__: Any) -> Any:
 
 @contextmanager
 def speaking(speak: Callable[[socket.socket], None]) -> Iterator[int]:
-    """Something that listens and is no HTTP server; the port."""
+    """A listener that is no HTTP server; yields its port."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def accept() -> None:
@@ -232,7 +232,7 @@ def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("reply", [b"", b"SSH-2.0-OpenSSH_9\r\n"])
-def test_what_speaks_no_http(monkeypatch: pytest.MonkeyPatch, reply: bytes) -> None:
+def test_a_server_that_speaks_no_http(monkeypatch: pytest.MonkeyPatch, reply: bytes) -> None:
     def speak(connection: socket.socket) -> None:
         connection.recv(65536)
         connection.sendall(reply)
@@ -250,9 +250,7 @@ def test_https_to_a_server_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_a_certificate_that_nobody_vouches_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_untrusted_certificate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subprocess.run(
         [
@@ -276,7 +274,7 @@ def test_a_certificate_that_nobody_vouches_for(
     assert vouched.severity is Severity.OK
 
 
-def test_a_proxy_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENDPOINT, "http://collector.example.com:4318")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)

@@ -14,13 +14,17 @@ import pytest
 
 from bench.__main__ import COMMANDS, main
 from bench.errors import BenchError
-from bench.harness import session
 from bench.harness.environment import ROOT
 from bench.harness.result_file import BenchResult, NotRun
 from bench.harness.rounds import TIME_IS_UP
 from bench.harness.run_record import NO_TIME
-from bench.harness.session import Archive, MeasurementSession
+from bench.harness.scenarios import SCENARIOS
 from bench.harness.work import Work
+from bench.session import progress
+from bench.session import run as session
+from bench.session.plan import TEST_SECONDS
+from bench.session.progress import Archive
+from bench.session.run import MeasurementSession
 from kernels_warmup.shapes import CompiledShape
 from tests.bench import made_up
 
@@ -116,7 +120,7 @@ def measurement(
 
 
 def ran(machine: Machine) -> list[str]:
-    """The names of the files, and of what times scenarios the first of those."""
+    """A name for each command: its result file's or, for `run`, its first scenario's."""
     names = []
     for command in machine.ran:
         option = "--junit-xml" if command[0] == "pytest" else "--out"
@@ -149,7 +153,7 @@ def test_everything_is_done_once_and_the_most_informative_comes_first(tmp_path: 
         assert order.index(earlier) < order.index(later), (earlier, later)
     assert order[-1] == "tuned-kernels"
     timed = {name for command in machine.ran if command[1] == "run" for name in scenarios(command)}
-    assert {scenario.name for scenario in session.SCENARIOS} == timed
+    assert {scenario.name for scenario in SCENARIOS} == timed
     # What differs by one change is timed in the same rounds as what it changes.
     ways = next(one for one in machine.ran if one[1] == "run" and "layer-norm" in one)
     beside = ways.index("--beside")
@@ -177,7 +181,7 @@ def test_no_piece_is_started_that_would_end_too_late(tmp_path: Path) -> None:
     machine = Machine(seconds=100)
     assert measurement(tmp_path, machine, "--minutes", "9").run() == TIME_IS_UP
     assert machine.now <= 9 * 60
-    assert machine.limits[0] == session.TEST_SECONDS
+    assert machine.limits[0] == TEST_SECONDS
     assert all(limit <= 9 * 60 - 100 * index for index, limit in enumerate(machine.limits))
     limited = machine.ran[2]
     assert float(limited[limited.index("--seconds-limit") + 1]) < machine.limits[2]
@@ -231,7 +235,7 @@ def test_a_failure_shows_in_status_and_summary_and_is_tried_again_with_other_cod
     for _ in range(3):
         assert measurement(tmp_path, machine).run() == 1
     assert ran(machine).count("layer-norm") == 2
-    monkeypatch.setattr(session, "code_digest", lambda: "repaired")
+    monkeypatch.setattr(progress, "code_digest", lambda: "repaired")
     machine.failing = set()
     assert measurement(tmp_path, machine).run() == 0
     assert ran(machine).count("layer-norm") == 3
@@ -250,8 +254,8 @@ def test_a_scenario_without_time_is_still_to_do(tmp_path: Path) -> None:
         (NotRun("compiled", "it needs something"), True),
     ):
         replace(measured, scenarios=kept, not_run=(missing,)).write(out)
-        plan = measurement(tmp_path, machine, "--only", "first")
-        assert plan.done(plan.pieces()[-1]) == done
+        planned = measurement(tmp_path, machine, "--only", "first")
+        assert planned.done(planned.plan.pieces()[-1]) == done
 
 
 def test_another_machine_compiles_again_what_is_left(tmp_path: Path) -> None:
@@ -267,13 +271,13 @@ def test_another_machine_compiles_again_what_is_left(tmp_path: Path) -> None:
 
 def test_what_was_precompiled_is_expected_to_be_ready_soon(tmp_path: Path) -> None:
     machine = Machine()
-    cold = next(p for p in measurement(tmp_path, machine).pieces() if p.name == "first")
+    cold = next(p for p in measurement(tmp_path, machine).plan.pieces() if p.name == "first")
     measurement(tmp_path, machine, "--only", "precompile-first").run()
-    warm = next(p for p in measurement(tmp_path, machine).pieces() if p.name == "first")
+    warm = next(p for p in measurement(tmp_path, machine).plan.pieces() if p.name == "first")
     assert warm.seconds <= cold.seconds
-    ways = {p.name: p for p in measurement(tmp_path, machine).pieces()}
+    ways = {p.name: p for p in measurement(tmp_path, machine).plan.pieces()}
     measurement(tmp_path, machine, "--only", "precompile-ways").run()
-    again = {p.name: p for p in measurement(tmp_path, machine).pieces()}
+    again = {p.name: p for p in measurement(tmp_path, machine).plan.pieces()}
     assert again["ways"].seconds < ways["ways"].seconds
     assert "--prepare-seconds" not in ways["ways"].command
     assert "--prepare-seconds" in again["ways"].command
@@ -304,7 +308,7 @@ def test_an_archive_holds_everything_and_is_continued_from(tmp_path: Path) -> No
         Archive(tmp_path / "nowhere" / "call.tar.gz", folder)
 
 
-def test_what_is_asked_for_limits_the_pieces(tmp_path: Path) -> None:
+def test_scenario_and_only_limit_the_pieces(tmp_path: Path) -> None:
     machine = Machine()
     chosen = ("--scenario", "documented", "served", "text-once", "--only", "first", "rest", "k")
     assert measurement(tmp_path, machine, *chosen, device="cpu").run() == 0
@@ -343,7 +347,7 @@ def test_the_pieces_are_commands_that_exist(
     assert main(["session", *small, "--results", str(tmp_path / "nowhere")]) == 2
     both = ["--results", str(tmp_path), "--archive", str(tmp_path / "a.tar.gz")]
     assert main(["session", *small, *both]) == 2
-    [tests] = (p for p in measurement(tmp_path, Machine()).pieces() if p.name == "gpu-tests")
+    [tests] = (p for p in measurement(tmp_path, Machine()).plan.pieces() if p.name == "gpu-tests")
     assert (ROOT / tests.command[-1]).exists()
 
 

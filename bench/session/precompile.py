@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     def start(scenario: Scenario) -> subprocess.Popen[bytes]:
         arguments = [scenario.name, work.model, work.device, str(work.shape)]
         return subprocess.Popen(
-            [sys.executable, "-m", "bench.harness.precompile", *arguments],
+            [sys.executable, "-m", "bench.session.precompile", *arguments],
             env=os.environ | threads,
             stdout=subprocess.DEVNULL,
         )

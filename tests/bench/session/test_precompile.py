@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.harness.precompile import bytes_needed, compile_all
 from bench.harness.result_file import BenchResult
 from bench.harness.scenarios import Scenario, chosen
+from bench.session.precompile import bytes_needed, compile_all
 
 NAMES = ["served", "bf16", "compiled", "default"]
 
@@ -53,14 +53,14 @@ def test_processes_share_the_gpus_memory_by_the_images_they_draw() -> None:
     )
     assert start.most_at_once == 2  # the two of one image
     assert all(one.startswith("compiled in") for one in outcomes.values())
-    # One that needs more than there is gets its chance alone.
+    # A scenario that needs more than the whole memory runs alone.
     start = Starts(0.1)
     compile_all(chosen(["batch-8", "compiled"]), start, at_once=2, memory=one)
     assert start.most_at_once == 1
     assert len(start.processes) == 2
 
 
-def test_what_takes_too_long_is_ended() -> None:
+def test_a_process_past_the_time_limit_is_ended() -> None:
     start = Starts(60)
     began = time.monotonic()
     outcomes = compile_all(chosen(NAMES), start, at_once=3, seconds_limit=0.1)
@@ -70,7 +70,7 @@ def test_what_takes_too_long_is_ended() -> None:
     assert all(process.poll() is not None for process in start.processes)
 
 
-def test_an_interruption_ends_them_too() -> None:
+def test_an_interruption_ends_every_process() -> None:
     start = Starts(60)
 
     def interrupted(scenario: Scenario) -> subprocess.Popen[bytes]:
