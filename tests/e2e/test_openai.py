@@ -159,6 +159,7 @@ def test_the_models(client: openai.OpenAI) -> None:
         ({"response_format": "url"}, "response_format"),
         ({"partial_images": 1}, "partial_images"),
         ({"partial_images": 4, "stream": True}, "partial_images"),
+        ({"partial_images": 1, "stream": True, "n": 2}, "partial_images"),
         ({"decoded_partial_images": True}, "decoded_partial_images"),
         ({"quality": "best"}, "quality"),
         ({"style": "vivid"}, "style"),

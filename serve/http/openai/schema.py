@@ -138,6 +138,8 @@ class ImageGenerationRequest(BaseModel):
     def _needs_stream(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and not info.data.get("stream"):
             raise ValueError("needs stream: true")
+        if value and (info.data.get("n") or 1) > 1:
+            raise ValueError("needs n of 1")
         return value
 
     @field_validator("decoded_partial_images")
