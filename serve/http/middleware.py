@@ -94,8 +94,8 @@ class RequestMiddleware:
             _finish(service, call, response)
 
     async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve any other request. Its trace id is told only with an error, whose log line has it;
-        nothing else would know the id."""
+        """Serve any other request. Only an error has a trace id, because only then the log has it
+        too."""
         status: int | None = None
 
         async def watched(message: Message) -> None:

@@ -39,7 +39,7 @@ Errors = Iterable[type[RequestError]]
 NOT_SERVED = (NotReady, Draining, DeviceLost)
 """What `/health` and `/ready` report."""
 
-ORDER_ERRORS = (Forbidden, BodyTooSlow, BodyTooLarge, UnsupportedMediaType, InvalidRequest)
+PROFILE_ERRORS = (Forbidden, BodyTooSlow, BodyTooLarge, UnsupportedMediaType, InvalidRequest)
 """What `/debug/profile` may answer, a fault of the service aside."""
 
 _REF = "#/components/schemas/{model}"
@@ -207,12 +207,12 @@ def _state(operation: Schema, name: str, values: dict[str, list[str]]) -> None:
 
 
 def _profile(operation: Schema) -> None:
-    order = {"schema": {"$ref": _REF.format(model=ProfileRequest.__name__)}}
-    operation["requestBody"] = {"required": True, "content": {"application/json": order}}
+    body = {"schema": {"$ref": _REF.format(model=ProfileRequest.__name__)}}
+    operation["requestBody"] = {"required": True, "content": {"application/json": body}}
     operation["responses"]["200"]["content"]["application/json"]["schema"] = _object(
         armed={"type": "integer"}, profiles={"type": "array", "items": {"type": "string"}}
     )
-    operation["responses"] |= _error_responses(ORDER_ERRORS)
+    operation["responses"] |= _error_responses(PROFILE_ERRORS)
 
 
 _BY_PATH: dict[str, Callable[[Schema], None]] = {

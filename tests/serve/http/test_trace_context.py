@@ -40,7 +40,7 @@ def ask(
             return await client.post("/", json=body, headers=headers)
 
     answer = asyncio.run(once())
-    return answer, image_app.asked[-1][1].get("trace_context", {})
+    return answer, image_app.requests[-1][1].get("trace_context", {})
 
 
 @pytest.mark.parametrize(
