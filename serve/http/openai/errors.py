@@ -26,7 +26,7 @@ _PARAMETERS = {
 _TRY_AGAIN = (429, 503)
 
 
-def openai_status(error: RequestError) -> int:
+def openai_status(error: RequestError | type[RequestError]) -> int:
     """The HTTP status of an error."""
     return _INVALID_STATUS if error.status == InvalidRequest.status else error.status
 

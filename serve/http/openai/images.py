@@ -14,39 +14,42 @@ from starlette.responses import JSONResponse, Response
 from serve.engine.call import Call
 from serve.engine.gpu_run import Previews
 from serve.engine.images import encode_image, enlarge
-from serve.engine.runtime import Runtime
+from serve.engine.runtime import OPENAI_IMAGES, Runtime
 from serve.errors import FieldProblem, InvalidRequest, ModelNotFound, RequestError
 from serve.http.error_responses import error_body
-from serve.http.openai.schema import ImageGenerationRequest, Usage
+from serve.http.openai.schema import (
+    Image,
+    ImageGenerationRequest,
+    Images,
+    Model,
+    Models,
+    Usage,
+)
 from serve.http.server_sent_events import event, stream
 from serve.http.service import received_call
 from serve.schema import GeneratedImage, TextToImageResponse
-
-_QUALITIES = {"auto": "medium", "standard": "medium", "hd": "high", None: "medium"}
-"""What a response calls the qualities that its clients do not know."""
 
 
 def install_openai(app: FastAPI, runtime: Runtime) -> None:
     """Put the endpoints into an app."""
     started = int(time.time())
 
-    @app.post("/v1/images/generations")
+    @app.post(OPENAI_IMAGES, response_model=Images)
     async def generate(request: ImageGenerationRequest) -> Response:
         """OpenAI's image generation; with `stream` as server-sent events."""
         return await create_images(runtime, request)
 
     @app.get("/v1/models")
-    async def models() -> Response:
+    async def models() -> Models:
         """The names that a request's `model` may have."""
-        found = [_model(name, started) for name in runtime.model_names]
-        return JSONResponse({"object": "list", "data": found})
+        return Models(data=[Model(id=name, created=started) for name in runtime.model_names])
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def model(name: str) -> Model:
         """One of them."""
         if name not in runtime.model_names:
             raise ModelNotFound(runtime.model_names)
-        return JSONResponse(_model(name, started))
+        return Model(id=name, created=started)
 
 
 async def create_images(runtime: Runtime, request: ImageGenerationRequest) -> Response:
@@ -64,7 +67,7 @@ async def create_images(runtime: Runtime, request: ImageGenerationRequest) -> Re
         return await stream(runtime, wanted, call, _Events(request, call), previews)
     response = await runtime.generate(wanted, call)
     call.timeline.begin("respond")
-    return JSONResponse(_images(request, response))
+    return JSONResponse(_images(request, response).model_dump(exclude_none=True))
 
 
 def _previews(request: ImageGenerationRequest, steps: int) -> Previews | None:
@@ -122,34 +125,28 @@ class _Events:
             "b64_json": b64_json,
             "created_at": int(time.time()),
             "size": size,
-            **_described(self._request),
+            "output_format": self._request.image_format,
+            "background": "opaque",
+            "quality": self._request.response_quality,
         }
 
 
-def _images(request: ImageGenerationRequest, response: TextToImageResponse) -> dict[str, Any]:
+def _images(request: ImageGenerationRequest, response: TextToImageResponse) -> Images:
     as_url = request.response_format == "url"
-    return {
-        "created": int(time.time()),
-        "data": [
-            {"url": image.url} if as_url else {"b64_json": _base64(image)}
+    return Images(
+        created=int(time.time()),
+        data=[
+            Image(url=image.url) if as_url else Image(b64_json=_base64(image))
             for image in response.images
         ],
-        "size": _size(response.image),
-        **_described(request),
-        "usage": Usage.of_prompt(response.prompt_tokens).model_dump(),
-        # Ours, which the clients keep as further fields.
-        "seeds": [image.seed for image in response.images],
-        "trace_id": response.trace_id,
-        "prompt_truncated": response.prompt_truncated,
-    }
-
-
-def _described(request: ImageGenerationRequest) -> dict[str, str]:
-    return {
-        "output_format": request.image_format,
-        "background": "opaque",
-        "quality": _QUALITIES.get(request.quality) or str(request.quality),
-    }
+        size=_size(response.image),
+        output_format=request.image_format,
+        quality=request.response_quality,
+        usage=Usage.of_prompt(response.prompt_tokens),
+        seeds=[image.seed for image in response.images],
+        trace_id=response.trace_id,
+        prompt_truncated=response.prompt_truncated,
+    )
 
 
 def _size(image: GeneratedImage) -> str:
@@ -159,10 +156,6 @@ def _size(image: GeneratedImage) -> str:
 def _base64(image: GeneratedImage) -> str:
     """The bytes of an image that was answered as a data URI."""
     return image.url.split(",", 1)[1]
-
-
-def _model(name: str, created: int) -> Mapping[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "stepspan"}
 
 
 def _event(name: str, data: Mapping[str, Any]) -> bytes:

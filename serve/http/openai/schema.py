@@ -27,6 +27,8 @@ MOST_PARTIAL_IMAGES = 3
 
 Quality = Literal["auto", "standard", "low", "medium", "high", "hd", "xhigh", "max"]
 
+ResponseQuality = Literal["low", "medium", "high", "xhigh", "max"]
+
 STEPS_BY_QUALITY: dict[Quality, float] = {
     "low": 0.5,
     "auto": 1.0,
@@ -150,6 +152,17 @@ class ImageGenerationRequest(BaseModel):
         return value
 
     @property
+    def response_quality(self) -> ResponseQuality:
+        """The quality in the words of a response, which has fewer."""
+        match self.quality:
+            case None | "auto" | "standard":
+                return "medium"
+            case "hd":
+                return "high"
+            case other:
+                return other
+
+    @property
     def image_format(self) -> ImageFormat:
         return self.output_format or "png"  # type: ignore[return-value]  # the others are refused
 
@@ -212,3 +225,53 @@ class Usage(BaseModel):
             input_tokens_details=TextTokens(text_tokens=tokens),
             total_tokens=tokens,
         )
+
+
+class Image(BaseModel):
+    """One of the two fields is there."""
+
+    b64_json: str | None = None
+    url: str | None = None
+
+
+class Images(BaseModel):
+    """The response of `POST /v1/images/generations`. The last three fields are ours."""
+
+    created: int = Field(description="Unix seconds.")
+    data: list[Image]
+    size: str
+    output_format: ImageFormat
+    background: Literal["opaque"] = "opaque"
+    quality: ResponseQuality
+    usage: Usage
+    seeds: list[int]
+    trace_id: str
+    prompt_truncated: bool
+
+
+class Model(BaseModel):
+    """One of the names that a request's `model` may have."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["stepspan"] = "stepspan"
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Error(BaseModel):
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str
+
+
+class OpenAIErrorBody(BaseModel):
+    """The body of every error on OpenAI's endpoints."""
+
+    error: Error
+    trace_id: str
