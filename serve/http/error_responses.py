@@ -26,7 +26,7 @@ from serve.errors import (
     NotFound,
     RequestError,
 )
-from serve.http.openai.errors import openai_error_body, openai_headers, openai_status
+from serve.http.openai_errors import openai_error_body, openai_headers, openai_status
 
 logger = logging.getLogger(__name__)
 

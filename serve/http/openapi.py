@@ -33,8 +33,8 @@ from serve.errors import (
     UnsupportedMediaType,
 )
 from serve.http.error_responses import OPENAI_PREFIX
-from serve.http.openai.errors import openai_status
 from serve.http.openai.schema import OpenAIErrorBody
+from serve.http.openai_errors import openai_status
 from serve.http.profiling_endpoint import ProfileRequest
 from serve.http.service import Service
 from serve.schema import ErrorBody, TextToImageResponse

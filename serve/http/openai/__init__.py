@@ -1,1 +1,1 @@
-"""OpenAI's images API over the same runtime: its requests, its responses, its errors."""
+"""OpenAI's images API over the same runtime: its requests and responses."""
