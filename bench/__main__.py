@@ -72,8 +72,8 @@ COMMANDS = {
         compiles=True,
     ),
     "peers": Command(
-        "service.peers",
-        "throughput with concurrent clients, compared with the documented example",
+        "peers.throughput",
+        "throughput with concurrent clients, beside the documented example, BentoML and LitServe",
         compiles=True,
     ),
     "bare": Command(

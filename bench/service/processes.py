@@ -94,6 +94,8 @@ class Server:
     process: subprocess.Popen[bytes]
     started: float
     """`time.monotonic` just before its start."""
+    output: Path
+    """What it has printed so far."""
     address: str = ""
     _connection: http.client.HTTPConnection | None = field(default=None, init=False)
 
@@ -146,19 +148,19 @@ def running(
     started = time.monotonic()
     command = [sys.executable, "-m", *module]
     with launched(command, clean_environment(environment), ROOT) as (process, output):
-        server = Server(name, process, started)
+        server = Server(name, process, started, output)
         try:
             if wait_for_line:
-                server.address = _address(server, output, ready_seconds)
+                server.address = _address(server, ready_seconds)
             yield server
         finally:
             server.close()
 
 
-def _address(server: Server, output: Path, seconds: float) -> str:
+def _address(server: Server, seconds: float) -> str:
     while time.monotonic() - server.started < seconds:
         ended = server.process.poll() is not None
-        text = output.read_text(errors="replace")
+        text = server.output.read_text(errors="replace")
         if match := _READY.search(text):
             return match[1]
         if ended:
@@ -191,11 +193,11 @@ def holds_image(body: bytes) -> bool:
     return isinstance(url, str) and _IMAGE_URL.match(url) is not None
 
 
-def connect(address: str) -> http.client.HTTPConnection:
+def connect(address: str, timeout_seconds: float = 600) -> http.client.HTTPConnection:
     """A connection to `http://HOST:PORT`, opened by its first request."""
     parts = urlsplit(address)
     assert parts.hostname is not None
-    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=600)
+    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_seconds)
 
 
 def send_request(
