@@ -20,6 +20,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity, TraceSampling
 from serve import server
+from serve.engine.call import the_call
 from serve.engine.estimates import EVIDENCE_RUNS
 from serve.engine.readiness import State
 from serve.engine.runtime import ENDPOINTS, Runtime
@@ -530,7 +531,7 @@ def test_a_client_that_reads_slowly_gets_few_old_previews(
     async def send(message: Any) -> None:
         text = message.get("body", b"").decode()
         told.append(text)
-        while len(told) == 3 and runtime.admission.waiting == 0 and runtime.admission._admitted:
+        while len(told) == 3 and the_call().run is None:
             await asyncio.sleep(0.05)  # until the run has ended
 
     asyncio.run(call_app(app, send, steps=30))
