@@ -73,12 +73,23 @@ def test_a_request_is_answered(app: FastAPI) -> None:
     body = response.json()
     assert body["trace_id"] == response.headers["x-trace-id"]
     assert body["timings"]["receive_ms"] is not None
-    assert set(body) == {"image", "images", "seed", "timings", "trace_id", "prompt_truncated"}
+    assert body["prompt"] == PROMPT
+    assert body["prompt_tokens"] > 2
+    assert set(body) == {
+        "image",
+        "images",
+        "seed",
+        "prompt",
+        "timings",
+        "trace_id",
+        "prompt_truncated",
+        "prompt_tokens",
+    }
 
 
 @pytest.mark.parametrize(
     ("header", "taken"),
-    [("b1946ac9-2492-4d23-8f2b-7f1c7d6c2c11", True), ("short", False), ("a b\tsecret c", False)],
+    [("b1946ac9-2492-4d23-8f2b-7f1c7d6c2c11", True), ("short", True), ("a b\tsecret c", False)],
 )
 def test_fals_request_id_is_taken_over(
     app: FastAPI, caplog: pytest.LogCaptureFixture, header: str, taken: bool
