@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 HOST ?= 127.0.0.1
 PORT ?= 8080
 
-.PHONY: serve test test-slow test-gpu check docs-check measure bench bench-gpu gpu-rehearsal gpu-pins clean
+.PHONY: serve test test-slow test-gpu check docs-check measure bench bench-gpu peers-env gpu-rehearsal gpu-pins clean
 
 serve: $(INSTALLED)  ## serve the model on http://HOST:PORT
 	@$(RUN) -m serve --host $(HOST) --port $(PORT)
@@ -24,7 +24,7 @@ test: $(INSTALLED) check  ## what CI runs
 	$(RUN) -m pytest -m "not timing and $(QUICK)" --numprocesses $(WORKERS) \
 	  --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=85
 
-test-slow: $(INSTALLED)  ## soaks, long fuzzing, compile matrix: minutes to hours
+test-slow: $(INSTALLED) peers-env  ## soaks, long fuzzing, compile matrix: minutes to hours
 	$(RUN) -m pytest -m "slow and not gpu" --timeout=3600
 
 test-gpu:  ## on a machine with a CUDA device, with that machine's own python and packages
@@ -65,6 +65,9 @@ bench-gpu:  ## everything the targets need, measured on one GPU in resumable pie
 	  $(if $(SCENARIOS),--scenario $(SCENARIOS)) $(if $(COMMIT),--commit $(COMMIT)) \
 	  $(if $(PIECE_SECONDS),--piece-seconds $(PIECE_SECONDS))
 
+peers-env: $(INSTALLED)  ## BentoML and LitServe for bench peers, into .peers/: 50 MB, seconds
+	$(RUN) -m bench.peers.environments
+
 PYTHON312 ?= python3.12
 gpu-rehearsal:  ## the measurement session on a GPU machine's packages, on the CPU: 5 GB, an hour
 	$(PYTHON) -m bench.gpu_machine.rehearsal --python $(PYTHON312)
@@ -81,4 +84,4 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 clean:  ## remove everything that was set up or built here
-	rm -rf $(VENV) .gpu-rehearsal build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .gpu-rehearsal .peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -23,6 +23,8 @@ class Command:
 
     module: str
     help: str
+    compiles: bool = False
+    """Whether it, or a process that it starts, compiles code that a later call can use again."""
 
     def load(self) -> Any:
         return importlib.import_module(f"bench.{self.module}")
@@ -33,36 +35,55 @@ COMMANDS = {
         "session.run", "measure everything in the table of targets, in resumable pieces"
     ),
     "precompile": Command(
-        "session.precompile", "compile several scenarios at once, before they are timed"
+        "session.precompile",
+        "compile several scenarios at once, before they are timed",
+        compiles=True,
     ),
     "run": Command(
-        "harness.run", "time scenarios in interleaved rounds, of this commit or of two commits"
+        "harness.run",
+        "time scenarios in interleaved rounds, of this commit or of two commits",
+        compiles=True,
     ),
-    "overhead": Command("service.overhead", "telemetry overhead of a request: wall time and CPU"),
+    "overhead": Command(
+        "service.overhead", "telemetry overhead of a request: wall time and CPU", compiles=True
+    ),
     "coldstart": Command(
         "service.coldstart", "time from process start to first image, cold and from cache, by phase"
     ),
     "micro": Command(
         "micro.pieces", "time of our own code: telemetry, and the work around a request's steps"
     ),
-    "kernels": Command("kernels.profile", "where the time of a step goes, by kernel"),
+    "kernels": Command(
+        "kernels.profile", "where the time of a step goes, by kernel", compiles=True
+    ),
     "launches": Command(
-        "kernels.launches", "the kernels a step launches on a Hopper GPU, counted without one"
+        "kernels.launches",
+        "the kernels a step launches on a Hopper GPU, counted without one",
+        compiles=True,
     ),
     "numerics": Command(
         "kernels.numerics",
         "whether each lossless scenario is as close to float32 as eager bfloat16",
+        compiles=True,
     ),
     "operators": Command(
         "kernels.operators",
         "time of every product, convolution, attention and norm of a step, each by itself",
+        compiles=True,
     ),
     "peers": Command(
-        "service.peers", "throughput with concurrent clients, compared with the documented example"
+        "peers.throughput",
+        "throughput with concurrent clients, beside the documented example, BentoML and LitServe",
+        compiles=True,
     ),
-    "bare": Command("micro.harness_check", "what the bench reports, against a minimal timing loop"),
+    "bare": Command(
+        "micro.harness_check",
+        "what the bench reports, against a minimal timing loop",
+        compiles=True,
+    ),
     "compare": Command("stats.compare", "judge whether HEAD is faster than BASE, and by how much"),
     "show": Command("report.show", "show a result as a table, or as a page with plots"),
+    "busy": Command("service.busy", "request time on a busy machine: beside endless loops"),
     "load": Command("service.load", "latency, goodput and rejections of a server under load"),
 }
 """By name, in the order of `--help`."""
@@ -85,8 +106,12 @@ def main(arguments: list[str] | None = None) -> int:
             subparser.description = module.__doc__
             module.add_arguments(subparser)
     options = parser.parse_args(arguments)
+    from kernels_warmup.cpu_threads import choose_cpu_threads
+
+    # Before a command loads torch, and for the processes that it starts.
+    choose_cpu_threads()
     try:
-        status: int = COMMANDS[options.command].load().run(options)
+        status = _run(COMMANDS[options.command], options)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -98,5 +123,26 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
+def _run(command: Command, options: argparse.Namespace) -> int:
+    module = command.load()
+    status: int
+    if command.compiles:
+        from bench.harness.own_folder import code_kept
+
+        with code_kept():
+            status = module.run(options)
+    else:
+        status = module.run(options)
+    return status
+
+
 if __name__ == "__main__":
+    # `python -m` looks for packages in the working directory first.
+    if sys.path[0] == os.getcwd() and os.path.dirname(__file__) != os.path.join(
+        sys.path[0], "bench"
+    ):
+        del sys.path[0]
+        from serve.working_directory import name_shadowing_files
+
+        name_shadowing_files("run it from another directory")
     sys.exit(main())

@@ -24,12 +24,18 @@ from prometheus_client.registry import Collector
 from metrics.buckets import BucketFamilies
 from metrics.families.budget import Budget
 from metrics.families.observing import Exemplar
-from metrics.families.process import PUSH_RESULTS, SPAN_RESULTS, ProcessMetrics
+from metrics.families.process import (
+    DROPPED_CONNECTIONS,
+    PUSH_RESULTS,
+    SPAN_RESULTS,
+    ProcessMetrics,
+)
 from metrics.families.requests import RequestMetrics
 from metrics.families.runs import RunFlops, RunMetrics
 from metrics.records import RequestTiming
 
 __all__ = [
+    "DROPPED_CONNECTIONS",
     "FAULTS",
     "PUSH_RESULTS",
     "SPAN_RESULTS",
@@ -157,6 +163,15 @@ class GenerationMetrics:
     def compile_cache(self, result: str) -> None:
         """`result` must come from the cache's own closed set."""
         self._process.compile_cache.labels(result).inc()
+
+    # Connections, where this process listens by itself
+
+    def set_connections(self, count: int) -> None:
+        self._process.connections.set(count)
+
+    def connection_dropped(self, reason: str) -> None:
+        """Count a connection that the server closed; `reason` is one of `DROPPED_CONNECTIONS`."""
+        self._process.connections_dropped.labels(reason).inc()
 
     # Requests, as they happen
 

@@ -13,6 +13,7 @@ have kept it anyway. So the weights add up to the number of requests, over any m
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ ROOT_SPAN = "text-to-image"
 # the queue, and then 8 spans a second.
 KEPT_BURST = 20
 KEPT_PER_SECOND = 0.2
+
+_THRESHOLD = re.compile(r"th:([0-9a-f]{1,14})")
 
 KeepReason = Literal["failed", "slow", "slow_step"]
 
@@ -188,10 +191,7 @@ def _callers_probability(parent: SpanContext | None) -> float:
     threshold of 14 hexadecimal digits below which trace ids are rejected. 1 if there is none."""
     entry = "" if parent is None else parent.trace_state.get("ot") or ""
     for field in entry.split(";"):
-        name, _, value = field.partition(":")
-        if name == "th" and 0 < len(value) <= 14:
-            try:
-                return 1 - int(value.ljust(14, "0"), 16) / 16**14
-            except ValueError:
-                return 1.0
+        threshold = _THRESHOLD.fullmatch(field)
+        if threshold is not None:
+            return 1 - int(threshold[1].ljust(14, "0"), 16) / 16**14
     return 1.0

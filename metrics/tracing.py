@@ -55,6 +55,13 @@ SCHEMA_URL = Schemas.V1_44_0.value
 PROBABILITY = "sampling.probability"
 """On every exported span: the probability that it was exported. Its weight is 1/p."""
 
+MAX_TRACE_STATE_CHARACTERS = 512
+"""W3C: at least 512 characters of a `tracestate` should be passed on. More is not, because every
+exported span repeats it: 8 kB on each of a batch's 512 spans would exceed what backends accept."""
+
+Carrier = Mapping[str, str | Sequence[str]]
+"""May hold `traceparent`, and `tracestate` as one text or as several, in order."""
+
 HONEYCOMB_SAMPLE_RATE = "SampleRate"
 """The weight as Honeycomb reads it: 1/p as an integer."""
 
@@ -269,12 +276,12 @@ class Tracing:
         """Spans in the queue and in the batch that is being exported."""
         return self._ledger.outstanding
 
-    def identify(self, *carriers: Mapping[str, str]) -> TraceIdentity:
+    def identify(self, *carriers: Carrier) -> TraceIdentity:
         """Draw a request's ids and decide on its export at its start.
 
         Args:
-            carriers: mappings that may hold `traceparent` and `tracestate`, in order of precedence.
-                A malformed one is ignored, as the W3C recommendation requires.
+            carriers: in order of precedence. As W3C requires, a malformed `traceparent` means that
+                there is no caller, and a malformed `tracestate` alone that it is empty.
         """
         identity = self._sampling.decide_at_start(
             self._ids.generate_trace_id(), self._ids.generate_span_id(), self._caller(carriers)
@@ -331,13 +338,41 @@ class Tracing:
             )
         return lost
 
-    def _caller(self, carriers: Sequence[Mapping[str, str]]) -> SpanContext | None:
+    def _caller(self, carriers: Sequence[Carrier]) -> SpanContext | None:
         for carrier in carriers:
             context = self._propagator.extract(carrier, context=Context())
             caller = trace.get_current_span(context).get_span_context()
             if caller.is_valid:
-                return caller
+                return SpanContext(
+                    caller.trace_id,
+                    caller.span_id,
+                    is_remote=True,
+                    trace_flags=caller.trace_flags,
+                    trace_state=shortened(caller.trace_state),
+                )
         return None
+
+
+def drawn_identity() -> TraceIdentity:
+    """A new identity that is never exported, for what no `Tracing` is there for."""
+    ids = RandomIdGenerator()
+    return TraceIdentity(ids.generate_trace_id(), ids.generate_span_id(), exported=False)
+
+
+def shortened(state: TraceState) -> TraceState:
+    """A trace state of at most `MAX_TRACE_STATE_CHARACTERS`, cut as W3C says.
+
+    Whole entries are removed: those of more than 128 characters first, then from the end. `ot`
+    stays: it is OpenTelemetry's own, and holds the caller's sampling probability.
+    """
+    entries = {key: f"{key}={value}" for key, value in state.items()}
+    from_the_end = [key for key in reversed(entries) if key != "ot"]
+    long = [key for key in from_the_end if len(entries[key]) > 128]
+    for key in (*long, *(key for key in from_the_end if key not in long)):
+        if len(",".join(entries.values())) <= MAX_TRACE_STATE_CHARACTERS:
+            break
+        del entries[key]
+    return TraceState([(key, state[key]) for key in entries])
 
 
 def _never_exported(identity: TraceIdentity) -> TraceIdentity:

@@ -1,8 +1,9 @@
-"""`python -m serve`: the self-hosted server. `--help` answers without loading a model library."""
+"""`stepspan`, or `python -m serve`: the self-hosted server. `--help` loads no model library."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ DESCRIPTION = "Serve SDXL text-to-image over HTTP. The settings are in docs/sett
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 after a clean end, 1 if the model failed or
     the doctor found a problem, 2 on wrong usage or a wrong setting."""
-    parser = argparse.ArgumentParser(prog="python -m serve", description=DESCRIPTION)
+    as_module = os.path.basename(sys.argv[0]) == "__main__.py"
+    program = "python -m serve" if as_module else "stepspan"
+    parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", metavar="run|doctor")
     _add_address(parser, host="127.0.0.1", port=8080)
     # Without defaults of its own: they would overwrite options given before the command.
@@ -90,4 +93,12 @@ def _add_address(parser: argparse.ArgumentParser, **defaults: str | int) -> None
 
 
 if __name__ == "__main__":
+    # `python -m` looks for packages in the working directory first.
+    if sys.path[0] == os.getcwd() and os.path.dirname(__file__) != os.path.join(
+        sys.path[0], "serve"
+    ):
+        del sys.path[0]
+        from serve.working_directory import name_shadowing_files
+
+        name_shadowing_files("the command `stepspan` never looks there")
     sys.exit(main())

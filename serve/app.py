@@ -20,13 +20,14 @@ import fal
 from serve.schema import TextToImageRequest, TextToImageResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Sequence
 
     from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
 
     from serve.engine.images import Upload
     from serve.engine.runtime import Runtime
+    from serve.errors import RequestError
     from serve.http.service import Service
     from serve.schema import ImageFormat
 
@@ -136,8 +137,18 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
         return self._runtime
 
 
-def replace_fals_handlers(app: FastAPI, service: Callable[[], Service | None]) -> None:
-    """Replace fal's middleware, exception handlers and GET endpoints by ours."""
+def replace_fals_handlers(
+    app: FastAPI,
+    service: Callable[[], Service | None],
+    endpoints: Collection[str] = ("/", "/stream"),
+    errors: Sequence[type[RequestError]] = (),
+) -> None:
+    """Replace fal's middleware, exception handlers and GET endpoints by ours.
+
+    Args:
+        endpoints: the paths that generate.
+        errors: what they may answer beside the image app's errors.
+    """
     from fastapi.middleware.cors import CORSMiddleware
 
     from serve.http.endpoints import install
@@ -145,7 +156,9 @@ def replace_fals_handlers(app: FastAPI, service: Callable[[], Service | None]) -
     # fal allows every web page to read responses. That is a proxy's decision.
     cors: object = CORSMiddleware
     app.user_middleware[:] = [added for added in app.user_middleware if added.cls is not cors]
-    install(app, service)
+    # It would answer an unknown path, and echo it.
+    app.exception_handlers.pop(404, None)
+    install(app, service, endpoints, errors)
 
 
 def require_our_handlers(installed: bool) -> None:

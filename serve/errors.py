@@ -7,6 +7,8 @@
         ├── InvalidRequest      422
         ├── BodyTooLarge        413
         ├── BodyTooSlow         408
+        ├── UnsupportedMediaType 415
+        ├── TooManyConnections  503
         ├── QueueFull           429
         ├── DeadlineExceeded    504
         ├── ClientGone          499, in logs and metrics only
@@ -15,7 +17,15 @@
         ├── OutOfMemory         500
         ├── NonFiniteOutput     500
         ├── GenerationFailed    500
-        └── DeviceLost          503, and the process is unhealthy
+        ├── DeviceLost          503, and the process is unhealthy
+        └── (where nothing is generated)
+            ├── InternalError       500
+            ├── MalformedHttp       400
+            ├── HeadTooLarge        431
+            ├── HeadTooSlow         408
+            ├── Forbidden           403
+            ├── NotFound            404
+            └── MethodNotAllowed    405
 
 A message is one sentence for the caller. It never has the request's text, because fal's platform
 and the trace keep it. Three headers are for fal: `X-Fal-Needs-Retry: 0` prevents a retry that would
@@ -25,11 +35,17 @@ fal's default charge for a request without an image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 NO_RETRY: Mapping[str, str] = {"X-Fal-Needs-Retry": "0"}
+MAX_PROBLEMS = 20
+"""How many problems one answer names."""
+
+MAX_NAME_CHARACTERS = 64
+"""Longer names of fields are cut."""
+
 NOT_BILLED: Mapping[str, str] = {"x-fal-billable-units": "0"}
 
 
@@ -71,15 +87,20 @@ class FieldProblem:
 
 
 class InvalidRequest(RequestError):
-    """A wrong or unknown field, or a shape that is not warm. Names fields, never the input."""
+    """A wrong or unknown field, or a shape that is not warm. Names fields, never the input.
+
+    An unknown field's name is input too: it is cut, and so is a long list of problems.
+    """
 
     status = 422
     error_type = "invalid_request"
     outcome = "invalid"
 
     def __init__(self, problems: list[FieldProblem]) -> None:
-        super().__init__("; ".join(f"{_dotted(p.location)}: {p.message}" for p in problems))
-        self.problems = problems
+        self.problems = [
+            FieldProblem(_shortened(p.location), p.message, p.kind) for p in problems[:MAX_PROBLEMS]
+        ]
+        super().__init__("; ".join(f"{_dotted(p.location)}: {p.message}" for p in self.problems))
 
 
 class BodyTooLarge(RequestError):
@@ -98,6 +119,28 @@ class BodyTooSlow(RequestError):
 
     def __init__(self, limit_seconds: float) -> None:
         super().__init__(f"The request body did not arrive within {limit_seconds:g} s.")
+
+
+class UnsupportedMediaType(RequestError):
+    """The body is not declared as JSON. Answers name what is accepted in `Accept` headers."""
+
+    status = 415
+    error_type = "unsupported_media_type"
+    outcome = "invalid"
+
+
+class TooManyConnections(RequestError):
+    # 503 and not 429, so that a balancer tries another server. It does not occur on fal.
+    status = 503
+    error_type = "too_many_connections"
+    outcome = "rejected"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "As many connections are open as this server allows; the few beyond that may read "
+            "/health, /ready and /metrics only.",
+            {"Retry-After": "1"},
+        )
 
 
 class QueueFull(RequestError):
@@ -189,10 +232,75 @@ class DeviceLost(RequestError):
         )
 
 
+class InternalError(RequestError):
+    """A fault of the service itself, in an endpoint that does not generate."""
+
+    def __init__(self, exception_type: str) -> None:
+        super().__init__(f"The service failed with {exception_type}; the log has the traceback.")
+        self.cause_type = exception_type
+
+
+class MalformedHttp(RequestError):
+    status = 400
+    error_type = "malformed_http"
+    outcome = "invalid"
+
+    def __init__(self, message: str = "This is not a valid HTTP request.") -> None:
+        super().__init__(message)
+
+
+class Forbidden(RequestError):
+    status = 403
+    error_type = "forbidden"
+    outcome = "rejected"
+
+
+class HeadTooLarge(RequestError):
+    status = 431
+    error_type = "head_too_large"
+    outcome = "invalid"
+
+    def __init__(self, limit_bytes: int, limit_headers: int) -> None:
+        super().__init__(
+            f"The request's line and headers are larger than the {limit_bytes} bytes, or more than "
+            f"the {limit_headers} headers, allowed."
+        )
+
+
+class HeadTooSlow(RequestError):
+    status = 408
+    error_type = "head_too_slow"
+    outcome = "invalid"
+
+    def __init__(self, limit_seconds: float) -> None:
+        super().__init__(f"The request's headers did not arrive within {limit_seconds:g} s.")
+
+
+class NotFound(RequestError):
+    status = 404
+    error_type = "not_found"
+    outcome = "invalid"
+
+    def __init__(self) -> None:
+        super().__init__("There is nothing at this path.")
+
+
+class MethodNotAllowed(RequestError):
+    status = 405
+    error_type = "method_not_allowed"
+    outcome = "invalid"
+
+    def __init__(self, allowed: Iterable[str]) -> None:
+        names = ", ".join(sorted(allowed))
+        super().__init__(f"This path is for {names} only.", {"Allow": names})
+
+
 REQUEST_ERRORS: tuple[type[RequestError], ...] = (
     InvalidRequest,
     BodyTooLarge,
     BodyTooSlow,
+    UnsupportedMediaType,
+    TooManyConnections,
     QueueFull,
     DeadlineExceeded,
     ClientGone,
@@ -203,6 +311,17 @@ REQUEST_ERRORS: tuple[type[RequestError], ...] = (
     GenerationFailed,
     DeviceLost,
 )
+"""What can end a request for an image."""
+
+OTHER_ERRORS: tuple[type[RequestError], ...] = (
+    MalformedHttp,
+    HeadTooLarge,
+    HeadTooSlow,
+    Forbidden,
+    NotFound,
+    MethodNotAllowed,
+)
+"""What else can be answered. Such requests are in no metric and no trace."""
 
 ERROR_TYPES = (*(error.error_type for error in REQUEST_ERRORS), "internal")
 """The closed set of `error_type` label values."""
@@ -221,3 +340,12 @@ OUTCOMES = ("ok", "invalid", "rejected", "deadline", "cancelled", "error")
 
 def _dotted(location: tuple[str | int, ...]) -> str:
     return ".".join(str(part) for part in location)
+
+
+def _shortened(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    return tuple(
+        part[:MAX_NAME_CHARACTERS] + "..."
+        if isinstance(part, str) and len(part) > MAX_NAME_CHARACTERS
+        else part
+        for part in location
+    )

@@ -73,5 +73,7 @@ class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not follow
 
     def _add_extra_routes(self, app: FastAPI) -> None:
         """Replace fal's handlers and routes by ours, as `SdxlApp` does."""
-        replace_fals_handlers(app, lambda: self._client)
+        from serve.http.image_app_errors import GATEWAY_ERRORS
+
+        replace_fals_handlers(app, lambda: self._client, ("/",), GATEWAY_ERRORS)
         self._installed = True

@@ -40,10 +40,21 @@ def _well_formed_or_none(value: Any) -> Any:
     traceparent, tracestate = value.get("traceparent"), value.get("tracestate")
     if not isinstance(traceparent, str) or not _TRACEPARENT.fullmatch(traceparent.strip()):
         return None
+    if isinstance(tracestate, list) and all(isinstance(part, str) for part in tracestate):
+        tracestate = ",".join(tracestate)  # as several headers are combined
     return {
         "traceparent": traceparent.strip(),
         "tracestate": tracestate if isinstance(tracestate, str) else "",
     }
+
+
+_NOT_BLANK: dict[str, Any] = {"pattern": r"\S"}
+"""Says in the OpenAPI document what the validator below checks with a clearer message."""
+
+
+def _any_value(schema: dict[str, Any]) -> None:
+    """In the OpenAPI document: whatever is not a trace context is ignored."""
+    schema["anyOf"].append({})
 
 
 class TextToImageRequest(BaseModel):
@@ -56,6 +67,7 @@ class TextToImageRequest(BaseModel):
         max_length=MAX_PROMPT_CHARACTERS,
         description="What to draw.",
         examples=["a red circle on a white background"],
+        json_schema_extra=_NOT_BLANK,
     )
     negative_prompt: str = Field(
         default="", max_length=MAX_PROMPT_CHARACTERS, description="What to keep out."
@@ -88,7 +100,11 @@ class TextToImageRequest(BaseModel):
         description="Give up after this long; null, or more than the server's own: the server's.",
     )
     trace_context: Annotated[TraceContext | None, BeforeValidator(_well_formed_or_none)] = Field(
-        default=None, description="The caller's trace; preferred to the traceparent header."
+        default=None,
+        description=(
+            "The caller's W3C trace context; preferred to the headers. A malformed one is ignored."
+        ),
+        json_schema_extra=_any_value,
     )
 
     @field_validator("prompt")
@@ -107,6 +123,7 @@ class PromptRequest(TextToImageRequest):
         max_length=MAX_UNTIDY_CHARACTERS,
         description="What to draw; made tidy, and cut at 2,000 characters.",
         examples=["a red circle   on a\twhite background"],
+        json_schema_extra=_NOT_BLANK,
     )
     negative_prompt: str = Field(
         default="", max_length=MAX_UNTIDY_CHARACTERS, description="What to keep out."
@@ -149,4 +166,22 @@ class TextToImageResponse(BaseModel):
     seed: int
     timings: Timings
     trace_id: str
-    prompt_truncated: bool
+    prompt_truncated: bool = Field(
+        description="The text encoders did not read the whole prompt or negative prompt."
+    )
+
+
+class InvalidField(BaseModel):
+    """What is wrong with a field. Never repeats what was sent."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every error. `trace_id` is also in the service's log."""
+
+    detail: str | list[InvalidField]
+    error_type: str
+    trace_id: str = Field(pattern="^[0-9a-f]{32}$")

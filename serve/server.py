@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib.util import find_spec
+from ipaddress import IPv6Address, ip_address
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
+from kernels_warmup.cache.working_directory import remove_process_directory
 from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import ConfigurationError, ModelError
-from serve.http.endpoints import install, metrics_endpoint, text_to_image
+from serve.http.connections import Connection, ConnectionLimits, Connections
+from serve.http.early_answers import OVER_THE_LIMIT
+from serve.http.endpoints import add_get_route, install, metrics_endpoint, text_to_image
+from serve.http.listener import Listener, connection_limit
 from serve.http.profiling_endpoint import arm_profiling
 from serve.http.server_sent_events import text_to_image_stream
 from serve.schema import TextToImageRequest, TextToImageResponse
@@ -30,6 +35,9 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 5.0
 """How long past its deadline a running request may take after SIGTERM, so that the response about
 a deadline that has passed is still sent."""
+
+CUT_OFF_SECONDS = 1.0
+"""How long a request that is cut off may take to answer so: two steps, usually."""
 
 FLUSH_SECONDS = 3.0
 """Time limit for exporting the last spans. A process without running requests ends within 4.5 s of
@@ -67,10 +75,11 @@ def create_app(runtime: Runtime, on_failed_start: Callable[[], None] = lambda: N
         """Text to image as server-sent events: `queued`, `step`, `image` or `error`."""
         return await text_to_image_stream(runtime, request)
 
-    @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         """Prometheus text, or OpenMetrics with exemplars if the Accept header names it."""
         return await metrics_endpoint(request, runtime)
+
+    add_get_route(app, "/metrics", metrics)
 
     if runtime.profiling.enabled:
         # Without a folder for profiles the path does not exist.
@@ -95,11 +104,28 @@ async def _start(runtime: Runtime, on_failure: Callable[[], None]) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which first drains the runtime on a signal, then waits for running requests."""
+    """uvicorn with our own listener, and with an end that no client can delay.
 
-    def __init__(self, config: uvicorn.Config, runtime: Runtime) -> None:
+    A signal first drains the runtime. Then running requests are waited for, up to the grace period
+    or to a second SIGINT. What still runs is cut off: it fails as `draining`.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, runtime: Runtime, listening: socket.socket, limit: int
+    ) -> None:
         super().__init__(config)
+        settings = runtime.settings
         self._runtime = runtime
+        self._listening = listening
+        self._limit = limit
+        self._grace_seconds = settings.deadline_seconds + GRACE_SECONDS
+        self._connections = Connections(
+            ConnectionLimits(
+                settings.header_seconds, settings.keep_alive_seconds, settings.send_seconds
+            ),
+            runtime,
+        )
+        self._listener: Listener | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -119,6 +145,55 @@ class _Server(uvicorn.Server):
         """Shut down as after a signal."""
         self.should_exit = True
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            before = signal.getsignal(signal.SIGHUP)
+            if before is signal.SIG_IGN:  # started by nohup, to outlive its terminal
+                yield
+                return
+            signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, before)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])
+
+        def new_connection(over_the_limit: bool) -> Connection:
+            state = dict(self.lifespan.state)
+            if over_the_limit:
+                state[OVER_THE_LIMIT] = True
+            return Connection(self.config, self.server_state, state, self._connections)
+
+        self._listener = Listener(self._listening, self._connections, self._limit, new_connection)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        assert self._listener is not None  # called after `startup`
+        self._listener.close()
+        self._runtime.begin_drain()
+        self._connections.shut_down()
+        await self._all_ended(self._grace_seconds, or_forced=True)
+        if self.server_state.tasks:
+            self._runtime.cut_off()
+            await self._all_ended(CUT_OFF_SECONDS)
+        if self.server_state.tasks:
+            for task in self.server_state.tasks:
+                task.cancel()
+            await asyncio.wait(self.server_state.tasks, timeout=0.2)
+        for connection in list(self._connections.open):
+            connection.abort()
+        await self.lifespan.shutdown()
+
+    async def _all_ended(self, seconds: float, or_forced: bool = False) -> None:
+        """Wait until every request is answered and every answer taken, for at most `seconds`."""
+        end = time.monotonic() + seconds
+        while self.server_state.tasks or self._connections.open:
+            if time.monotonic() > end or (or_forced and self.force_exit):
+                return
+            await asyncio.sleep(0.02)
+
 
 def bind(host: str, port: int) -> socket.socket:
     """Open a listening socket.
@@ -126,6 +201,12 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ConfigurationError: the address is in use, or is not this machine's.
     """
+    if not host.strip():
+        # The system would take it for every interface.
+        raise ConfigurationError(
+            "--host is empty: name the address to listen on, as 127.0.0.1, or 0.0.0.0 for every "
+            "interface."
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio turns Nagle's algorithm off only then. With it on, a
     # response on a kept connection waits 40 ms for the client's delayed acknowledgement.
@@ -133,13 +214,28 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: no host has such a name
         listener.close()
         raise ConfigurationError(
             f"cannot listen on {host} port {port}: {error}. Choose another with --host or --port; "
             "port 0 takes a free one."
         ) from None
     return listener
+
+
+def reachable_by(address: str) -> str | None:
+    """Who else than this machine reaches a bound address; None: nobody.
+
+    Args:
+        address: a numeric IPv4 or IPv6 address, as a socket names its own.
+    """
+    parsed = ip_address(address.partition("%")[0])
+    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    if parsed.is_loopback:
+        return None
+    where = "on every interface, so" if parsed.is_unspecified else "not on loopback alone, so"
+    return f"{where} other machines may reach it, and no key is asked for"
 
 
 def run(settings: ServeSettings, host: str, port: int) -> int:
@@ -154,6 +250,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
             f"{', '.join(missing)} not installed: `pip install 'stepspan[model]'` installs what "
             "draws images."
         )
+    limit = connection_limit(settings.max_connections)
     listener = bind(host, port)
     runtime = build_runtime(settings)
     app = create_app(runtime, on_failed_start=lambda: server.stop())
@@ -161,18 +258,20 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
         app,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=math.ceil(settings.deadline_seconds + GRACE_SECONDS),
+        ws="none",
         # Server and version in every response would only help a scanner.
         server_header=False,
     )
-    server = _Server(config, runtime)
+    server = _Server(config, runtime, listener, limit)
     address, bound_port = listener.getsockname()[:2]
+    if (reach := reachable_by(address)) is not None:
+        logger.warning("listening on %s port %d: %s", address, bound_port, reach)
     shown = f"[{address}]" if ":" in address else address
 
     async def serve() -> None:
         announcing = asyncio.create_task(_announce(runtime, f"http://{shown}:{bound_port}"))
         try:
-            await server.serve(sockets=[listener])
+            await server.serve()
         finally:
             announcing.cancel()
 
@@ -182,6 +281,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
         # Finalising the interpreter while a thread is in native code would abort the process.
         logging.shutdown()
         sys.stdout.flush()
+        remove_process_directory()
         os._exit(status)
     return status
 

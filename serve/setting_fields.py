@@ -55,6 +55,16 @@ WholeNumber = Annotated[int, BeforeValidator(_digits)]
 # Kinds of fields that occur more than once
 
 
+def seconds_field(default: float) -> Any:
+    return Field(
+        default=default,
+        gt=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="a number of seconds up to 3600, above 0",
+    )
+
+
 def otlp_url_field(variable: str, description: str) -> Any:
     return Field(
         default=None,

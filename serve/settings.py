@@ -31,7 +31,12 @@ from serve.otlp_checks import (
     refuse_unsendable_headers,
     refuse_unusable_certificates,
 )
-from serve.setting_fields import TRUE_OR_FALSE, BucketBounds, bucket_bounds_field
+from serve.setting_fields import (
+    TRUE_OR_FALSE,
+    BucketBounds,
+    bucket_bounds_field,
+    seconds_field,
+)
 from serve.telemetry_settings import TelemetrySettings
 
 PREFIX = "SDXL_"
@@ -123,6 +128,15 @@ class ServeSettings(TelemetrySettings):
     deadline_seconds: float = Field(
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
     )
+
+    # Connections. `serve.http.connections` says what each limit is for
+
+    max_connections: int | None = Field(
+        default=None, ge=1, le=100_000, description="a whole number from 1 to 100000"
+    )
+    header_seconds: float = seconds_field(10)
+    keep_alive_seconds: float = seconds_field(5)
+    send_seconds: float = seconds_field(30)
 
     # Operation: logs, profiles, the operator's token
 

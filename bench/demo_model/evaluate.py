@@ -6,7 +6,6 @@ Prints the figures of the model card. It evaluates any SDXL directory, loaded as
 """
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -24,6 +23,7 @@ from PIL import Image
 
 from bench.demo_model.classifier import Reading, SeenThing, place_of, read
 from bench.demo_model.scenes import Pixels, Scene, draw_scene, full_caption, render
+from bench.outputs import output_file, write_json
 from serve.demo_model import DEMO_SIZES, checkpoint_path
 from serve.model.sdxl import load_model
 
@@ -261,8 +261,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--grid", type=Path, help="write 64 pictures here, as one PNG")
+    parser.add_argument("--json", type=output_file, help="write the figures here")
+    parser.add_argument("--grid", type=output_file, help="write 64 pictures here, as one PNG")
     arguments = parser.parse_args()
     pipeline = load(arguments.model, arguments.device)
     settings = DrawSettings(arguments.steps, arguments.guidance, arguments.batch)
@@ -278,7 +278,7 @@ def main() -> None:
             "seconds": seconds,
             "figures": figures,
         }
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_json(arguments.json, record)
     if arguments.grid:
         grid(pipeline, settings).save(arguments.grid, optimize=True)
 

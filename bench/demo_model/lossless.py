@@ -8,12 +8,10 @@ does not measure speed.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +24,8 @@ from bench.demo_model.evaluate import (
     score,
 )
 from bench.demo_model.scenes import Pixels
+from bench.harness.own_folder import code_kept
+from bench.outputs import output_file, write_json
 from kernels_warmup.compile import compile_model
 from kernels_warmup.recipes import Recipe
 from kernels_warmup.shapes import CompiledShape
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50, help="per size and number of objects")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", choices=PREPARATIONS, help="only this preparation (default: all)")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=output_file, help="write the figures here")
     arguments = parser.parse_args()
     settings = DrawSettings(arguments.steps, batch=1)
     start = time.perf_counter()
@@ -156,8 +156,9 @@ def main() -> None:
     results = {}
     for name in [arguments.only] if arguments.only else PREPARATIONS:
         model = load_model(DEMO_MODEL, device_name=arguments.device, dtype_name=arguments.dtype)
-        PREPARATIONS[name](model)
-        comparisons = compare(prompts, before, draw_all(model, prompts, settings))
+        with code_kept():
+            PREPARATIONS[name](model)
+            comparisons = compare(prompts, before, draw_all(model, prompts, settings))
         results[name] = {row: asdict(comparison) for row, comparison in comparisons.items()}
         sys.stdout.write(f"{as_text(name, comparisons)}\n")
         sys.stdout.flush()
@@ -171,7 +172,7 @@ def main() -> None:
             "seconds": round(time.perf_counter() - start),
             "preparations": results,
         }
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_json(arguments.json, record)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from bench.demo_model.training_data import (
     tokenizer_of,
 )
 from bench.demo_model.training_plan import Limit, TrainingPlan
+from bench.outputs import output_file
 from serve.demo_model import DEMO_SIZES
 
 # Phases ------------------------------------------------------------------------------------------
@@ -228,7 +229,10 @@ def train(
 
 def _claim(work: Path, plan: TrainingPlan) -> None:
     """Make `work` and note the plan there. Exits if it holds the states of another plan."""
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out: {work} cannot be made: {error.strerror}") from None
     record = work / "plan.json"
     wanted = json.dumps(asdict(plan), sort_keys=True)
     if record.exists() and record.read_text() != wanted:
@@ -244,7 +248,9 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--archive", type=Path, help="also write the checkpoint as one tar here")
+    parser.add_argument(
+        "--archive", type=output_file, help="also write the checkpoint as one tar here"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)

@@ -25,6 +25,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench.outputs import output_file
+
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / ".gpu-rehearsal"
 PYTHON = HOME / "venv/bin/python"
@@ -223,7 +225,8 @@ def _do(*command: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", default="python3.12", help="a Python 3.12")
-    parser.add_argument("--log", type=Path, default=ROOT / "bench/results/gpu-rehearsal.txt")
+    log_file = ROOT / "bench/results/gpu-rehearsal.txt"
+    parser.add_argument("--log", type=output_file, default=str(log_file))
     options = parser.parse_args()
     try:
         build(options.python)

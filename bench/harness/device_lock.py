@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bench.errors import BenchError
+from bench.harness.own_folder import own_folder
 
 
 @contextmanager
@@ -43,6 +43,4 @@ def only_bench_on(device: str) -> Iterator[None]:
 def _folder() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     parent = Path(runtime) if runtime and os.access(runtime, os.W_OK) else None
-    folder = (parent or Path(tempfile.gettempdir())) / f"stepspan-bench-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
+    return own_folder(parent)

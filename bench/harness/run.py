@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from bench.errors import BenchError
 from bench.harness.rounds import TIME_IS_UP, Bench, Interrupted
 from bench.harness.scenarios import BASELINE, SCENARIOS, chosen
+from bench.outputs import check_can_write, check_folder, output_file, output_folder
 
 if TYPE_CHECKING:
     from bench.harness.result_file import Side
@@ -58,10 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=int, help="rounds to divide the requests into (default: one request each)"
     )
     parser.add_argument("--base", metavar="REV", help="also time this commit, in the same rounds")
-    parser.add_argument("--out", type=Path, help="result file (default: bench-DEVICE-DATE.json)")
+    parser.add_argument(
+        "--out", type=output_file, help="result file (default: bench-DEVICE-DATE.json)"
+    )
     parser.add_argument(
         "--results",
-        type=Path,
+        type=output_folder,
         metavar="DIR",
         help="write or continue DIR/MACHINE-DATE-bench.json",
     )
@@ -99,6 +102,8 @@ def run(options: argparse.Namespace) -> int:
         name = f"{machine_slug(work.device)}-{time.strftime('%Y-%m-%d', time.gmtime())}-bench.json"
         out, options.resume = options.results / name, True
     out = out or Path(f"bench-{machine_slug(work.device)}-{time.strftime('%Y%m%d-%H%M%S')}.json")
+    check_can_write(out)
+    check_folder(out.parent)  # it is written beside itself first, and then replaced
     with ExitStack() as stack:
         stack.enter_context(only_bench_on(work.device))
         stack.enter_context(_interrupted_by_signals())

@@ -10,7 +10,6 @@ that they need. It predicts what a change saves of these; `run` measures what th
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from unittest import mock
 
 from bench.errors import BenchError
 from bench.harness.scenarios import KERNELS, Scenario, chosen
+from bench.outputs import output_file, write_json
 from bench.terminal import table
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tflops", type=float, default=TFLOPS, help="(default: %(default)s)")
     parser.add_argument("--gbps", type=float, default=GBPS, help="(default: %(default)s)")
     parser.add_argument("--top", type=int, default=12, metavar="N", help="kernels to list")
-    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+    parser.add_argument("--out", type=output_file, help="also write it here, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             )
     counts = [_count(scenario, options) for scenario in scenarios]
     if options.out:
-        options.out.write_text(json.dumps({"counted": counts}, indent=1) + "\n")
+        write_json(options.out, {"counted": counts})
     return 0
 
 

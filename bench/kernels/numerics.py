@@ -13,16 +13,15 @@ Exit status: 0 all that ran are as close; 1 one is further away; 2 wrong usage, 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
 from bench.harness.scenarios import Scenario, chosen
+from bench.outputs import output_file, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help=f"allow at most X times eager's error (default: {NO_WORSE})",
     )
-    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+    parser.add_argument("--out", type=output_file, help="also write it here, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -106,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
         written = where(work.device) | {"model": work.model, "shape": str(work.shape)}
         written |= {"no_worse": options.no_worse, "eager": eager, "uncompiled": options.uncompiled}
         written |= {"scenarios": [asdict(one) for one in checked], "not_run": not_run}
-        options.out.write_text(json.dumps(written, indent=1) + "\n")
+        write_json(options.out, written)
     if not checked:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in not_run.items())
         raise BenchError(f"nothing could be checked ({reasons or 'no scenario is lossless'})")

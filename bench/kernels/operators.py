@@ -8,16 +8,16 @@ Prints how often each occurs in a step, and the rate that each implementation of
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
-from pathlib import Path
+
+from bench.outputs import output_file, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="as SDXL_MODEL (default: demo without a CUDA device)")
     parser.add_argument("--device", default="auto", help="as SDXL_DEVICE (default: auto)")
     parser.add_argument("--shape", metavar="WxH", help="image size (default: the model's first)")
-    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+    parser.add_argument("--out", type=output_file, help="also write it here, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -48,5 +48,5 @@ def run(options: argparse.Namespace) -> int:
     if options.out:
         written = where(work.device) | {"model": work.model, "shape": str(work.shape)}
         written |= {"ceilings": asdict(ceilings), "operators": rows}
-        options.out.write_text(json.dumps(written, indent=1) + "\n")
+        write_json(options.out, written)
     return 0

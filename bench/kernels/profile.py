@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
 from bench.harness.scenarios import chosen
+from bench.outputs import output_file, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a file of `launches --out` with this scenario, for FLOPs and bytes by kind",
     )
-    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+    parser.add_argument("--out", type=output_file, help="also write it here, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -128,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
         written = where(work.device) | {"scenario": scenario.name, "dtype": dtype}
         written |= {"model": work.model, "shape": str(work.shape)}
         written |= {"ceilings": asdict(ceilings), "parts": profiles}
-        options.out.write_text(json.dumps(written, indent=1) + "\n")
+        write_json(options.out, written)
     return 0
 
 

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bench.errors import BenchError
 from bench.harness.scenarios import Scenario, chosen
+from bench.outputs import output_file, write_json
 
 if TYPE_CHECKING:
     from bench.harness.drive import LoadedScenario
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", metavar="WxH", help="image size (default: the model's first)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
     parser.add_argument("--pairs", type=int, default=60, help="of each scenario (default: 60)")
-    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+    parser.add_argument("--out", type=output_file, help="also write it here, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -78,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             f"({row.low:.4f} to {row.high:.4f}) over {row.pairs} pairs"
         )
     if options.out:
-        options.out.write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
+        write_json(options.out, [asdict(row) for row in found])
     certain = [t for t in found if t.low > 1 + ALLOWED or t.high < 1 - ALLOWED]
     return 1 if certain else 0
 

@@ -10,15 +10,14 @@ is timed on the demo model and a CPU, whatever the device (`request_overhead.py`
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.micro.timing import CallTime, summary, time_call
+from bench.outputs import output_file, write_json
 
 if TYPE_CHECKING:
     from metrics.clock import Clock, Mark
@@ -42,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="the device whose clock is timed, as SDXL_DEVICE (default: auto)",
     )
-    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+    parser.add_argument("--out", type=output_file, help="also write it here, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
             "costs": [asdict(cost) for cost in costs],
             "clock_calls_a_step": calls_a_step(),
         }
-        options.out.write_text(json.dumps(written, indent=1) + "\n")
+        write_json(options.out, written)
     return 0
 
 

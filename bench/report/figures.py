@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import platform
 import re
@@ -19,9 +18,9 @@ import time
 import urllib.request
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 from bench.harness.environment import cpu_name
+from bench.outputs import output_file, write_json
 from metrics.recorder import Recorder
 from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity
@@ -195,7 +194,7 @@ def _gpu() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report.figures", description=__doc__)
-    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument("--out", type=output_file, help="also write the figures here, as JSON")
     parser.add_argument("--model", help="as SDXL_MODEL; the other settings are read as always")
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--steps", type=int, default=20)
@@ -208,7 +207,7 @@ def main() -> None:
             value = ", ".join(f"{key} {number:.2f}" for key, number in value.items())
         print(f"{name:24} {value:.2f}" if isinstance(value, float) else f"{name:24} {value}")
     if options.out:
-        options.out.write_text(json.dumps(asdict(figures), indent=1) + "\n")
+        write_json(options.out, asdict(figures))
 
 
 if __name__ == "__main__":

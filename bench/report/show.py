@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench.errors import BenchError
 from bench.harness.result_file import BenchResult
+from bench.outputs import output_file
 from bench.report.rows import columns, facts, lines, remarks
 from bench.terminal import coloured, table
 
@@ -22,7 +23,7 @@ from bench.terminal import coloured, table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="RESULT")
     parser.add_argument(
-        "--html", type=Path, metavar="PAGE", help="write an HTML page to PAGE instead"
+        "--html", type=output_file, metavar="PAGE", help="write an HTML page to PAGE instead"
     )
 
 

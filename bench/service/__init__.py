@@ -1,1 +1,1 @@
-"""Measures the running service: load, cold starts, telemetry overhead, and throughput of peers."""
+"""Measures the running service: load, cold starts and telemetry overhead."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import BenchError
+from bench.outputs import output_file, write_json
 
 if TYPE_CHECKING:
     from bench.service.processes import Server
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="further environment variables of the server",
     )
-    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+    parser.add_argument("--out", type=output_file, help="also write it here, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -99,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
             "steps": options.steps,
             "starts": [asdict(one) for one in starts],
         }
-        options.out.write_text(json.dumps(written, indent=1) + "\n")
+        write_json(options.out, written)
     return 0
 
 

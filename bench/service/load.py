@@ -7,9 +7,9 @@ The load is an open loop: requests arrive at random (Poisson, seeded), whether o
 have been answered. A latency counts from when its request should have been sent, so a server that
 stalls is charged for every request that arrives meanwhile, as its users would be.
 
-Goodput is the rate of requests answered within the deadline. Without --rate, rates are tried from
-well below what sequential requests reach to beyond it, in search of the knee: the highest rate at
-which nearly all requests are goodput.
+Goodput is the rate of requests answered with an image within the deadline. Without --rate, rates
+are tried from well below what sequential requests reach to beyond it, in search of the knee: the
+highest rate at which nearly all requests are goodput.
 
 If the server serves /metrics, its own histogram is compared with what the client measured.
 
@@ -26,7 +26,6 @@ import json
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -34,8 +33,10 @@ import httpx
 import numpy as np
 
 from bench.errors import BenchError
+from bench.outputs import output_file, write_json
 from bench.service.arrivals import Arrival, Mix, arrivals
-from bench.service.load_report import Level, Report, RequestOutcome, knee, level
+from bench.service.load_report import NO_IMAGE, Level, Report, RequestOutcome, knee, level
+from bench.service.processes import holds_image
 from bench.service.server_histograms import Check, Histogram, check, parse
 
 SWEEP = (0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=120.0,
         help="seconds until a request is abandoned (default: 120)",
     )
-    add("--seed", type=int, default=0, help="seed of the arrivals (default: 0)")
+    add("--seed", type=_from_zero, default=0, help="seed of the arrivals (default: 0)")
     add("--metrics-url", help="URL of the server's metrics (default: /metrics under --url)")
     add(
         "--anywhere",
@@ -96,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="allow a URL that is not on this machine; a load test overloads its server on purpose",
     )
     add("--json", action="store_true", help="print JSON")
-    add("--out", type=Path, metavar="FILE", help="also write the JSON to this file")
+    add("--out", type=output_file, metavar="FILE", help="also write the JSON to this file")
 
 
 def _positive(text: str) -> float:
@@ -119,6 +120,16 @@ def _count(text: str) -> int:
 _count.__name__ = "whole number above 0"
 
 
+def _from_zero(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+_from_zero.__name__ = "whole number from 0"
+
+
 def _weighted(text: str) -> tuple[str, float]:
     name, equals, weight = text.partition("=")
     return name, _positive(weight) if equals else 1.0
@@ -133,10 +144,7 @@ def run(options: argparse.Namespace) -> int:
     report = asyncio.run(_measure(url, mix, options))
     document = json.dumps(report.as_json(), indent=1, allow_nan=False)
     if options.out is not None:
-        try:
-            options.out.write_text(document + "\n", encoding="utf-8")
-        except OSError as error:
-            raise BenchError(f"{options.out} cannot be written: {error.strerror}") from error
+        write_json(options.out, report.as_json())
     print(document if options.json else report.as_text())
     return 0 if report.server is None or report.server.agrees else 1
 
@@ -264,13 +272,16 @@ async def send_all(client: httpx.AsyncClient, planned: Sequence[Arrival]) -> lis
 
 async def _outcome(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
     try:
-        return str((await client.post("/", json=body)).status_code)
+        answer = await client.post("/", json=body)
     except httpx.TimeoutException:
         return "timeout"
     except httpx.ConnectError:
         return "no connection"
     except httpx.TransportError:
         return "broken off"
+    if answer.status_code == 200 and not holds_image(answer.content):
+        return NO_IMAGE
+    return str(answer.status_code)
 
 
 async def _unloaded(client: httpx.AsyncClient, mix: Mix) -> float:
@@ -292,6 +303,10 @@ async def _unloaded(client: httpx.AsyncClient, mix: Mix) -> float:
             ) from error
         if answer.status_code != 200:
             raise BenchError(f"{client.base_url} answered {_refusal(answer)}")
+        if not holds_image(answer.content):
+            raise BenchError(
+                f"{client.base_url} answered 200 without an image: POST / there is not stepspan's"
+            )
         took.append(time.perf_counter() - start)
     # The first of each kind may still warm something.
     steady = took[len(bodies) :]

@@ -14,6 +14,7 @@ from bench.service.server_histograms import Check
 from bench.terminal import table
 
 PERCENTILES = (50, 90, 95, 99)
+NO_IMAGE = "no image"
 KEPT_UP = 0.95
 """A rate is served if at least this share of its requests is answered within the deadline."""
 
@@ -27,7 +28,8 @@ class RequestOutcome:
     sent: float
     ended: float
     outcome: str
-    """The status, or why there is none: `timeout`, `no connection`, `broken off`."""
+    """The status, or why there is none: `timeout`, `no connection`, `broken off`. A 200 without an
+    image is `no image`."""
 
     @property
     def latency(self) -> float:

@@ -17,8 +17,6 @@ spend CPU time on waiting. With --scrape, requests are also compared with and wi
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import sys
 import threading
@@ -26,10 +24,10 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
+from bench.outputs import output_file, write_json
 from bench.service.selective_telemetry_server import trace_context
 
 if TYPE_CHECKING:
@@ -55,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
     parser.add_argument("--model", default="demo", help="as SDXL_MODEL (default: demo)")
     parser.add_argument("--scrape", action="store_true", help="also measure the cost of scrapes")
-    parser.add_argument("--out", type=Path, help="also write it here, as JSON")
+    parser.add_argument("--out", type=output_file, help="also write it here, as JSON")
 
 
 @dataclass
@@ -83,15 +81,16 @@ def run(options: argparse.Namespace) -> int:
     for line in report(samples, figures):
         print(line)
     if options.out:
-        options.out.write_text(json.dumps(asdict(samples) | {"judged": figures}, indent=1) + "\n")
+        write_json(options.out, asdict(samples) | {"judged": figures})
     return 0
 
 
 def measure(options: argparse.Namespace) -> Samples:
     """Send requests one after the other: 3 a pair, and 30 a block."""
     from bench.service.processes import running
+    from kernels_warmup.cpu_threads import cores_given
 
-    threads = max(1, (os.cpu_count() or 1) - 1)
+    threads = max(1, cores_given() - 1)
     samples = Samples(
         {arm: [] for arm in ARMS},
         {arm: [] for arm in ARMS},

@@ -28,6 +28,7 @@ from bench.errors import BenchError
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("SDXL_", "OTEL_", "ENABLE_TRACING", "FAL_")
 """How the names of the service's settings begin."""
+_IMAGE_URL = re.compile(r"https?://[^/\s]|data:image/[\w.+-]+;base64,[\w+/]")
 _READY = re.compile(r"ready at (http://\S+)")
 
 
@@ -93,6 +94,8 @@ class Server:
     process: subprocess.Popen[bytes]
     started: float
     """`time.monotonic` just before its start."""
+    output: Path
+    """What it has printed so far."""
     address: str = ""
     _connection: http.client.HTTPConnection | None = field(default=None, init=False)
 
@@ -107,6 +110,8 @@ class Server:
         status, body = self.request("POST", "/", request_body(seed, steps) | more)
         if status != 200:
             raise BenchError(f"{self.name} answered {status} to a request: {body[:200]!r}")
+        if not holds_image(body):
+            raise BenchError(f"{self.name} answered 200 without an image: {body[:200]!r}")
         answer: dict[str, Any] = json.loads(body)
         return answer
 
@@ -143,19 +148,19 @@ def running(
     started = time.monotonic()
     command = [sys.executable, "-m", *module]
     with launched(command, clean_environment(environment), ROOT) as (process, output):
-        server = Server(name, process, started)
+        server = Server(name, process, started, output)
         try:
             if wait_for_line:
-                server.address = _address(server, output, ready_seconds)
+                server.address = _address(server, ready_seconds)
             yield server
         finally:
             server.close()
 
 
-def _address(server: Server, output: Path, seconds: float) -> str:
+def _address(server: Server, seconds: float) -> str:
     while time.monotonic() - server.started < seconds:
         ended = server.process.poll() is not None
-        text = output.read_text(errors="replace")
+        text = server.output.read_text(errors="replace")
         if match := _READY.search(text):
             return match[1]
         if ended:
@@ -175,11 +180,24 @@ def request_body(seed: int, steps: int) -> dict[str, object]:
     return {"prompt": PROMPT, "seed": seed, "num_inference_steps": steps}
 
 
-def connect(address: str) -> http.client.HTTPConnection:
+def holds_image(body: bytes) -> bool:
+    """Whether the body of a 200 is JSON with an image in it, as a URL or inline.
+
+    A status alone says nothing of who answered: a proxy or another service may answer 200 to
+    everything.
+    """
+    try:
+        url = json.loads(body)["image"]["url"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return isinstance(url, str) and _IMAGE_URL.match(url) is not None
+
+
+def connect(address: str, timeout_seconds: float = 600) -> http.client.HTTPConnection:
     """A connection to `http://HOST:PORT`, opened by its first request."""
     parts = urlsplit(address)
     assert parts.hostname is not None
-    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=600)
+    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_seconds)
 
 
 def send_request(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.harness.own_folder import own_folder
 from bench.harness.result_file import BenchResult, MeasuredScenario
 from bench.harness.run_record import NO_TIME
 from bench.harness.scenarios import SCENARIOS, Scenario, chosen
@@ -164,7 +164,7 @@ class SessionPlan:
             command = ("bench", "precompile", *self._workload(), "--scenario", *to_compile)
             # The file that names what was compiled stays on the machine, as the compiler's cache
             # does: another machine has to compile again.
-            out = Path(tempfile.gettempdir()) / self._file(f"precompile-{name}").name
+            out = own_folder() / self._file(f"precompile-{name}").name
             yield Piece(f"precompile-{name}", command, out, 150)
         beside = [one for one in beside if one in self._selected]
         options = self._options
@@ -200,7 +200,7 @@ class SessionPlan:
 
     def _precompiled(self, name: str) -> bool:
         pattern = f"{self._stem.name}-precompile-*.json"
-        for path in Path(tempfile.gettempdir()).glob(pattern):
+        for path in own_folder().glob(pattern):
             outcomes = json.loads(path.read_text() or "{}").get("scenarios", {})
             if str(outcomes.get(name, "")).startswith("compiled"):
                 return True

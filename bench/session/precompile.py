@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from bench.errors import BenchError
 from bench.harness.run_record import NO_TIME
 from bench.harness.scenarios import Scenario, chosen
+from bench.outputs import output_file, write_json
 
 CORES_EACH = 2
 BYTES_EACH = 14 << 30
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds-limit", type=float, metavar="S", help="stop what is not finished after S seconds"
     )
-    parser.add_argument("--out", type=Path, help="write the duration of each here, as JSON")
+    parser.add_argument("--out", type=output_file, help="write the duration of each here, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -94,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name:24} {outcome}")
     if options.out:
         written = where(work.device) | {"at_once": at_once, "scenarios": outcomes}
-        options.out.write_text(json.dumps(written, indent=1) + "\n")
+        write_json(options.out, written)
     return int(any(outcome.startswith("failed") for outcome in outcomes.values()))
 
 

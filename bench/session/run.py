@@ -30,6 +30,7 @@ from bench.errors import BenchError
 from bench.harness.rounds import TIME_IS_UP
 from bench.harness.run_record import ATTEMPTS
 from bench.harness.scenarios import SCENARIOS, chosen
+from bench.outputs import check_folder, output_file, output_folder
 from bench.session.plan import TEST_SECONDS, Piece, SessionPlan
 from bench.session.progress import Archive, PieceLog
 
@@ -73,13 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--results",
-        type=Path,
+        type=output_folder,
         metavar="DIR",
         help="folder for the result files (default: bench/results)",
     )
     parser.add_argument(
         "--archive",
-        type=Path,
+        type=output_file,
         metavar="FILE.tar.gz",
         help="keep all results and logs in this file instead, and continue from it",
     )
@@ -107,9 +108,9 @@ def run(options: argparse.Namespace) -> int:
         archive = None
         if options.archive is not None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stepspan-")))
+            check_folder(options.archive.parent)  # it is written beside itself, and then replaced
             archive = Archive(options.archive, folder)
-        if not folder.is_dir():
-            raise BenchError(f"{folder}, the place for the results, is not a folder")
+        check_folder(folder)
         day = time.strftime("%Y-%m-%d", time.gmtime())
         model = Path(work.model).name.replace(":", "-")
         stem = f"{machine_slug(work.device)}-{day}-{model}-{work.shape}"

@@ -9,7 +9,6 @@ run of one commit against itself, in two processes, on a machine that other work
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.harness.result_file import BenchResult
+from bench.outputs import output_file, write_json
 from bench.stats.verdict import (
     ERROR_RATE,
     SMALLEST_CHANGE,
@@ -242,7 +242,12 @@ def main() -> None:
     parser.add_argument(
         "--trials", type=int, default=2000, help="trials of each kind (default: 2000)"
     )
-    parser.add_argument("--out", type=Path, default=OUT, help=f"default: bench/results/{OUT.name}")
+    parser.add_argument(
+        "--out",
+        type=output_file,
+        default=str(OUT),  # as text, so that it is checked too
+        help=f"default: bench/results/{OUT.name}",
+    )
     options = parser.parse_args()
     rates = all_rates(options.trials)
     document = {
@@ -250,7 +255,7 @@ def main() -> None:
         "error_rate": ERROR_RATE,
         "rates": [asdict(row) for row in rates],
     }
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(options.out, document)
     print(render(rates))
 
 

@@ -11,6 +11,7 @@ leaves next to none.
 - `compile_cache`: restores an archive, stores it, discards it.
 - `key`: what decides whether artifacts can be used again.
 - `working_directory`: the process's own directory on the local disk.
+- `trust`: whether a folder can be loaded from at all.
 - `archive`: the directory as one file, checked before it is unpacked.
 
 A process reads the folder once and writes it once, always a whole file. So processes that start at
@@ -18,6 +19,10 @@ the same time need no lock, and no process sees what another one left half-writt
 
 **Loading compiled artifacts runs code.** The folder must be as trusted as the program itself. An
 archive that another user could have written is refused.
+
+The same holds for every other folder that code is loaded from: inductor's, Triton's, that of
+extension modules, and the caches of torch and of the CUDA driver. Their defaults are names that
+another user can guess, so without an archive too they are in a directory private to the process.
 
 Artifacts may be unpacked into another directory than the one that they were compiled in: inductor
 finds them by keys that contain no path, and the one list of paths that Triton keeps is rewritten.

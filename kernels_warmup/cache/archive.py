@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from kernels_warmup.cache.trust import distrust
+
 FORMAT = 1
 
 _MANIFEST_LIMIT = 1 << 20
@@ -39,8 +41,6 @@ _CHUNK = 1 << 20
 # 0.262 and unpacks 319. Every start waits for reading and unpacking; packing happens once.
 _XZ_PRESET = 0
 _XZ_DICTIONARY = 16 << 20
-
-_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 # Triton stores the absolute path of each file of a kernel in these files, and compiles the kernel
 # again if the directory has moved. Everything else is found by names within the directory.
@@ -113,9 +113,9 @@ def pack(
     # Readable by all: it holds no secret, and one user may build an image that another one runs.
     with suppress(OSError):  # a file system may impose its own modes, which are checked below
         os.fchmod(archive.fileno(), 0o644)
-    distrust = _distrust(os.fstat(archive.fileno()))
-    if distrust is not None:
-        raise Refused(f"{distrust}, and the folder gives every file that owner and mode")
+    reason = distrust(os.fstat(archive.fileno()))
+    if reason is not None:
+        raise Refused(f"{reason}, and the folder gives every file that owner and mode")
     sizes = {name: (root / name).stat().st_size for name in sorted(names)}
     entries: dict[str, Any] = {
         "format": FORMAT,
@@ -178,21 +178,10 @@ def _open_trusted(path: Path) -> Iterator[IO[bytes]]:
         os.close(descriptor)
         raise Refused("is not a regular file")
     with os.fdopen(descriptor, "rb") as archive:
-        distrust = _distrust(status)
-        if distrust is not None:
-            raise Refused(distrust)
+        reason = distrust(status)
+        if reason is not None:
+            raise Refused(reason)
         yield archive
-
-
-def _distrust(status: os.stat_result) -> str | None:
-    """Why another user could have written a file of this owner and mode, or None."""
-    if status.st_uid not in (0, os.geteuid()):
-        return f"belongs to user {status.st_uid}; only files of this user or root are trusted"
-    if status.st_mode & _WRITABLE_BY_OTHERS:
-        return (
-            "may be written by other users; only files that their owner alone may write are trusted"
-        )
-    return None
 
 
 def _verified_manifest(archive: IO[bytes], key: Mapping[str, str]) -> _Manifest:

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 from kernels_warmup.cache.archive import Packed, Refused, TooLarge, pack, unpack
 from kernels_warmup.cache.key import SUFFIX, CacheKey
+from kernels_warmup.cache.trust import UntrustedFolder
 from kernels_warmup.cache.working_directory import (
     LEFTOVER_SECONDS,
     WorkingDirectory,
@@ -90,8 +91,9 @@ class CompileCache:
             return self._logged(CacheResult("skipped", self._no_directory), start)
         try:
             working = WorkingDirectory.create()
-        except OSError as error:
-            self._no_directory = f"no working directory could be created ({error.strerror})"
+        except (OSError, UntrustedFolder) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+            self._no_directory = f"no working directory could be created ({why})"
             return self._logged(CacheResult("ignored", self._no_directory), start)
         result = self._unpack_into(working.path)
         if result.result == "ignored":
@@ -101,6 +103,8 @@ class CompileCache:
             self._restored = working.files()
         working.use()
         self._working = working
+        if result.result == "miss":
+            self._say_if_not_writable(start)
         return self._logged(result, start)
 
     def store(self) -> CacheResult:
@@ -160,6 +164,15 @@ class CompileCache:
             self._logged_reasons.add(result.reason)
             logger.warning("compile cache %s", result)
         return result
+
+    def _say_if_not_writable(self, start: float) -> None:
+        """Warn now, and not after minutes of compiling, if nothing can be stored."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            self._logged(CacheResult("skipped", _describe(self.folder, error)), start)
 
     def _unpack_into(self, root: Path) -> CacheResult:
         try:

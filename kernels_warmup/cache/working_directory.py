@@ -13,6 +13,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from kernels_warmup.cache.trust import UntrustedFolder, require_trusted, require_trusted_parent
+
 WORKING_PREFIX = "stepspan-inductor-"
 
 LEFTOVER_SECONDS = 3600.0
@@ -32,9 +34,68 @@ def operators_directory() -> str | None:
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if not named or Path(named).name.startswith(WORKING_PREFIX):
         return None
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    # As `default_cache_dir` of torch._inductor.runtime.cache_dir_utils has it; importing that takes
+    # seconds. Another user's default is no operator's choice either.
+    in_temp = Path(named).parent == Path(tempfile.gettempdir()).absolute()
+    return None if in_temp and Path(named).name.startswith("torchinductor_") else named
 
-    return None if named == os.path.abspath(default_cache_dir()) else named
+
+CODE_FOLDERS = {
+    "TRITON_CACHE_DIR": "triton/0",
+    "TORCH_EXTENSIONS_DIR": "torch_extensions",
+    "PYTORCH_KERNEL_CACHE_PATH": "torch_kernels",
+    "CUDA_CACHE_PATH": "cuda",
+}
+"""The other variables that name folders of compiled code, and where they are below inductor's."""
+
+
+def use_trusted_folders() -> None:
+    """Point everything that loads compiled code to folders that no other user can write to.
+
+    Call it before anything is compiled. Folders that an operator has named are used if they can be
+    trusted. The others are in a directory that is private to this process and goes with it.
+
+    Raises:
+        UntrustedFolder: another user could have written what would be loaded from a folder.
+    """
+    named = operators_directory()
+    if named is None:
+        root = _process_directory()
+    else:
+        root = Path(named)
+        require_trusted(root)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root)
+    for name, below in CODE_FOLDERS.items():
+        value = os.environ.get(name)
+        if value and WORKING_PREFIX not in value:
+            require_trusted(Path(value))
+            continue
+        (root / below).mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ[name] = str(root / below)
+    if os.environ.get("TRITON_KERNEL_OVERRIDE") and (
+        value := os.environ.get("TRITON_OVERRIDE_DIR")
+    ):
+        require_trusted(Path(value))
+
+
+def remove_process_directory() -> None:
+    """Remove this process's private directory: for an end without exit handlers (`os._exit`)."""
+    if _directory is not None:
+        _directory.remove()
+
+
+def _process_directory() -> Path:
+    """The private directory of this process, which is made at the first call."""
+    global _directory
+    if _directory is None or not _directory.is_this_processes():
+        try:
+            _directory = WorkingDirectory.create()
+        except OSError as error:
+            raise UntrustedFolder(
+                f"no private folder for compiled code can be made in {tempfile.gettempdir()} "
+                f"({error.strerror}): set TMPDIR to a folder that can be written."
+            ) from None
+    return _directory.path
 
 
 class WorkingDirectory:
@@ -54,7 +115,7 @@ class WorkingDirectory:
     @classmethod
     def create(cls) -> WorkingDirectory:
         """Create one, and remove those of processes that have ended."""
-        parent = Path(tempfile.gettempdir())
+        parent = _trusted_parent()
         _remove_abandoned(parent)
         path = Path(tempfile.mkdtemp(prefix=WORKING_PREFIX, dir=parent))
         # Locked before the file gets its name, so that no process finds it unlocked.
@@ -64,6 +125,10 @@ class WorkingDirectory:
         directory = cls(path, lock)
         atexit.register(directory.remove)
         return directory
+
+    def is_this_processes(self) -> bool:
+        """Whether it is there and this process made it: a forked child has its parent's object."""
+        return self._process == os.getpid() and self.path.is_dir()
 
     def use(self) -> None:
         """Point inductor and Triton here; they read the environment when they compile."""
@@ -110,6 +175,32 @@ class WorkingDirectory:
         self._environment.clear()
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+
+
+_directory: WorkingDirectory | None = None
+
+
+def _trusted_parent() -> Path:
+    """The folder for temporary files; if another user could replace what is made there, the user's
+    own cache folder.
+
+    Raises:
+        UntrustedFolder: neither can be trusted.
+        OSError: the user's cache folder is missing and cannot be made.
+    """
+    temporary = Path(tempfile.gettempdir())
+    try:
+        require_trusted_parent(temporary)
+    except UntrustedFolder:
+        # As where a container's /tmp is a volume without the sticky bit.
+        own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            require_trusted_parent(own)
+        except UntrustedFolder:
+            require_trusted_parent(temporary)  # its reason is the one to act on
+        return own
+    return temporary
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -24,6 +24,17 @@ way) they add up to `sdxl_spans_ended_total`.
 PUSH_RESULTS = ("exported", "partial", "failed")
 """What happened to a push: accepted; accepted except for some points; not arrived or refused."""
 
+DROPPED_CONNECTIONS = (
+    "too_many_connections",  # to make room for another, or because there was no room for it
+    "head_too_slow",
+    "head_too_large",
+    "malformed_http",
+    "draining",  # half a request had come when the process began to shut down
+    "answer_not_taken",
+)
+"""Why the server closed a client's connection: the values of
+`sdxl_connections_dropped_total{reason}`."""
+
 
 class ProcessMetrics:
     """What runs, whether it is ready, and the health of its telemetry."""
@@ -66,6 +77,15 @@ class ProcessMetrics:
             ("result",),
             registry=registry,
         )
+        self.connections = Gauge(
+            "sdxl_connections", "Open connections of clients.", registry=registry
+        )
+        self.connections_dropped = Counter(
+            "sdxl_connections_dropped",
+            "Connections that the server closed because of the client, by reason.",
+            ("reason",),
+            registry=registry,
+        )
         self.record_failures = Counter(
             "sdxl_record_failures",
             "Finished requests whose spans or metrics could not be recorded.",
@@ -73,6 +93,7 @@ class ProcessMetrics:
         )
         labelled(self.spans, SPAN_RESULTS)
         labelled(self.pushes, PUSH_RESULTS)
+        labelled(self.connections_dropped, DROPPED_CONNECTIONS)
         Gauge(
             "sdxl_build_info",
             "Always 1; the labels say what runs.",

@@ -136,5 +136,10 @@ class Admission:
             if not cancellation.work_started:
                 cancellation.cancel(Draining())
 
+    def cancel_all(self) -> None:
+        """Cancel every request that holds a place, also those that have started."""
+        for cancellation in list(self._admitted):
+            cancellation.cancel(Draining())
+
     def _retry_after_seconds(self) -> int:
         return max(1, math.ceil(len(self._admitted) * self._average_run_seconds))

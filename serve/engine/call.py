@@ -88,3 +88,10 @@ class Call:
 
 current_call: ContextVar[Call | None] = ContextVar("current_call", default=None)
 """The call that the running task or thread works for; log lines take their ids from it."""
+
+
+def the_call() -> Call:
+    """The current call. The middleware makes one for every request."""
+    call = current_call.get()
+    assert call is not None
+    return call

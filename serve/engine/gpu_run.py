@@ -50,7 +50,7 @@ class GeneratedPixels:
 
     Attributes:
         pixels: (height, width, 3) uint8, in host memory.
-        prompt_truncated: whether a text encoder cut the prompt.
+        prompt_truncated: whether a text encoder cut the prompt or the negative prompt.
     """
 
     pixels: Any

@@ -40,6 +40,12 @@ class GpuThread:
         self._thread = threading.Thread(target=self._work, name="gpu", daemon=True)
         self._thread.start()
 
+    @property
+    def native_id(self) -> int:
+        """The kernel's id of the thread."""
+        assert self._thread.native_id is not None  # it was started
+        return self._thread.native_id
+
     def submit(self, work: Callable[[], T], may_be_silent: bool = False) -> Future[T]:
         """Queue `work`. Its future can be cancelled until it starts.
 

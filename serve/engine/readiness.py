@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -31,6 +33,7 @@ class Readiness:
         phases_ms: duration of each finished phase of the start-up.
         compile: how the model was prepared to run, and what the compiler did.
         left_out: the shapes that could not be warmed, and the type of the error of each.
+        cpu_threads: describes the threads that compute on the CPU, as they are now.
     """
 
     state: State = State.STARTING
@@ -42,12 +45,32 @@ class Readiness:
     phases_ms: dict[str, float] = field(default_factory=dict)
     compile: dict[str, str | int | float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    draining: bool = False
+    _on_drain: list[Callable[[], object]] = field(default_factory=list, repr=False)
+    cpu_threads: Callable[[], dict[str, Any]] = dict
 
     def drain(self) -> None:
         """No request is accepted from now on. A failed start stays failed."""
         if self.state is not State.FAILED:
             self.state = State.DRAINING
         self.phase = "draining"
+        self.draining = True
+        for callback in list(self._on_drain):
+            callback()
+
+    @contextmanager
+    def when_draining(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Call `callback` when the drain begins within the block, at once if it has begun already.
+
+        Whoever drains calls it, on any thread.
+        """
+        self._on_drain.append(callback)
+        try:
+            if self.draining:
+                callback()
+            yield
+        finally:
+            self._on_drain.remove(callback)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -60,4 +83,5 @@ class Readiness:
             "left_out": self.left_out,
             "warmup_ms": self.phases_ms,
             "compile": self.compile,
+            "cpu_threads": self.cpu_threads(),
         }

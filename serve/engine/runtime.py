@@ -21,6 +21,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from kernels_warmup.cache.trust import UntrustedFolder
+from kernels_warmup.cache.working_directory import use_trusted_folders
+from kernels_warmup.cpu_contention import ComputingThreads
+from kernels_warmup.cpu_threads import choose_cpu_threads
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import RunKind
 from metrics.catalogue import GenerationMetrics
@@ -44,6 +48,7 @@ from serve.errors import (
     OUTCOMES,
     REJECTIONS,
     ClientGone,
+    ConfigurationError,
     DeadlineExceeded,
     DeviceLost,
     Draining,
@@ -101,6 +106,7 @@ class Runtime:
         gpu_watch: GpuWatch,
         gpu_metrics: GpuMetrics | None = None,
         push: MetricsPush | None = None,
+        cpu_threads: ComputingThreads | None = None,
     ) -> None:
         self.settings = settings
         self.tracing = tracing
@@ -118,6 +124,7 @@ class Runtime:
         self._gpu_watch = gpu_watch
         self._gpu_metrics = gpu_metrics
         self._push = push
+        self._cpu_threads = cpu_threads
         self._loaded: LoadedModel | None = None
         self._device_lost = False
 
@@ -152,6 +159,8 @@ class Runtime:
 
     async def _load_and_warm(self, on_progress: Callable[[str], None]) -> None:
         self._loaded = await self._startup.load(on_progress)
+        if self._cpu_threads is not None:
+            self._cpu_threads.loaded(self.readiness.device, self._gpu.native_id)
         await self._startup.warm(self._loaded, self._warm_once, on_ready=self.ready.set)
 
     def _warm_once(self, shape: CompiledShape, kind: RunKind) -> None:
@@ -225,15 +234,9 @@ class Runtime:
 
     def _plan(self, request: TextToImageRequest, call: Call) -> PlannedRequest:
         """Decide what the request left open. Raises unless this process can serve it now."""
+        if (refusal := self.refusal()) is not None:
+            raise refusal
         readiness = self.readiness
-        if readiness.state is State.STARTING:
-            raise NotReady(f"The model is not warm yet ({readiness.phase}).")
-        if readiness.state is State.DRAINING:
-            raise Draining
-        if readiness.state is State.FAILED:
-            raise NotReady(f"The model could not be started: {readiness.reason}.")
-        if not self.healthy:
-            raise DeviceLost  # nothing queued behind a run that hangs would ever start
         planned = plan_request(
             request, self.settings, readiness.shapes, self.loaded.model.trained_shapes
         )
@@ -397,11 +400,29 @@ class Runtime:
             return True  # the platform's own limit on start-up applies
         return self._gpu.silent_seconds() < SILENCE_LIMIT_SECONDS
 
+    def refusal(self) -> RequestError | None:
+        """The error that every request gets now, or None if requests are served."""
+        readiness = self.readiness
+        if readiness.state is State.STARTING:
+            return NotReady(f"The model is not warm yet ({readiness.phase}).")
+        if readiness.state is State.DRAINING:
+            return Draining()
+        if readiness.state is State.FAILED:
+            return NotReady(f"The model could not be started: {readiness.reason}.")
+        if not self.healthy:
+            return DeviceLost()  # nothing queued behind a run that hangs would ever start
+        return None
+
     def begin_drain(self) -> None:
         """Start no new work; what runs may finish. May be called more than once."""
         self.readiness.drain()
         self.metrics.set_ready(False)
         self.admission.drain()
+
+    def cut_off(self) -> None:
+        """Cancel what runs. Each request fails as `draining`, within two steps."""
+        self.begin_drain()
+        self.admission.cancel_all()
 
     def close(self, budget_seconds: float) -> int:
         """Export what is left, for at most `budget_seconds`; returns how many spans were lost."""
@@ -411,6 +432,8 @@ class Runtime:
         self._startup.close()
         if not self.work_left_behind:
             self._loaded = None  # gives the model's memory back
+        if self._cpu_threads is not None:
+            self._cpu_threads.close()
         if self._gpu_metrics is not None:
             self._gpu_metrics.stop()
         # Spans and metrics are exported side by side: a dead backend uses up all its time.
@@ -439,14 +462,23 @@ def build_runtime(
         prepare: makes the loaded model fast in another way than the settings say. The bench uses
             it to compare ways.
         kinds: the kinds of run to warm, if not all that can be served will be requested.
+
+    Raises:
+        ConfigurationError: a folder of profiles or of compiled code cannot be used.
     """
+    try:
+        use_trusted_folders()
+    except UntrustedFolder as error:
+        raise ConfigurationError(str(error)) from None
+    # OpenMP reads its environment when torch is loaded, which comes later.
+    cpu_threads = ComputingThreads(choose_cpu_threads())
     gpu = Gpu.open(settings.device)
     resource = build_resource(settings, gpu)
     metrics = _build_metrics(settings, registry)
     tracing = build_tracing(settings, metrics, resource)
     recorder = Recorder(tracing, metrics, settings.trace_steps)
     profiling = Profiling(settings.profile_dir, settings.nvtx)
-    readiness = Readiness()
+    readiness = Readiness(cpu_threads=cpu_threads.describe)
     gpu_thread = GpuThread()
     startup = Startup(settings, readiness, metrics, recorder, gpu_thread, prepare, kinds)
     return Runtime(
@@ -462,6 +494,7 @@ def build_runtime(
         gpu_watch=GpuWatch(gpu),
         gpu_metrics=build_gpu_metrics(settings, metrics, gpu),
         push=build_push(settings, metrics, resource),
+        cpu_threads=cpu_threads,
     )
 
 

@@ -35,7 +35,7 @@ from serve.engine.gpu_thread import GpuThread
 from serve.engine.loaded_model import LoadedModel
 from serve.engine.planning import serves_guidance
 from serve.engine.readiness import Readiness, State
-from serve.errors import Draining, ModelError
+from serve.errors import Draining, ModelError, RequestError
 from serve.settings import ServeSettings
 from serve.telemetry.setup import build_budget
 
@@ -286,8 +286,12 @@ class Startup:
         self._report_warmup(warmup.report())
 
     def _verify(self, loaded: LoadedModel, warmup: Warmup) -> None:
-        with loaded.compiling_allowed():
-            warmup.verify()
+        try:
+            with loaded.compiling_allowed():
+                warmup.verify()
+        except RequestError as error:
+            # Its type says what was wrong; the run has logged whatever was behind it.
+            raise ModelError(f"the model cannot draw at any size: {error.message}") from error
         report = warmup.report()
         self._report_warmup(report)
         self._metrics.graph_breaks(report.compiled.graph_breaks)

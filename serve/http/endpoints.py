@@ -7,48 +7,72 @@ port. Everything between is the same code, in this folder.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from metrics.catalogue import render
-from serve.engine.readiness import State
-from serve.engine.runtime import Runtime
-from serve.http.error_responses import add_exception_handlers
+from serve.engine.call import the_call
+from serve.engine.readiness import Readiness
+from serve.engine.runtime import ENDPOINTS, Runtime
+from serve.errors import REQUEST_ERRORS, DeviceLost, NotReady, RequestError
+from serve.http.early_answers import EarlyAnswers
+from serve.http.error_responses import add_exception_handlers, error_response
 from serve.http.middleware import RequestMiddleware
+from serve.http.openapi import install_document
 from serve.http.responses import json_response
 from serve.http.service import Service, received_call
 from serve.schema import TextToImageRequest
 
 
-def install(app: FastAPI, service: Callable[[], Service | None]) -> None:
-    """Put the middleware, the exception handlers, `/health` and `/ready` into an app.
+def install(
+    app: FastAPI,
+    service: Callable[[], Service | None],
+    endpoints: Collection[str] = ENDPOINTS,
+    errors: Sequence[type[RequestError]] = (),
+) -> None:
+    """Put the middleware, the exception handlers, `/health`, `/ready` and the OpenAPI document into
+    an app.
 
     Args:
         service: returns the service, or None before there is one. Called for every request.
+        endpoints: the paths that generate. Their requests are traced and counted.
+        errors: what they may answer beside `REQUEST_ERRORS`.
     """
-    app.add_middleware(RequestMiddleware, service=service)
+    app.add_middleware(RequestMiddleware, service=service, endpoints=endpoints)
+    app.add_middleware(EarlyAnswers, service=service)  # around the other
+    # A redirect would lead to the address in the request's Host header, and from https to http.
+    app.router.redirect_slashes = False
     add_exception_handlers(app)
 
     async def health() -> Response:
         """200 while the process and its device work, also before the model is warm; else 503."""
         current = service()
-        healthy = current is None or current.healthy
-        return JSONResponse(
-            {"status": "ok" if healthy else "unhealthy"}, status_code=200 if healthy else 503
-        )
+        if current is None or current.healthy:
+            return JSONResponse({"status": "ok"})
+        error = current.refusal() or DeviceLost()
+        return error_response(error, the_call(), {"status": "unhealthy"})
 
     async def ready() -> Response:
         """200 when the model is warm and can serve; until then 503 with the start-up's progress."""
         current = service()
-        if current is None:
-            return JSONResponse({"state": State.STARTING.value}, status_code=503)
-        ok = current.readiness.state is State.READY and current.healthy
-        return JSONResponse(current.readiness.as_json(), status_code=200 if ok else 503)
+        readiness = Readiness() if current is None else current.readiness
+        error = NotReady("The process is starting.") if current is None else current.refusal()
+        if error is None:
+            return JSONResponse(readiness.as_json())
+        return error_response(error, the_call(), readiness.as_json())
 
-    app.add_api_route("/health", health, methods=["GET"])
-    app.add_api_route("/ready", ready, methods=["GET"])
+    add_get_route(app, "/health", health)
+    add_get_route(app, "/ready", ready)
+    install_document(app, service, endpoints, (*REQUEST_ERRORS, RequestError, *errors))
+
+
+def add_get_route(app: FastAPI, path: str, endpoint: Callable[..., Any]) -> None:
+    """Add an endpoint for GET, and for HEAD, which the framework does not add."""
+    app.add_api_route(path, endpoint, methods=["GET"])
+    app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:

@@ -6,20 +6,28 @@ messages that could quote the input are replaced.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
-from serve.engine.call import Call, current_call
-from serve.errors import FieldProblem, GenerationFailed, InvalidRequest, RequestError
+from metrics.tracing import drawn_identity
+from serve.engine.call import Call, the_call
+from serve.errors import (
+    FieldProblem,
+    GenerationFailed,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RequestError,
+)
 
-_NOT_JSON = "json_invalid"
-_NOT_JSON_MESSAGE = "the body is not valid JSON"
+logger = logging.getLogger(__name__)
 
 
 def add_exception_handlers(app: FastAPI) -> None:
@@ -30,69 +38,99 @@ def add_exception_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_exception)
 
 
-def error_response(error: RequestError, call: Call) -> Response:
-    """The HTTP response of a failed call. Marks the call as failed and begins `respond`."""
+def error_response(
+    error: RequestError, call: Call, more: Mapping[str, Any] | None = None
+) -> Response:
+    """The HTTP response of a failed call. Marks the call as failed and begins `respond`.
+
+    Args:
+        more: further fields of the body.
+    """
     call.fail(error)
     call.timeline.begin("respond")
-    return JSONResponse(error_body(error, call), error.status, headers=error.headers)
+    body = {**(more or {}), **error_body(error, call)}
+    return JSONResponse(body, error.status, headers=error.headers)
 
 
 def error_body(error: RequestError, call: Call) -> dict[str, Any]:
     """The JSON object of an error; also the data of a stream's `error` event."""
+    return _body(error, call.identity.trace_id_hex)
+
+
+def response_outside_the_app(error: RequestError) -> JSONResponse:
+    """The response to a request that never reached the app, for example because it is not HTTP.
+
+    Draws its trace id, and logs one line with it. `raw_headers` and `body` are what a server's
+    protocol can write.
+    """
+    trace_id = drawn_identity().trace_id_hex
+    logger.info("%d %s", error.status, error.error_type, extra={"trace_id": trace_id})
+    headers = {**error.headers, "x-trace-id": trace_id}
+    return JSONResponse(_body(error, trace_id), error.status, headers=headers)
+
+
+def field_problems(
+    problems: Sequence[Mapping[str, Any]], within: tuple[str | int, ...] = ()
+) -> list[FieldProblem]:
+    """Pydantic's errors without the input.
+
+    Args:
+        within: where the validated value is.
+    """
+    return [
+        FieldProblem((*within, *problem["loc"]), _without_input(problem), problem["type"])
+        for problem in problems
+    ]
+
+
+def _body(error: RequestError, trace_id: str) -> dict[str, Any]:
     detail: Any = error.message
     if isinstance(error, InvalidRequest):
         detail = [
             {"loc": list(p.location), "msg": p.message, "type": p.kind} for p in error.problems
         ]
-    return {
-        "detail": detail,
-        "error_type": error.error_type,
-        "trace_id": call.identity.trace_id_hex,
-    }
+    return {"detail": detail, "error_type": error.error_type, "trace_id": trace_id}
 
 
 async def _on_validation_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return _response_of_current_call(
-        InvalidRequest([_field_problem(problem) for problem in error.errors()])
-    )
+    return error_response(InvalidRequest(field_problems(error.errors())), the_call())
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """The framework's own errors. A body that is not text is one of them, a 400; here it is 422."""
+    """The framework's own errors: an unknown path, or a path without this method."""
     assert isinstance(error, HTTPException)
-    if error.status_code == 400 and current_call.get() is not None:
-        return _response_of_current_call(
-            InvalidRequest([FieldProblem(("body",), _NOT_JSON_MESSAGE, _NOT_JSON)])
-        )
-    return await http_exception_handler(request, error)
+    failure: RequestError
+    match error.status_code:
+        case 404:
+            failure = NotFound()
+        case 405:
+            failure = MethodNotAllowed(_allowed_methods(request))
+        case status:
+            failure = RequestError(f"The request could not be served: {status}.")
+    return error_response(failure, the_call())
 
 
 async def _on_request_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return _response_of_current_call(error)
+    return error_response(error, the_call())
 
 
 async def _on_exception(_request: Request, error: Exception) -> Response:
-    return _response_of_current_call(GenerationFailed(type(error).__name__))
+    """An exception outside of the middleware, which handles all others."""
+    return response_outside_the_app(GenerationFailed(type(error).__name__))
 
 
-def _response_of_current_call(error: RequestError) -> Response:
-    call = current_call.get()
-    if call is None:  # an endpoint that does not generate
-        return PlainTextResponse(error.message, error.status)
-    return error_response(error, call)
+def _allowed_methods(request: Request) -> Iterable[str]:
+    """The methods of all routes with this path. The framework names those of the first only."""
+    allowed: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            allowed |= getattr(route, "methods", None) or set()
+    return allowed
 
 
-def _field_problem(problem: Mapping[str, Any]) -> FieldProblem:
-    """One of pydantic's errors, without the input."""
-    kind = str(problem["type"])
-    if kind == _NOT_JSON:  # its message and its location quote the body
-        return FieldProblem(("body",), _NOT_JSON_MESSAGE, kind)
-    return FieldProblem(tuple(problem["loc"]), _message_without_input(problem), kind)
-
-
-def _message_without_input(problem: Mapping[str, Any]) -> str:
+def _without_input(problem: Mapping[str, Any]) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     value = problem.get("input")
     if isinstance(value, str) and len(value) > 3 and value in message:

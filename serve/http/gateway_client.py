@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import re
 import unicodedata
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from starlette.responses import Response
 
 from metrics.catalogue import GenerationMetrics
 from metrics.records import Failure
+from metrics.sampling import TraceIdentity
 from serve import __version__
 from serve.engine.call import Call
 from serve.engine.readiness import Readiness, State
@@ -34,6 +36,7 @@ from serve.errors import (
     Draining,
     FieldProblem,
     InvalidRequest,
+    RequestError,
 )
 from serve.http.gateway_trace import GatewayRecorder, propagated_context
 from serve.http.image_app_errors import (
@@ -68,6 +71,7 @@ MAX_CALLS = 64
 # Headers of the image app's response that the gateway's caller or fal's queue needs. Not
 # `x-fal-stop-runner`: the broken runner is the image app's.
 _HEADERS_PASSED_ON = ("content-type", "retry-after", "x-fal-needs-retry", "x-fal-billable-units")
+_HEADERS_READ = ("x-trace-id",)
 
 _OUTCOMES_BY_TYPE = {error.error_type: error.outcome for error in REQUEST_ERRORS}
 
@@ -175,6 +179,10 @@ class GatewayClient:
     def healthy(self) -> bool:
         return True
 
+    def refusal(self) -> RequestError | None:
+        """The error that every request gets now, or None if requests are served."""
+        return Draining() if self.readiness.state is State.DRAINING else None
+
     async def generate(self, request: PromptRequest) -> Response:
         """Serve one validated request: tidy its prompt, call the image app, return its response.
 
@@ -182,8 +190,8 @@ class GatewayClient:
             RequestError: the request failed, and not by an error response of the image app.
         """
         call = received_call(self, request)
-        if self.readiness.state is State.DRAINING:
-            raise Draining
+        if (refusal := self.refusal()) is not None:
+            raise refusal
         client_span = self.recorder.begin_client_span(call.identity, self._image_app.url)
         with call.stage("tidy"):
             prompt = tidy_prompt(request.prompt)
@@ -211,6 +219,8 @@ class GatewayClient:
             except TimeoutError:
                 raise DeadlineExceeded(deadline) from None
             client_span.attributes["http.response.status_code"] = answer.status_code
+            if not self.tracing.exporting:
+                call.identity = _of_the_same_trace(call.identity, answer)
             response = self._passed_on(answer, call)
         call.timeline.begin("respond")
         return response
@@ -256,7 +266,9 @@ class GatewayClient:
             logger.warning("the image app's response ended early: %s", type(error).__name__)
             raise ImageAppFailed("The image app's answer broke off.") from None
         headers = {
-            name: response.headers[name] for name in _HEADERS_PASSED_ON if name in response.headers
+            name: response.headers[name]
+            for name in (*_HEADERS_PASSED_ON, *_HEADERS_READ)
+            if name in response.headers
         }
         return httpx.Response(response.status_code, headers=headers, content=bytes(content))
 
@@ -268,6 +280,7 @@ class GatewayClient:
         """
         status, headers = answer.status_code, dict(answer.headers)
         headers.pop("content-length", None)
+        headers.pop("x-trace-id", None)  # the middleware adds ours
         if status == 200:
             if not headers.get("content-type", "").startswith("application/json"):
                 raise ImageAppFailed("The image app's address answered something that is no JSON.")
@@ -301,3 +314,12 @@ class GatewayClient:
         self.begin_drain()
         await self._http.aclose()
         await asyncio.to_thread(self.recorder.close, budget_seconds)
+
+
+def _of_the_same_trace(identity: TraceIdentity, answer: httpx.Response) -> TraceIdentity:
+    """The identity with the trace id of the image app's answer, so that our header and log line
+    name the trace that the answer's body names. For a gateway that is no part of the trace."""
+    trace_id = answer.headers.get("x-trace-id", "")
+    if not re.fullmatch(r"[0-9a-f]{32}", trace_id):
+        return identity
+    return dataclasses.replace(identity, trace_id=int(trace_id, 16))

@@ -28,6 +28,8 @@ from metrics.sampling import TraceIdentity
 from metrics.spans import call_node, gateway_tree
 from metrics.tracing import Tracing
 
+MAX_TRACE_STATE_ENTRIES = 32
+
 _ids = RandomIdGenerator()
 _propagator = TraceContextTextMapPropagator()
 
@@ -76,13 +78,29 @@ def propagated_context(
     if exporting:
         flags = TraceFlags(TraceFlags.SAMPLED if identity.exported else TraceFlags.DEFAULT)
         state = identity.parent.trace_state if identity.parent else TraceState()
-        if identity.exported and identity.probability < 1:
-            state = state.delete("ot").add("ot", sampling_threshold(identity.probability))
+        if identity.exported:
+            state = with_probability(state, identity.probability)
         span = SpanContext(client.identity.trace_id, client.identity.span_id, False, flags, state)
     carrier: dict[str, str] = {}
     if span is not None:
         _propagator.inject(carrier, set_span_in_context(NonRecordingSpan(span), Context()))
     return carrier
+
+
+def with_probability(state: TraceState, probability: float) -> TraceState:
+    """The trace state with our sampling probability in its `ot` entry.
+
+    As W3C requires, the changed entry moves to the front and the others keep their order. The
+    entry's other fields stay. A full list loses its last entry. Probability 1 is only written where
+    the caller's threshold has to be replaced.
+    """
+    fields = [field for field in (state.get("ot") or "").split(";") if field]
+    others = [field for field in fields if not field.startswith("th:")]
+    if probability == 1 and others == fields:
+        return state
+    value = ";".join((sampling_threshold(probability), *others))
+    rest = [(key, value) for key, value in state.items() if key != "ot"]
+    return TraceState([("ot", value), *rest[: MAX_TRACE_STATE_ENTRIES - 1]])
 
 
 def sampling_threshold(probability: float) -> str:

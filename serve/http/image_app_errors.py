@@ -17,7 +17,7 @@ import re
 
 import httpx
 
-from serve.errors import NO_RETRY, RequestError
+from serve.errors import NO_RETRY, OTHER_ERRORS, RequestError
 
 
 class ImageAppUnreachable(RequestError):
@@ -66,8 +66,14 @@ class ImageAppTimedOut(RequestError):
 GATEWAY_ERRORS = (ImageAppUnreachable, ImageAppFailed, ImageAppBusy, ImageAppTimedOut)
 
 
+_OTHER_TYPES = {error.error_type for error in OTHER_ERRORS}
+
+
 def error_type_of(response: httpx.Response) -> str | None:
-    """The `error_type` of the image app's own error response; None for any other response."""
+    """The `error_type` of the image app's own answer to a request for an image that failed.
+
+    None for any other response: also where there is an image app, but the address has a wrong path.
+    """
     try:
         body = json.loads(response.content)
     except ValueError:
@@ -75,7 +81,9 @@ def error_type_of(response: httpx.Response) -> str | None:
     error_type = body.get("error_type") if isinstance(body, dict) else None
     if response.status_code < 400 or not isinstance(error_type, str):
         return None
-    return error_type if re.fullmatch(r"[a-z_]{1,40}", error_type) else None
+    if error_type in _OTHER_TYPES or not re.fullmatch(r"[a-z_]{1,40}", error_type):
+        return None
+    return error_type
 
 
 def explain(response: httpx.Response) -> RequestError:

@@ -1,8 +1,9 @@
-"""The middleware around every endpoint that generates.
+"""The middleware around every endpoint.
 
-It draws the trace identity, times the request from its first byte to its last, reads the body
-within limits, cancels the work when the client disconnects, and hands the finished request to the
-recorder and to the log.
+For a request that generates it draws the trace identity, times the request from its first byte to
+its last, reads the body within limits, cancels the work when the client disconnects, and hands the
+finished request to the recorder and to the log. For any other request it only sees to it that an
+error has a trace id that the log has too.
 """
 
 from __future__ import annotations
@@ -11,22 +12,33 @@ import asyncio
 import logging
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 
 import anyio
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from metrics.records import GenerationFacts
+from metrics.tracing import Carrier, drawn_identity
 from serve.engine.call import Call, current_call
-from serve.engine.runtime import ENDPOINTS
-from serve.errors import BodyTooLarge, BodyTooSlow, ClientGone, GenerationFailed
+from serve.engine.readiness import Readiness
+from serve.errors import (
+    ClientGone,
+    Draining,
+    GenerationFailed,
+    InternalError,
+    RequestError,
+    TooManyConnections,
+)
+from serve.http.early_answers import OVER_THE_LIMIT
 from serve.http.error_responses import error_response
-from serve.http.request_body import read_body
+from serve.http.request_body import json_object, read_body
 from serve.http.service import Service
+from serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 _REQUEST_ID = re.compile(r"[0-9A-Za-z-]{8,64}")
 
 
@@ -37,53 +49,110 @@ class RequestMiddleware:
 
     Args:
         service: returns the service, or None before there is one.
+        endpoints: the paths that generate. Requests to others are in no trace and no metric.
     """
 
-    def __init__(self, app: ASGIApp, service: Callable[[], Service | None]) -> None:
+    def __init__(
+        self, app: ASGIApp, service: Callable[[], Service | None], endpoints: Collection[str]
+    ) -> None:
         self._app = app
         self._service = service
+        self._endpoints = endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service = self._service()
-        path = _path(scope) if scope["type"] == "http" else ""
-        if service is None or path not in ENDPOINTS or scope["method"] != "POST":
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        service = self._service()
+        path = _path(scope)
+        generates = path in self._endpoints and scope["method"] == "POST"
         call = _new_call(service, path, scope)
-        response = _ResponseWatch(send, call, fal_billing=service.settings.fal_billing)
-        service.metrics.request_received()
         token = current_call.set(call)
         try:
-            await self._serve(scope, receive, response.send, call)
+            if service is not None and generates:
+                await self._generate(service, call, scope, receive, send)
+            else:
+                await self._answer(call, scope, receive, send)
+        finally:
+            current_call.reset(token)
+
+    async def _generate(
+        self, service: Service, call: Call, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Serve a request for an image, then record it."""
+        response = _ResponseWatch(send, call, service.settings)
+        service.metrics.request_received()
+        try:
+            await self._serve(scope, receive, response.send, call, service.readiness)
         except Exception as error:
             # The framework's handler for these runs outside of here, without the current call.
             failure = GenerationFailed(type(error).__name__)
             call.fail(failure)
             if response.started:
                 raise
-            # Without the exception's text: a library's message may quote the prompt.
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("a request failed with %s\n%s", type(error).__name__, frames)
+            _log_without_text(error)
             await error_response(failure, call)(scope, receive, response.send)
         except asyncio.CancelledError:
-            # The server dropped the connection: the work ends too.
-            gone = call.cancellation.reason or ClientGone()
-            call.cancellation.cancel(gone)
-            call.fail(gone)
-            raise
+            # The server does not wait for this request any longer: the work ends too.
+            draining = service.readiness.draining
+            reason = call.cancellation.reason or (Draining() if draining else ClientGone())
+            call.cancellation.cancel(reason)
+            call.fail(reason)
+            if not draining or response.started:
+                raise
+            await error_response(reason, call)(scope, receive, response.send)
         finally:
-            await _end_work(call)
-            current_call.reset(token)
-            _finish(service, call, response)
+            try:
+                await _end_work(call)
+            finally:
+                _finish(service, call, response)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, call: Call) -> None:
-        """Read the body, then run the app with it while watching for a disconnect."""
+    async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve any other request. Only an error has a trace id, because only then the log has it
+        too."""
+        status: int | None = None
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if status >= 400:
+                    ours = (b"x-trace-id", call.identity.trace_id_hex.encode())
+                    message["headers"] = [*message.get("headers", []), ours]
+            await send(message)
+
         try:
-            body = await read_body(receive)
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if status is not None:
+                raise
+            _log_without_text(error)
+            await error_response(InternalError(type(error).__name__), call)(scope, receive, watched)
+        if status is not None and status >= 400:
+            # An unknown method or path is the client's text, and so it is not logged.
+            route = scope.get("route")
+            logger.info(
+                "%s %s %d",
+                call.method if call.method in _METHODS else "(other method)",
+                "(unknown path)" if route is None else route.path,
+                status,
+                extra={"trace_id": call.identity.trace_id_hex, "request_id": call.request_id},
+            )
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, call: Call, readiness: Readiness
+    ) -> None:
+        """Read the body, then run the app with it while watching for a disconnect."""
+        headers = Headers(scope=scope)
+        try:
+            if OVER_THE_LIMIT in scope.get("state", {}):
+                raise TooManyConnections
+            body = await read_body(receive, headers, readiness)
+            json_object(headers, body)
         except ClientGone as gone:
             call.fail(gone)
             return
-        except (BodyTooLarge, BodyTooSlow) as error:
+        except RequestError as error:
             await error_response(error, call)(scope, receive, send)
             return
 
@@ -105,12 +174,18 @@ class RequestMiddleware:
 
 
 class _ResponseWatch:
-    """Passes a response on, adds our headers to it, and notes how far it has come."""
+    """Passes a response on, adds our headers to it, and notes how far it has come.
 
-    def __init__(self, send: Send, call: Call, fal_billing: bool) -> None:
+    A client that does not take it in time has left, as far as the request is concerned. (Under the
+    self-hosted server its connection is closed at the same time; see `connections.py`.)
+    """
+
+    def __init__(self, send: Send, call: Call, settings: ServeSettings) -> None:
         self._send = send
         self._call = call
-        self._fal_billing = fal_billing
+        self._fal_billing = settings.fal_billing
+        self._send_seconds = settings.send_seconds
+        self._not_taken = False
         self.status = 500
         self.started = False
         self.complete = False
@@ -129,21 +204,34 @@ class _ResponseWatch:
             if self._fal_billing and call.facts is not None and self.status < 400:
                 ours.append((b"x-fal-billable-units", _billable_units(call.facts)))
             message["headers"] = [*message.get("headers", []), *ours]
-        await self._send(message)
+        if self._not_taken:
+            return
+        try:
+            async with asyncio.timeout(self._send_seconds):
+                await self._send(message)
+        except TimeoutError:
+            self._not_taken = True
+            self.complete = False
+            call.cancellation.cancel(ClientGone())
 
 
-def _new_call(service: Service, path: str, scope: Scope) -> Call:
+def _new_call(service: Service | None, path: str, scope: Scope) -> Call:
     headers = Headers(scope=scope)
-    call = Call(
-        endpoint=path,
-        method=scope["method"],
-        identity=service.tracing.identify(_trace_carrier(headers)),
-    )
+    carrier = _trace_carrier(headers)
+    identity = drawn_identity() if service is None else service.tracing.identify(carrier)
+    call = Call(endpoint=path, method=scope["method"], identity=identity)
     # fal's request id makes our log lines searchable beside fal's own.
     if _REQUEST_ID.fullmatch(fal_id := headers.get("x-fal-request-id", "")):
         call.request_id = fal_id
     call.timeline.begin_at_arrival("receive")
     return call
+
+
+def _log_without_text(error: Exception) -> None:
+    """Log where an exception came from. Its text stays out: a library's message may quote the
+    prompt."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("a request failed with %s\n%s", type(error).__name__, frames)
 
 
 async def _cancel_on_disconnect(receive: Receive, call: Call) -> None:
@@ -204,8 +292,14 @@ def _billable_units(facts: GenerationFacts) -> bytes:
     return f"{facts.width * facts.height * facts.num_inference_steps / 1e6:.6f}".encode()
 
 
-def _trace_carrier(headers: Headers) -> Mapping[str, str]:
-    return {
-        "traceparent": headers.get("traceparent", ""),
-        "tracestate": headers.get("tracestate", ""),
-    }
+def _trace_carrier(headers: Headers) -> Carrier:
+    """The caller's trace context.
+
+    W3C allows several `tracestate` headers, to be combined in order, but one `traceparent` only:
+    combined as RFC 9110 (5.3) combines repeated headers, it is malformed, also if both are equal.
+    A malformed `traceparent` starts a new trace.
+    """
+    traceparents = headers.getlist("traceparent")
+    if len(traceparents) != 1:
+        return {}
+    return {"traceparent": traceparents, "tracestate": headers.getlist("tracestate")}

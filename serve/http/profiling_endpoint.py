@@ -11,6 +11,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from serve.engine.runtime import Runtime
+from serve.errors import Forbidden, InvalidRequest
+from serve.http.error_responses import field_problems
+from serve.http.request_body import json_object, read_body
 from serve.telemetry.profiling import MAX_PROFILES
 
 logger = logging.getLogger(__name__)
@@ -42,22 +45,15 @@ async def arm_profiling(runtime: Runtime, request: Request) -> Response:
     The body is read after that check, and limited to `MAX_BODY_BYTES`.
     """
     if not is_operator(request, runtime.settings.admin_token):
-        return JSONResponse(
-            {"detail": "Profiling is for this machine itself, or with SDXL_ADMIN_TOKEN as bearer."},
-            status_code=403,
+        raise Forbidden(
+            "Profiling is for this machine itself, or with SDXL_ADMIN_TOKEN as bearer token."
         )
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            return JSONResponse({"detail": "The body is too large."}, status_code=413)
+    body = await read_body(request.receive, request.headers, runtime.readiness, MAX_BODY_BYTES)
+    fields = json_object(request.headers, body)
     try:
-        wanted = ProfileRequest.model_validate_json(body)
-    except ValidationError:
-        return JSONResponse(
-            {"detail": f'The body must be {{"requests": N}}, with N from 0 to {MAX_PROFILES}.'},
-            status_code=422,
-        )
+        wanted = ProfileRequest.model_validate(fields)
+    except ValidationError as error:
+        raise InvalidRequest(field_problems(error.errors(), within=("body",))) from None
     runtime.profiling.arm(wanted.requests)
     logger.info("the next %d requests will be profiled", wanted.requests)
     return JSONResponse(

@@ -28,6 +28,10 @@ KEEPALIVE_SECONDS = 15.0
 """A stream without events sends a comment this often. Proxies close a silent one after a minute."""
 
 
+MAX_WAITING_PREVIEWS = 8
+"""Previews kept for a client that reads slowly. It gets the further steps without one."""
+
+
 async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) -> Response:
     """The handler of `POST /stream`.
 
@@ -42,6 +46,8 @@ async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) ->
         events.put_nowait(("queued", {"waiting": waiting, "trace_id": call.identity.trace_id_hex}))
 
     def on_step(index: int, gpu_ms: float, preview: Any) -> None:  # on the GPU thread
+        if events.qsize() >= MAX_WAITING_PREVIEWS:
+            preview = None
         loop.call_soon_threadsafe(events.put_nowait, ("step", (index, gpu_ms, preview)))
 
     generation = asyncio.create_task(runtime.generate(request, call, on_queued, on_step))

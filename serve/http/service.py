@@ -8,8 +8,9 @@ from metrics.catalogue import GenerationMetrics
 from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity
 from metrics.tracing import Tracing
-from serve.engine.call import Call, current_call
+from serve.engine.call import Call, the_call
 from serve.engine.readiness import Readiness
+from serve.errors import RequestError
 from serve.schema import TextToImageRequest
 from serve.settings import ServeSettings
 
@@ -36,6 +37,8 @@ class Service(Protocol):
     def readiness(self) -> Readiness: ...
     @property
     def healthy(self) -> bool: ...
+    def refusal(self) -> RequestError | None:
+        """The error that every request gets now, or None if requests are served."""
 
 
 def received_call(service: Service, request: TextToImageRequest) -> Call:
@@ -44,8 +47,7 @@ def received_call(service: Service, request: TextToImageRequest) -> Call:
     The request has been read and validated by now. A valid trace context in its body replaces the
     one in its headers.
     """
-    call = current_call.get()
-    assert call is not None  # the middleware makes one for every endpoint that generates
+    call = the_call()
     if request.trace_context is not None:
         identity = service.tracing.identify(request.trace_context.carrier())
         if identity.parent is not None or identity.caller is not None:

@@ -27,8 +27,16 @@ from kernels_warmup.rewrites.zero_text import ZERO_TEXT, takes_zero_text
 from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError
-from serve.model.hub_failure import hub_failure
+from serve.model.hub import (
+    HubUnavailable,
+    downloaded_before,
+    first_line,
+    hub_failure,
+    variant_on_hub,
+)
+from serve.model.noise import cpu_generator
 from serve.model.scheduler_watch import watch_scheduler
+from serve.model.weights import non_finite_tensor
 from serve.settings import DEMO_MODEL, RANDOM_SDXL_BASE, SDXL_BASE
 
 logger = logging.getLogger(__name__)
@@ -71,7 +79,7 @@ class Conditioning:
         prompt: (images, 77, width of both encoders).
         pooled: (images, width of the second encoder).
         negative, negative_pooled: the same of the negative prompts; None without guidance.
-        truncated: for each prompt, whether an encoder cut it.
+        truncated: for each image, whether an encoder cut its prompt or its negative prompt.
         zero_negative: there is guidance and every negative embedding is zeros, as for an empty
             negative prompt. Steps may skip the attention to it.
         prepared: computed ahead where the model does that and the size was known.
@@ -162,6 +170,8 @@ class SdxlModel:
         negative = negative_pooled = None
         if encode_negative:
             negative, negative_pooled = hidden[images:], pooled[images:]
+            pairs = zip(truncated[:images], truncated[images:], strict=True)
+            truncated = tuple(one or other for one, other in pairs)
             for image, has_text in enumerate(has_texts):
                 if not has_text:
                     negative[image].zero_()
@@ -173,7 +183,7 @@ class SdxlModel:
             pooled_prompt,
             negative,
             negative_pooled,
-            truncated[:images],
+            truncated,
             zero_negative=guided and not encode_negative,
         )
         if self.text is None or shape is None:
@@ -201,7 +211,7 @@ class SdxlModel:
                 the step's latents if `watch_latents` is set. An exception from it ends the loop.
         """
         # Noise is drawn on the CPU, so that a seed means the same image on every device.
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        generators = [cpu_generator(seed) for seed in seeds]
         size = (1, self.pipeline.unet.config.in_channels, *shape.latent)
         noise = torch.cat([torch.randn(size, generator=each) for each in generators])
         latents = _to_device(noise.to(self.dtype), self.device)
@@ -250,7 +260,11 @@ class SdxlModel:
 
     @torch.no_grad()
     def fit_preview(self) -> None:
-        """Fit the linear map from latents to pixels that `preview` uses to this model's VAE."""
+        """Fit the linear map from latents to pixels that `preview` uses to this model's VAE.
+
+        Raises:
+            ModelError: the VAE's pixels are not finite.
+        """
         side, samples = 16, 8
         generator = torch.Generator("cpu").manual_seed(0)
         channels = self.pipeline.unet.config.in_channels
@@ -259,6 +273,11 @@ class SdxlModel:
         vae = self.pipeline.vae
         scaled = (latents / vae.config.scaling_factor).to(self.device, vae.dtype)
         pixels = vae.decode(scaled, return_dict=False)[0].float().cpu()
+        if not pixels.isfinite().all():
+            raise ModelError(
+                f"the model {self.name!r} cannot draw: its VAE makes pixels that are not finite of "
+                f"ordinary latents in {str(vae.dtype).removeprefix('torch.')}."
+            )
         pooled = torch.nn.functional.interpolate(pixels, size=(side, side), mode="area")
         inputs = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
         # (cells, channels + 1) against (cells, 3)
@@ -344,8 +363,8 @@ def load_model(
         pipeline = _build_random(device, dtype)
         return SdxlModel(pipeline, "sdxl-base-random", device, SDXL_SHAPES)
     if name == DEMO_MODEL:
-        pipeline = _load_directory(checkpoint_path(), dtype)
-        return SdxlModel(pipeline.to(device), "demo", device, DEMO_SHAPES)
+        pipeline = _on_device(name, _load_directory(checkpoint_path(), dtype), device)
+        return SdxlModel(pipeline, "demo", device, DEMO_SHAPES)
     directory = Path(name).expanduser()
     if directory.is_dir():
         pipeline = _load_directory(directory, dtype)
@@ -358,7 +377,8 @@ def load_model(
             f"SDXL_MODEL={name!r} is neither a directory here nor a hub repository like "
             f"{SDXL_BASE}; `{DEMO_MODEL}` and `{RANDOM_SDXL_BASE}` need no download."
         )
-    return SdxlModel(pipeline.to(device), label, device, _trained_shapes(pipeline))
+    pipeline = _on_device(name, pipeline, device)
+    return SdxlModel(pipeline, label, device, _trained_shapes(pipeline))
 
 
 def choose_device(name: str) -> torch.device:
@@ -396,22 +416,16 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> StableDiffusionXLPip
 def _load_hub(name: str, revision: str | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     # Download each file in parallel ranges. The hub's client reads this when a download starts.
     os.environ.setdefault("HF_XET_HIGH_PERFORMANCE", "1")
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    # diffusers raises for a variant that does not exist, so look for one first. Offline, diffusers
-    # looks in what was downloaded before.
-    variant: str | None = "fp16"
     try:
-        files = HfApi().list_repo_files(name, revision=revision)
-        if not any(file.startswith("unet/") and ".fp16." in file for file in files):
-            variant = None
-    except (OfflineModeIsEnabled, OSError, HfHubHTTPError) as error:
-        logger.warning(
-            "the hub did not list the files of %s (%s); trying the fp16 variant",
-            name,
-            type(error).__name__,
-        )
+        variant = variant_on_hub(name, revision)
+    except HubUnavailable as error:
+        directory = downloaded_before(name, revision)
+        if directory is None:
+            raise ModelError(
+                f"the model {name!r} was not downloaded before, and {error}."
+            ) from None
+        logger.warning("%s: %s; what was downloaded before is used", name, error)
+        return _load_directory(directory, dtype)
     return _from_pretrained(name, dtype, variant=variant, revision=revision)
 
 
@@ -427,8 +441,9 @@ def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> StableDif
         )
     except Exception as error:  # noqa: BLE001 - of four libraries' errors; all mean the same here
         # About local files they quote no more than the files.
-        local = f"{type(error).__name__}: {_first_line(error)}"
-        why = local if options.get("local_files_only") else hub_failure(error)
+        local = f"{type(error).__name__}: {first_line(error)}"
+        local_only = options.get("local_files_only")
+        why = local if local_only else hub_failure(error, options.get("revision"))
         raise ModelError(f"the model at {name!r} could not be loaded: {why}") from None
     for part in _PARTS:
         module = getattr(pipeline, part)
@@ -442,6 +457,21 @@ def _from_pretrained(name: str, dtype: torch.dtype, **options: Any) -> StableDif
         # This VAE overflows in float16; bfloat16 has the range of float32. diffusers would recast
         # it on every call, which breaks captured graphs.
         pipeline.vae.to(torch.bfloat16)
+    return pipeline
+
+
+def _on_device(
+    name: str, pipeline: StableDiffusionXLPipeline, device: torch.device
+) -> StableDiffusionXLPipeline:
+    """Move the pipeline, and check its weights there, where that is fast."""
+    pipeline = pipeline.to(device)
+    tensor = non_finite_tensor({part: getattr(pipeline, part) for part in _PARTS})
+    if tensor is not None:
+        raise ModelError(
+            f"the model at {name!r} cannot draw: {tensor} has values that are not finite as "
+            f"{str(pipeline.unet.dtype).removeprefix('torch.')}; the file is damaged, or needs "
+            "another SDXL_DTYPE."
+        )
     return pipeline
 
 
@@ -492,8 +522,3 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.contiguous()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else ""

@@ -24,6 +24,7 @@ from PIL import Image
 from tests.e2e.conftest import ANSWER_SECONDS, STARTS, Server, body
 from tests.e2e.differences import row
 from tests.support.otlp_endpoint import ReceivedSpan, tree
+from tests.support.raw_client import Answer, connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -145,11 +146,87 @@ def test_what_is_no_json_is_422_without_echo(server: Server) -> None:
 JSON = {"content-type": "application/json"}
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "error_type"),
+    [
+        ("GET", "/xylograph", 404, "not_found"),
+        ("POST", "/xylograph", 404, "not_found"),
+        ("GET", "/", 405, "method_not_allowed"),
+        ("DELETE", "/stream", 405, "method_not_allowed"),
+        ("POST", "/health", 405, "method_not_allowed"),
+        ("POST", "/", 422, "invalid_request"),
+        ("POST", "/debug/profile", 404, "not_found"),
+    ],
+)
+def test_every_error_has_one_shape_and_an_id_that_the_log_has(
+    server: Server, method: str, path: str, status: int, error_type: str
+) -> None:
+    trace_id, _, traceparent = a_context()
+    for headers in ({}, {"traceparent": traceparent}):
+        answer = server.client.request(method, path, headers=headers)
+        body = answer.json()
+        assert (answer.status_code, body["error_type"]) == (status, error_type)
+        assert set(body) == {"detail", "error_type", "trace_id"}
+        assert "xylograph" not in answer.text
+        assert answer.headers["x-trace-id"] == body["trace_id"]
+        assert answer.headers["x-fal-billable-units"] == "0"
+        assert ("allow" in answer.headers) == (status == 405)
+        if headers:
+            assert body["trace_id"] == trace_id
+        wait_for(lambda said=body["trace_id"]: said in server.process.output())  # type: ignore[misc]
+
+
+def test_what_makes_no_image_is_in_no_metric_and_no_trace(server: Server) -> None:
+    def counted() -> float:
+        lines = server.metrics().splitlines()
+        names = ("sdxl_request_duration_seconds_count", "sdxl_errors_total")
+        return sum(float(line.split(" ")[1]) for line in lines if line.startswith(names))
+
+    server.otlp.wait_for_trace(server.generate().json()["trace_id"])
+    before = counted()
+    lost = server.client.get("/xylograph").json()["trace_id"]
+    for path in ("/health", "/ready", "/openapi.json"):
+        answer = server.client.get(path)
+        assert answer.status_code == 200
+        assert "x-trace-id" not in answer.headers  # neither a trace nor the log would have it
+    server.otlp.wait_for_trace(server.generate().json()["trace_id"])
+    wait_for(lambda: counted() == before + 1)
+    assert server.otlp.trace(lost) == []
+
+
 @pytest.mark.parametrize("size", [64 * 1024 + 1, 4 * 1024 * 1024])
 def test_a_large_body_is_413(server: Server, size: int) -> None:
     answer = server.client.post("/", content=b" " * size, headers=JSON)
     assert answer.status_code == 413
     assert answer.json()["error_type"] == "body_too_large"
+
+
+@pytest.mark.parametrize("path", ["/", "/stream"])
+def test_a_large_declared_length_is_413_before_any_of_it(server: Server, path: str) -> None:
+    with connected(server.process.url) as asking:
+        asking.send(post(path, b"", "Expect: 100-continue", length=10_000_000_000))
+        received = asking.read()
+    assert received.startswith(b"HTTP/1.1 413 ")  # and no 100 before it
+    answer = Answer.parse(received)
+    assert answer.error_type() == "body_too_large"
+    assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("path", ["/stream/", "/health/", "/ready/"])
+def test_no_redirect_to_the_host_header(server: Server, path: str) -> None:
+    for method in ("GET", "POST"):
+        answer = server.client.request(method, path, headers={"host": "evil.test"})
+        assert answer.status_code == 404
+        assert "location" not in answer.headers
+        assert answer.json()["error_type"] == "not_found"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/openapi.json"])
+def test_head_is_answered_like_get(server: Server, path: str) -> None:
+    get, head = (server.client.request(method, path) for method in ("GET", "HEAD"))
+    assert (head.status_code, head.content) == (200, b"")
+    for header in ("content-length", "content-type"):
+        assert head.headers[header] == get.headers[header]
 
 
 def test_a_third_request_is_429_with_retry_after(server: Server) -> None:
@@ -219,6 +296,9 @@ def test_health_and_readiness(servers: dict[str, Server]) -> None:
     ours, fals = (server.client.get("/ready") for server in servers.values())
     assert (ours.status_code, fals.status_code) == (200, 200)
     assert ours.json()["state"] == "ready"
+    threads = ours.json()["cpu_threads"]
+    assert (threads["threads"], threads["set_by_user"]) == (1, {"OMP_NUM_THREADS": "1"})
+    assert threads["cores"] >= 1
     assert shape_of(ours.json()) == shape_of(fals.json())
     assert {k: v for k, v in ours.json().items() if k != "warmup_ms"} == {
         k: v for k, v in fals.json().items() if k != "warmup_ms"
@@ -336,6 +416,21 @@ def test_a_callers_context_comes_by_header_or_by_body(server: Server, path: str)
         assert answer.headers["x-trace-id"] == trace_id
 
 
+def test_repeated_headers_of_a_callers_trace(server: Server) -> None:
+    """`tracestate` is a list over all headers; of `traceparent` there is one."""
+    trace_id, _, traceparent = a_context()
+    states = [("tracestate", "vendor=1"), ("tracestate", "ot=th:8")]
+    server.client.post("/", json=body(), headers=[("traceparent", traceparent), *states])
+    spans = server.otlp.wait_for_trace(trace_id)
+    assert {span.attributes["sampling.probability"] for span in spans} == {0.5}
+    other, _, another = a_context()
+    parents = [("traceparent", traceparent), ("traceparent", another)]
+    answer = server.client.post("/", json=body(), headers=[*parents, *states])
+    assert answer.headers["x-trace-id"] not in (trace_id, other)
+    root = by_name(server.otlp.wait_for_trace(answer.headers["x-trace-id"]), "text-to-image")
+    assert not root.parent_span_id
+
+
 def test_a_caller_that_does_not_sample_is_not_exported(server: Server) -> None:
     trace_id, _, traceparent = a_context(flags="00")
     unsampled = server.client.post("/", json=body(), headers={"traceparent": traceparent})
@@ -382,15 +477,6 @@ def test_fals_metrics_have_their_own_port_and_no_exemplars(servers: dict[str, Se
     )
     assert servers["fal"].client.get("/metrics").status_code == 404
     assert not [f for f in families(servers["self-hosted"].metrics()) if f.startswith("http_")]
-
-
-@row("An unknown path")
-def test_fal_answers_an_unknown_path_itself(servers: dict[str, Server]) -> None:
-    ours, fals = (server.client.post("/xylograph", json={}) for server in servers.values())
-    assert (ours.status_code, fals.status_code) == (404, 404)
-    assert ours.json() == {"detail": "Not Found"}
-    assert fals.json() == {"detail": "Path /xylograph not found"}
-    assert fals.headers["x-fal-billable-units"] == "0"
 
 
 @row("API pages")

@@ -18,6 +18,7 @@ from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, STARTS, body, envi
 from tests.e2e.differences import ROWS, documented_rows, row
 from tests.support.otlp_endpoint import otlp_endpoint, tree
 from tests.support.processes import ServerProcess
+from tests.support.raw_client import Answer, connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -163,7 +164,15 @@ def test_billing_a_silent_cdn_and_sigterm_at_rest(kind: str) -> None:
                 assert upload_seconds < 1
                 assert fell_back.startswith("0.0\n")
 
-            assert process.terminate(GRACE_SECONDS) < ENDING_SECONDS
+            with connected(process.url) as reading:
+                reading.send(post(content=b"{", length=1000))
+                in_flight = "\nsdxl_requests_in_flight 1.0\n"
+                while in_flight not in httpx.get(process.metrics_url, timeout=30).text:
+                    time.sleep(0.02)
+                assert process.terminate(GRACE_SECONDS) < ENDING_SECONDS
+                half_sent = Answer.parse(reading.read())
+            assert (half_sent.status, half_sent.error_type()) == (503, "draining")
             assert process.process.returncode == EXIT_STATUS[kind], process.output()
+        otlp.wait_for_trace(half_sent.headers["x-trace-id"])
         for answered in (*answers, refused):
             otlp.wait_for_trace(answered.headers["x-trace-id"])

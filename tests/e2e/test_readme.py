@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from prometheus_client import CollectorRegistry
 
-from serve.errors import REQUEST_ERRORS, RequestError
+from serve.errors import OTHER_ERRORS, REQUEST_ERRORS, RequestError
 from serve.schema import TextToImageRequest, TextToImageResponse
 from serve.settings import ServeSettings, environment_name
 from tests.e2e.transcript import README, in_readme, record, shape
@@ -68,7 +68,7 @@ def test_every_field_of_a_request_and_a_response_is_documented_and_no_other() ->
 def test_every_failure_is_documented_with_its_status_and_no_other() -> None:
     section = (DOCS / "http.md").read_text().split("\n## Failures\n")[1]
     documented = re.findall(r"^\|[^|]+\| (\d{3}) \| `(\w+)` \|$", section, re.MULTILINE)
-    errors = (*REQUEST_ERRORS, RequestError)
+    errors = (*REQUEST_ERRORS, RequestError, *OTHER_ERRORS)
     assert documented == [(str(error.status), error.error_type) for error in errors]
 
 

@@ -113,6 +113,9 @@ def test_a_caller_that_is_not_trusted_decides_nothing(sampled: bool) -> None:
         ("ot=th:xyz", 1.0),
         ("ot=th:0123456789abcdef", 1.0),
         ("ot=th:", 1.0),
+        ("ot=th:-1", 1.0),
+        ("ot=th:1_0", 1.0),
+        ("ot=th:C", 1.0),
     ],
 )
 def test_a_callers_own_probability_is_carried_on(tracestate: str, probability: float) -> None:

@@ -43,6 +43,7 @@ from serve.errors import (
     QueueFull,
     RequestError,
 )
+from serve.http.early_answers import EarlyAnswers
 from serve.http.middleware import RequestMiddleware
 from serve.schema import GeneratedImage, ImageFormat
 from serve.server import FLUSH_SECONDS
@@ -71,7 +72,8 @@ def test_our_handlers_routes_and_middleware_win_over_fals(app: SdxlApp) -> None:
     assert hasattr(fal.App, "_add_extra_routes"), "fal has no _add_extra_routes any more"
     built = app._build_app()
 
-    assert built.user_middleware[0].cls is RequestMiddleware, "ours must be outermost"
+    outermost = [added.cls for added in built.user_middleware[:2]]
+    assert outermost == [EarlyAnswers, RequestMiddleware], "ours must be outermost"
     assert CORSMiddleware not in [added.cls for added in built.user_middleware]
     for error, handler in built.exception_handlers.items():
         if error in (RequestError, Exception) or getattr(error, "__name__", "") in (
@@ -246,8 +248,10 @@ def test_a_connection_closed_after_the_last_byte_cancels_nothing() -> None:
         gone.set()
         await asyncio.sleep(0.05)
 
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    asyncio.run(RequestMiddleware(slow_to_leave, lambda: runtime)(scope, receive, send))
+    json_body = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": json_body}
+    middleware = RequestMiddleware(slow_to_leave, lambda: runtime, endpoints=("/",))
+    asyncio.run(middleware(scope, receive, send))
     runtime.close(1)
     shown = generate_latest(runtime.metrics.registry).decode()
     assert 'sdxl_errors_total{error_type="client_gone"} 0.0' in shown

@@ -21,6 +21,7 @@ from serve import app as app_module
 from serve.app import UPLOAD_SECONDS
 from serve.errors import ConfigurationError
 from serve.gateway import PromptGateway
+from serve.http.early_answers import EarlyAnswers
 from serve.http.gateway_client import ANSWER_SECONDS, MAX_CALLS, ImageAppAddress
 from serve.http.middleware import RequestMiddleware
 from serve.server import FLUSH_SECONDS
@@ -149,7 +150,7 @@ def gateway() -> PromptGateway:
 
 def test_our_handlers_win_over_fals(gateway: PromptGateway) -> None:
     built = gateway._build_app()
-    assert built.user_middleware[0].cls is RequestMiddleware
+    assert [a.cls for a in built.user_middleware[:2]] == [EarlyAnswers, RequestMiddleware]
     schema = gateway.openapi()["paths"]["/"]["post"]
     assert schema["requestBody"]["content"]["application/json"]["schema"] == {
         "$ref": "#/components/schemas/PromptRequest"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from serve.server import bind
-from tests.support.processes import clean_environment
+from tests.support.processes import ROOT, clean_environment
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
 
@@ -94,3 +95,62 @@ def test_a_model_that_is_not_there_ends_the_process() -> None:
     result = serve("--port", "0", SDXL_MODEL="./nowhere")
     assert result.returncode == 1
     assert "neither a directory here nor a hub repository" in result.stderr
+
+
+@pytest.mark.parametrize("host", ["", " ", "a..b", "a" * 300])
+def test_a_host_that_is_no_address_is_refused(host: str) -> None:
+    """An empty one would be every interface."""
+    result = serve("--port", "0", "--host", host)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("stepspan: ")
+
+
+PACKAGES = ("bench", "kernels_warmup", "metrics", "serve")
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+@pytest.mark.parametrize(
+    ("module", "arguments", "status"),
+    [("serve", ("--port", "0", "--host", ""), 2), ("bench", ("show", "no-such-file.json"), 2)],
+)
+def test_nothing_is_imported_from_the_working_directory(
+    tmp_path: Path, module: str, arguments: tuple[str, ...], status: int, form: str
+) -> None:
+    """Our packages' names and a library's; Python itself runs a module of the name it is given."""
+    for name in {*PACKAGES, "pydantic", "numpy"} - {module}:
+        path = tmp_path / f"{name}.py" if form == "file" else tmp_path / name / "__init__.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("raise SystemExit('the wrong module')\n")
+    # A folder without an __init__.py replaces nothing, and is not named.
+    (tmp_path / module).mkdir()
+    result = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=tmp_path,
+        env=clean_environment({"PYTHONPATH": str(ROOT)}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == status, result.stderr
+    assert len(result.stderr.splitlines()) == 2  # what is not used, and what the command refuses
+    assert "the wrong module" not in result.stderr
+    first = result.stderr.splitlines()[0]
+    assert all((name in first) == (name != module) for name in PACKAGES if name != "serve")
+    assert "metrics.py" in first or form == "folder"
+
+
+def test_a_harmless_working_directory_is_not_spoken_of(tmp_path: Path) -> None:
+    (tmp_path / "app.py").touch()
+    (tmp_path / "metrics").mkdir()  # no __init__.py: replaces nothing
+    result = subprocess.run(
+        [sys.executable, "-m", "serve", "--help"],
+        cwd=tmp_path,
+        env=clean_environment({"PYTHONPATH": str(ROOT)}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert result.stderr == ""

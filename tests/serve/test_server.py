@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
+import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
@@ -17,9 +20,12 @@ from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity, TraceSampling
 from serve import server
 from serve.engine.readiness import State
-from serve.engine.runtime import Runtime
+from serve.engine.runtime import ENDPOINTS, Runtime
 from serve.errors import ConfigurationError
+from serve.http.listener import MAX_CONNECTIONS, connection_limit
+from serve.http.middleware import RequestMiddleware
 from serve.http.request_body import MAX_BODY_BYTES
+from serve.http.server_sent_events import MAX_WAITING_PREVIEWS
 from serve.server import bind, create_app
 from serve.settings import ServeSettings
 
@@ -232,15 +238,6 @@ def test_the_longest_valid_body_fits(app: FastAPI) -> None:
     assert post(app, body.encode()).status_code == 200
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("PUT", "/"), ("GET", "/stream")])
-def test_other_methods(app: FastAPI, method: str, path: str) -> None:
-    assert fetch(app, method, path).status_code == 405
-
-
-def test_an_unknown_path(app: FastAPI) -> None:
-    assert fetch(app, "POST", "/nowhere", json={}).status_code == 404
-
-
 def test_health_and_readiness(app: FastAPI, runtime: Runtime) -> None:
     assert fetch(app, "GET", "/health").json() == {"status": "ok"}
     ready = fetch(app, "GET", "/ready")
@@ -424,6 +421,148 @@ def test_a_client_that_leaves_stops_the_work(
     assert post(app, valid()).status_code == 200
 
 
+async def call_app(
+    app: FastAPI, send: Callable[[Any], Coroutine[Any, Any, None]], steps: int = 100
+) -> None:
+    """Call the app for a stream, as a server would whose client stays."""
+    content = json.dumps(valid(num_inference_steps=steps, preview=True)).encode()
+    messages = iter([{"type": "http.request", "body": content, "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        for message in messages:
+            return message
+        await asyncio.sleep(600)
+        return {"type": "http.disconnect"}
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/stream",
+        "raw_path": b"/stream",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "scheme": "http",
+        "server": ("test", 80),
+        "client": ("test", 1),
+    }
+    await app(scope, receive, send)
+
+
+@pytest.fixture
+def recorded(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[RequestTiming]:
+    """What was handed to the recorder."""
+    timings: list[RequestTiming] = []
+    monkeypatch.setattr(runtime.recorder, "record", lambda timing, _: timings.append(timing))
+    return timings
+
+
+def test_a_stream_that_is_not_taken_stops_its_work(
+    app: FastAPI,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    recorded: list[RequestTiming],
+) -> None:
+    monkeypatch.setattr(runtime, "settings", ServeSettings(device="cpu", send_seconds=0.2))
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+        if b"event: step" in sent[-1]:
+            await asyncio.sleep(60)  # as a server does whose client does not read
+
+    asyncio.run(call_app(app, send))
+    [timing] = recorded
+    assert (timing.outcome, timing.status_code) == ("cancelled", 499)
+    assert timing.run is not None
+    assert len(timing.run.steps) < 100
+    assert len(sent) == 3  # the head, `queued`, and the step that was not taken
+
+
+def test_a_client_that_reads_slowly_gets_few_old_previews(
+    app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "settings", ServeSettings(device="cpu", send_seconds=600))
+    told: list[str] = []
+
+    async def send(message: Any) -> None:
+        text = message.get("body", b"").decode()
+        told.append(text)
+        while len(told) == 3 and runtime.admission.waiting == 0 and runtime.admission._admitted:
+            await asyncio.sleep(0.05)  # until the run has ended
+
+    asyncio.run(call_app(app, send, steps=30))
+    steps = [data for name, data in events("".join(told)) if name == "step"]
+    assert [step["index"] for step in steps] == list(range(30))
+    with_preview = [step["index"] for step in steps if "preview" in step]
+    assert len(with_preview) <= MAX_WAITING_PREVIEWS + 2  # one on its way, one in a race
+    assert with_preview[0] == 0
+
+
+def test_a_request_that_the_server_gives_up_at_its_end_is_draining(
+    runtime: Runtime, recorded: list[RequestTiming], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that hangs does not stop within two steps."""
+    monkeypatch.setattr(runtime.readiness, "draining", True)
+
+    async def hangs(_scope: Any, _receive: Any, _send: Any) -> None:
+        await asyncio.sleep(60)
+
+    sent: list[Any] = []
+
+    async def story() -> None:
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        middleware = RequestMiddleware(hangs, lambda: runtime, ENDPOINTS)
+        task = asyncio.create_task(call_app(middleware, send))  # type: ignore[arg-type]
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await task
+
+    asyncio.run(story())
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"])["error_type"] == "draining"
+    [timing] = recorded
+    assert timing.status_code == 503
+    assert timing.failure is not None
+    assert timing.failure.error_type == "draining"
+
+
+def test_the_number_of_connections_follows_from_the_open_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def limited_to(files: int) -> None:
+        monkeypatch.setattr("resource.getrlimit", lambda _: (files, files))
+
+    limited_to(resource.RLIM_INFINITY)
+    assert connection_limit(None) == MAX_CONNECTIONS
+    assert connection_limit(5000) == 5000
+    limited_to(1024)
+    room = connection_limit(None)
+    assert 800 < room < 1000
+    assert connection_limit(room) == room
+    with pytest.raises(ConfigurationError, match=f"SDXL_MAX_CONNECTIONS={room + 1} .* {room} is"):
+        connection_limit(room + 1)
+    limited_to(64)
+    with pytest.raises(ConfigurationError, match="64 files"):
+        connection_limit(None)
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_sighup_is_left_alone_under_nohup(app: FastAPI, runtime: Runtime, ignored: bool) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with bind("127.0.0.1", 0) as listening:
+            process = server._Server(uvicorn.Config(app), runtime, listening, 10)
+            with process.capture_signals():
+                handler = signal.getsignal(signal.SIGHUP)
+        assert handler == (signal.SIG_IGN if ignored else process.handle_exit)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_metrics_in_both_formats(app: FastAPI) -> None:
     post(app, valid())
     plain = fetch(app, "GET", "/metrics")
@@ -451,3 +590,21 @@ def test_a_missing_model_library_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(server, "find_spec", lambda name: None if name == "torch" else name)
     with pytest.raises(ConfigurationError, match=r"torch not installed: `pip install 'stepspan\["):
         server.run(ServeSettings(), "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("address", "reached"),
+    [
+        ("127.0.0.1", False),
+        ("127.8.8.8", False),
+        ("::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("0.0.0.0", True),
+        ("::", True),
+        ("::ffff:0.0.0.0", True),
+        ("192.0.2.7", True),
+        ("fe80::1%eth0", True),
+    ],
+)
+def test_who_reaches_an_address_is_known(address: str, reached: bool) -> None:
+    assert (server.reachable_by(address) is not None) == reached

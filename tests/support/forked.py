@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import queue
+import resource
 import runpy
 import signal
 import subprocess
@@ -105,7 +106,12 @@ def parent() -> Parent:
 
 @contextmanager
 def _running(
-    url: str, metrics_url: str, environment: Mapping[str, str] | None, module: str, *arguments: str
+    url: str,
+    metrics_url: str,
+    environment: Mapping[str, str] | None,
+    module: str,
+    *arguments: str,
+    open_files: int | None = None,
 ) -> Iterator[ServerProcess]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
@@ -116,6 +122,7 @@ def _running(
                 "output": str(output),
                 "module": module,
                 "arguments": arguments,
+                "open_files": open_files,
             }
         )
         try:
@@ -128,11 +135,18 @@ def _running(
 
 
 @contextmanager
-def self_hosted(environment: Mapping[str, str] | None = None) -> Iterator[ServerProcess]:
-    """`python -m serve` on a free loopback port, not yet ready."""
+def self_hosted(
+    environment: Mapping[str, str] | None = None, open_files: int | None = None
+) -> Iterator[ServerProcess]:
+    """`python -m serve` on a free loopback port, not yet ready.
+
+    Args:
+        open_files: how many files the process may open; None: as many as this one.
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with _running(url, url + "/metrics", environment, "serve", "--port", str(port)) as server:
+    command = ("serve", "--port", str(port))
+    with _running(url, url + "/metrics", environment, *command, open_files=open_files) as server:
         yield server
 
 
@@ -210,6 +224,8 @@ def _serve(order: Mapping[str, Any]) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ.update(order["environment"])
+        if (files := order["open_files"]) is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         sys.argv = [order["module"], *order["arguments"]]
         runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
         status = 0

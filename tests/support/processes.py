@@ -17,6 +17,7 @@ import httpx
 
 from bench.service import processes
 from bench.service.processes import ROOT, free_port, launched
+from kernels_warmup.cache.working_directory import CODE_FOLDERS
 
 if TYPE_CHECKING:
     from tests.support.forked import Forked
@@ -71,8 +72,10 @@ class ServerProcess:
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment without settings of the service and the compiler, plus `extra`."""
-    # torch writes its default cache directory into the environment, and child processes inherit it.
-    return processes.clean_environment(extra, (*processes.SETTINGS, "TORCHINDUCTOR_", "TRITON_"))
+    # torch and the service write cache directories into the environment, and child processes
+    # inherit them.
+    compilers = ("TORCHINDUCTOR_", "TRITON_", *CODE_FOLDERS)
+    return processes.clean_environment(extra, (*processes.SETTINGS, *compilers))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from bench.__main__ import main
 from bench.micro import harness_check
-from bench.service import overhead, peers
+from bench.service import overhead
 from bench.service.coldstart import cache_settings
 from bench.service.overhead import Samples
 from bench.stats.intervals import interval
@@ -103,7 +103,6 @@ def test_the_overhead_is_a_ratio_and_a_difference() -> None:
         (["overhead", "--pairs", "1"], "--pairs and --blocks: 2 and more"),
         (["coldstart", "--set", "NONSENSE"], "--set takes NAME=VALUE"),
         (["coldstart", "--repeats", "0"], "--repeats and --steps: 1 and more"),
-        (["peers", "--clients", "0"], "1 and more are allowed"),
         (["micro", "--series", "0"], "--series: 1 and more"),
         (["micro", "--device", "cuda:99"], "CUDA"),
         (["bare", "--scenario", "batch-2"], "no batch is allowed"),
@@ -187,11 +186,3 @@ def test_a_cold_start_and_one_from_cache(tmp_path: Path) -> None:
     for start in starts:
         assert 0 < start["answers_s"] < start["ready_s"] < start["first_image_s"]
         assert start["phases_ms"]["load_model"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.e2e
-def test_throughput_of_the_service_and_the_documented_example() -> None:
-    found = peers.measure("demo", clients=4, blocks=2, requests=6, steps=2)
-    assert set(found.images_per_second) == {"ours", "documented"}
-    assert all(rate > 0 for rates in found.images_per_second.values() for rate in rates)

@@ -183,5 +183,9 @@ def test_wrong_usage(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stack().write(tmp_path / "r.json")
-    assert main(["show", *arguments]) == 2
+    try:
+        status = main(["show", *arguments])
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    assert status == 2
     assert said in capsys.readouterr().err

@@ -22,13 +22,18 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from bench.__main__ import main
 from bench.errors import BenchError
+from bench.service import loopback
 from bench.service.arrivals import Mix, arrivals
-from bench.service.load import _sweep, checked_url
+from bench.service.load import UNLOADED, _sweep, checked_url
 from bench.service.load_report import Level, RequestOutcome, knee, level
+from bench.service.loopback import LoopbackHandler
+from bench.service.processes import holds_image
 from tests.support.processes import free_port
 
 Capture = pytest.CaptureFixture[str]
 Serve = Callable[[dict[str, object]], Awaitable[int]]
+IMAGE = '{"image": {"url": "data:image/png;base64,iVBO", "width": 8, "height": 8}}'
+REFUSAL = '{"detail": "said the server"}'
 ONE = Mix((), ((20, 1.0),))
 
 
@@ -51,7 +56,7 @@ def serving(answer: Serve, observed: float = 1.0) -> Iterator[str]:
         status = await answer(await request.json())
         outcome = "ok" if status == 200 else "rejected"
         duration.labels("/", outcome).observe(observed * (time.perf_counter() - start))
-        return Response('{"detail": "said the server"}', status, media_type="application/json")
+        return Response(IMAGE if status == 200 else REFUSAL, status, media_type="application/json")
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -266,6 +271,57 @@ def test_a_server_that_refuses_the_requests_ends_it(
     assert said in capsys.readouterr().err
 
 
+NOT_IMAGES = (
+    b"",
+    b"OK",
+    b"<html>it works</html>",
+    b"[]",
+    b'{"image": null}',
+    b'{"images": []}',
+    b'{"image": {"url": ""}}',
+    b'{"image": {"url": 7}}',
+    b'{"image": {"url": "data:image/png;base64,"}}',
+    b'{"image": {"url": "data:text/html;base64,iVBO"}}',
+)
+
+
+@pytest.mark.parametrize("content", NOT_IMAGES)
+def test_a_200_without_an_image_is_not_an_answer(content: bytes) -> None:
+    assert holds_image(IMAGE.encode())
+    assert holds_image(b'{"image": {"url": "https://cdn.example/1.png"}}')
+    assert not holds_image(content)
+
+
+def test_a_server_that_is_no_stepspan_is_refused(capsys: Capture) -> None:
+    class AnswersEverything(LoopbackHandler):
+        def respond(self) -> None:
+            self.send(b"", {})
+
+    with loopback.serving(AnswersEverything) as url:
+        assert main(["load", "--url", url, "--rate", "20", "--seconds", "0.5"]) == 2
+    captured = capsys.readouterr()
+    assert url in captured.err
+    assert "without an image" in captured.err
+    assert captured.out == ""
+
+
+def test_an_image_that_stops_coming_is_no_goodput(capsys: Capture) -> None:
+    """Empty 200s begin after the unloaded requests, as when a proxy takes over."""
+    answered: list[int] = []
+
+    class Fades(LoopbackHandler):
+        def respond(self) -> None:
+            answered.append(1)
+            self.send(IMAGE.encode() if len(answered) <= UNLOADED else b"", {})
+
+    with loopback.serving(Fades) as url:
+        arguments = ("--rate", "20", "--seconds", "0.5", "--metrics-url", f"{url}/none")
+        _, report = loaded(url, *arguments, capsys=capsys)
+    (found,) = report["levels"]  # type: ignore[misc]
+    assert (found["ok"], found["in_time"], found["goodput"]) == (0, 0, 0)
+    assert found["refused"] == {"no image": found["sent"]}
+
+
 # Wrong usage -------------------------------------------------------------------------------------
 
 
@@ -304,6 +360,7 @@ def test_an_invalid_url_is_refused(url: str) -> None:
         (["--max-requests", "0"], "invalid whole number above 0 value"),
         (["--shape", "big"], "--shape big is not allowed; WIDTHxHEIGHT is"),
         (["--shape", "64x64=-1"], "invalid NAME or NAME=SHARE value"),
+        (["--seed", "-1"], "invalid whole number from 0 value: '-1'"),
         (["--steps", "few"], "--steps few is not allowed; a whole number above 0 is"),
         (["--timeout", "1"], "cannot be reached: ConnectError"),
     ],

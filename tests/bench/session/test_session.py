@@ -15,6 +15,7 @@ import pytest
 from bench.__main__ import COMMANDS, main
 from bench.errors import BenchError
 from bench.harness.environment import ROOT
+from bench.harness.own_folder import own_folder
 from bench.harness.result_file import BenchResult, NotRun
 from bench.harness.rounds import TIME_IS_UP
 from bench.harness.run_record import NO_TIME
@@ -263,7 +264,7 @@ def test_another_machine_compiles_again_what_is_left(tmp_path: Path) -> None:
     only = ("--only", "precompile-ways", "ways")
     measurement(tmp_path, machine, *only, "--scenario", "layer-norm", "geglu").run()
     assert ran(machine) == ["precompile-ways", "layer-norm"]
-    (tmp_path / "tmp" / "h200-day-precompile-ways.json").unlink()
+    (own_folder() / "h200-day-precompile-ways.json").unlink()
     measurement(tmp_path, machine, *only, "--scenario", "layer-norm", "geglu", "zero-text").run()
     assert ran(machine)[2:] == ["precompile-ways", "layer-norm"]
     assert scenarios(machine.ran[2]) == ["zero-text"]
@@ -344,7 +345,9 @@ def test_the_pieces_are_commands_that_exist(
         parser = argparse.ArgumentParser()
         COMMANDS[name].load().add_arguments(parser)
         parser.parse_args([*arguments[1:], "--out", "x.json"])
-    assert main(["session", *small, "--results", str(tmp_path / "nowhere")]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["session", *small, "--results", str(tmp_path / "nowhere")])
+    assert stop.value.code == 2
     both = ["--results", str(tmp_path), "--archive", str(tmp_path / "a.tar.gz")]
     assert main(["session", *small, *both]) == 2
     [tests] = (p for p in measurement(tmp_path, Machine()).plan.pieces() if p.name == "gpu-tests")

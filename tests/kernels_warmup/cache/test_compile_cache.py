@@ -34,7 +34,7 @@ def test_a_start_finds_what_the_one_before_compiled(
 ) -> None:
     cache, restored = start()
     assert restored.result == "miss"
-    assert not folder.exists()  # it is created at the first store
+    assert list(folder.iterdir()) == []  # made at once, to find out at once if it cannot be
     compiled()
     first = working()
     stored = cache.store()
@@ -274,6 +274,29 @@ def test_a_folder_that_cannot_be_written_is_said_once(
         assert names(folder) == [cache.path.name]
         assert cache.path.read_bytes() == before
     assert cache.store().result == "stored"
+
+
+@pytest.mark.parametrize("kind", ["nothing can be made there", "another user's"])
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_compiled(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path("/proc/stepspan") if kind != "another user's" else tmp_path / "theirs"
+    if kind == "another user's":
+        folder.mkdir()
+
+        def refuse(**_: object) -> Any:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # root may write anywhere
+    starts = Starts(folder)
+    cache, restored = starts()
+    assert restored.result == "miss"
+    (warning,) = lines(caplog)
+    assert str(folder) in warning
+    compiled()
+    assert cache.store().result == ("skipped" if kind != "another user's" else "stored")
+    assert len(lines(caplog)) == 1
+    starts.end()
 
 
 @pytest.mark.e2e

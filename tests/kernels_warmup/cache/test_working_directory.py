@@ -95,6 +95,8 @@ def test_without_a_directory_to_work_in_a_start_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "below"))
     cache, restored = start()
     assert restored.result == "ignored"
     assert cache.store().result == "skipped"

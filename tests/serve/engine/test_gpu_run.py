@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import itertools
 import time
 from typing import Any
 
@@ -19,7 +20,7 @@ from serve.errors import (
     ClientGone,
     DeadlineExceeded,
 )
-from serve.schema import TextToImageResponse
+from serve.schema import MAX_SEED, TextToImageResponse
 from tests.serve.conftest import request
 from tests.support.engine import Gate, NewCall, generate
 
@@ -56,6 +57,20 @@ def test_requests_that_share_a_run_get_the_pictures_they_get_alone(
     assert len(runs) == 1
     assert next(iter(runs)).batch_size == 3  # type: ignore[union-attr]
     assert [call.finish(200).observes_run for call in calls] == [True, False, False]
+
+
+def test_seeds_with_the_same_lower_bits_are_pictures_of_their_own(
+    runtime: Runtime, new_call: NewCall
+) -> None:
+    seeds = (0, 2**32, 2**53, MAX_SEED)
+    answers = together(runtime, [new_call() for _ in seeds], *({"seed": seed} for seed in seeds))
+    assert [answer.seed for answer in answers] == list(seeds)
+    pictures = [png(answer) for answer in answers]
+    for first, second in itertools.combinations(pictures, 2):
+        assert np.abs(first - second).mean() > 1
+    for seed, picture in zip(seeds, pictures, strict=True):
+        alone = png(generate(runtime, new_call(), format="png", seed=seed))
+        assert int(np.abs(picture - alone).max()) <= 1
 
 
 def test_a_run_of_one_request_is_the_same_to_the_byte(runtime: Runtime, new_call: NewCall) -> None:

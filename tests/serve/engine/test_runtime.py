@@ -81,6 +81,7 @@ def test_guidance_of_one_and_below_is_off(scale: float, guided: bool) -> None:
 def test_a_truncated_prompt_is_reported(runtime: Runtime, new_call: NewCall) -> None:
     long = "a red circle and " * 60
     assert generate(runtime, new_call(), prompt=long).prompt_truncated
+    assert generate(runtime, new_call(), negative_prompt=long).prompt_truncated
 
 
 @pytest.mark.parametrize("prompt", ["é", "赤い丸", "🔴" * 50, "\x00", "<|endoftext|>", "{}[]\\n"])

@@ -300,6 +300,18 @@ def test_the_image_apps_503_never_ends_the_gateways_runner(
 
 
 @pytest.mark.parametrize(
+    ("status", "error_type"), [(404, "not_found"), (405, "method_not_allowed")]
+)
+def test_an_address_with_a_wrong_path_is_no_fault_of_the_caller(
+    image_app: ImageApp, status: int, error_type: str
+) -> None:
+    """Also if it is the image app itself that has nothing there."""
+    image_app.refuse(status, error_type)
+    answer = ask(image_app)
+    assert (answer.status_code, answer.json()["error_type"]) == (502, "image_app_failed")
+
+
+@pytest.mark.parametrize(
     ("status", "expected"),
     [
         (401, (502, "image_app_failed", "refuses the gateway's key")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
+from safetensors.torch import load_file, save_file
 
 from kernels_warmup.shapes import SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError
 from serve.model.sdxl import SdxlModel, load_model
 from serve.model.sdxl_base import UNET_CONFIG, VAE_CONFIG, materialise
+from serve.model.weights import non_finite_tensor
 
 SHAPE = CompiledShape(128, 128)
 
@@ -110,6 +113,38 @@ def test_pickled_weights_are_not_run(tmp_path: Path) -> None:
         load_model(str(directory), device_name="cpu")
 
 
+@pytest.mark.parametrize("content", ["{", '{"in_channels": "four"}', "[]"])
+def test_a_configuration_that_is_none(content: str, tmp_path: Path) -> None:
+    directory = copy_of_demo(tmp_path)
+    (directory / "unet" / "config.json").write_text(content)
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_model(str(directory), device_name="cpu")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_tensor_that_is_not_finite_is_found_by_name(value: float, dtype: torch.dtype) -> None:
+    fine = torch.nn.Linear(8, 8, dtype=dtype)
+    spoilt = torch.nn.Sequential(torch.nn.Linear(8, 8, dtype=dtype), torch.nn.BatchNorm2d(4))
+    parts = {"scheduler": object(), "vae": fine, "unet": spoilt}
+    assert non_finite_tensor(parts) is None
+    with torch.no_grad():
+        spoilt[0].bias[3] = value
+    assert non_finite_tensor(parts) == "unet.0.bias"
+
+
+def test_a_model_with_weights_that_are_not_finite(tmp_path: Path) -> None:
+    directory = copy_of_demo(tmp_path)
+    path = directory / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] = math.nan
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match="not finite") as caught:
+        load_model(str(directory), device_name="cpu")
+    assert f"text_encoder.{name}" in str(caught.value)
+
+
 def test_a_broken_index_is_refused(tmp_path: Path) -> None:
     directory = copy_of_demo(tmp_path)
     (directory / "model_index.json").write_text("{")
@@ -137,6 +172,18 @@ def test_a_prompt_is_never_logged(demo: SdxlModel, caplog: pytest.LogCaptureFixt
     caplog.set_level(0)
     conditioning = demo.encode_prompts(["quagga " * 300], ["okapi " * 300], guided=True)
     assert conditioning.truncated == (True,)
+    for prompt, negative, guided, truncated in (
+        ("short", "okapi " * 300, True, True),
+        ("quagga " * 300, "short", True, True),
+        ("quagga " * 300, "", True, True),
+        ("short", "short", True, False),
+        ("short", " " * 300, True, False),
+        # Without guidance nothing reads the negative prompt.
+        ("short", "okapi " * 300, False, False),
+    ):
+        assert demo.encode_prompts([prompt], [negative], guided).truncated == (truncated,)
+    two = demo.encode_prompts(["short", "short"], ["short", "okapi " * 300], guided=True)
+    assert two.truncated == (False, True)
     assert "quagga" not in caplog.text
     assert "okapi" not in caplog.text
 

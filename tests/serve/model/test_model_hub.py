@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from bench.service.loopback import LoopbackHandler, serving
 from serve.demo_model import checkpoint_path
+from serve.model.hub import HubUnavailable, first_line, variant_on_hub
 from tests.support.hub_endpoint import HubEndpoint, hub_endpoint
-from tests.support.processes import clean_environment
+from tests.support.processes import clean_environment, free_port
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -88,3 +93,84 @@ def test_a_missing_revision_or_repository_is_an_error(
         said = load(hub, tmp_path, name="someone/else")
         assert "ModelError" in said
         assert "someone/else" in said
+
+
+# A hub that does not answer ----------------------------------------------------------------------
+
+
+@contextmanager
+def silent() -> Iterator[int]:
+    """A port that accepts connections and says nothing."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@contextmanager
+def answering(status: int, code: str) -> Iterator[int]:
+    class Hub(LoopbackHandler):
+        def respond(self) -> None:
+            self.send(b"", {"X-Error-Code": code} if code else {}, status)
+
+    with serving(Hub) as url:
+        yield int(url.rpartition(":")[2])
+
+
+@contextmanager
+def closed() -> Iterator[int]:
+    yield free_port()
+
+
+@pytest.mark.parametrize(
+    ("hub", "said"),
+    [
+        (closed(), "cannot be reached"),
+        (silent(), "cannot be reached"),
+        (answering(503, ""), "503"),
+        (answering(429, ""), "429"),
+        (answering(401, "RepoNotFound"), "no such repository"),
+        (answering(404, "RevisionNotFound"), "no revision 'v9'"),
+        (answering(403, "GatedRepo"), "granted access"),
+    ],
+    ids=["refuses", "is silent", "503", "429", "unknown", "no such revision", "gated"],
+)
+def test_why_the_hub_gives_nothing_is_a_clause_without_its_address(
+    hub: AbstractContextManager[int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr("serve.model.hub.HUB_SECONDS", 0.5)
+    with hub as port:
+        address = f"http://user:hunter2@127.0.0.1:{port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        with pytest.raises(HubUnavailable, match=said) as caught:
+            variant_on_hub(REPOSITORY, "v9")
+    assert "hunter2" not in str(caught.value)
+    assert str(port) not in str(caught.value)
+
+
+def test_what_was_downloaded_before_is_used_without_the_hub(
+    revisions: dict[str, Path], tmp_path: Path
+) -> None:
+    with hub_endpoint(REPOSITORY, revisions) as hub:
+        assert "tiny-sdxl torch.float32" in load(hub, tmp_path, revision="plain")
+    # The same address, where nothing listens now.
+    said = load(hub, tmp_path, revision="plain")
+    assert "plain torch.float32" not in said
+    assert "tiny-sdxl torch.float32" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("401 for https://user:pw@hub.example/api/x", "401 for https://...@hub.example/api/x"),
+        ("get 'https://cdn.example/f?X-Signature=abc&k=1' failed",
+         "get 'https://cdn.example/f?...' failed"),
+        ("first\nsecond", "first"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_a_librarys_message_is_shown_without_what_its_urls_hold(message: str, shown: str) -> None:
+    assert first_line(OSError(message)) == shown

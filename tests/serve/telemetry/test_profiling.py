@@ -256,7 +256,9 @@ def test_a_malformed_body_is_refused(profiled_runtime: Runtime, body: bytes, sta
     async def once(client: str) -> httpx.Response:
         transport = httpx.ASGITransport(app, client=(client, 50000))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            return await http.post("/debug/profile", content=body)
+            return await http.post(
+                "/debug/profile", content=body, headers={"content-type": "application/json"}
+            )
 
     assert asyncio.run(once("127.0.0.1")).status_code == status
     assert asyncio.run(once("192.0.2.7")).status_code == 403  # unread

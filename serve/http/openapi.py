@@ -1,0 +1,262 @@
+"""The OpenAPI document: what the framework derives from the routes, corrected to what is answered.
+
+The framework sees neither the middleware nor the exception handlers, so it knows only a 200 and its
+own 422. It also writes every bound of a number as a float, which rounds the largest seed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+
+from kernels_warmup.shapes import LARGEST_SIDE, PIXELS_PER_LATENT, SMALLEST_SIDE
+from serve import __version__
+from serve.engine.planning import serves_guidance
+from serve.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    ClientGone,
+    DeviceLost,
+    Draining,
+    Forbidden,
+    InvalidRequest,
+    NotReady,
+    RequestError,
+    UnsupportedMediaType,
+)
+from serve.http.profiling_endpoint import ProfileRequest
+from serve.http.service import Service
+from serve.schema import ErrorBody, TextToImageResponse
+
+Schema = dict[str, Any]
+Errors = Iterable[type[RequestError]]
+
+NOT_SERVED = (NotReady, Draining, DeviceLost)
+"""What `/health` and `/ready` report."""
+
+PROFILE_ERRORS = (Forbidden, BodyTooSlow, BodyTooLarge, UnsupportedMediaType, InvalidRequest)
+"""What `/debug/profile` may answer, a fault of the service aside."""
+
+_REF = "#/components/schemas/{model}"
+_TRACE_ID: Schema = {
+    "description": "The request's trace.",
+    "required": True,
+    "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
+}
+_RETRY_AFTER: Schema = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
+_TEXT: Schema = {"schema": {"type": "string"}}
+
+
+def install_document(
+    app: FastAPI,
+    service: Callable[[], Service | None],
+    endpoints: Collection[str],
+    errors: Sequence[type[RequestError]],
+) -> None:
+    """Replace the app's OpenAPI document by a corrected one.
+
+    Args:
+        service: returns the service, or None before there is one. Its settings and its warm shapes
+            restrict what the document allows.
+        endpoints: the paths that generate.
+        errors: what a request to them may get.
+    """
+    derive = app.openapi
+    corrected: Schema = {}
+
+    def document() -> Schema:
+        if not corrected:
+            corrected.update(_corrected(app, derive(), endpoints, errors))
+        return _restricted(corrected, service())
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def _corrected(
+    app: FastAPI,
+    document: Schema,
+    endpoints: Collection[str],
+    errors: Sequence[type[RequestError]],
+) -> Schema:
+    document = copy.deepcopy(document)
+    document["info"]["version"] = __version__
+    schemas: Schema = document.setdefault("components", {}).setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for name, schema in _exact_schemas(app).items():
+        schemas[name] = {**schemas.get(name, {}), **schema}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            responses = operation["responses"]
+            responses.pop("422", None)
+            if path in endpoints:
+                responses["200"]["headers"] = {"x-trace-id": _TRACE_ID}
+                responses |= _error_responses(errors)
+            else:
+                responses |= _error_responses([RequestError])
+    for path, correct in _BY_PATH.items():
+        for operation in document["paths"].get(path, {}).values():
+            correct(operation)
+    return document
+
+
+def _exact_schemas(app: FastAPI) -> Schema:
+    """Pydantic's own schemas of all requests, responses and errors."""
+    models: list[tuple[Any, JsonSchemaMode]] = [
+        (ErrorBody, "serialization"),
+        (TextToImageResponse, "serialization"),
+        (ProfileRequest, "validation"),
+    ]
+    for route in app.routes:
+        if not isinstance(route, APIRoute):
+            continue
+        if route.body_field is not None:
+            models.append((route.body_field.field_info.annotation, "validation"))
+        if isinstance(route.response_model, type):
+            models.append((route.response_model, "serialization"))
+    _, schema = models_json_schema(models, ref_template=_REF)
+    exact: Schema = schema["$defs"]
+    return exact
+
+
+def _error_responses(errors: Errors) -> Schema:
+    """The responses of all `errors` by status."""
+    types: dict[int, list[str]] = {}
+    for error in errors:
+        if error is not ClientGone:  # nobody receives that answer
+            types.setdefault(error.status, []).append(error.error_type)
+    if 502 in types:  # the gateway answers 502 where the image app answered 503
+        types[502] += types.get(503, [])
+    return {str(status): _error_response(status, types[status]) for status in sorted(types)}
+
+
+def _error_response(status: int, error_types: Sequence[str]) -> Schema:
+    headers = {"x-trace-id": _TRACE_ID}
+    if status == 429:
+        headers["Retry-After"] = {**_RETRY_AFTER, "required": True}
+    if status == 503:
+        headers["Retry-After"] = _RETRY_AFTER
+    this = {"properties": {"error_type": {"enum": list(error_types)}}}
+    schema = {"allOf": [{"$ref": _REF.format(model=ErrorBody.__name__)}, this]}
+    return {
+        "description": " or ".join(f"`{error_type}`" for error_type in error_types),
+        "headers": headers,
+        "content": {"application/json": {"schema": schema}},
+    }
+
+
+def _stream(operation: Schema) -> None:
+    """`itemSchema`, of OpenAPI 3.2, describes one event. An older tool finds no schema, which is
+    right: what arrives is not one JSON text."""
+    response = {"$ref": _REF.format(model=TextToImageResponse.__name__)}
+    error = {"$ref": _REF.format(model=ErrorBody.__name__)}
+    events = {
+        "queued": _object(waiting={"type": "integer"}, trace_id={"type": "string"}),
+        "step": _object(
+            index={"type": "integer"}, total={"type": "integer"}, gpu_ms={"type": "number"}
+        ),
+        "image": response,
+        "error": error,
+    }
+    data = {"type": "string", "contentMediaType": "application/json"}
+    items = [
+        _object(event={"const": event}, data={**data, "contentSchema": schema})
+        for event, schema in events.items()
+    ]
+    operation["responses"]["200"] |= {
+        "description": "Server-sent events: `queued`, `step`, then `image` or `error`.",
+        "content": {"text/event-stream": {"itemSchema": {"oneOf": items}}},
+    }
+
+
+def _object(**properties: Schema) -> Schema:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _metrics(operation: Schema) -> None:
+    operation["responses"]["200"] |= {
+        "description": "OpenMetrics if the Accept header allows it, else Prometheus text.",
+        "content": {"text/plain": _TEXT, "application/openmetrics-text": _TEXT},
+    }
+
+
+def _health(operation: Schema) -> None:
+    _state(operation, "status", {"200": ["ok"], "503": ["unhealthy"]})
+
+
+def _ready(operation: Schema) -> None:
+    states = {"200": ["ready"], "503": ["starting", "failed", "draining", "ready"]}
+    _state(operation, "state", states)
+
+
+def _state(operation: Schema, name: str, values: dict[str, list[str]]) -> None:
+    """An answer that names a state in both its 200 and its 503."""
+    responses = operation["responses"]
+    responses |= _error_responses(NOT_SERVED)
+    schemas = {
+        status: _object(**{name: {"type": "string", "enum": allowed}})
+        for status, allowed in values.items()
+    }
+    responses["200"]["content"] = {"application/json": {"schema": schemas["200"]}}
+    responses["503"]["content"]["application/json"]["schema"]["allOf"].append(schemas["503"])
+
+
+def _profile(operation: Schema) -> None:
+    body = {"schema": {"$ref": _REF.format(model=ProfileRequest.__name__)}}
+    operation["requestBody"] = {"required": True, "content": {"application/json": body}}
+    operation["responses"]["200"]["content"]["application/json"]["schema"] = _object(
+        armed={"type": "integer"}, profiles={"type": "array", "items": {"type": "string"}}
+    )
+    operation["responses"] |= _error_responses(PROFILE_ERRORS)
+
+
+_BY_PATH: dict[str, Callable[[Schema], None]] = {
+    "/stream": _stream,
+    "/metrics": _metrics,
+    "/health": _health,
+    "/ready": _ready,
+    "/debug/profile": _profile,
+}
+
+
+def _restricted(document: Schema, service: Service | None) -> Schema:
+    """The document with the sizes and the guidance that are served."""
+    document = copy.deepcopy(document)
+    for schema in document["components"]["schemas"].values():
+        properties = schema.get("properties", {})
+        if not {"width", "height", "guidance_scale"} <= properties.keys():
+            continue
+        for side in ("width", "height"):
+            properties[side] |= _side(side, service)
+        if service is not None and not serves_guidance(service.settings):
+            for option in properties["guidance_scale"]["anyOf"]:
+                if option["type"] == "number":
+                    option["maximum"] = 1
+    return document
+
+
+def _side(side: str, service: Service | None) -> Schema:
+    """The schema of a width or height: what is warm, or any that the model could draw."""
+    allowed: Schema = {
+        "minimum": SMALLEST_SIDE,
+        "maximum": LARGEST_SIDE,
+        "multipleOf": PIXELS_PER_LATENT,
+    }
+    warm = () if service is None else service.readiness.shapes or service.settings.shapes or ()
+    described = "Pixels; null: the default size."
+    if service is not None and warm:
+        described += f" The size must be one of {', '.join(map(str, warm))}"
+        if service.settings.serve_cold_shapes:
+            described += ", or another one with fewer pixels than the largest."
+        else:
+            described += "."
+            allowed = {"enum": sorted({getattr(shape, side) for shape in warm})}
+    return {
+        "anyOf": [{"type": "integer", **allowed}, {"type": "null"}],
+        "description": described,
+    }

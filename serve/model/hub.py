@@ -1,0 +1,90 @@
+"""A model's repository on the hub: what it holds, and what to say when the hub gives no answer.
+
+The hub library's own messages are not passed on: they quote URLs, which may hold a password or a
+signature.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+HUB_SECONDS = 10.0
+"""How long the hub may take for each part of its first answer. A hub that accepts a connection and
+says nothing would otherwise hold up the start for ever."""
+
+
+class HubUnavailable(Exception):
+    """The hub does not give the repository. The text is a clause that says why."""
+
+
+def variant_on_hub(name: str, revision: str | None) -> str | None:
+    """`fp16` if the repository has the UNet's weights in that variant, else None.
+
+    Raises:
+        HubUnavailable: the hub cannot be reached, has no such repository or revision, or does not
+            give it to this user.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS).siblings or []
+    except Exception as error:  # noqa: BLE001 - the library's HTTP client raises many types
+        raise HubUnavailable(hub_failure(error, revision)) from None
+    found = any(f.rfilename.startswith("unet/") and ".fp16." in f.rfilename for f in files)
+    return "fp16" if found else None
+
+
+def hub_failure(error: BaseException, revision: str | None) -> str:
+    """A clause that says why the hub did not give a repository, by the type of the first cause that
+    says it."""
+    from huggingface_hub import errors
+
+    reasons: tuple[tuple[type[BaseException], str], ...] = (
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids to ask the hub"),
+        (
+            errors.GatedRepoError,
+            "the hub gives it only to accounts that were granted access, and HF_TOKEN is not one's",
+        ),
+        (errors.RevisionNotFoundError, f"the hub's repository has no revision {revision!r}"),
+        (
+            errors.RepositoryNotFoundError,
+            "the hub has no such repository, or a private one that HF_TOKEN does not open",
+        ),
+        (errors.LocalEntryNotFoundError, "the hub cannot be reached"),
+        (errors.EntryNotFoundError, "the repository lacks a file of the diffusers layout"),
+    )
+    causes = list(_causes(error))
+    for kind, reason in reasons:
+        if any(isinstance(cause, kind) for cause in causes):
+            return reason
+    for cause in causes:
+        if isinstance(cause, errors.HfHubHTTPError):
+            return f"the hub answered {cause.response.status_code}"
+    # No route, a name that does not resolve, a certificate, a time limit, a proxy.
+    return f"the hub cannot be reached ({type(causes[-1]).__name__})"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what led to it, the latest first."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def downloaded_before(name: str, revision: str | None) -> Path | None:
+    """The directory of an earlier download of this revision, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(name, "model_index.json", revision=revision)
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, without what a URL in it may hold: a name and password
+    before the host, a signature after the path."""
+    lines = str(error).strip().splitlines()
+    plain = re.sub(r"//[^/@\s]*@", "//...@", lines[0]) if lines else ""
+    return re.sub(r"(https?://[^\s?]+)\?[^\s'\")]*", r"\1?...", plain)[:300]

@@ -1,0 +1,119 @@
+"""What is refused of a body, where and as what; the answers are in tests/serve/test_server.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.errors import (
+    MAX_NAME_CHARACTERS,
+    MAX_PROBLEMS,
+    FieldProblem,
+    InvalidRequest,
+    UnsupportedMediaType,
+)
+from serve.http.request_body import MAX_DIGITS, MAX_NESTING, json_object
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("body", "location", "kind"),
+    [
+        (b"", ("body",), "missing"),
+        (b"null", ("body",), "not_an_object"),
+        (b"[1]", ("body",), "not_an_object"),
+        (b"NaN", ("body",), "not_an_object"),
+        (b"{", ("body",), "json_invalid"),
+        (b'{"a": 1} {}', ("body",), "json_invalid"),
+        (b'{"a": "\n"}', ("body",), "json_invalid"),
+        (b'{"a": "\xff"}', ("body",), "not_utf8"),
+        ('{"a": 1}'.encode("utf-16"), ("body",), "not_utf8"),
+        (b"[" * 10_000, ("body",), "nested_too_deep"),
+        (
+            b'{"a":' * (MAX_NESTING + 1) + b"1" + b"}" * (MAX_NESTING + 1),
+            ("body",),
+            "nested_too_deep",
+        ),
+        (b'{"a": NaN}', ("body", "a"), "not_finite"),
+        (b'{"a": {"b": [0, -Infinity]}}', ("body", "a", "b", 1), "not_finite"),
+        (b'{"a": ' + b"1" * 5000 + b"}", ("body", "a"), "too_many_digits"),
+        (b'{"a": -' + b"1" * (MAX_DIGITS + 1) + b"}", ("body", "a"), "too_many_digits"),
+        (b'{"a": 1, "b": 2, "a": 1}', ("body", "a"), "repeated_key"),
+        (b'{"a": [{"b": 1, "b": NaN}]}', ("body", "a", 0, "b"), "repeated_key"),
+    ],
+)
+def test_the_cause_and_the_place_are_named(
+    body: bytes, location: tuple[str | int, ...], kind: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        json_object(JSON, body)
+    [problem] = refused.value.problems
+    assert (problem.location, problem.kind) == (location, kind)
+
+
+@pytest.mark.parametrize(
+    "media_type",
+    [
+        "application/json",
+        "APPLICATION/JSON; charset=utf-8",
+        "application/problem+json",
+    ],
+)
+def test_json_media_types(media_type: str) -> None:
+    assert json_object({"content-type": media_type}, b'{"a": 1}') == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("headers", "accepted"),
+    [
+        ({}, {"Accept": "application/json"}),
+        ({"content-type": "text/plain"}, {"Accept": "application/json"}),
+        ({"content-type": "application/x-www-form-urlencoded"}, {"Accept": "application/json"}),
+        ({"content-type": "application/jsonlines"}, {"Accept": "application/json"}),
+        (JSON | {"content-encoding": "gzip"}, {"Accept-Encoding": "identity"}),
+    ],
+)
+def test_what_is_not_declared_as_json_is_told_what_is_accepted(
+    headers: dict[str, str], accepted: dict[str, str]
+) -> None:
+    with pytest.raises(UnsupportedMediaType) as refused:
+        json_object(headers, b'{"a": 1}')
+    assert accepted.items() <= refused.value.headers.items()
+
+
+finite = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**MAX_DIGITS) + 1, 10**MAX_DIGITS - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3)
+    ),
+    max_leaves=5,  # fewer levels than are refused
+)
+
+
+@settings(max_examples=50)
+@given(st.dictionaries(st.text(), finite, max_size=4), st.booleans())
+def test_all_other_json_is_read_as_it_is(value: dict[str, object], marked: bool) -> None:
+    body = json.dumps(value).encode("utf-8-sig" if marked else "utf-8")
+    assert json_object(JSON, body) == value
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_are_an_unforeseen_error(body: bytes) -> None:
+    with contextlib.suppress(InvalidRequest):
+        json_object(JSON, body)
+
+
+def test_an_answer_does_not_grow_with_the_names_of_unknown_fields() -> None:
+    problems = [FieldProblem(("body", "k" * 60_000), "is unknown", "extra") for _ in range(3000)]
+    error = InvalidRequest(problems)
+    assert len(error.problems) == MAX_PROBLEMS
+    assert len(error.message) < MAX_PROBLEMS * (MAX_NAME_CHARACTERS + 30)
