@@ -75,6 +75,11 @@ class CompiledModel:
             function.frozen = False
 
     @property
+    def has_graphs(self) -> bool:
+        """Whether any of its functions makes graphs, each for one input shape."""
+        return any(function.has_graphs for function in self.functions)
+
+    @property
     def fallbacks(self) -> Fallbacks:
         """How many calls have run eagerly so far because the model is frozen."""
         return Fallbacks(

@@ -24,8 +24,9 @@ TensorFunction = Callable[..., Any]
 """Takes tensors; returns one tensor or a tuple of them."""
 
 GRAPHS_PER_FUNCTION = 64
-"""How many shapes one function may be compiled for: nine sizes, with guidance and without, a few
-batch sizes. Dynamo's own limit of 8 would silently run the ninth eagerly."""
+"""How many shapes one function may be compiled for: nine sizes, with 1 to 64 latents each, a power
+of two. Guidance doubles the images of a batch, of which there are at most 32. Dynamo's own limit of
+8 would silently run the ninth shape eagerly."""
 
 
 @dataclass
@@ -48,6 +49,7 @@ class PerShape:
     would compile runs eagerly instead, so calling the function twice must give the same result.
 
     Attributes:
+        has_graphs: whether it compiles or captures, each for one shape of its inputs.
         met: the shapes and types of the inputs that it has run with.
         frozen: whether compiling and capturing are forbidden.
     """
@@ -61,7 +63,7 @@ class PerShape:
     ) -> None:
         self.function = function
         self._replay = recipe.replay if device.type == "cuda" else "none"
-        self._has_graphs = recipe.scope != "none" or self._replay != "none"
+        self.has_graphs = recipe.scope != "none" or self._replay != "none"
         self._pool = pool
         self._captured: dict[tuple[object, ...], Captured] = {}
         self.met: set[tuple[object, ...]] = set()
@@ -70,7 +72,7 @@ class PerShape:
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
-        if not self._has_graphs:
+        if not self.has_graphs:
             # The same code runs every shape, so no shape is cold and there is nothing to forbid.
             self.met.add(key)
             return self.function(*inputs)

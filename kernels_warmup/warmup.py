@@ -130,7 +130,7 @@ class Warmup:
         self._anchor = WallAnchor.now()
         self._before = compiler_counts()
         self._phases: list[PhaseTiming] = []
-        self._warm: list[CompiledShape] = []
+        self._warm: dict[CompiledShape, list[RunKind]] = {}
         self._failed: list[tuple[CompiledShape, str]] = []
         self._last_error: Exception | None = None
         self._recompiled = 0
@@ -139,16 +139,22 @@ class Warmup:
     def warm_shapes(self) -> tuple[CompiledShape, ...]:
         return tuple(self._warm)
 
+    def warm_sizes(self, shape: CompiledShape) -> tuple[int, ...]:
+        """The numbers of images that a run of a warm shape may have, ascending."""
+        return tuple(sorted({kind.images for kind in self._warm[shape]}))
+
     def warm(self, shape: CompiledShape) -> bool:
-        """Run a shape for the first time; returns whether it is warm now. A shape that fails is
-        logged and left out."""
+        """Run a shape for the first time; returns whether it is warm now.
+
+        A shape that fails is logged and left out. If it fails with several images only, these and
+        larger numbers are left out.
+        """
         name = f"compile {shape}"
         self._on_progress(name)
         start, before = time.perf_counter_ns(), compiler_counts()
         error: Exception | None = None
         try:
-            self._run_all(shape)
-            self._warm.append(shape)
+            self._warm[shape] = self._run_first(shape)
         except Exception as raised:
             # Any error (memory, a compiler's bug) may concern this shape alone.
             error = self._last_error = raised
@@ -176,8 +182,9 @@ class Warmup:
             raise self._last_error
         self._on_progress("verify")
         start, before = time.perf_counter_ns(), compiler_counts()
-        for shape in self._warm:
-            self._run_all(shape)
+        for shape, kinds in self._warm.items():
+            for kind in kinds:
+                self._run_once(shape, kind)
         self._recompiled = (compiler_counts() - before).graphs
         self._end_phase("verify", start, {"recompiled": self._recompiled})
         if self._recompiled:
@@ -194,9 +201,23 @@ class Warmup:
             recompiled=self._recompiled,
         )
 
-    def _run_all(self, shape: CompiledShape) -> None:
-        for kind in self._kinds:
-            self._run_once(shape, kind)
+    def _run_first(self, shape: CompiledShape) -> list[RunKind]:
+        """Run every kind, those with few images first. Returns the kinds that ran."""
+        sizes = sorted({kind.images for kind in self._kinds})
+        ran: list[RunKind] = []
+        for images in sizes:
+            kinds = [kind for kind in self._kinds if kind.images == images]
+            try:
+                for kind in kinds:
+                    self._run_once(shape, kind)
+            except Exception:
+                if images == sizes[0]:
+                    raise
+                # As for a shape: any error may concern this number of images alone.
+                logger.exception("runs of %d images at %s could not be warmed", images, shape)
+                break
+            ran += kinds
+        return ran
 
     def _end_phase(
         self, name: str, start: int, attributes: Mapping[str, str | int | float | bool]

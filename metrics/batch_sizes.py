@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# A request is ten spans and one a step. A GPU serves about one request
-# of 30 steps a second and the demo model about five shorter ones; call it five of 40 spans.
+# A request of one run is ten spans and one a step. A GPU serves about one request of 30 steps a
+# second and the demo model about five shorter ones; call it five of 40 spans.
 SPANS_PER_REQUEST = 10 + 30
 MOST_SPANS_PER_REQUEST = 10 + 100
 REQUESTS_PER_SECOND = 5

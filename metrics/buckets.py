@@ -16,6 +16,10 @@ from dataclasses import dataclass, field
 MOST_BOUNDS = 60
 
 
+MOST_IMAGES = 32
+"""The most images of one run, and of one request."""
+
+
 def geometric(first: float, last: float, ratio: float) -> tuple[float, ...]:
     """Bounds from `first` to `last`, each at most `ratio` times the one before.
 
@@ -83,6 +87,11 @@ GPU_QUEUE = checked(geometric(0.0005, 0.512, 2))
 # Bytes of an encoded image: 3 kB for a demo JPEG, 100 to 500 kB for one at 1024x1024, 1.5 MB for
 # its PNG, 8 MB for the largest allowed. Powers of two separate these cases.
 IMAGE_BYTES = checked([2.0**exponent for exponent in range(10, 25)])
+
+
+# Actual over estimated time of a request: 1 is right. The target is within a tenth for nine
+# requests of ten; the outer bounds separate a wrong estimate from one that is useless.
+ESTIMATE_RATIO = checked((0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.3, 1.5, 2, 4))
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,11 @@ class GenerationMetrics:
     # The process
 
     def set_warm_shapes(self, shapes: Sequence[str], max_batch: int = 1) -> None:
-        """Declare the shapes that are label values; every other shape is counted as `cold`."""
+        """Declare the label values of steps; every other shape is counted as `cold`.
+
+        Args:
+            max_batch: the most images of a run.
+        """
         self._runs.declare(shapes, max_batch)
 
     def set_ready(self, ready: bool) -> None:
@@ -213,7 +217,7 @@ class GenerationMetrics:
     # Requests, after their end
 
     def observe_request(self, request: RequestTiming, exemplar: Exemplar) -> None:
-        """Observe one request, and its run if the request was the run's first.
+        """Observe one request, and those of its runs that no other request observes.
 
         A profiled request is counted, but its times are not observed: the profiler slows it down.
 
@@ -225,14 +229,14 @@ class GenerationMetrics:
             self.fault("exemplar_too_long")
             exemplar = None
         self._requests.count(request)
-        if request.run is not None and request.run.profiled:
+        if any(run.profiled for run in request.runs):
             return
         self._requests.observe(request, exemplar)
         for stage in request.stages:
             if stage.name != "queue":
                 self._runs.observe_stage(stage.name, stage.duration_ns, exemplar)
-        if request.run is not None and request.observes_run:
-            self._runs.observe(request.run, exemplar)
+        for run in request.observed_runs:
+            self._runs.observe(run, exemplar)
 
 
 class _OwnRegistry(CollectorRegistry):

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 RUN_STAGES = ("text_encode", "denoise", "vae_decode")
 """Stages on the thread that owns the model, timed by the run's clock."""
 
+PREVIEW_DECODE = "preview_decode"
+"""Between two steps: a preview that a request wants from the model's decoder."""
+
 REQUEST_STAGES = ("receive", "queue", "image_encode", "upload", "respond")
 """Stages of one request outside its run, timed by the host's clock."""
 
@@ -71,7 +74,8 @@ class GpuConditions:
 
 @dataclass(frozen=True, slots=True)
 class RunTiming:
-    """One unit of GPU work: one or more requests of one shape, step count and guidance.
+    """One unit of GPU work: one or more images of one shape, step count and guidance, of one
+    request or of several. `batch_size` counts the images.
 
     `start_ns` and `end_ns` are the host's times on the thread that owns the model. Stages and steps
     are on the run's clock, placed within `error_bound_ns`.
@@ -86,6 +90,8 @@ class RunTiming:
     end_ns: int
     stages: tuple[StageTiming, ...]
     steps: tuple[StepTiming, ...]
+    between_steps: tuple[StageTiming, ...] = ()
+    """Other work in the denoising loop, as a preview that the model's decoder makes."""
     error_bound_ns: int = 0
     drift_ns: int = 0
     eager_fallback: bool = False
@@ -94,6 +100,8 @@ class RunTiming:
     """Readings of the GPU's driver during the run."""
     profile: str | None = None
     """The file of its profile. Profiling slowed the run, so its times are not observed."""
+    error_type: str | None = None
+    """Why it failed, if its requests did not fail with it: they were tried again."""
 
     @property
     def duration_ns(self) -> int:
@@ -130,6 +138,18 @@ class GenerationFacts:
     height: int
     seed: int
     prompt: str | None = None
+    num_images: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """How long a request was expected to take from a moment on until its images are stored.
+
+    `seconds` counts from `at_ns`, Unix nanoseconds.
+    """
+
+    at_ns: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +193,11 @@ class WarmupTiming:
 
 @dataclass(frozen=True, slots=True)
 class RequestTiming:
-    """One request from its first byte read to its last byte written, Unix nanoseconds."""
+    """One request from its first byte read to its last byte written, Unix nanoseconds.
+
+    A request of several images may have several runs. A run that several requests share is in
+    `observed_runs` of one of them: a run's metrics are observed once.
+    """
 
     endpoint: str
     method: str
@@ -182,12 +206,14 @@ class RequestTiming:
     start_ns: int
     end_ns: int
     stages: tuple[StageTiming, ...]
-    run: RunTiming | None = None
-    observes_run: bool = False
+    runs: tuple[RunTiming, ...] = ()
+    observed_runs: tuple[RunTiming, ...] = ()
     facts: GenerationFacts | None = None
     failure: Failure | None = None
-    image_bytes: int | None = None
-    """Size of the encoded image, once there is one."""
+    image_bytes: tuple[int, ...] = ()
+    """Size of each encoded image, once there are images."""
+    estimate: Estimate | None = None
+    """Made when the request was queued; None if the service had measured too little."""
 
     @property
     def duration_ns(self) -> int:
@@ -195,11 +221,25 @@ class RequestTiming:
 
     @property
     def unattributed_ns(self) -> int:
-        """Time outside all stages and the run: hand-overs between threads and the event loop."""
+        """Time outside all stages and runs: hand-overs between threads and the event loop."""
         covered = sum(stage.duration_ns for stage in self.stages)
-        if self.run is not None:
-            covered += self.run.duration_ns
-        return max(0, self.duration_ns - covered)
+        return max(0, self.duration_ns - covered - self.runs_ns)
+
+    @property
+    def run(self) -> RunTiming | None:
+        """Its last run; None if none has begun."""
+        return self.runs[-1] if self.runs else None
+
+    @property
+    def runs_ns(self) -> int:
+        """Time of all its runs."""
+        return sum(run.duration_ns for run in self.runs)
+
+    def stage_ns(self, name: str) -> int | None:
+        """Time of a stage, which may have several parts: a request waits before each of its runs.
+        None if the stage did not begin."""
+        parts = [stage.duration_ns for stage in self.stages if stage.name == name]
+        return sum(parts) if parts else None
 
     def stage(self, name: str) -> StageTiming | None:
         return next((stage for stage in self.stages if stage.name == name), None)

@@ -82,11 +82,9 @@ class KeepRules:
             return "failed"
         if self.slow_seconds is not None and request.duration_ns > self.slow_seconds * 1e9:
             return "slow"
-        summary = None if request.run is None else request.run.step_summary()
-        if (
-            self.slow_step_ms is not None
-            and summary is not None
-            and summary.slowest_ns > self.slow_step_ms * 1e6
+        steps = [step for run in request.runs for step in run.steps]
+        if self.slow_step_ms is not None and any(
+            step.duration_ns > self.slow_step_ms * 1e6 for step in steps
         ):
             return "slow_step"
         return None

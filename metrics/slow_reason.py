@@ -1,8 +1,8 @@
 """Why a request was slow: one reason.
 
-Time around the run is checked first: a wait or an upload of at least half the run's time. Then the
-run itself, causes before symptoms: eager code makes the GPU wait for the host, and a throttled GPU
-never waits for it.
+Time around the runs is checked first: a wait or an upload of at least half the runs' time. Then
+the runs themselves, causes before symptoms: eager code makes the GPU wait for the host, and a
+throttled GPU never waits for it.
 """
 
 from __future__ import annotations
@@ -41,28 +41,18 @@ THROTTLED_CLOCK_SHARE = 0.8
 
 def slow_reason(request: RequestTiming) -> SlowReason | None:
     """The reason, or None if none applies."""
-    run = request.run
     # Without a run the request only waited; a request that fails at once is not slow.
-    enough_ns = OUTSIDE_FLOOR_NS
-    if run is not None:
-        enough_ns = max(enough_ns, round(OUTSIDE_SHARE * run.duration_ns))
-    queue_ns, upload_ns = _stage_ns(request, "queue"), _stage_ns(request, "upload")
+    enough_ns = max(OUTSIDE_FLOOR_NS, round(OUTSIDE_SHARE * request.runs_ns))
+    queue_ns, upload_ns = request.stage_ns("queue") or 0, request.stage_ns("upload") or 0
     if max(queue_ns, upload_ns) >= enough_ns:
         return "queue" if queue_ns >= upload_ns else "upload"
-    if run is None:
-        return None
-    if run.eager_fallback:
+    if any(run.eager_fallback for run in request.runs):
         return "eager_fallback"
-    if any(_throttled(reading) for reading in run.conditions):
+    if any(_throttled(reading) for run in request.runs for reading in run.conditions):
         return "gpu_throttled"
-    if _host_starved(run):
+    if any(_host_starved(run) for run in request.runs):
         return "host_starved"
     return None
-
-
-def _stage_ns(request: RequestTiming, name: str) -> int:
-    stage = request.stage(name)
-    return 0 if stage is None else stage.duration_ns
 
 
 def _throttled(reading: GpuConditions) -> bool:

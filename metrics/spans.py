@@ -111,15 +111,14 @@ def _emit(
 def request_tree(
     request: RequestTiming, steps: bool = True, caller: SpanContext | None = None
 ) -> SpanNode:
-    """A request, its stages and its run.
+    """A request, its stages and its runs.
 
     Args:
         steps: whether every denoising step is a span. `denoise` has their summary in any case.
         caller: a caller whose trace is not continued; it becomes a link.
     """
     parts = [_stage_node(stage, request.failure) for stage in request.stages]
-    if request.run is not None:
-        parts.append(_run_node(request.run, request, steps))
+    parts += [_run_node(run, request, steps) for run in request.runs]
     return _root_node(ROOT_SPAN, request, parts, caller)
 
 
@@ -202,7 +201,7 @@ def _run_node(run: RunTiming, request: RequestTiming, steps: bool) -> SpanNode:
         children: tuple[SpanNode, ...] = ()
         if stage.name == "denoise":
             attributes = {**attributes, **_step_summary(run)}
-            children = _step_nodes(run) if steps else ()
+            children = _loop_nodes(run, steps)
         stages.append(_stage_node(stage, request.failure, attributes, children))
     failure = request.failure if _happened_in(request.failure, run.start_ns, run.end_ns) else None
     return SpanNode(
@@ -216,6 +215,13 @@ def _run_node(run: RunTiming, request: RequestTiming, steps: bool) -> SpanNode:
         clamped_attribute="inference.clamped_us",
         reports_zero_clamping=True,
     )
+
+
+def _loop_nodes(run: RunTiming, steps: bool) -> tuple[SpanNode, ...]:
+    """The steps, and what was done between them, in the order of time."""
+    between = [SpanNode(each.name, each.start_ns, each.end_ns) for each in run.between_steps]
+    nodes = [*(_step_nodes(run) if steps else ()), *between]
+    return tuple(sorted(nodes, key=lambda node: node.start_ns))
 
 
 def _step_nodes(run: RunTiming) -> tuple[SpanNode, ...]:
@@ -267,12 +273,15 @@ def _root_attributes(request: RequestTiming) -> dict[str, AttributeValue]:
             "guidance_scale": facts.guidance_scale,
             "image.width": facts.width,
             "image.height": facts.height,
+            "num_images": facts.num_images,
         }
         if facts.prompt is not None:
             attributes["prompt.text"] = facts.prompt
-    if request.run is None and (reason := slow_reason(request)) is not None:
+    if not request.runs and (reason := slow_reason(request)) is not None:
         attributes["inference.slow_reason"] = reason  # there is no `inference` span
-    if request.run is not None and request.failure is None:
+    if request.estimate is not None:
+        attributes["request.eta_ms"] = request.estimate.seconds * 1e3
+    if request.runs and request.failure is None:
         attributes["request.unattributed_ms"] = request.unattributed_ns / 1e6
     return attributes
 
@@ -297,6 +306,8 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, Attribu
         attributes["inference.slow_reason"] = reason
     if run.eager_fallback:
         attributes["inference.eager_fallback"] = True
+    if run.error_type is not None:
+        attributes["error.type"] = run.error_type
     if run.profile is not None:
         attributes |= {"inference.profiled": True, "inference.profile": run.profile}
     if request.facts is not None:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from metrics.clock import Clock, HostClock, Mark, MonotonicNs, WallAnchor
 from metrics.records import (
+    Estimate,
     Failure,
     GenerationFacts,
     GpuConditions,
@@ -55,7 +56,9 @@ class RunTimeline:
         self._ranges = ranges
         self._monotonic = monotonic
         self._stages: list[tuple[str, Mark, Mark]] = []
-        self._step_bounds: list[Mark] = []
+        self._step_starts: list[Mark] = []
+        self._step_ends: list[Mark] = []
+        self._between_steps: list[tuple[str, Mark, Mark]] = []
         self._start_ns = monotonic()
         clock.begin()
 
@@ -71,37 +74,48 @@ class RunTimeline:
 
     def loop_begins(self) -> None:
         """Mark the start of the loop, which is the start of step 0. N steps need N+1 marks."""
-        self._step_bounds = [self._clock.mark()]
+        self._step_starts = [self._clock.mark()]
         if self._ranges:
             self._ranges.step_begins(0)
 
     def step_enqueued(self) -> int:
         """Mark the end of a step. Returns how many steps have been enqueued."""
-        self._step_bounds.append(self._clock.mark())
+        end = self._clock.mark()
+        self._step_ends.append(end)
+        self._step_starts.append(end)
         if self._ranges:
             self._ranges.step_begins(self.steps_enqueued)
         return self.steps_enqueued
 
+    @contextmanager
+    def between_steps(self, name: str) -> Iterator[None]:
+        """Time other work in the loop, after the end of a step. The next step starts after it."""
+        yield
+        end = self._clock.mark()
+        self._between_steps.append((name, self._step_starts[-1], end))
+        self._step_starts[-1] = end
+
     def wait_for_step(self, index: int) -> int:
         """Block until step `index` has ended on the device; returns its duration in nanoseconds."""
-        start, end = self._step_bounds[index], self._step_bounds[index + 1]
+        start, end = self._step_starts[index], self._step_ends[index]
         self._clock.wait(end)
         start_ns, end_ns = self._clock.poll(start), self._clock.poll(end)
         return 0 if start_ns is None or end_ns is None else end_ns - start_ns
 
     def step_has_ended(self, index: int) -> bool:
         """Whether step `index` has ended on the device; never blocks."""
-        return self._clock.poll(self._step_bounds[index + 1]) is not None
+        return self._clock.poll(self._step_ends[index]) is not None
 
     @property
     def steps_enqueued(self) -> int:
-        return max(0, len(self._step_bounds) - 1)
+        return len(self._step_ends)
 
     def finish(
         self,
         failed: bool = False,
         eager_fallback: bool = False,
         conditions: Sequence[GpuConditions] = (),
+        error_type: str | None = None,
     ) -> RunTiming:
         """Resolve every mark and freeze the run's timing. Call it once, at the run's end.
 
@@ -110,7 +124,8 @@ class RunTimeline:
         enqueueing instead, and the clock's name is `host`.
         """
         marks = [mark for _, start, end in self._stages for mark in (start, end)]
-        marks += self._step_bounds
+        marks += [mark for _, start, end in self._between_steps for mark in (start, end)]
+        marks += [*self._step_starts, *self._step_ends]
         clock_name = self._clock.name
         try:
             resolved = self._clock.resolve(marks)
@@ -146,13 +161,18 @@ class RunTimeline:
                     ),
                 )
                 for index, (start, end) in enumerate(
-                    zip(self._step_bounds, self._step_bounds[1:], strict=False)
+                    zip(self._step_starts, self._step_ends, strict=False)
                 )
+            ),
+            between_steps=tuple(
+                StageTiming(name, happened[start.index], happened[end.index])
+                for name, start, end in self._between_steps
             ),
             error_bound_ns=resolved.error_bound_ns,
             drift_ns=resolved.drift_ns,
             eager_fallback=eager_fallback,
             conditions=tuple(conditions),
+            error_type=error_type,
         )
 
 
@@ -206,10 +226,14 @@ class RequestTimeline:
         """Seconds since the request arrived."""
         return (self._monotonic() - self._start_ns) / 1e9
 
+    @property
+    def closed_stages(self) -> Sequence[StageTiming]:
+        return tuple(self._stages)
+
     def stage_ms(self, name: str) -> float | None:
-        """Milliseconds of a closed stage."""
-        stage = next((stage for stage in self._stages if stage.name == name), None)
-        return None if stage is None else stage.duration_ns / 1e6
+        """Milliseconds of a closed stage, of all its parts together."""
+        parts = [stage.duration_ns for stage in self._stages if stage.name == name]
+        return sum(parts) / 1e6 if parts else None
 
     def finish(
         self,
@@ -218,11 +242,12 @@ class RequestTimeline:
         method: str,
         status_code: int,
         outcome: str,
-        run: RunTiming | None = None,
-        observes_run: bool = False,
+        runs: Sequence[RunTiming] = (),
+        observed_runs: Sequence[RunTiming] = (),
         facts: GenerationFacts | None = None,
         failure: Failure | None = None,
-        image_bytes: int | None = None,
+        image_bytes: Sequence[int] = (),
+        estimate: Estimate | None = None,
     ) -> RequestTiming:
         """Close the open stage and freeze the request's timing, which ends now."""
         self.end()
@@ -234,9 +259,10 @@ class RequestTimeline:
             start_ns=self.anchor.to_unix(self._start_ns),
             end_ns=self.now_unix_ns(),
             stages=tuple(self._stages),
-            run=run,
-            observes_run=observes_run,
+            runs=tuple(runs),
+            observed_runs=tuple(observed_runs),
             facts=facts,
             failure=failure,
-            image_bytes=image_bytes,
+            image_bytes=tuple(image_bytes),
+            estimate=estimate,
         )

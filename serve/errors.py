@@ -5,6 +5,7 @@
     ├── ModelError              the model cannot be loaded; start-up fails
     └── RequestError            one request fails
         ├── InvalidRequest      422
+        ├── ModelNotFound       404, only on OpenAI's endpoints
         ├── BodyTooLarge        413
         ├── BodyTooSlow         408
         ├── UnsupportedMediaType 415
@@ -35,7 +36,7 @@ fal's default charge for a request without an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -75,6 +76,8 @@ class RequestError(ServeError):
         """The type of the exception behind this error, if there is one. Only its type is kept: the
         exception would keep a failed run's tensors alive, and its text may quote a prompt."""
         self.headers = {**NOT_BILLED, **(headers or {})}
+        self.eta_ms: float | None = None
+        """The time that the request was estimated to take from now on, if it was estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,17 @@ class InvalidRequest(RequestError):
             FieldProblem(_shortened(p.location), p.message, p.kind) for p in problems[:MAX_PROBLEMS]
         ]
         super().__init__("; ".join(f"{_dotted(p.location)}: {p.message}" for p in self.problems))
+
+
+class ModelNotFound(InvalidRequest):
+    """A model that is not served here. OpenAI's clients know it as a 404."""
+
+    status = 404
+    error_type = "model_not_found"
+
+    def __init__(self, names: Sequence[str]) -> None:
+        message = f"must be one of {', '.join(names)}"
+        super().__init__([FieldProblem(("body", "model"), message, self.error_type)])
 
 
 class BodyTooLarge(RequestError):
@@ -143,18 +157,34 @@ class TooManyConnections(RequestError):
         )
 
 
+class NotAcceptable(RequestError):
+    """The Accept header names no type that the image can have."""
+
+    status = 406
+    error_type = "not_acceptable"
+    outcome = "invalid"
+
+    def __init__(self, content_types: Iterable[str]) -> None:
+        allowed = ", ".join(content_types)
+        super().__init__(
+            f"The Accept header can name {allowed}, image/* or application/json, and must name the "
+            "type of the body's `format`, if it has one."
+        )
+
+
 class QueueFull(RequestError):
     # Not 503: fal replaces a runner that responds with 503.
     status = 429
     error_type = "queue_full"
     outcome = "rejected"
 
-    def __init__(self, waiting: int, retry_after_seconds: int) -> None:
+    def __init__(self, waiting: int, retry_after_seconds: int, eta_ms: float | None = None) -> None:
         super().__init__(
             f"{waiting} requests are waiting already, which is all that may; "
             f"try again in about {retry_after_seconds} s.",
             {"Retry-After": str(retry_after_seconds)},
         )
+        self.eta_ms = eta_ms
 
 
 class DeadlineExceeded(RequestError):
@@ -162,10 +192,14 @@ class DeadlineExceeded(RequestError):
     error_type = "deadline_exceeded"
     outcome = "deadline"
 
-    def __init__(self, deadline_seconds: float) -> None:
+    def __init__(
+        self, deadline_seconds: float, eta_ms: float | None = None, refused: bool = False
+    ) -> None:
+        verb = "cannot be done" if refused else "was not done"
         super().__init__(
-            f"The request was not done within its deadline of {deadline_seconds:g} s.", NO_RETRY
+            f"The request {verb} within its deadline of {deadline_seconds:g} s.", NO_RETRY
         )
+        self.eta_ms = eta_ms
 
 
 class ClientGone(RequestError):
@@ -297,8 +331,10 @@ class MethodNotAllowed(RequestError):
 
 REQUEST_ERRORS: tuple[type[RequestError], ...] = (
     InvalidRequest,
+    ModelNotFound,
     BodyTooLarge,
     BodyTooSlow,
+    NotAcceptable,
     UnsupportedMediaType,
     TooManyConnections,
     QueueFull,

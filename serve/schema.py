@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_UNTIDY_CHARACTERS = 10_000
@@ -14,6 +21,24 @@ MAX_UNTIDY_CHARACTERS = 10_000
 MAX_SEED = 2**63 - 1
 
 ImageFormat = Literal["jpeg", "png", "webp"]
+
+SizeName = Literal[
+    "square_hd", "square", "portrait_4_3", "portrait_16_9", "landscape_4_3", "landscape_16_9"
+]
+
+SIZES: dict[SizeName, tuple[int, int]] = {
+    "square_hd": (1024, 1024),
+    "square": (512, 512),
+    "portrait_4_3": (768, 1024),
+    "portrait_16_9": (576, 1024),
+    "landscape_4_3": (1024, 768),
+    "landscape_16_9": (1024, 576),
+}
+"""Width and height of fal's named sizes."""
+
+REQUEST_ID = r"[0-9A-Za-z][0-9A-Za-z._:-]{0,127}"
+"""A request id that may be logged and returned in a header."""
+REQUEST_ID_OR_NONE = rf"^({REQUEST_ID})?$"
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
@@ -57,6 +82,23 @@ def _any_value(schema: dict[str, Any]) -> None:
     schema["anyOf"].append({})
 
 
+def _only_empty() -> Any:
+    return Field(
+        default=None,
+        description="Only an empty list is accepted.",
+        json_schema_extra={"maxItems": 0},
+    )
+
+
+class ImageSize(BaseModel):
+    """A size in pixels."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    width: int
+    height: int
+
+
 class TextToImageRequest(BaseModel):
     """What to draw and how. A number must be a JSON number: `"20"` and `true` are refused."""
 
@@ -87,10 +129,27 @@ class TextToImageRequest(BaseModel):
     )
     width: int | None = Field(default=None, description="Pixels; null: the default size.")
     height: int | None = Field(default=None, description="Pixels; null: the default size.")
+    image_size: ImageSize | SizeName | None = Field(
+        default=None,
+        description="`{width, height}`, or the name of a size, instead of `width` and `height`.",
+    )
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="null: drawn; the response says which."
     )
+    num_images: int = Field(
+        default=1,
+        ge=1,
+        description=(
+            "How many images to draw, each with the next seed; the server's own limit is often 4."
+        ),
+    )
     format: ImageFormat = Field(default="jpeg", description="The image's encoding.")
+    image_quality: int | None = Field(
+        default=None, ge=1, le=100, description="Of jpeg and webp; null: 95 and 90."
+    )
+    sync_mode: bool = Field(
+        default=False, description="Answer with a data URI where images are uploaded otherwise."
+    )
     preview: bool = Field(default=False, description="On /stream: a small picture with every step.")
     deadline_seconds: float | None = Field(
         default=None,
@@ -106,6 +165,47 @@ class TextToImageRequest(BaseModel):
         ),
         json_schema_extra=_any_value,
     )
+
+    request_id: str = Field(
+        default="",
+        pattern=REQUEST_ID_OR_NONE,
+        description="The caller's name for this request, in its log lines and response headers.",
+    )
+
+    # Fields of fal-ai/fast-sdxl that this model has no use for. Each accepts what asks for nothing.
+    enable_safety_checker: bool = Field(
+        default=True, description="Accepted; no checker is loaded, so nothing is checked."
+    )
+    safety_checker_version: Literal["v1", "v2"] | None = Field(
+        default=None, description="Accepted; no checker is loaded."
+    )
+    expand_prompt: bool = Field(default=False, description="true is refused.")
+    loras: list[Any] | None = _only_empty()
+    embeddings: list[Any] | None = _only_empty()
+
+    @field_validator("expand_prompt", "loras", "embeddings")
+    @classmethod
+    def _asks_for_nothing(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("is not supported by this service; leave it out")
+        return value
+
+    @field_validator("image_size")
+    @classmethod
+    def _one_size(cls, value: Any, info: ValidationInfo) -> Any:
+        both = info.data.get("width") is not None or info.data.get("height") is not None
+        if value is not None and both:
+            raise ValueError("must be absent beside width and height")
+        return value
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Width and height in pixels, as far as the request has them."""
+        if isinstance(self.image_size, ImageSize):
+            return self.image_size.width, self.image_size.height
+        if self.image_size is not None:
+            return SIZES[self.image_size]
+        return self.width, self.height
 
     @field_validator("prompt")
     @classmethod
@@ -131,7 +231,7 @@ class PromptRequest(TextToImageRequest):
 
 
 class GeneratedImage(BaseModel):
-    """The image's URL, or the image as a data URI. A subset of fal's image type."""
+    """The image's URL, or the image as a data URI: fal's image type, and the image's seed."""
 
     # fal's web page shows the image by this.
     model_config = ConfigDict(json_schema_extra={"ui": {"field": "image"}})
@@ -140,12 +240,17 @@ class GeneratedImage(BaseModel):
     width: int
     height: int
     content_type: str
+    seed: int = Field(description="It draws this image again, also in a request for one image.")
 
 
 class Timings(BaseModel):
     """The stages' durations in milliseconds. A stage that did not run is null.
 
+    Images may be drawn in several runs; the model's stages are then the sums over the runs, and
+    `steps_ms` has the steps of each in turn.
+
     `clock` is what the model's stages were timed with: `cuda` events or the `host` clock.
+    `inference` is for fal's clients: seconds of the model's stages.
     """
 
     receive_ms: float | None = None
@@ -156,18 +261,27 @@ class Timings(BaseModel):
     vae_decode_ms: float | None = None
     image_encode_ms: float | None = None
     upload_ms: float | None = None
+    inference: float
     clock: str
 
 
 class TextToImageResponse(BaseModel):
-    """The image, and what is needed to draw it again or to find its trace."""
+    """The images, and what is needed to draw them again or to find their trace.
+
+    `image` is the first of `images`, and `seed` its seed.
+    """
 
     image: GeneratedImage
+    images: list[GeneratedImage]
     seed: int
+    prompt: str
     timings: Timings
     trace_id: str
     prompt_truncated: bool = Field(
         description="The text encoders did not read the whole prompt or negative prompt."
+    )
+    prompt_tokens: int = Field(
+        description="Tokens of the whole prompt, also of what the text encoders did not read."
     )
 
 

@@ -23,9 +23,11 @@ from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import ConfigurationError, ModelError
 from serve.http.connections import Connection, ConnectionLimits, Connections
 from serve.http.early_answers import OVER_THE_LIMIT
-from serve.http.endpoints import add_get_route, install, metrics_endpoint, text_to_image
+from serve.http.endpoints import install, metrics_endpoint, text_to_image
 from serve.http.listener import Listener, connection_limit
+from serve.http.openai.images import install_openai
 from serve.http.profiling_endpoint import arm_profiling
+from serve.http.routes import add_get_route
 from serve.http.server_sent_events import text_to_image_stream
 from serve.schema import TextToImageRequest, TextToImageResponse
 from serve.settings import ServeSettings
@@ -74,6 +76,8 @@ def create_app(runtime: Runtime, on_failed_start: Callable[[], None] = lambda: N
     async def stream(request: TextToImageRequest) -> Response:
         """Text to image as server-sent events: `queued`, `step`, `image` or `error`."""
         return await text_to_image_stream(runtime, request)
+
+    install_openai(app, runtime)
 
     async def metrics(request: Request) -> Response:
         """Prometheus text, or OpenMetrics with exemplars if the Accept header names it."""

@@ -23,6 +23,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from kernels_warmup.shapes import CompiledShape
 from metrics import buckets
 from metrics.batch_sizes import MAX_QUEUE_SIZE
+from metrics.buckets import MOST_IMAGES
 from serve import otel_variables
 from serve.errors import ConfigurationError
 from serve.otlp_checks import (
@@ -55,6 +56,9 @@ _URL_FIELDS = frozenset(
     | {"gateway_target", "trace_url"}
 )
 """Fields whose value may contain a user name and password, or a key."""
+_MODEL_NAME = re.compile(r"[!-+\--~]{1,128}")
+"""Printable, without spaces and commas."""
+
 
 _FILES = ("_certificate", "_client_key")
 """How the names of the fields that hold files of certificates and keys end."""
@@ -76,6 +80,10 @@ class ServeSettings(TelemetrySettings):
             f"`{DEMO_MODEL}`, `{RANDOM_SDXL_BASE}`, a hub repository like {SDXL_BASE}, "
             "or a local directory in diffusers layout"
         ),
+    )
+    model_names: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="a comma-separated list of names without spaces",
     )
     model_revision: str | None = Field(
         default=None, min_length=1, description="a branch, tag or commit of a hub repository"
@@ -124,6 +132,19 @@ class ServeSettings(TelemetrySettings):
     )
     max_waiting: int = Field(
         default=32, ge=0, le=10_000, description="a whole number from 0 to 10000"
+    )
+    max_batch: int | None = Field(
+        default=None, ge=1, le=MOST_IMAGES, description=f"a whole number from 1 to {MOST_IMAGES}"
+    )
+    batch_wait_ms: float = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        allow_inf_nan=False,
+        description="a number of milliseconds from 0 to 10000",
+    )
+    max_images: int = Field(
+        default=4, ge=1, le=MOST_IMAGES, description=f"a whole number from 1 to {MOST_IMAGES}"
     )
     deadline_seconds: float = Field(
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
@@ -205,6 +226,16 @@ class ServeSettings(TelemetrySettings):
         pattern=r"^https?://[^\s{}]*\{trace_id\}[^\s{}]*$",
         description="an http:// or https:// URL with {trace_id} in it",
     )
+
+    @field_validator("model_names", mode="before")
+    @classmethod
+    def _parse_names(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            names = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+            if not all(_MODEL_NAME.fullmatch(name) for name in names):
+                raise ValueError("not a list of names")
+            return names
+        return value
 
     @field_validator("shapes", mode="before")
     @classmethod

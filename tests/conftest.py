@@ -8,8 +8,11 @@ import pytest
 
 TOGETHER = {
     "tests/e2e/test_contract.py": "servers",
+    "tests/e2e/test_fal_client.py": "servers",
     "tests/e2e/test_gateway.py": "servers",
+    "tests/e2e/test_image_responses.py": "servers",
     "tests/e2e/test_load.py": "servers",
+    "tests/e2e/test_openai.py": "servers",
 }
 """Files whose tests share the servers of tests/e2e: one worker starts them and runs all."""
 

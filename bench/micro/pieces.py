@@ -129,7 +129,7 @@ def _pace(clock: Clock, steps: int) -> float:
     """Nanoseconds a step of a denoising loop without a model: a step callback's timing code."""
     from metrics.clock import WallAnchor
     from metrics.timeline import RunTimeline
-    from serve.engine.admission import Cancellation
+    from serve.engine.cancellation import Cancellation
     from serve.engine.gpu_thread import StepPacer
 
     timeline = RunTimeline(clock, WallAnchor.now(), run_id="", shape="", guidance=True)
@@ -314,7 +314,7 @@ def _request(shape: str, guidance: bool = True, endpoint: str = "/") -> RequestT
     width, height = map(int, shape.split("x"))
     facts = GenerationFacts("sdxl-base", 80, STEPS, 5.0, width, height, 1)
     last = end + 15 * ms
-    return RequestTiming(endpoint, "POST", 200, "ok", start, last, own, run, True, facts)
+    return RequestTiming(endpoint, "POST", 200, "ok", start, last, own, (run,), (run,), facts)
 
 
 def _fill_labels(runtime: Runtime, shapes: Sequence[str]) -> None:

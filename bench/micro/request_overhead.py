@@ -190,12 +190,16 @@ def _pictures(model: SdxlModel, series: int) -> list[CallTime]:
     noise, drawn = _noise(), _drawn(model)
     jpeg = encode_image(noise, "jpeg")
     url = data_uri(jpeg, "jpeg")
+    image = GeneratedImage(url=url, width=SIDE, height=SIDE, content_type="image/jpeg", seed=1)
     response = TextToImageResponse(
-        image=GeneratedImage(url=url, width=SIDE, height=SIDE, content_type="image/jpeg"),
+        image=image,
+        images=[image],
         seed=1,
-        timings=Timings(clock="cuda", steps_ms=[30.4] * LOOP_STEPS),
+        prompt=PROMPTS[0],
+        timings=Timings(clock="cuda", inference=0.9, steps_ms=[30.4] * LOOP_STEPS),
         trace_id="0" * 32,
         prompt_truncated=False,
+        prompt_tokens=9,
     )
     size = f"{SIDE}x{SIDE}"
     kilobytes = len(jpeg) // 1000
@@ -225,11 +229,11 @@ def _answer(runtime: Runtime, runner: asyncio.Runner, series: int) -> CallTime:
 
     request = TextToImageRequest(prompt=PROMPTS[0], num_inference_steps=1, seed=1)
     call = Call("/", "POST", runtime.tracing.identify())
-    generated = GeneratedPixels(_noise(), prompt_truncated=False)
+    generated = GeneratedPixels(_noise(), prompt_truncated=False, prompt_tokens=9)
 
     async def once() -> float:
         start = time.perf_counter_ns()
-        response_body(await runtime._answer(planned, call, generated))
+        response_body(await runtime._answer(planned, call, [generated]))
         return time.perf_counter_ns() - start
 
     async def all_of_them() -> list[float]:

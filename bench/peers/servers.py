@@ -94,8 +94,6 @@ def _command(name: str, settings: PeerSettings, most_clients: int, folder: str) 
 
 
 def _our_environment(settings: PeerSettings, most_clients: int) -> dict[str, str]:
-    from serve.settings import ServeSettings
-
     environment = {
         "SDXL_MODEL": settings.model,
         "SDXL_DTYPE": settings.dtype,
@@ -104,8 +102,7 @@ def _our_environment(settings: PeerSettings, most_clients: int) -> dict[str, str
     }
     if settings.shape:
         environment["SDXL_SHAPES"] = settings.shape
-    if "max_batch" in ServeSettings.model_fields:  # not in commits from before batching
-        environment["SDXL_MAX_BATCH"] = str(settings.max_batch)
+    environment["SDXL_MAX_BATCH"] = str(settings.max_batch)
     return environment
 
 

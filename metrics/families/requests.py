@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from metrics.buckets import BucketFamilies
+from metrics.buckets import ESTIMATE_RATIO, BucketFamilies
 from metrics.families.budget import Budget
 from metrics.families.observing import CountFault, Exemplar, labelled, observe
 from metrics.records import RequestTiming
@@ -56,6 +56,13 @@ class RequestMetrics:
             "Time a request waited for the thread that owns the model.",
             registry=registry,
             buckets=families.queue,
+        )
+        self._estimate_ratio = Histogram(
+            "sdxl_estimate_ratio",
+            "Time of an answered request from being queued until its images were stored, over the "
+            "time that was estimated when it was queued.",
+            registry=registry,
+            buckets=ESTIMATE_RATIO,
         )
         self._image_bytes = Histogram(
             "sdxl_image_bytes",
@@ -138,8 +145,8 @@ class RequestMetrics:
     def count(self, request: RequestTiming) -> None:
         if request.failure is not None:
             self._count_failure(request, request.failure.error_type)
-        elif request.outcome == "ok" and request.run is not None:
-            self._images.inc()
+        elif request.outcome == "ok" and request.runs:
+            self._images.inc(1 if request.facts is None else request.facts.num_images)
 
     def observe(self, request: RequestTiming, exemplar: Exemplar) -> None:
         seconds = request.duration_ns / 1e9
@@ -150,19 +157,20 @@ class RequestMetrics:
             duration = self._durations.get((endpoint, request.outcome))
             duration = duration or self._durations[endpoint, "error"]
         observe(duration, seconds, exemplar, self._count_fault)
-        if (queue := request.stage("queue")) is not None:
-            observe(self._queue_duration, queue.duration_ns / 1e9, exemplar, self._count_fault)
+        if (queue_ns := request.stage_ns("queue")) is not None:
+            observe(self._queue_duration, queue_ns / 1e9, exemplar, self._count_fault)
         if (reason := slow_reason(request)) is not None:
             self._slow[reason].inc(1, exemplar)
-        if request.failure is None and request.outcome == "ok" and request.run is not None:
-            if request.image_bytes is not None:
-                observe(self._image_bytes, request.image_bytes, exemplar, self._count_fault)
+        if request.failure is None and request.outcome == "ok" and request.runs:
+            for size in request.image_bytes:
+                observe(self._image_bytes, size, exemplar, self._count_fault)
             self._count_budget(request, seconds, exemplar)
+            self._observe_estimate(request, exemplar)
 
     def _count_failure(self, request: RequestTiming, error_type: str) -> None:
         known = error_type in self._error_types
         self._errors[error_type if known else "internal"].inc()
-        if error_type in self._rejections and request.run is None:
+        if error_type in self._rejections and not request.runs:
             self._rejected[error_type].inc()
         if error_type == "non_finite_output":
             self._non_finite_outputs.inc()
@@ -173,12 +181,19 @@ class RequestMetrics:
         facts = request.facts
         if self.budget is None or facts is None:
             return
-        allowed = self.budget.seconds(facts.width, facts.height, facts.num_inference_steps)
+        steps = facts.num_inference_steps * facts.num_images
+        allowed = self.budget.seconds(facts.width, facts.height, steps)
         # NaN is over.
         self._budgeted["within" if seconds <= allowed else "over"].inc(1, exemplar)
 
+    def _observe_estimate(self, request: RequestTiming, exemplar: Exemplar) -> None:
+        estimate, upload = request.estimate, request.stage("upload")
+        if estimate is not None and upload is not None and estimate.seconds > 0:
+            ratio = (upload.end_ns - estimate.at_ns) / 1e9 / estimate.seconds
+            observe(self._estimate_ratio, ratio, exemplar, self._count_fault)
+
 
 def _cancelled_during(request: RequestTiming) -> str:
-    if request.run is None:
+    if not request.runs:
         return "waiting"
     return "running" if request.stage("image_encode") is None else "answering"

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from metrics.buckets import BucketFamilies
+from metrics.buckets import MOST_IMAGES, BucketFamilies
 from metrics.families.observing import CountFault, Exemplar, is_countable, labelled, observe
-from metrics.records import REQUEST_STAGES, RUN_STAGES, RunTiming
+from metrics.records import PREVIEW_DECODE, REQUEST_STAGES, RUN_STAGES, RunTiming
 
 COLD_SHAPE = "cold"
 """The label of every shape that is not warm: one series for all of them."""
 
 # `queue` has a histogram of its own.
-_STAGES = tuple(stage for stage in (*REQUEST_STAGES, *RUN_STAGES) if stage != "queue")
+_STAGES = tuple(
+    stage for stage in (*REQUEST_STAGES, *RUN_STAGES, PREVIEW_DECODE) if stage != "queue"
+)
 
 _GUIDANCE = {True: "on", False: "off"}
 
@@ -42,6 +44,15 @@ class RunFlops:
         return flops
 
 
+def batch_labels(max_batch: int) -> tuple[int, ...]:
+    """The values of the `batch` label: powers of two, the last at least `max_batch`.
+
+    A run is counted under the next power of two that holds its images. Without that bound nine
+    shapes with batches of up to 32 would have twenty thousand series.
+    """
+    return tuple(2**exponent for exponent in range((max_batch - 1).bit_length() + 1))
+
+
 class RunMetrics:
     """Stages, steps and FLOPs of runs."""
 
@@ -49,7 +60,6 @@ class RunMetrics:
         self, registry: CollectorRegistry, families: BucketFamilies, count_fault: CountFault
     ) -> None:
         self._count_fault = count_fault
-        self._max_batch = 1
         self.flops: dict[str, RunFlops] = {}
         self._stages = labelled(
             Histogram(
@@ -69,6 +79,12 @@ class RunMetrics:
             buckets=families.step,
         )
         self._step_durations: dict[tuple[str, bool, int], Histogram] = {}
+        self._batch_sizes = Histogram(
+            "sdxl_run_batch_size",
+            "Images of a run.",
+            registry=registry,
+            buckets=batch_labels(MOST_IMAGES),
+        )
         self._gpu_queue = Histogram(
             "sdxl_denoise_step_gpu_queue_seconds",
             "Time a step waited in the GPU's queue before it started; near 0 the GPU had waited "
@@ -99,27 +115,28 @@ class RunMetrics:
         self.declare((), 1)
 
     def declare(self, shapes: Sequence[str], max_batch: int) -> None:
-        self._max_batch = max_batch
         self._step_durations = {
             (shape, guidance, batch): self._step_duration.labels(
                 shape, _GUIDANCE[guidance], str(batch)
             )
             for shape in (*shapes, COLD_SHAPE)
             for guidance in _GUIDANCE
-            for batch in range(1, max_batch + 1)
+            for batch in batch_labels(max_batch)
         }
 
     def observe_stage(self, name: str, duration_ns: float, exemplar: Exemplar) -> None:
         observe(self._stages[name], duration_ns / 1e9, exemplar, self._count_fault)
 
     def observe(self, run: RunTiming, exemplar: Exemplar) -> None:
-        for stage in run.stages:
+        observe(self._batch_sizes, run.batch_size, exemplar, self._count_fault)
+        for stage in (*run.stages, *run.between_steps):
             self.observe_stage(stage.name, stage.duration_ns, exemplar)
-        steps = self._step_durations.get((run.shape, run.guidance, run.batch_size))
+        batch = min(2 ** (run.batch_size - 1).bit_length(), MOST_IMAGES)
+        steps = self._step_durations.get((run.shape, run.guidance, batch))
         if steps is None:
-            # A batch size that was not declared has no warm graph, whatever its shape.
-            batch = min(run.batch_size, self._max_batch)
-            steps = self._step_durations[COLD_SHAPE, run.guidance, batch]
+            # A batch size that was not declared is not warm, whatever its shape.
+            largest = max(batch for _, _, batch in self._step_durations)
+            steps = self._step_durations[COLD_SHAPE, run.guidance, min(batch, largest)]
         for step in run.steps:
             observe(steps, step.duration_ns / 1e9, exemplar, self._count_fault)
         if run.clock != "host":

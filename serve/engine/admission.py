@@ -1,145 +1,85 @@
-"""The bounded queue in front of the GPU thread, and how queued or running requests are cancelled.
+"""Whether a request may wait: the queue has room, and its deadline can be met.
 
-`Admission` is used on the event loop's thread only and needs no lock. A `Cancellation` is used
-from any thread.
+Used on the event loop.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
-from serve.errors import Draining, QueueFull, RequestError
+from metrics.records import Estimate
+from serve.engine.call import Call
+from serve.engine.estimates import Estimates
+from serve.engine.planning import PlannedRequest
+from serve.engine.request_queue import BatchSizes, QueuedRuns, RequestQueue, split
+from serve.errors import DeadlineExceeded, Draining, QueueFull
 
-# The weight of the newest run in the moving average behind Retry-After: about the last ten runs
-# count.
-_AVERAGE_WEIGHT = 0.1
-
-
-class Cancellation:
-    """Whether a request was cancelled, and why. Set once, from any thread; the first reason stays.
-
-    `work_started` is set by the GPU thread. When the process drains, a request that has started may
-    finish; one that has not is cancelled.
-    """
-
-    def __init__(self) -> None:
-        self.work_started = False
-        self._lock = threading.Lock()
-        self._reason: RequestError | None = None
-        self._callbacks: list[Callable[[], object]] = []
-
-    @property
-    def reason(self) -> RequestError | None:
-        return self._reason
-
-    def cancel(self, reason: RequestError) -> None:
-        with self._lock:
-            if self._reason is not None:
-                return
-            self._reason = reason
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
-
-    def when_cancelled(self, callback: Callable[[], object]) -> None:
-        """Call `callback` on cancellation, at once if that has happened already."""
-        with self._lock:
-            if self._reason is None:
-                self._callbacks.append(callback)
-                return
-        callback()
-
-    def raise_if_cancelled(self) -> None:
-        if self._reason is not None:
-            # Raised more than once; each traceback would otherwise be added to the last.
-            raise self._reason.with_traceback(None)
-
-
-class Cancellations:
-    """Those of one run's requests. The run stops only when every one of them was cancelled."""
-
-    def __init__(self, each: Sequence[Cancellation]) -> None:
-        self._each = each
-
-    @property
-    def all_cancelled(self) -> bool:
-        return all(cancellation.reason is not None for cancellation in self._each)
-
-    def when_all_cancelled(self, callback: Callable[[], object]) -> None:
-        """Call `callback` on the last cancellation, at once if that has happened already. It may be
-        called more than once."""
-
-        def one_cancelled() -> None:
-            if self.all_cancelled:
-                callback()
-
-        for cancellation in self._each:
-            cancellation.when_cancelled(one_cancelled)
-
-    def raise_if_cancelled(self) -> None:
-        """Raise the first request's reason if every request was cancelled."""
-        if self.all_cancelled:
-            self._each[0].raise_if_cancelled()
+BUSY_MARGIN = 1.1
+IDLE_MARGIN = 2.0
+"""A request is refused if even its fastest estimate is this many times its time until the deadline.
+On an idle server a wrong refusal costs an image and a right one saves at most the deadline, so
+there must be no doubt."""
 
 
 class Admission:
-    """Bounds how many requests wait for the GPU thread.
+    """Estimates each request, and refuses those that cannot be served in time.
 
     Args:
-        max_waiting: how many may wait, not counting the one that runs.
-        on_waiting: called with the number of waiting requests whenever it changes.
+        sizes: the numbers of images that a run of a request may have.
     """
 
-    def __init__(self, max_waiting: int, on_waiting: Callable[[int], None]) -> None:
-        self._max_waiting = max_waiting
-        self._on_waiting = on_waiting
-        self._admitted: set[Cancellation] = set()
-        self._average_run_seconds = 1.0
-        self._draining = False
+    def __init__(self, queue: RequestQueue, estimates: Estimates, sizes: BatchSizes) -> None:
+        self._queue = queue
+        self._estimates = estimates
+        self._sizes = sizes
 
-    @property
-    def waiting(self) -> int:
-        """How many requests wait: all admitted ones but the one that runs or is about to run."""
-        return max(0, len(self._admitted) - 1)
+    def admit(self, planned: PlannedRequest, call: Call, deadline_seconds: float) -> None:
+        """Let a request join the queue, and estimate it.
 
-    @contextmanager
-    def admit(self, cancellation: Cancellation) -> Iterator[None]:
-        """Hold a place from here until the enclosed run has ended.
+        Args:
+            deadline_seconds: counted from the request's arrival.
 
         Raises:
             Draining: the process is shutting down.
             QueueFull: too many requests wait already.
+            DeadlineExceeded: it would not be done in time, however fast its run is.
         """
-        if self._draining:
+        if self._queue.draining:
             raise Draining
-        if len(self._admitted) > self._max_waiting:
-            raise QueueFull(self.waiting, self._retry_after_seconds())
-        self._admitted.add(cancellation)
-        self._on_waiting(self.waiting)
-        try:
-            yield
-        finally:
-            self._admitted.discard(cancellation)
-            self._on_waiting(self.waiting)
+        runs = QueuedRuns(planned, call, tuple(split(planned.num_images, self._sizes(planned))))
+        seconds = self._seconds_until_done(runs)
+        if self._queue.full:
+            raise QueueFull(self._queue.waiting, self._retry_after_seconds(), _to_ms(seconds))
+        self._refuse_if_too_late(runs, seconds, deadline_seconds)
+        if seconds is not None:
+            call.estimate = Estimate(call.timeline.now_unix_ns(), seconds)
 
-    def run_took(self, seconds: float) -> None:
-        """Add a run's duration to the average behind Retry-After."""
-        self._average_run_seconds += _AVERAGE_WEIGHT * (seconds - self._average_run_seconds)
+    def eta_ms(self, planned: PlannedRequest, call: Call) -> float | None:
+        """Milliseconds until an admitted request is done, estimated now; None if unknown."""
+        waiting = (each for each in self._queue.state().waiting if each.call is call)
+        return _to_ms(self._seconds_until_done(next(waiting, QueuedRuns(planned, call, ()))))
 
-    def drain(self) -> None:
-        """Admit no request from now on, and cancel those that have not started."""
-        self._draining = True
-        for cancellation in list(self._admitted):
-            if not cancellation.work_started:
-                cancellation.cancel(Draining())
+    def _refuse_if_too_late(
+        self, runs: QueuedRuns, seconds: float | None, deadline_seconds: float
+    ) -> None:
+        if not self._estimates.has_evidence(runs.planned):
+            return
+        least = self._seconds_until_done(runs, fastest=True)
+        left = deadline_seconds - runs.call.timeline.elapsed_seconds()
+        margin = IDLE_MARGIN if self._queue.idle else BUSY_MARGIN
+        if least is not None and least > margin * left:
+            raise DeadlineExceeded(deadline_seconds, _to_ms(seconds), refused=True)
 
-    def cancel_all(self) -> None:
-        """Cancel every request that holds a place, also those that have started."""
-        for cancellation in list(self._admitted):
-            cancellation.cancel(Draining())
+    def _seconds_until_done(self, runs: QueuedRuns, fastest: bool = False) -> float | None:
+        state = self._queue.state()
+        return self._estimates.seconds_until_done(runs, state, self._sizes, fastest)
 
     def _retry_after_seconds(self) -> int:
-        return max(1, math.ceil(len(self._admitted) * self._average_run_seconds))
+        """When the next place in the queue is free: at the end of the run in progress."""
+        running = self._queue.state().running
+        left = None if running is None else self._estimates.seconds_left(running)
+        return max(1, math.ceil(left or 0))
+
+
+def _to_ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds

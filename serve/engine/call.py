@@ -14,10 +14,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from metrics.records import Failure, GenerationFacts, RequestTiming, RunTiming
+from metrics.records import Estimate, Failure, GenerationFacts, RequestTiming, RunTiming
 from metrics.sampling import TraceIdentity
 from metrics.timeline import RequestTimeline
-from serve.engine.admission import Cancellation
+from serve.engine.cancellation import Cancellation
 from serve.errors import GenerationFailed, RequestError
 
 
@@ -28,18 +28,31 @@ class Call:
     endpoint: str
     method: str
     identity: TraceIdentity
+    accept: str = ""
+    """The request's Accept header."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     timeline: RequestTimeline = field(default_factory=RequestTimeline)
     cancellation: Cancellation = field(default_factory=Cancellation)
     facts: GenerationFacts | None = None
-    run: RunTiming | None = None
+    runs: list[RunTiming] = field(default_factory=list)
+    """The runs that drew its images so far."""
+    observed_runs: set[str] = field(default_factory=set)
+    """The ids of the runs whose metrics are recorded with this call."""
+    total_steps: int = 0
+    """The denoising steps of all its runs together."""
+    estimate: Estimate | None = None
     failure: Failure | None = None
     outcome: str = "ok"
-    image_bytes: int | None = None
-    first_of_run: bool = True
-    """Whether this call is the first of its run. The run's metrics are recorded with that one."""
+    image_bytes: tuple[int, ...] = ()
+    finished: bool = False
+    """Whether it was frozen; a run that ends later is not in its record."""
     work: asyncio.Task[Any] | None = None
     """The task that works for the request beside its handler, as for a stream."""
+
+    @property
+    def run(self) -> RunTiming | None:
+        """Its last run so far; None before the first has ended."""
+        return self.runs[-1] if self.runs else None
 
     def fail(self, error: RequestError, at_ns: int | None = None) -> None:
         """Record why the request fails. The first failure stays.
@@ -73,16 +86,18 @@ class Call:
 
     def finish(self, status_code: int) -> RequestTiming:
         """Freeze the call. It ends now."""
+        self.finished = True
         return self.timeline.finish(
             endpoint=self.endpoint,
             method=self.method,
             status_code=status_code,
             outcome=self.outcome,
-            run=self.run,
-            observes_run=self.run is not None and self.first_of_run,
+            runs=self.runs,
+            observed_runs=[run for run in self.runs if run.run_id in self.observed_runs],
             facts=self.facts,
             failure=self.failure,
             image_bytes=self.image_bytes,
+            estimate=self.estimate,
         )
 
 

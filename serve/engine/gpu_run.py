@@ -1,4 +1,5 @@
-"""A run: one or more requests of one shape, step count and guidance, from text to pixels.
+"""A run: images of one shape, step count and guidance, of one request or several, from text to
+pixels.
 
 This is the only way from a request to the GPU. Queueing is before it and image encoding after it,
 both in `runtime.py`.
@@ -11,14 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metrics.gpu import GpuWatch
+from metrics.records import PREVIEW_DECODE, RunTiming
 from metrics.timeline import Ranges, RunTimeline
-from serve.engine.admission import Cancellations
 from serve.engine.call import Call
+from serve.engine.cancellation import Cancellations
 from serve.engine.failures import clear_frames, explain_failure
 from serve.engine.gpu_thread import StepPacer
 from serve.engine.loaded_model import LoadedModel
 from serve.engine.planning import PlannedRequest
-from serve.errors import NonFiniteOutput, RequestError
+from serve.errors import NonFiniteOutput, OutOfMemory, RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -27,82 +29,112 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int, float, Any], None]
 """Called on the GPU thread with `(index, gpu_ms, preview pixels or None)` of each step once it has
-ended."""
+ended. The steps of a request's runs are counted through."""
 
 
 @dataclass(frozen=True, slots=True)
-class RunRequest:
-    """One request of a run.
+class Previews:
+    """The previews of a request's steps.
 
     Attributes:
-        call: where its timing is kept, and how it is cancelled.
-        on_step: called for each step; previews are made only if it is given.
+        steps: the steps of a run that have one; None: each. The last has no decoded one.
+        decoded: made by the model's decoder at full size, which takes about as long as a step.
+            Otherwise a linear map makes one of an eighth of the size in microseconds.
+    """
+
+    steps: frozenset[int] | None = None
+    decoded: bool = False
+
+    def at(self, step: int) -> bool:
+        return self.steps is None or step in self.steps
+
+
+@dataclass(frozen=True, slots=True)
+class RunPart:
+    """The images of one request in one run.
+
+    Attributes:
+        call: where the request's timing is kept, and how it is cancelled.
+        images: which of the request's images.
+        on_step: called for each step.
+        previews: those that it is called with, of the first image; None: none.
+        steps_before: denoising steps of the request's earlier runs.
     """
 
     planned: PlannedRequest
     call: Call
+    images: range = range(1)
     on_step: OnStep | None = None
+    steps_before: int = 0
+    previews: Previews | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedPixels:
-    """The image of one request.
+    """One image.
 
     Attributes:
         pixels: (height, width, 3) uint8, in host memory.
         prompt_truncated: whether a text encoder cut the prompt or the negative prompt.
+        prompt_tokens: how many tokens the whole prompt has.
     """
 
     pixels: Any
     prompt_truncated: bool
+    prompt_tokens: int
 
 
-Outcome = GeneratedPixels | RequestError
-"""What a run has given one of its requests."""
+Outcome = list[GeneratedPixels] | RequestError
+"""What a run has given one of its requests: its images, or why there are none."""
 
 
 class GpuRun:
     """One run; made and executed once, on the GPU thread.
 
     Args:
-        requests: of one shape, step count and guidance scale.
+        parts: of one shape, step count and guidance scale; at most one of each request.
         ranges: marks stages and steps for an attached profiler.
         gpu_watch: reads the GPU's conditions during the run.
-        sign_of_life: called whenever a step has ended.
+        step_ended: called whenever a step has ended.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        requests: Sequence[RunRequest],
+        parts: Sequence[RunPart],
         *,
         run_id: str,
         ranges: Ranges | None,
         gpu_watch: GpuWatch,
-        sign_of_life: Callable[[], None],
+        step_ended: Callable[[], None],
     ) -> None:
         self._loaded = loaded
         self._model = loaded.model
-        self._requests = requests
-        self._planned = requests[0].planned  # what all of them have in common
-        self._calls = [request.call for request in requests]
+        self._parts = parts
+        self._planned = parts[0].planned  # what all of them have in common
+        self._calls = [part.call for part in parts]
+        self._images = sum(len(part.images) for part in parts)
         self._cancellations = Cancellations([call.cancellation for call in self._calls])
         self._run_id = run_id
         self._ranges = ranges
         self._gpu_watch = gpu_watch
-        self._sign_of_life = sign_of_life
-        self._step_reports = _StepReports(loaded.model, requests)
+        self._step_ended = step_ended
+        self._step_reports = _StepReports(loaded.model, parts)
         self._fallbacks_before = loaded.fallbacks
         self._timeline: RunTimeline | None = None
+        self.timing: RunTiming | None = None
+        """Set at the end, unless it failed before its first stage."""
         self.completed = False
         """Whether every stage has run."""
 
     def execute(self) -> list[Outcome]:
-        """Run every stage. Returns an outcome for each request, in their order.
+        """Run every stage. Returns an outcome for each part, in their order.
 
-        What the run fails with is the outcome of every request; it is not raised.
+        What the run fails with is the outcome of every part; it is not raised. After OutOfMemory,
+        a run of several images is no failure of its requests yet: they may be tried again.
         """
-        self._end_waiting()
+        for call in self._calls:
+            call.timeline.end()
         try:
             timeline, pacer = self._begin()
             with timeline.stage("text_encode"):
@@ -114,15 +146,7 @@ class GpuRun:
             self._wait_for_pixels(timeline, pacer)
         except Exception as error:  # noqa: BLE001 - any exception fails these requests alone
             return self._fail(error)
-        return [
-            self._outcome(image, call, images, conditioning)
-            for image, call in enumerate(self._calls)
-        ]
-
-    def _end_waiting(self) -> None:
-        for call in self._calls:
-            call.timeline.end()
-            call.cancellation.work_started = True
+        return self._outcomes(images, conditioning)
 
     def _begin(self) -> tuple[RunTimeline, StepPacer]:
         """Start the run's clock. Raises the reason if every request was cancelled."""
@@ -134,14 +158,14 @@ class GpuRun:
             run_id=self._run_id,
             shape=str(self._planned.shape),
             guidance=self._planned.guided,
-            batch_size=len(self._requests),
+            batch_size=self._images,
             ranges=self._ranges,
         )
         report = self._step_reports.report
-        return timeline, StepPacer(timeline, self._cancellations, report, self._sign_of_life)
+        return timeline, StepPacer(timeline, self._cancellations, report, self._step_ended)
 
     def _encode_text(self) -> Conditioning:
-        wanted = [request.planned.request for request in self._requests]
+        wanted = [part.planned.request for part in self._parts for _ in part.images]
         return self._model.encode_prompts(
             [request.prompt for request in wanted],
             [request.negative_prompt for request in wanted],
@@ -155,15 +179,19 @@ class GpuRun:
         self._gpu_watch.request_reading()  # the GPU has the text to encode
 
         def on_step_enqueued(index: int, latents: Any) -> None:
-            self._step_reports.enqueue_previews(index, latents)
+            previews = self._step_reports
+            previews.enqueue_linear(index, latents)
             pacer.step_enqueued()
+            if previews.decodes(index):
+                with timeline.between_steps(PREVIEW_DECODE):
+                    previews.enqueue_decoded(index, latents)
 
         return self._model.denoise(
             conditioning,
             shape=self._planned.shape,
             num_inference_steps=self._planned.num_inference_steps,
             guidance_scale=self._planned.guidance_scale,
-            seeds=[request.planned.seed for request in self._requests],
+            seeds=[part.planned.seed_of(image) for part in self._parts for image in part.images],
             on_loop_begins=timeline.loop_begins,
             on_step_enqueued=on_step_enqueued,
             watch_latents=self._step_reports.previews_wanted,
@@ -177,72 +205,121 @@ class GpuRun:
             eager_fallback=self._loaded.fallbacks != self._fallbacks_before,
             conditions=self._gpu_watch.readings(),
         )
-        for call in self._calls:
-            call.run = timing
+        self._keep(timing)
         self.completed = True
 
-    def _outcome(
-        self, image: int, call: Call, images: DecodedImages, conditioning: Conditioning
-    ) -> Outcome:
-        failure = call.cancellation.reason
-        if not bool(images.finite[image]):
-            failure = NonFiniteOutput()
-        if failure is None:
-            return GeneratedPixels(images.pixels[image].numpy(), conditioning.truncated[image])
-        _fail_in_last_stage(call, failure)
-        return failure
+    def _keep(self, timing: RunTiming) -> None:
+        """Put the run's timing into its calls. One that still goes on records the run's metrics."""
+        self.timing = timing
+        for call in self._calls:
+            call.runs.append(timing)
+        observer = next((call for call in self._calls if not call.finished), self._calls[0])
+        observer.observed_runs.add(self._run_id)
+
+    def _outcomes(self, images: DecodedImages, conditioning: Conditioning) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        first = 0
+        for part in self._parts:
+            indices = range(first, first + len(part.images))
+            first = indices.stop
+            failure = part.call.cancellation.reason
+            if not all(bool(images.finite[index]) for index in indices):
+                failure = NonFiniteOutput()
+            if failure is None:
+                outcomes.append(
+                    [
+                        GeneratedPixels(
+                            images.pixels[index].numpy(),
+                            conditioning.truncated[index],
+                            conditioning.tokens[index],
+                        )
+                        for index in indices
+                    ]
+                )
+            else:
+                self._fail_in_last_stage(part.call, failure)
+                outcomes.append(failure)
+        return outcomes
 
     def _fail(self, error: Exception) -> list[Outcome]:
         """The whole run has failed. Its timing keeps the stages and steps that did run."""
         failure = explain_failure(error, self._model.device)
-        timing = None
+        again = isinstance(failure, OutOfMemory) and self._images > 1
         if self._timeline is not None:
-            timing = self._timeline.finish(failed=True, conditions=self._gpu_watch.readings())
-        for call in self._calls:
-            call.run = timing
-            _fail_in_last_stage(call, failure)
+            self._keep(
+                self._timeline.finish(
+                    failed=True,
+                    conditions=self._gpu_watch.readings(),
+                    error_type=failure.error_type if again else None,
+                )
+            )
+        if not again:
+            for call in self._calls:
+                self._fail_in_last_stage(call, failure)
         # The outcome outlives the run; the run's tensors must not.
         clear_frames(error)
         failure.__traceback__ = None
         return [failure for _ in self._calls]
 
-
-def _fail_in_last_stage(call: Call, failure: RequestError) -> None:
-    """Record the failure in the stage of the run that ended last."""
-    last = call.run.stages[-1].end_ns if call.run is not None and call.run.stages else None
-    call.fail(failure, at_ns=last)
+    def _fail_in_last_stage(self, call: Call, failure: RequestError) -> None:
+        """Record the failure in the stage of the run that ended last."""
+        stages = () if self.timing is None else self.timing.stages
+        call.fail(failure, at_ns=stages[-1].end_ns if stages else None)
 
 
 class _StepReports:
     """Reports each step to the run's requests, with a preview for those that want one.
 
-    A preview is a small image of the step's latents. Its copy to the host is enqueued behind the
-    step's work, so that it is there when the step has ended.
+    A preview shows the request's first image in the run. Its copy to the host is enqueued behind
+    the step's work, so that it is there when the step has ended. A decoded one is enqueued after
+    the step's end was marked, so that it is in no step's time; it comes with the next step.
     """
 
-    def __init__(self, model: SdxlModel, requests: Sequence[RunRequest]) -> None:
+    def __init__(self, model: SdxlModel, parts: Sequence[RunPart]) -> None:
         self._model = model
-        self._requests = requests
-        self._with_preview = [
-            image
-            for image, request in enumerate(requests)
-            if request.on_step is not None and request.planned.request.preview
+        self._parts: list[tuple[int, RunPart]] = []
+        """Each with the place of its first image in the run."""
+        first = 0
+        for part in parts:
+            self._parts.append((first, part))
+            first += len(part.images)
+        wanted = [
+            (image, part.previews)
+            for image, part in self._parts
+            if part.on_step is not None and part.previews is not None
         ]
+        self._linear = [(image, previews) for image, previews in wanted if not previews.decoded]
+        self._decoded = [(image, previews) for image, previews in wanted if previews.decoded]
         self._pending: dict[tuple[int, int], Any] = {}
 
     @property
     def previews_wanted(self) -> bool:
-        return bool(self._with_preview)
+        return bool(self._linear or self._decoded)
 
-    def enqueue_previews(self, index: int, latents: Any) -> None:
-        """Enqueue a step's previews. `latents`: (images, channels, height / 8, width / 8)."""
-        for image in self._with_preview:
-            self._pending[index, image] = self._model.preview(latents[image])
+    def enqueue_linear(self, index: int, latents: Any) -> None:
+        """Enqueue a step's linear previews.
+
+        Args:
+            latents: (images, channels, height / 8, width / 8).
+        """
+        for image, previews in self._linear:
+            if previews.at(index):
+                self._pending[index, image] = self._model.preview(latents[image])
+
+    def decodes(self, index: int) -> bool:
+        return any(previews.at(index) for _, previews in self._decoded)
+
+    def enqueue_decoded(self, index: int, latents: Any) -> None:
+        """Enqueue a step's decoded previews. `latents`: as for `enqueue_linear`."""
+        for image, previews in self._decoded:
+            if previews.at(index):
+                decoded = self._model.decode(latents[image : image + 1])
+                self._pending[index + 1, image] = decoded.pixels[0]
 
     def report(self, index: int, duration_ns: int) -> None:
-        """Step `index` has ended on the device."""
-        for image, request in enumerate(self._requests):
-            if request.on_step is not None:
+        """Step `index` has ended on the device. A request that was cancelled is not told."""
+        for image, part in self._parts:
+            if part.on_step is not None and part.call.cancellation.reason is None:
                 pending = self._pending.pop((index, image), None)
                 preview = None if pending is None else pending.numpy()
-                request.on_step(index, duration_ns / 1e6, preview)
+                part.on_step(part.steps_before + index, duration_ns / 1e6, preview)

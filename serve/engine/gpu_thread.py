@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from metrics.timeline import RunTimeline
-from serve.engine.admission import Cancellation, Cancellations
+from serve.engine.cancellation import Cancellation, Cancellations
 from serve.engine.failures import clear_frames
 
 T = TypeVar("T")

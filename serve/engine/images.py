@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from serve.schema import ImageFormat
@@ -32,11 +33,25 @@ _SAVE_OPTIONS: dict[ImageFormat, dict[str, Any]] = {
 }
 
 
-def encode_image(pixels: Any, image_format: ImageFormat) -> bytes:
-    """Encode (height, width, 3) uint8 pixels. The same pixels give the same bytes."""
+def encode_image(pixels: Any, image_format: ImageFormat, quality: int | None = None) -> bytes:
+    """Encode (height, width, 3) uint8 pixels. The same pixels give the same bytes.
+
+    Args:
+        quality: of jpeg and webp, 1 to 100; None: 95 and 90.
+    """
+    options = _SAVE_OPTIONS[image_format]
+    if quality is not None and "quality" in options:
+        options = {**options, "quality": quality}
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, image_format, **_SAVE_OPTIONS[image_format])
+    Image.fromarray(pixels).save(buffer, image_format, **options)
     return buffer.getvalue()
+
+
+def enlarge(pixels: Any, width: int, height: int) -> Any:
+    """Resize a preview (height, width, 3) to its image's size in pixels, smoothly."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def data_uri(data: bytes, image_format: ImageFormat) -> str:

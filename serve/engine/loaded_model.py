@@ -26,6 +26,8 @@ class LoadedModel:
         compiled: the compiled functions and the guard over them; None if the model runs as loaded.
         shapes: the shapes to warm. Which of them are warm already is in `Readiness.shapes`.
         kinds: the kinds of run that each shape is warmed with.
+        batch_sizes: the numbers of images that a run may have, ascending. With graphs, those of
+            them that are warm at a shape are in `Readiness.batch_sizes`.
     """
 
     model: SdxlModel
@@ -33,6 +35,12 @@ class LoadedModel:
     compiled: CompiledModel | None
     shapes: tuple[CompiledShape, ...]
     kinds: tuple[RunKind, ...]
+    batch_sizes: tuple[int, ...]
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether a run needs graphs, compiled or captured, for its shape and number of images."""
+        return self.compiled is not None and self.compiled.has_graphs
 
     @property
     def fallbacks(self) -> Fallbacks | None:

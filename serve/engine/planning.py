@@ -25,6 +25,20 @@ class PlannedRequest:
     seed: int
 
     @property
+    def run_key(self) -> tuple[CompiledShape, int, float]:
+        """What the images of one run have in common."""
+        scale = self.guidance_scale if self.guided else 1.0
+        return self.shape, self.num_inference_steps, scale
+
+    @property
+    def num_images(self) -> int:
+        return self.request.num_images
+
+    def seed_of(self, image: int) -> int:
+        """The seed of one of its images. It draws the same image in a request of its own."""
+        return self.seed + image
+
+    @property
     def guided(self) -> bool:
         """Whether classifier-free guidance runs. It doubles the UNet's batch."""
         return self.guidance_scale > 1
@@ -43,6 +57,7 @@ class PlannedRequest:
             width=self.shape.width,
             height=self.shape.height,
             seed=self.seed,
+            num_images=self.num_images,
             prompt=self.request.prompt if with_prompt else None,
         )
 
@@ -66,20 +81,35 @@ def plan_request(
             largest shape of both bounds the image's size.
 
     Raises:
-        InvalidRequest: the size or the guidance is not served here.
+        InvalidRequest: the size, the guidance or the number of images is not served here.
     """
+    _require_images(request, settings)
     return PlannedRequest(
         request,
         _choose_shape(request, settings, warm_shapes, trained_shapes),
         request.num_inference_steps or settings.steps,
         _choose_guidance_scale(request, settings),
-        secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
+        _choose_seed(request),
     )
 
 
-def can_share_a_run(requests: Sequence[PlannedRequest]) -> bool:
-    """Whether the requests have one shape, one number of steps and one guidance scale."""
-    return len({(r.shape, r.num_inference_steps, r.guidance_scale) for r in requests}) == 1
+def _require_images(request: TextToImageRequest, settings: ServeSettings) -> None:
+    if request.num_images > settings.max_images:
+        message = f"must be at most {settings.max_images}"
+        raise InvalidRequest([FieldProblem(("body", "num_images"), message, "num_images")])
+
+
+def _choose_seed(request: TextToImageRequest) -> int:
+    """The seed of the first image. Each further image has the next one, which must exist too."""
+    largest = MAX_SEED + 1 - request.num_images
+    if request.seed is None:
+        return secrets.randbelow(largest + 1)
+    if request.seed > largest:
+        message = (
+            f"must be at most {largest} with {request.num_images} images: each has the next seed"
+        )
+        raise InvalidRequest([FieldProblem(("body", "seed"), message, "seed")])
+    return request.seed
 
 
 def _choose_shape(
@@ -89,8 +119,9 @@ def _choose_shape(
     trained_shapes: Sequence[CompiledShape],
 ) -> CompiledShape:
     default = warm_shapes[0]
-    width = default.width if request.width is None else request.width
-    height = default.height if request.height is None else request.height
+    wanted_width, wanted_height = request.size
+    width = default.width if wanted_width is None else wanted_width
+    height = default.height if wanted_height is None else wanted_height
     for shape in warm_shapes:
         if (shape.width, shape.height) == (width, height):
             return shape
@@ -103,6 +134,8 @@ def _choose_shape(
             if shape.pixels <= most:
                 return shape
     field_name = "width" if request.width is not None else "height"
+    if request.image_size is not None:
+        field_name = "image_size"
     raise InvalidRequest(
         [FieldProblem(("body", field_name), f"the size must be {allowed}", "shape")]
     )

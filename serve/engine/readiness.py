@@ -22,7 +22,8 @@ class State(StrEnum):
 
 @dataclass(slots=True)
 class Readiness:
-    """The body of `/ready`. Written by the start-up and by `drain`; everything else only reads.
+    """The body of `/ready`. Written by the start-up and by `drain`; everything else only reads. The
+    runtime takes a batch size away that ran out of memory.
 
     With `SDXL_READY_EARLY` the start-up adds shapes while requests are served.
 
@@ -30,6 +31,7 @@ class Readiness:
         phase: the start-up's phase, then `ready`, then `draining`.
         reason: why the start failed; empty if it did not.
         shapes: the shapes that are warm; the first is the default size.
+        batch_sizes: for each warm shape, the numbers of images that a run may have, ascending.
         phases_ms: duration of each finished phase of the start-up.
         compile: how the model was prepared to run, and what the compiler did.
         left_out: the shapes that could not be warmed, and the type of the error of each.
@@ -42,6 +44,7 @@ class Readiness:
     model: str = ""
     device: str = ""
     shapes: tuple[CompiledShape, ...] = ()
+    batch_sizes: dict[CompiledShape, tuple[int, ...]] = field(default_factory=dict)
     phases_ms: dict[str, float] = field(default_factory=dict)
     compile: dict[str, str | int | float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -80,6 +83,7 @@ class Readiness:
             "model": self.model,
             "device": self.device,
             "shapes": [str(shape) for shape in self.shapes],
+            "batch_sizes": {str(shape): sizes for shape, sizes in self.batch_sizes.items()},
             "left_out": self.left_out,
             "warmup_ms": self.phases_ms,
             "compile": self.compile,

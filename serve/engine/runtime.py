@@ -1,6 +1,6 @@
 """One process's service: built from the settings, started once, then the story of each request.
 
-`Runtime.generate` reads from top to bottom like a request: planned, admitted, queued, run on the
+`Runtime.generate` reads from top to bottom like a request: planned, admitted, queued, drawn on the
 GPU, encoded, uploaded. On the event loop there is bookkeeping only; work that takes milliseconds
 happens on a thread.
 """
@@ -34,14 +34,18 @@ from metrics.push import MetricsPush
 from metrics.recorder import Recorder
 from metrics.tracing import Tracing
 from serve import __version__
-from serve.engine.admission import Admission, Cancellations
+from serve.engine.admission import Admission
 from serve.engine.call import Call
-from serve.engine.gpu_run import GpuRun, OnStep, Outcome, RunRequest
+from serve.engine.estimates import Estimates
+from serve.engine.failures import clear_frames
+from serve.engine.gpu_run import GeneratedPixels, GpuRun, OnStep, Outcome, Previews, RunPart
 from serve.engine.gpu_thread import GpuThread
-from serve.engine.images import CONTENT_TYPES, Upload, data_uri, encode_image
+from serve.engine.images import Upload, data_uri, encode_image
 from serve.engine.loaded_model import LoadedModel
-from serve.engine.planning import PlannedRequest, can_share_a_run, plan_request
+from serve.engine.planning import PlannedRequest, plan_request
 from serve.engine.readiness import Readiness, State
+from serve.engine.request_queue import Batch, QueuedRequest, RequestQueue
+from serve.engine.response import build_response
 from serve.engine.startup import Prepare, Startup
 from serve.errors import (
     ERROR_TYPES,
@@ -53,9 +57,10 @@ from serve.errors import (
     DeviceLost,
     Draining,
     NotReady,
+    OutOfMemory,
     RequestError,
 )
-from serve.schema import GeneratedImage, TextToImageRequest, TextToImageResponse, Timings
+from serve.schema import TextToImageRequest, TextToImageResponse
 from serve.settings import ServeSettings
 from serve.telemetry.profiling import Profiling
 from serve.telemetry.setup import (
@@ -73,7 +78,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ENDPOINTS = ("/", "/stream")
+OPENAI_IMAGES = "/v1/images/generations"
+ENDPOINTS = ("/", "/stream", OPENAI_IMAGES)
 """The endpoints that generate: traced, counted, and the values of the `endpoint` label."""
 
 WARMUP_STEPS = 2
@@ -87,7 +93,7 @@ seconds, and the process does not have them."""
 
 
 class Runtime:
-    """The GPU thread, admission and telemetry of one process.
+    """The GPU thread, its queue and the telemetry of one process.
 
     Made by `build_runtime`. `start` loads and warms, `generate` serves, `close` ends.
     """
@@ -114,7 +120,11 @@ class Runtime:
         self.recorder = recorder
         self.profiling = profiling
         self.readiness = readiness
-        self.admission = Admission(settings.max_waiting, metrics.set_waiting)
+        self.queue = RequestQueue(
+            settings.max_waiting, settings.batch_wait_ms / 1e3, metrics.set_waiting
+        )
+        self.estimates = Estimates()
+        self.admission = Admission(self.queue, self.estimates, self._sizes)
         self.ready = asyncio.Event()
         self.work_left_behind = False
         self._upload = upload
@@ -168,16 +178,20 @@ class Runtime:
         # Guidance encodes two texts. Without it one is encoded, which also warms the encoders for a
         # guided run with an empty negative prompt.
         planned = PlannedRequest(
-            TextToImageRequest(prompt="warm-up", negative_prompt="cold" if kind.negative else ""),
+            TextToImageRequest(
+                prompt="warm-up",
+                negative_prompt="cold" if kind.negative else "",
+                num_images=kind.images,
+            ),
             shape,
             num_inference_steps=WARMUP_STEPS,
             guidance_scale=max(self.settings.guidance_scale, 2.0) if kind.guided else 1.0,
             seed=0,
         )
-        calls = [Call("/", "POST", self.tracing.identify()) for _ in range(kind.images)]
-        for outcome in self._execute([RunRequest(planned, call) for call in calls], _new_run_id()):
-            if isinstance(outcome, RequestError):
-                raise outcome
+        call = Call("/", "POST", self.tracing.identify())
+        (outcome,) = self._execute([RunPart(planned, call, range(kind.images))], _new_run_id())
+        if isinstance(outcome, RequestError):
+            raise outcome
         self._gpu.sign_of_life()
 
     @property
@@ -188,49 +202,69 @@ class Runtime:
 
     # Serving
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What a request may call the model, its own name first; empty before it is loaded."""
+        own = (self.readiness.model,) if self.readiness.model else ()
+        return (*own, *self.settings.model_names)
+
+    @property
+    def uploads(self) -> bool:
+        """Whether images are stored somewhere and answered as a URL, instead of inline."""
+        return self._upload is not data_uri
+
     async def generate(
         self,
         request: TextToImageRequest,
         call: Call,
         on_queued: Callable[[int], None] = lambda _: None,
         on_step: OnStep | None = None,
+        previews: Previews | None = None,
     ) -> TextToImageResponse:
         """Serve one valid request.
 
         Args:
-            on_queued: called with the number of waiting requests once this one is admitted.
-            on_step: called on the GPU thread for each step that has ended. Previews are made only
-                if it is given.
+            on_queued: called with the number of waiting requests once this one is queued. The call
+                has its estimate by then, if there is one.
+            on_step: called on the GPU thread for each step that has ended.
+            previews: those that `on_step` gets; None: of each step if the request wants them.
 
         Raises:
             RequestError: a row of the failure table.
         """
         planned = self._plan(request, call)
-        with self._admitted(request, call):
-            on_queued(self.admission.waiting)
-            call.timeline.begin("queue")
-            (outcome,) = await self._run([RunRequest(planned, call, on_step)])
-        return await self._answer(planned, call, outcome)
+        with self._deadline(planned, call) as seconds:
+            self.admission.admit(planned, call, seconds)
+            on_queued(self.queue.waiting)
+            queued = self._queue(planned, call, on_step, previews)
+            self._wake(queued)
+            images = await self._drawn(queued)
+        return await self._answer(planned, call, images)
 
     async def generate_together(
         self, requests: Sequence[TextToImageRequest], calls: Sequence[Call]
     ) -> list[TextToImageResponse]:
-        """Serve several requests of one shape, step count and guidance in one run, in their order.
+        """Serve requests that arrive at the same moment, so that the GPU thread finds all of them
+        waiting: those that can share a run do.
 
         Raises:
-            ValueError: they cannot share a run.
             RequestError: the first failure among them.
         """
         planned = [self._plan(request, call) for request, call in zip(requests, calls, strict=True)]
-        if not can_share_a_run(planned):
-            raise ValueError("one run has one shape, one number of steps and one guidance scale")
-        with contextlib.ExitStack() as admitted:
-            for index, (request, call) in enumerate(zip(requests, calls, strict=True)):
-                call.first_of_run = index == 0
-                admitted.enter_context(self._admitted(request, call))
-                call.timeline.begin("queue")
-            outcomes = await self._run(list(map(RunRequest, planned, calls)))
-        return await asyncio.gather(*map(self._answer, planned, calls, outcomes))
+        with contextlib.ExitStack() as deadlines:
+            queued = []
+            for each, call in zip(planned, calls, strict=True):
+                seconds = deadlines.enter_context(self._deadline(each, call))
+                self.admission.admit(each, call, seconds)
+                queued.append(self._queue(each, call))
+            for each_queued in queued:
+                self._wake(each_queued)
+            drawn = await asyncio.gather(*map(self._drawn, queued), return_exceptions=True)
+        for outcome in drawn:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        images = [outcome for outcome in drawn if not isinstance(outcome, BaseException)]
+        return await asyncio.gather(*map(self._answer, planned, calls, images))
 
     def _plan(self, request: TextToImageRequest, call: Call) -> PlannedRequest:
         """Decide what the request left open. Raises unless this process can serve it now."""
@@ -244,62 +278,81 @@ class Runtime:
         return planned
 
     @contextlib.contextmanager
-    def _admitted(self, request: TextToImageRequest, call: Call) -> Iterator[None]:
-        """Hold a place in the queue until the run has ended.
+    def _deadline(self, planned: PlannedRequest, call: Call) -> Iterator[float]:
+        """Cancel the request at its deadline unless its last run has ended by then.
 
-        When the deadline, counted from the request's arrival, has passed, it is cancelled.
+        Gives the deadline in seconds, counted from the request's arrival.
         """
         seconds = self.settings.deadline_seconds
-        if request.deadline_seconds is not None:
-            seconds = min(seconds, request.deadline_seconds)
+        if planned.request.deadline_seconds is not None:
+            seconds = min(seconds, planned.request.deadline_seconds)
+
+        def pass_deadline() -> None:
+            eta_ms = self.admission.eta_ms(planned, call)
+            call.cancellation.cancel(DeadlineExceeded(seconds, eta_ms))
+
         timer = asyncio.get_running_loop().call_later(
-            max(0.0, seconds - call.timeline.elapsed_seconds()),
-            call.cancellation.cancel,
-            DeadlineExceeded(seconds),
+            max(0.0, seconds - call.timeline.elapsed_seconds()), pass_deadline
         )
         try:
-            with self.admission.admit(call.cancellation):
-                yield
+            yield seconds
         finally:
             timer.cancel()
 
-    async def _run(self, requests: Sequence[RunRequest]) -> list[Outcome]:
-        """Queue one run and wait for its outcomes, one for each request.
+    def _queue(
+        self,
+        planned: PlannedRequest,
+        call: Call,
+        on_step: OnStep | None = None,
+        previews: Previews | None = None,
+    ) -> QueuedRequest:
+        if previews is None and planned.request.preview:
+            previews = Previews()
+        call.timeline.begin("queue")
+        return self.queue.join(planned, call, on_step, self._sizes(planned), previews)
 
-        The run leaves the queue when every one of its requests was cancelled.
-        """
-        calls = [request.call for request in requests]
-        cancellations = Cancellations([call.cancellation for call in calls])
-        future = self._submit(requests)
-        cancellations.when_all_cancelled(future.cancel)
+    def _wake(self, queued: QueuedRequest) -> None:
+        """Make the GPU thread take a batch for each of the request's runs."""
+        for _ in range(len(queued.parts)):
+            self._gpu.submit(self._run_next)
+
+    async def _drawn(self, queued: QueuedRequest) -> list[GeneratedPixels]:
+        """Wait for the request's images. Raises its failure."""
+        call = queued.call
         try:
-            return await asyncio.wrap_future(future)
+            outcome = await asyncio.wrap_future(queued.future)
         except asyncio.CancelledError:
-            if not cancellations.all_cancelled:
-                # The waiting task was cancelled, so its images have no reader.
-                draining = self.readiness.state is State.DRAINING
-                for call in calls:
-                    call.cancellation.cancel(Draining() if draining else ClientGone())
-                raise
-            return [_cancelled_while_waiting(call) for call in calls]
-        finally:
-            if calls[0].run is not None:
-                self.admission.run_took(calls[0].run.duration_ns / 1e9)
+            # The waiting task was cancelled, so its images have no reader.
+            draining = self.readiness.state is State.DRAINING
+            call.cancellation.cancel(Draining() if draining else ClientGone())
+            raise
+        if isinstance(outcome, RequestError):
+            call.fail(outcome)
+            raise outcome
+        return outcome
 
     async def _answer(
-        self, planned: PlannedRequest, call: Call, outcome: Outcome
+        self, planned: PlannedRequest, call: Call, images: Sequence[GeneratedPixels]
     ) -> TextToImageResponse:
-        """Encode and upload the image of a run. Raises the outcome if it is a failure."""
-        if isinstance(outcome, RequestError):
-            raise outcome
+        """Encode and upload the images."""
+        drawn = time.perf_counter()
+        wanted = planned.request
+        encode = partial(encode_image, image_format=wanted.format, quality=wanted.image_quality)
         with call.stage("image_encode"):
-            data = await asyncio.to_thread(encode_image, outcome.pixels, planned.request.format)
-        call.image_bytes = len(data)
+            encoded = await asyncio.gather(
+                *(asyncio.to_thread(encode, image.pixels) for image in images)
+            )
+        call.image_bytes = tuple(map(len, encoded))
         with call.stage("upload"):
-            url = await self._put(data, planned)
-        return self._response(planned, call, url, outcome.prompt_truncated)
+            urls = await asyncio.gather(*(self._put(data, planned) for data in encoded))
+        self.estimates.observe_answer(planned, time.perf_counter() - drawn)
+        if any(image.prompt_truncated for image in images):
+            self.metrics.prompt_truncated()
+        return build_response(planned, call, urls, images)
 
     async def _put(self, data: bytes, planned: PlannedRequest) -> str:
+        if planned.request.sync_mode:
+            return data_uri(data, planned.request.format)
         try:
             return await asyncio.to_thread(self._upload, data, planned.request.format)
         except Exception as error:  # noqa: BLE001 - any storage's client may raise anything
@@ -308,80 +361,85 @@ class Runtime:
             self.metrics.upload_fell_back()
             return data_uri(data, planned.request.format)
 
-    def _response(
-        self, planned: PlannedRequest, call: Call, url: str, truncated: bool
-    ) -> TextToImageResponse:
-        run = call.run
-        assert run is not None  # a run that gave pixels has a timing
-        if truncated:
-            self.metrics.prompt_truncated()
-
-        def run_ms(name: str) -> float | None:
-            stage = run.stage(name)
-            return None if stage is None else stage.duration_ns / 1e6
-
-        return TextToImageResponse(
-            image=GeneratedImage(
-                url=url,
-                width=planned.shape.width,
-                height=planned.shape.height,
-                content_type=CONTENT_TYPES[planned.request.format],
-            ),
-            seed=planned.seed,
-            timings=Timings(
-                receive_ms=call.timeline.stage_ms("receive"),
-                queue_ms=call.timeline.stage_ms("queue"),
-                text_encode_ms=run_ms("text_encode"),
-                denoise_ms=run_ms("denoise"),
-                steps_ms=[step.duration_ns / 1e6 for step in run.steps],
-                vae_decode_ms=run_ms("vae_decode"),
-                image_encode_ms=call.timeline.stage_ms("image_encode"),
-                upload_ms=call.timeline.stage_ms("upload"),
-                clock=run.clock,
-            ),
-            trace_id=call.identity.trace_id_hex,
-            prompt_truncated=truncated,
-        )
-
     # On the GPU thread
 
     def on_model(self, work: Callable[[SdxlModel], T]) -> Future[T]:
         """Do other work with the loaded model on the GPU thread, behind what is queued."""
         return self._gpu.submit(lambda: work(self.loaded.model))
 
-    def _submit(self, requests: Sequence[RunRequest]) -> Future[list[Outcome]]:
-        """Queue one run."""
+    def _run_next(self) -> None:
+        """Execute the next run of the queue; nothing if none waits any more."""
+        batch = self.queue.take(self._sizes)
+        if batch is None:
+            return
         run_id = _new_run_id()
-        run = partial(self._execute, requests, run_id, serving=True)
-        calls = [request.call for request in requests]
-        return self._gpu.submit(lambda: self.profiling.run(run, run_id, calls))
+        calls = [part.call for part in batch.parts]
+        run = partial(self._execute, batch.parts, run_id, batch)
+        try:
+            # In the first request's context, so that what the run logs carries its ids.
+            outcomes = batch.requests[0].context.run(self.profiling.run, run, run_id, calls)
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the requests decides
+            clear_frames(error)
+            self.queue.fail(batch, error)
+            return
+        if batch.images > 1 and any(isinstance(outcome, OutOfMemory) for outcome in outcomes):
+            self._forget_sizes(batch)
+        for _ in range(self.queue.end(batch, outcomes)):
+            self._gpu.submit(self._run_next)
+
+    def _sizes(self, planned: PlannedRequest) -> Sequence[int]:
+        """The numbers of images that a run of such a request may have."""
+        loaded = self.loaded
+        cold = (1,) if loaded.has_graphs else loaded.batch_sizes
+        return self.readiness.batch_sizes.get(planned.shape, cold)
+
+    def _forget_sizes(self, batch: Batch) -> None:
+        """A run of several images ran out of memory: its shape gets smaller runs from now on."""
+        planned = batch.parts[0].planned
+        smaller = tuple(size for size in self._sizes(planned) if size < batch.images) or (1,)
+        self.readiness.batch_sizes = {**self.readiness.batch_sizes, planned.shape: smaller}
+        logger.warning(
+            "a run of %d images at %s ran out of memory; they are drawn one by one, and runs at "
+            "this size have at most %d images from now on",
+            batch.images,
+            planned.shape,
+            smaller[-1],
+        )
 
     def _execute(
-        self, requests: Sequence[RunRequest], run_id: str, serving: bool = False
+        self, parts: Sequence[RunPart], run_id: str, batch: Batch | None = None
     ) -> list[Outcome]:
-        """Execute one run. The GPU thread reaches this from `_submit`, or from the warm-up, which
+        """Execute one run. The GPU thread reaches this from `_run_next`, or from the warm-up, which
         holds the thread for all runs of a shape while compiling is allowed.
 
         Args:
-            serving: the run is for requests and not for the warm-up.
+            batch: the requests that the run is for; None: it is the warm-up's.
         """
         loaded = self.loaded
         recompiles_before = loaded.recompiles
+
+        def step_ended() -> None:
+            self._gpu.sign_of_life()
+            if batch is not None:
+                self.queue.step_ended(batch)
+
         run = GpuRun(
             loaded,
-            requests,
+            parts,
             run_id=run_id,
-            ranges=self.profiling.ranges(requests[0].planned.num_inference_steps),
+            ranges=self.profiling.ranges(parts[0].planned.num_inference_steps),
             gpu_watch=self._gpu_watch,
-            sign_of_life=self._gpu.sign_of_life,
+            step_ended=step_ended,
         )
         outcomes = run.execute()
         if any(isinstance(outcome, DeviceLost) for outcome in outcomes):
             self._device_lost = True
         if run.completed and loaded.recompiles > recompiles_before:
             self.metrics.recompiled()
-        if run.completed and serving and requests[0].planned.shape not in self.readiness.shapes:
-            self.metrics.cold_shape_served()
+        if run.completed and run.timing is not None:
+            self.estimates.observe_run(run.timing, serving=batch is not None)
+            if batch is not None and parts[0].planned.shape not in self.readiness.shapes:
+                self.metrics.cold_shape_served()
         return outcomes
 
     # Ending
@@ -417,18 +475,19 @@ class Runtime:
         """Start no new work; what runs may finish. May be called more than once."""
         self.readiness.drain()
         self.metrics.set_ready(False)
-        self.admission.drain()
+        self.queue.drain()
 
     def cut_off(self) -> None:
         """Cancel what runs. Each request fails as `draining`, within two steps."""
         self.begin_drain()
-        self.admission.cancel_all()
+        self.queue.cancel_all()
 
     def close(self, budget_seconds: float) -> int:
         """Export what is left, for at most `budget_seconds`; returns how many spans were lost."""
         self.begin_drain()
         # A compile cannot be interrupted and may take minutes; a run that hangs never ends.
         self.work_left_behind = not self._gpu.stop(timeout_seconds=0.1)
+        self.queue.close()
         self._startup.close()
         if not self.work_left_behind:
             self._loaded = None  # gives the model's memory back
@@ -517,13 +576,6 @@ def _build_metrics(settings: ServeSettings, registry: CollectorRegistry) -> Gene
 
 def _new_run_id() -> str:
     return uuid.uuid4().hex
-
-
-def _cancelled_while_waiting(call: Call) -> RequestError:
-    reason = call.cancellation.reason
-    assert reason is not None
-    call.fail(reason)
-    return reason.with_traceback(None)
 
 
 def _log_late_failure(starting: asyncio.Task[None]) -> None:

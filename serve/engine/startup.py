@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -115,11 +116,11 @@ class Startup:
             for shape in loaded.shapes:
                 await self._on_gpu_thread(partial(self._warm, loaded, warmup, shape))
                 if self._settings.ready_early and warmup.warm_shapes:
-                    self._become_ready(warmup, on_ready)
+                    self._become_ready(loaded, warmup, on_ready)
             await self._on_gpu_thread(partial(self._verify, loaded, warmup))
             for shape in warmup.warm_shapes:
                 await self._on_gpu_thread(partial(self._count_flops, loaded, shape))
-            self._become_ready(warmup, on_ready)
+            self._become_ready(loaded, warmup, on_ready)
         self._record(None)
         self._keep_in_background()
 
@@ -182,17 +183,34 @@ class Startup:
         model.text = None if compiled is None else compiled.text
         self._report_preparation(compiled, restored)
         self._end_phase("prepare", started_ns, dict(readiness.compile))
+        has_graphs = compiled is not None and compiled.has_graphs
+        kinds, sizes = self._kinds, self._batch_sizes(model, has_graphs)
+        if kinds is None:
+            kinds = self._kinds_to_warm(compiled)
+            if has_graphs:
+                kinds = [replace(kind, images=size) for size in sizes for kind in kinds]
+        else:
+            sizes = tuple(sorted({kind.images for kind in kinds}))
         return LoadedModel(
             model,
             clock,
             compiled,
             shapes=settings.shapes or _default_shapes(model),
-            kinds=self._kinds_to_warm(compiled),
+            kinds=tuple(kinds),
+            batch_sizes=sizes,
         )
 
-    def _kinds_to_warm(self, compiled: CompiledModel | None) -> tuple[RunKind, ...]:
-        if self._kinds is not None:
-            return tuple(self._kinds)
+    def _batch_sizes(self, model: SdxlModel, has_graphs: bool) -> tuple[int, ...]:
+        """The numbers of images that a run may have. Each costs graphs of its own, where there are
+        graphs; elsewhere the same code runs any number."""
+        largest = self._settings.max_batch or _default_max_batch(model, has_graphs)
+        if not has_graphs:
+            return tuple(range(1, largest + 1))
+        powers = [2**exponent for exponent in range(largest.bit_length())]
+        return tuple(dict.fromkeys((*powers, largest)))
+
+    def _kinds_to_warm(self, compiled: CompiledModel | None) -> Sequence[RunKind]:
+        """The kinds of run with one image."""
         if not serves_guidance(self._settings):
             return (UNGUIDED,)
         recipe = None if compiled is None else compiled.recipe
@@ -356,10 +374,16 @@ class Startup:
             kind = phase.name.split(" ")[0]
             self._metrics.set_warmup_phase(kind, _total_seconds(self._phases, kind))
 
-    def _become_ready(self, warmup: Warmup, on_ready: Callable[[], None]) -> None:
+    def _become_ready(
+        self, loaded: LoadedModel, warmup: Warmup, on_ready: Callable[[], None]
+    ) -> None:
         """Serve the shapes that are warm by now."""
-        self._readiness.shapes = warmup.warm_shapes
-        self._metrics.set_warm_shapes([str(shape) for shape in warmup.warm_shapes])
+        shapes, sizes = warmup.warm_shapes, loaded.batch_sizes
+        self._readiness.batch_sizes = {
+            shape: warmup.warm_sizes(shape) if loaded.has_graphs else sizes for shape in shapes
+        }
+        self._readiness.shapes = shapes
+        self._metrics.set_warm_shapes([str(shape) for shape in shapes], max_batch=sizes[-1])
         self._metrics.set_budget(
             build_budget(self._settings, warmup.warm_shapes[0], self._readiness.device)
         )
@@ -402,6 +426,12 @@ def _default_shapes(model: SdxlModel) -> tuple[CompiledShape, ...]:
     """All of the demo's shapes, which take a second; of a full-size model the first, which takes
     minutes to compile."""
     return model.trained_shapes if model.name == "demo" else model.trained_shapes[:1]
+
+
+def _default_max_batch(model: SdxlModel, has_graphs: bool) -> int:
+    """Of the demo model on a CPU a run of eight images takes as long as three runs of one. On a GPU
+    batches wait for their measurement."""
+    return 8 if model.name == "demo" and model.device.type == "cpu" and not has_graphs else 1
 
 
 def _total_seconds(phases: Sequence[PhaseTiming], kind: str) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
@@ -20,9 +19,11 @@ from serve.engine.runtime import ENDPOINTS, Runtime
 from serve.errors import REQUEST_ERRORS, DeviceLost, NotReady, RequestError
 from serve.http.early_answers import EarlyAnswers
 from serve.http.error_responses import add_exception_handlers, error_response
+from serve.http.image_responses import as_image_request, image_response, wants_image
 from serve.http.middleware import RequestMiddleware
 from serve.http.openapi import install_document
 from serve.http.responses import json_response
+from serve.http.routes import add_get_route
 from serve.http.service import Service, received_call
 from serve.schema import TextToImageRequest
 
@@ -69,18 +70,16 @@ def install(
     install_document(app, service, endpoints, (*REQUEST_ERRORS, RequestError, *errors))
 
 
-def add_get_route(app: FastAPI, path: str, endpoint: Callable[..., Any]) -> None:
-    """Add an endpoint for GET, and for HEAD, which the framework does not add."""
-    app.add_api_route(path, endpoint, methods=["GET"])
-    app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
-
-
 async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:
-    """The handler of `POST /`."""
+    """The handler of `POST /`: JSON, or an image if the Accept header names an image type."""
+    accept = the_call().accept
+    as_image = wants_image(accept)
+    if as_image:
+        request = as_image_request(request, accept)
     call = received_call(runtime, request)
     response = await runtime.generate(request, call)
     call.timeline.begin("respond")
-    return json_response(response)
+    return image_response(response) if as_image else json_response(response)
 
 
 async def metrics_endpoint(request: Request, runtime: Runtime) -> Response:

@@ -26,8 +26,12 @@ from serve.errors import (
     NotFound,
     RequestError,
 )
+from serve.http.openai_errors import openai_error_body, openai_headers, openai_status
 
 logger = logging.getLogger(__name__)
+
+OPENAI_PREFIX = "/v1/"
+"""The paths whose errors have the shape of OpenAI's API."""
 
 
 def add_exception_handlers(app: FastAPI) -> None:
@@ -49,12 +53,19 @@ def error_response(
     call.fail(error)
     call.timeline.begin("respond")
     body = {**(more or {}), **error_body(error, call)}
+    if _is_openai(call):
+        return JSONResponse(body, openai_status(error), headers=openai_headers(error))
     return JSONResponse(body, error.status, headers=error.headers)
 
 
 def error_body(error: RequestError, call: Call) -> dict[str, Any]:
     """The JSON object of an error; also the data of a stream's `error` event."""
-    return _body(error, call.identity.trace_id_hex)
+    trace_id = call.identity.trace_id_hex
+    return openai_error_body(error, trace_id) if _is_openai(call) else _body(error, trace_id)
+
+
+def _is_openai(call: Call) -> bool:
+    return call.endpoint.startswith(OPENAI_PREFIX)
 
 
 def response_outside_the_app(error: RequestError) -> JSONResponse:
@@ -89,7 +100,8 @@ def _body(error: RequestError, trace_id: str) -> dict[str, Any]:
         detail = [
             {"loc": list(p.location), "msg": p.message, "type": p.kind} for p in error.problems
         ]
-    return {"detail": detail, "error_type": error.error_type, "trace_id": trace_id}
+    body = {"detail": detail, "error_type": error.error_type, "trace_id": trace_id}
+    return body if error.eta_ms is None else body | {"eta_ms": error.eta_ms}
 
 
 async def _on_validation_error(_request: Request, error: Exception) -> Response:

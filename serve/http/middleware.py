@@ -34,12 +34,13 @@ from serve.http.early_answers import OVER_THE_LIMIT
 from serve.http.error_responses import error_response
 from serve.http.request_body import json_object, read_body
 from serve.http.service import Service
+from serve.schema import REQUEST_ID
 from serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
-_REQUEST_ID = re.compile(r"[0-9A-Za-z-]{8,64}")
+_REQUEST_ID = re.compile(REQUEST_ID)
 
 
 class RequestMiddleware:
@@ -117,8 +118,11 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if status >= 400:
-                    ours = (b"x-trace-id", call.identity.trace_id_hex.encode())
-                    message["headers"] = [*message.get("headers", []), ours]
+                    message["headers"] = [
+                        *message.get("headers", []),
+                        (b"x-trace-id", call.identity.trace_id_hex.encode()),
+                        (b"x-request-id", call.request_id.encode()),
+                    ]
             await send(message)
 
         try:
@@ -200,7 +204,12 @@ class _ResponseWatch:
         if message["type"] == "http.response.start":
             self.started = True
             self.status = message["status"]
-            ours = [(b"x-trace-id", call.identity.trace_id_hex.encode())]
+            ours = [
+                (b"x-trace-id", call.identity.trace_id_hex.encode()),
+                (b"x-request-id", call.request_id.encode()),
+            ]
+            if timing := _server_timing(call):
+                ours.append((b"server-timing", timing))
             if self._fal_billing and call.facts is not None and self.status < 400:
                 ours.append((b"x-fal-billable-units", _billable_units(call.facts)))
             message["headers"] = [*message.get("headers", []), *ours]
@@ -219,12 +228,22 @@ def _new_call(service: Service | None, path: str, scope: Scope) -> Call:
     headers = Headers(scope=scope)
     carrier = _trace_carrier(headers)
     identity = drawn_identity() if service is None else service.tracing.identify(carrier)
-    call = Call(endpoint=path, method=scope["method"], identity=identity)
-    # fal's request id makes our log lines searchable beside fal's own.
-    if _REQUEST_ID.fullmatch(fal_id := headers.get("x-fal-request-id", "")):
-        call.request_id = fal_id
+    call = Call(path, scope["method"], identity, headers.get("accept", ""))
+    # The caller's own, or fal's, which makes our log lines searchable beside fal's.
+    for name in ("x-request-id", "x-fal-request-id"):
+        if _REQUEST_ID.fullmatch(request_id := headers.get(name, "")):
+            call.request_id = request_id
+            break
     call.timeline.begin_at_arrival("receive")
     return call
+
+
+def _server_timing(call: Call) -> bytes:
+    """The stages that have ended, as browsers show them beside a response; milliseconds."""
+    timeline = call.timeline.closed_stages
+    model = [stage for run in call.runs for stage in run.stages]
+    stages = sorted((*timeline, *model), key=lambda stage: stage.start_ns)
+    return ", ".join(f"{s.name};dur={s.duration_ns / 1e6:.2f}" for s in stages).encode()
 
 
 def _log_without_text(error: Exception) -> None:
@@ -288,8 +307,10 @@ def _path(scope: Scope) -> str:
 
 
 def _billable_units(facts: GenerationFacts) -> bytes:
-    """Megapixels times steps, to which an image's time on the GPU is about proportional."""
-    return f"{facts.width * facts.height * facts.num_inference_steps / 1e6:.6f}".encode()
+    """Megapixels times steps, to which an image's time on the GPU is about proportional, of all
+    images."""
+    pixels = facts.width * facts.height * facts.num_images
+    return f"{pixels * facts.num_inference_steps / 1e6:.6f}".encode()
 
 
 def _trace_carrier(headers: Headers) -> Carrier:

@@ -16,7 +16,9 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from kernels_warmup.shapes import LARGEST_SIDE, PIXELS_PER_LATENT, SMALLEST_SIDE
 from serve import __version__
+from serve.engine.images import CONTENT_TYPES
 from serve.engine.planning import serves_guidance
+from serve.engine.runtime import OPENAI_IMAGES
 from serve.errors import (
     BodyTooLarge,
     BodyTooSlow,
@@ -25,10 +27,14 @@ from serve.errors import (
     Draining,
     Forbidden,
     InvalidRequest,
+    ModelNotFound,
     NotReady,
     RequestError,
     UnsupportedMediaType,
 )
+from serve.http.error_responses import OPENAI_PREFIX
+from serve.http.openai.schema import OpenAIErrorBody
+from serve.http.openai_errors import openai_status
 from serve.http.profiling_endpoint import ProfileRequest
 from serve.http.service import Service
 from serve.schema import ErrorBody, TextToImageResponse
@@ -50,6 +56,8 @@ _TRACE_ID: Schema = {
 }
 _RETRY_AFTER: Schema = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
 _TEXT: Schema = {"schema": {"type": "string"}}
+_BYTES: Schema = {"type": "string", "format": "binary"}
+_MODEL_PATH = OPENAI_PREFIX + "models/{name}"
 
 
 def install_document(
@@ -94,11 +102,14 @@ def _corrected(
         for operation in operations.values():
             responses = operation["responses"]
             responses.pop("422", None)
+            openai = path.startswith(OPENAI_PREFIX)
+            found: Errors = [RequestError]
             if path in endpoints:
                 responses["200"]["headers"] = {"x-trace-id": _TRACE_ID}
-                responses |= _error_responses(errors)
-            else:
-                responses |= _error_responses([RequestError])
+                found = [each for each in errors if openai or each is not ModelNotFound]
+            elif path == _MODEL_PATH:
+                found = [RequestError, ModelNotFound]
+            responses |= _error_responses(found, openai)
     for path, correct in _BY_PATH.items():
         for operation in document["paths"].get(path, {}).values():
             correct(operation)
@@ -109,6 +120,7 @@ def _exact_schemas(app: FastAPI) -> Schema:
     """Pydantic's own schemas of all requests, responses and errors."""
     models: list[tuple[Any, JsonSchemaMode]] = [
         (ErrorBody, "serialization"),
+        (OpenAIErrorBody, "serialization"),
         (TextToImageResponse, "serialization"),
         (ProfileRequest, "validation"),
     ]
@@ -124,25 +136,33 @@ def _exact_schemas(app: FastAPI) -> Schema:
     return exact
 
 
-def _error_responses(errors: Errors) -> Schema:
-    """The responses of all `errors` by status."""
+def _error_responses(errors: Errors, openai: bool = False) -> Schema:
+    """The responses of all `errors` by status.
+
+    Args:
+        openai: in the shape and with the statuses of OpenAI's API.
+    """
     types: dict[int, list[str]] = {}
     for error in errors:
         if error is not ClientGone:  # nobody receives that answer
-            types.setdefault(error.status, []).append(error.error_type)
+            status = openai_status(error) if openai else error.status
+            types.setdefault(status, []).append(error.error_type)
     if 502 in types:  # the gateway answers 502 where the image app answered 503
         types[502] += types.get(503, [])
-    return {str(status): _error_response(status, types[status]) for status in sorted(types)}
+    return {str(status): _error_response(status, types[status], openai) for status in sorted(types)}
 
 
-def _error_response(status: int, error_types: Sequence[str]) -> Schema:
+def _error_response(status: int, error_types: Sequence[str], openai: bool) -> Schema:
     headers = {"x-trace-id": _TRACE_ID}
     if status == 429:
         headers["Retry-After"] = {**_RETRY_AFTER, "required": True}
     if status == 503:
         headers["Retry-After"] = _RETRY_AFTER
-    this = {"properties": {"error_type": {"enum": list(error_types)}}}
-    schema = {"allOf": [{"$ref": _REF.format(model=ErrorBody.__name__)}, this]}
+    if openai:
+        schema: Schema = {"$ref": _REF.format(model=OpenAIErrorBody.__name__)}
+    else:
+        this = {"properties": {"error_type": {"enum": list(error_types)}}}
+        schema = {"allOf": [{"$ref": _REF.format(model=ErrorBody.__name__)}, this]}
     return {
         "description": " or ".join(f"`{error_type}`" for error_type in error_types),
         "headers": headers,
@@ -176,6 +196,16 @@ def _stream(operation: Schema) -> None:
 
 def _object(**properties: Schema) -> Schema:
     return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _image(operation: Schema) -> None:
+    """JSON, or the image itself if the Accept header names an image type."""
+    content = operation["responses"]["200"]["content"]
+    content |= {content_type: {"schema": _BYTES} for content_type in CONTENT_TYPES.values()}
+
+
+def _openai_images(operation: Schema) -> None:
+    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _TEXT["schema"]}
 
 
 def _metrics(operation: Schema) -> None:
@@ -216,7 +246,9 @@ def _profile(operation: Schema) -> None:
 
 
 _BY_PATH: dict[str, Callable[[Schema], None]] = {
+    "/": _image,
     "/stream": _stream,
+    OPENAI_IMAGES: _openai_images,
     "/metrics": _metrics,
     "/health": _health,
     "/ready": _ready,

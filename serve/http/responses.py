@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 from starlette.responses import Response
 
-from serve.schema import TextToImageResponse
+from serve.schema import GeneratedImage, TextToImageResponse
 
 
 def json_response(response: TextToImageResponse) -> Response:
@@ -16,12 +18,26 @@ def response_body(response: TextToImageResponse) -> bytes:
     """Encode the response as JSON.
 
     An inline image is a data URI of about a megabyte, and base64 has no character that JSON
-    escapes. So the URI is inserted as it is, instead of being scanned by an encoder (the
-    framework's own scans it twice).
+    escapes. So the URIs are inserted as they are, instead of being scanned by an encoder (the
+    framework's own scans them twice).
     """
-    image = response.image
-    if not image.url.startswith(f"data:{image.content_type};base64,"):
+    images = (response.image, *response.images)
+    if not any(image.url.startswith(_inline(image)) for image in images):
         return response.model_dump_json().encode()
-    without = response.model_copy(update={"image": image.model_copy(update={"url": ""})})
-    before, after = without.model_dump_json().encode().split(b'"url":""', 1)
-    return b"".join((before, b'"url":"', image.url.encode(), b'"', after))
+    without = response.model_copy(
+        update={
+            "image": response.image.model_copy(update={"url": ""}),
+            "images": [image.model_copy(update={"url": ""}) for image in response.images],
+        }
+    )
+    first, *rest = without.model_dump_json().encode().split(b'"url":""')
+    parts = [first]
+    for image, after in zip(images, rest, strict=True):
+        inline = image.url.startswith(_inline(image))
+        url = f'"{image.url}"' if inline else json.dumps(image.url)
+        parts += [b'"url":', url.encode(), after]
+    return b"".join(parts)
+
+
+def _inline(image: GeneratedImage) -> str:
+    return f"data:{image.content_type};base64,"

@@ -1,6 +1,8 @@
-"""`POST /stream`: a request answered as server-sent events.
+"""A request answered as server-sent events, and the events of `POST /stream`.
 
-The events are `queued`, one `step` for each denoising step, then `image` or `error`.
+These are `queued`, one `step` for each denoising step, then `image` or `error`. Each event has its
+name inside its data too, because fal's clients read only that. Another API has other events from
+the same request; it gives an `EventFormat` of its own.
 """
 
 from __future__ import annotations
@@ -8,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Protocol
 
 from starlette.responses import Response, StreamingResponse
 
 from serve.engine.call import Call
+from serve.engine.gpu_run import Previews
 from serve.engine.images import data_uri, encode_image
 from serve.engine.runtime import Runtime
 from serve.errors import GenerationFailed, RequestError
@@ -24,8 +27,30 @@ from serve.schema import TextToImageRequest, TextToImageResponse
 
 logger = logging.getLogger(__name__)
 
-KEEPALIVE_SECONDS = 15.0
-"""A stream without events sends a comment this often. Proxies close a silent one after a minute."""
+KEEPALIVE_SECONDS = 10.0
+"""A stream without events sends a comment this often. fal's clients give up after 15 s, proxies
+after a minute."""
+
+KEEPALIVE = b": waiting\n\n"
+
+
+_Step = tuple[int, float, Any]
+
+
+class EventFormat(Protocol):
+    """What a stream sends at each moment of a request. An empty result sends nothing."""
+
+    def queued(self, waiting: int) -> bytes:
+        """The request is queued; `waiting` requests are."""
+
+    async def step(self, index: int, gpu_ms: float, preview: Any) -> bytes:
+        """A step has ended. `preview` is (height, width, 3) uint8, or None."""
+
+    def done(self, response: TextToImageResponse) -> bytes:
+        """The images are there."""
+
+    def failed(self, error: RequestError) -> bytes:
+        """The request has failed."""
 
 
 MAX_WAITING_PREVIEWS = 8
@@ -33,82 +58,115 @@ MAX_WAITING_PREVIEWS = 8
 
 
 async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) -> Response:
-    """The handler of `POST /stream`.
+    """The handler of `POST /stream`."""
+    call = received_call(runtime, request)
+    return await stream(runtime, request, call, _Events(call))
+
+
+async def stream(
+    runtime: Runtime,
+    request: TextToImageRequest,
+    call: Call,
+    events: EventFormat,
+    previews: Previews | None = None,
+) -> Response:
+    """Serve a request as a stream of events.
 
     A request that fails before it is queued gets an ordinary error response with its status. After
-    the first event the status is sent, so a later failure is the stream's last event.
-    """
-    call = received_call(runtime, request)
-    loop = asyncio.get_running_loop()
-    events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+    that the status is sent, so a later failure is the stream's last event.
 
-    def on_queued(waiting: int) -> None:
-        events.put_nowait(("queued", {"waiting": waiting, "trace_id": call.identity.trace_id_hex}))
+    Args:
+        previews: as for `Runtime.generate`.
+    """
+    loop = asyncio.get_running_loop()
+    queued: asyncio.Future[int] = loop.create_future()
+    steps: asyncio.Queue[_Step | None] = asyncio.Queue()
 
     def on_step(index: int, gpu_ms: float, preview: Any) -> None:  # on the GPU thread
-        if events.qsize() >= MAX_WAITING_PREVIEWS:
+        if steps.qsize() >= MAX_WAITING_PREVIEWS:
             preview = None
-        loop.call_soon_threadsafe(events.put_nowait, ("step", (index, gpu_ms, preview)))
+        loop.call_soon_threadsafe(steps.put_nowait, (index, gpu_ms, preview))
 
-    generation = asyncio.create_task(runtime.generate(request, call, on_queued, on_step))
+    generation = asyncio.create_task(
+        runtime.generate(request, call, queued.set_result, on_step, previews)
+    )
     call.work = generation
-    first = asyncio.create_task(events.get())
-    await asyncio.wait({generation, first}, return_when=asyncio.FIRST_COMPLETED)
-    if not first.done():
-        first.cancel()
+    either: set[asyncio.Future[Any]] = {generation, queued}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if not queued.done():
         await generation  # raises the error that ended it before it was queued
+    generation.add_done_callback(lambda _: steps.put_nowait(None))
     return StreamingResponse(
-        _events(call, generation, events, first.result()),
+        _send(call, generation, queued.result(), steps, events),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
-async def _events(
+async def _send(
     call: Call,
     generation: asyncio.Task[TextToImageResponse],
-    events: asyncio.Queue[tuple[str, Any]],
-    first: tuple[str, Any],
-) -> AsyncIterator[str | bytes]:
-    yield _event(*first)
-    generation.add_done_callback(lambda _: events.put_nowait(("done", None)))
+    waiting: int,
+    steps: asyncio.Queue[_Step | None],
+    events: EventFormat,
+) -> AsyncIterator[bytes]:
+    yield events.queued(waiting)
     while True:
         try:
             async with asyncio.timeout(KEEPALIVE_SECONDS):
-                name, payload = await events.get()
+                step = await steps.get()
         except TimeoutError:
-            yield ": waiting\n\n"
+            yield KEEPALIVE
             continue
-        if name == "done":
+        if step is None:
             break
-        yield _event(name, await _step_data(call, *payload))
+        yield await events.step(*step)
     try:
         response = generation.result()
     except RequestError as error:
         call.fail(error)
-        yield _event("error", error_body(error, call))
+        yield events.failed(error)
     except Exception as error:  # noqa: BLE001 - the status is sent: the last event reports it
         failure = GenerationFailed(type(error).__name__)
         call.fail(failure)
         logger.error("a streamed request failed with %s", type(error).__name__)
-        yield _event("error", error_body(failure, call))
+        yield events.failed(failure)
     else:
         call.timeline.begin("respond")
-        yield b"event: image\ndata: " + response_body(response) + b"\n\n"
+        yield events.done(response)
 
 
-async def _step_data(call: Call, index: int, gpu_ms: float, preview: Any) -> dict[str, Any]:
-    assert call.facts is not None  # set before the first step
-    data: dict[str, Any] = {
-        "index": index,
-        "total": call.facts.num_inference_steps,
-        "gpu_ms": gpu_ms,
-    }
-    if preview is not None:
-        jpeg = await asyncio.to_thread(encode_image, preview, "jpeg")
-        data["preview"] = data_uri(jpeg, "jpeg")
-    return data
+class _Events:
+    """The events of `POST /stream`."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def queued(self, waiting: int) -> bytes:
+        data: dict[str, Any] = {"waiting": waiting, "trace_id": self._call.identity.trace_id_hex}
+        if self._call.estimate is not None:
+            data["eta_ms"] = self._call.estimate.seconds * 1e3
+        return _event("queued", data)
+
+    async def step(self, index: int, gpu_ms: float, preview: Any) -> bytes:
+        data: dict[str, Any] = {"index": index, "total": self._call.total_steps, "gpu_ms": gpu_ms}
+        if preview is not None:
+            jpeg = await asyncio.to_thread(encode_image, preview, "jpeg")
+            data["preview"] = data_uri(jpeg, "jpeg")
+        return _event("step", data)
+
+    def done(self, response: TextToImageResponse) -> bytes:
+        # The body is a JSON object: the type goes in front of its first field.
+        return b'event: image\ndata: {"type":"image",' + response_body(response)[1:] + b"\n\n"
+
+    def failed(self, error: RequestError) -> bytes:
+        return _event("error", error_body(error, self._call))
 
 
-def _event(name: str, data: Any) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+def _event(name: str, data: Mapping[str, Any]) -> bytes:
+    return event(name, {"type": name, **data})
+
+
+def event(name: str, data: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()

@@ -52,5 +52,7 @@ def received_call(service: Service, request: TextToImageRequest) -> Call:
         identity = service.tracing.identify(request.trace_context.carrier())
         if identity.parent is not None or identity.caller is not None:
             call.identity = identity
+    if request.request_id:
+        call.request_id = request.request_id
     call.timeline.end()
     return call

@@ -80,6 +80,7 @@ class Conditioning:
         pooled: (images, width of the second encoder).
         negative, negative_pooled: the same of the negative prompts; None without guidance.
         truncated: for each image, whether an encoder cut its prompt or its negative prompt.
+        tokens: how many tokens each whole prompt has, its start and end included.
         zero_negative: there is guidance and every negative embedding is zeros, as for an empty
             negative prompt. Steps may skip the attention to it.
         prepared: computed ahead where the model does that and the size was known.
@@ -90,6 +91,7 @@ class Conditioning:
     negative: torch.Tensor | None
     negative_pooled: torch.Tensor | None
     truncated: tuple[bool, ...]
+    tokens: tuple[int, ...]
     zero_negative: bool = False
     prepared: PreparedText | None = None
 
@@ -165,7 +167,7 @@ class SdxlModel:
         has_texts = [bool(text.strip()) or not zeros_for_empty for text in negative_prompts]
         encode_negative = guided and any(has_texts)
         texts = [*prompts, *negative_prompts] if encode_negative else [*prompts]
-        hidden, pooled, truncated = self._encode_texts(texts)
+        hidden, pooled, truncated, tokens = self._encode_texts(texts)
         prompt, pooled_prompt = hidden[:images], pooled[:images]
         negative = negative_pooled = None
         if encode_negative:
@@ -184,6 +186,7 @@ class SdxlModel:
             negative,
             negative_pooled,
             truncated,
+            tokens[:images],
             zero_negative=guided and not encode_negative,
         )
         if self.text is None or shape is None:
@@ -301,17 +304,17 @@ class SdxlModel:
 
     def _encode_texts(
         self, texts: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[bool, ...]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[bool, ...], tuple[int, ...]]:
         pipeline = self.pipeline
         # Tokenise both before either encoder runs, so that the device waits for no tokenizer.
-        tokens, cut = tokenise(pipeline.tokenizer, texts)
-        tokens_2, cut_2 = tokenise(pipeline.tokenizer_2, texts)
+        tokens, counts, cut = tokenise(pipeline.tokenizer, texts)
+        tokens_2, _, cut_2 = tokenise(pipeline.tokenizer_2, texts)
         tokens, tokens_2 = _to_device(tokens, self.device), _to_device(tokens_2, self.device)
         output = pipeline.text_encoder(tokens, output_hidden_states=True)
         output_2 = pipeline.text_encoder_2(tokens_2, output_hidden_states=True)
         hidden = torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], dim=-1)
         truncated = tuple(some or other for some, other in zip(cut, cut_2, strict=True))
-        return hidden.to(self.dtype), output_2[0].to(self.dtype), truncated
+        return hidden.to(self.dtype), output_2[0].to(self.dtype), truncated, counts
 
     def _prepare_text(
         self, text: TextOnce, conditioning: Conditioning, shape: CompiledShape
@@ -492,8 +495,11 @@ def _trained_shapes(pipeline: StableDiffusionXLPipeline) -> tuple[CompiledShape,
     return (CompiledShape(side, side),)
 
 
-def tokenise(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, list[bool]]:
-    """Token ids (texts, limit) in host memory, and for each text whether it was cut to the limit.
+def tokenise(
+    tokenizer: Any, texts: list[str]
+) -> tuple[torch.Tensor, tuple[int, ...], tuple[bool, ...]]:
+    """Token ids (texts, limit) in host memory; for each text its number of tokens, and whether it
+    was cut to the limit.
 
     The ids are those of CLIP's tokenizer with truncation and padding. Those options would not say
     which texts were cut; finding out would take a second call.
@@ -504,7 +510,8 @@ def tokenise(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, list[bool]
     # The last token marks the end of a text; it also ends a text that was cut.
     rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in whole]
     filled = [ids + [fill] * (limit - len(ids)) for ids in rows]
-    return torch.tensor(filled), [len(ids) > limit for ids in whole]
+    counts = tuple(map(len, whole))
+    return torch.tensor(filled), counts, tuple(count > limit for count in counts)
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

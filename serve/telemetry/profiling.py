@@ -41,9 +41,9 @@ _PROFILE_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{8}\.json\.gz")
 
 
 class ProfiledCall(Protocol):
-    """A call whose run may have been profiled."""
+    """A call whose last run may have been profiled."""
 
-    run: RunTiming | None
+    runs: list[RunTiming]
 
 
 class Profiling:
@@ -123,8 +123,8 @@ class Profiling:
             stopped = _stopped(profiler)
             begun = False  # stays so if the run was cancelled before it began
             for call in calls:
-                if call.run is not None:
-                    call.run = dataclasses.replace(call.run, profile=name)
+                if call.runs and call.runs[-1].run_id == run_id:
+                    call.runs[-1] = dataclasses.replace(call.runs[-1], profile=name)
                     begun = True
             if begun and stopped:
                 self._writer = threading.Thread(

@@ -16,9 +16,9 @@ from metrics.clock import WallAnchor, make_clock
 from metrics.gpu import THROTTLE_REASONS, Gpu
 from metrics.records import RunTiming
 from metrics.timeline import RunTimeline
-from serve.engine.admission import Cancellation
 from serve.engine.call import Call
-from serve.engine.gpu_run import RunRequest
+from serve.engine.cancellation import Cancellation
+from serve.engine.gpu_run import RunPart
 from serve.engine.gpu_thread import STEPS_AHEAD, StepPacer
 from serve.engine.runtime import Runtime, build_runtime
 from serve.errors import ClientGone
@@ -244,7 +244,7 @@ def test_the_pipelines_loop_waits_for_nothing_but_its_lead(
     def work() -> Any:
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
         with profile(activities=activities, acc_events=True) as profiler:
-            runtime._execute([RunRequest(planned, call)], run_id="r")
+            runtime._execute([RunPart(planned, call)], run_id="r")
         return profiler.events()
 
     events = runtime._gpu.submit(work).result(120)

@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from metrics.catalogue import GenerationMetrics, RunFlops, render
 from metrics.families.budget import Budget
-from metrics.records import Failure
+from metrics.records import Estimate, Failure
 from metrics.slow_reason import slow_reason
 from tests.metrics.timings import FACTS, START_NS, request_timing, run_timing
 
@@ -66,9 +66,54 @@ def test_a_request_is_observed_once_everywhere(metrics: GenerationMetrics) -> No
 def test_a_shared_run_is_observed_once(metrics: GenerationMetrics) -> None:
     request = request_timing()
     metrics.observe_request(request, None)
-    metrics.observe_request(dataclasses.replace(request, observes_run=False), None)
+    metrics.observe_request(dataclasses.replace(request, observed_runs=()), None)
     assert value(metrics, "sdxl_stage_duration_seconds_count", stage="denoise") == 1
+    assert value(metrics, "sdxl_run_batch_size_count") == 1
     assert value(metrics, "sdxl_images_total") == 2
+
+
+def test_a_request_of_several_runs_is_counted_once(metrics: GenerationMetrics) -> None:
+    run = dataclasses.replace(run_timing(START_NS), batch_size=2)
+    request = request_timing(facts=dataclasses.replace(FACTS, num_images=4))
+    request = dataclasses.replace(
+        request, runs=(run, run), observed_runs=(run, run), image_bytes=(1000,) * 4
+    )
+    metrics.set_budget(Budget(1, 0.1, 128 * 96))
+    metrics.observe_request(request, None)
+    assert value(metrics, "sdxl_images_total") == 4
+    assert value(metrics, "sdxl_image_bytes_count") == 4
+    assert value(metrics, "sdxl_run_batch_size_sum") == 4
+    assert value(metrics, "sdxl_stage_duration_seconds_count", stage="denoise") == 2
+    labels = {"endpoint": "/", "outcome": "ok"}
+    assert value(metrics, "sdxl_request_duration_seconds_count", **labels) == 1
+    assert value(metrics, "sdxl_queue_duration_seconds_count") == 1
+    assert value(metrics, "sdxl_request_budget_total", result="within") == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "batch"), [(1, "1"), (2, "2"), (3, "4"), (4, "4"), (5, "8"), (8, "8")]
+)
+def test_a_runs_steps_are_counted_under_the_next_power_of_two(
+    metrics: GenerationMetrics, images: int, batch: str
+) -> None:
+    metrics.set_warm_shapes(["128x96"], max_batch=6)
+    run = dataclasses.replace(run_timing(START_NS), batch_size=images)
+    metrics.observe_request(request_timing(run=run), None)
+    step = {"shape": "128x96", "guidance": "on", "batch": batch}
+    assert value(metrics, "sdxl_denoise_step_duration_seconds_count", **step) == 3
+
+
+def test_the_estimate_is_compared_with_the_time_until_the_images_were_stored(
+    metrics: GenerationMetrics,
+) -> None:
+    request = request_timing()
+    upload = request.stage("upload")
+    assert upload is not None
+    estimate = Estimate(START_NS, 2 * (upload.end_ns - START_NS) / 1e9)
+    metrics.observe_request(dataclasses.replace(request, estimate=estimate), EXEMPLAR)
+    metrics.observe_request(request, EXEMPLAR)
+    assert value(metrics, "sdxl_estimate_ratio_sum") == pytest.approx(0.5)
+    assert value(metrics, "sdxl_estimate_ratio_count") == 1
 
 
 def test_openmetrics_carries_the_exemplar(metrics: GenerationMetrics) -> None:
@@ -122,8 +167,8 @@ def failing(error_type: str, outcome: str = "error", **changes: Any) -> Any:
 
 
 def test_a_rejection_is_a_request_without_any_work(metrics: GenerationMetrics) -> None:
-    metrics.observe_request(failing("queue_full", "rejected", run=None), None)
-    metrics.observe_request(failing("deadline_exceeded", run=None), None)
+    metrics.observe_request(failing("queue_full", "rejected", runs=()), None)
+    metrics.observe_request(failing("deadline_exceeded", runs=()), None)
     metrics.observe_request(failing("deadline_exceeded"), None)  # midway
     assert value(metrics, "sdxl_rejections_total", reason="queue_full") == 1
     assert value(metrics, "sdxl_rejections_total", reason="deadline_exceeded") == 1
@@ -138,7 +183,7 @@ def test_what_is_not_finite_is_counted(metrics: GenerationMetrics) -> None:
 def test_a_cancelled_request_is_counted_by_when_it_was_cancelled(
     metrics: GenerationMetrics,
 ) -> None:
-    metrics.observe_request(failing("internal", "cancelled", run=None), None)
+    metrics.observe_request(failing("internal", "cancelled", runs=()), None)
     during = failing("internal", "cancelled")
     before_encoding = [s for s in during.stages if s.name in ("receive", "queue")]
     metrics.observe_request(dataclasses.replace(during, stages=tuple(before_encoding)), None)
@@ -302,7 +347,9 @@ def test_a_wrong_duration_is_counted_and_not_summed(
         ),
     )
     stages = tuple(wrong(stage) for stage in good.stages)
-    metrics.observe_request(dataclasses.replace(wrong(good), stages=stages, run=run), EXEMPLAR)
+    metrics.observe_request(
+        dataclasses.replace(wrong(good), stages=stages, runs=(run,), observed_runs=(run,)), EXEMPLAR
+    )
     # The request, its five stages, the run's three, its steps and their queue times, and possibly
     # its seconds.
     assert value(metrics, "sdxl_telemetry_faults_total", fault=fault) == pytest.approx(16, abs=1)
@@ -358,7 +405,7 @@ def test_ten_thousand_varied_requests_add_no_series(metrics: GenerationMetrics) 
         request = dataclasses.replace(
             request,
             endpoint=random.choice(("/", "/stream", f"/{random.random()}")),
-            image_bytes=random.randrange(10**7),
+            image_bytes=(random.randrange(10**7),),
         )
         metrics.observe_request(request, EXEMPLAR)
     assert series(metrics) == before

@@ -166,7 +166,7 @@ def test_a_request_with_a_reason_to_be_slow_shows_its_steps() -> None:
     rec, tracing, exporter, _ = recorder(steps="slow")
     request = request_timing()
     assert request.run is not None
-    eager = replace(request, run=replace(request.run, eager_fallback=True))
+    eager = replace(request, runs=(replace(request.run, eager_fallback=True),))
     rec.record(eager, tracing.identify())
     rec.close(5)
     assert "denoise_step" in {span.name for span in exporter.get_finished_spans()}

@@ -61,7 +61,7 @@ def test_slow_is_slower_than_the_limit(rules: KeepRules, expected: str | None) -
 def test_a_failure_is_kept_and_a_refusal_is_not() -> None:
     assert KeepRules().reason(request_timing(failure=FAILED)) == "failed"
     assert KeepRules().reason(request_timing(failure=REFUSED)) is None
-    assert KeepRules(slow_step_ms=1).reason(replace(request_timing(), run=None)) is None
+    assert KeepRules(slow_step_ms=1).reason(replace(request_timing(), runs=())) is None
 
 
 def test_a_request_with_a_keep_reason_is_kept_despite_the_ratio() -> None:

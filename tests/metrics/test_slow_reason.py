@@ -50,7 +50,7 @@ def request_of(run: RunTiming | None, **stage_ms: float) -> RequestTiming:
         StageTiming(name, 0, round(stage_ms.get(name, 1) * MS))
         for name in ("receive", "queue", "image_encode", "upload", "respond")
     )
-    return replace(request_timing(), stages=stages, run=run)
+    return replace(request_timing(), stages=stages, runs=() if run is None else (run,))
 
 
 def test_a_gpu_with_a_full_queue_is_no_reason() -> None:

@@ -252,7 +252,7 @@ def intervals(draw: st.DrawFn) -> tuple[int, int]:
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> RequestTiming:
+def runs(draw: st.DrawFn) -> RunTiming:
     run_start, run_end = draw(intervals())
     names = ("text_encode", "denoise", "vae_decode")
     stages = tuple(
@@ -262,13 +262,17 @@ def requests(draw: st.DrawFn) -> RequestTiming:
         StepTiming(index, *draw(intervals()), gpu_queue_ns=draw(st.integers(0, MS)))
         for index in range(draw(st.integers(0, 6)))
     )
-    run = RunTiming(
+    return RunTiming(
         "r", "cuda", "128x96", True, 1, run_start, run_end, stages, steps, error_bound_ns=1
     )
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> RequestTiming:
     start, end = draw(intervals())
     outer = tuple(
         StageTiming(name, *draw(intervals()))
-        for name in draw(st.sets(st.sampled_from(("receive", "queue", "upload", "respond"))))
+        for name in draw(st.lists(st.sampled_from(("receive", "queue", "upload", "respond"))))
     )
     failure = None
     if draw(st.booleans()):
@@ -281,8 +285,8 @@ def requests(draw: st.DrawFn) -> RequestTiming:
         start,
         end,
         outer,
-        run if draw(st.booleans()) else None,
-        True,
+        tuple(draw(st.lists(runs(), max_size=3))),
+        (),
         FACTS,
         failure,
     )

@@ -243,7 +243,7 @@ def play(script: Script) -> tuple[RequestTiming, list[int]]:
         method="POST",
         status_code=500 if failed else 200,
         outcome="error" if failed else "ok",
-        run=timing,
+        runs=(timing,),
         failure=failure,
     )
     return finished, truth

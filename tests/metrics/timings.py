@@ -67,9 +67,9 @@ def request_timing(
         start_ns=START_NS,
         end_ns=respond.end_ns,
         stages=(receive, queue, encode, upload, respond),
-        run=run,
-        observes_run=True,
+        runs=(run,),
+        observed_runs=(run,),
         facts=facts,
         failure=failure,
-        image_bytes=40_000,
+        image_bytes=(40_000,),
     )

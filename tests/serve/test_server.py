@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import resource
 import signal
@@ -19,6 +20,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity, TraceSampling
 from serve import server
+from serve.engine.estimates import EVIDENCE_RUNS
 from serve.engine.readiness import State
 from serve.engine.runtime import ENDPOINTS, Runtime
 from serve.errors import ConfigurationError
@@ -70,7 +72,7 @@ def test_a_request_is_answered(app: FastAPI) -> None:
     body = response.json()
     assert body["trace_id"] == response.headers["x-trace-id"]
     assert body["timings"]["receive_ms"] is not None
-    assert set(body) == {"image", "seed", "timings", "trace_id", "prompt_truncated"}
+    assert set(body) == {"image", "images", "seed", "timings", "trace_id", "prompt_truncated"}
 
 
 @pytest.mark.parametrize(
@@ -296,13 +298,51 @@ def test_a_deadline_is_a_504(app: FastAPI) -> None:
     assert answer.headers["x-fal-needs-retry"] == "0"
 
 
+def test_a_deadline_that_cannot_be_met_is_a_504_at_once(app: FastAPI, runtime: Runtime) -> None:
+    for seed in range(EVIDENCE_RUNS):
+        post(app, valid(seed=seed))
+    rejected = {"reason": "deadline_exceeded"}
+    count = runtime.metrics.registry.get_sample_value
+    before = count("sdxl_rejections_total", rejected) or 0
+    answer = post(app, valid(num_inference_steps=100, deadline_seconds=0.05))
+    assert answer.status_code == 504
+    assert answer.json()["error_type"] == "deadline_exceeded"
+    assert answer.json()["eta_ms"] > 50
+    runtime.recorder._executor.submit(lambda: None).result(10)
+    assert count("sdxl_rejections_total", rejected) == before + 1
+
+
+def test_several_images(app: FastAPI) -> None:
+    answer = post(app, valid(num_images=3, seed=5))
+    assert answer.status_code == 200
+    body = answer.json()
+    assert [image["seed"] for image in body["images"]] == [5, 6, 7]
+    assert body["image"] == body["images"][0]
+    assert body["seed"] == 5
+    assert len({image["url"] for image in body["images"]}) == 3
+    for image in body["images"]:
+        data = base64.b64decode(image["url"].removeprefix("data:image/jpeg;base64,"))
+        assert data[:3] == b"\xff\xd8\xff"
+
+
+def test_urls_that_are_not_inline_reach_the_body(
+    app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = 'https://cdn.test/"a"'
+    urls = iter([odd, "data:image/jpeg;base64,AAAA"])
+    monkeypatch.setattr(runtime, "_upload", lambda *_: next(urls))
+    body = post(app, valid(num_images=2)).json()
+    assert {image["url"] for image in body["images"]} == {odd, "data:image/jpeg;base64,AAAA"}
+
+
 def test_a_full_queue_is_a_429(
     app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime.admission, "_max_waiting", -1)
+    monkeypatch.setattr(runtime.queue, "_max_waiting", -1)
     answer = post(app, valid())
     assert answer.status_code == 429
     assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["eta_ms"] > 0
     streamed = post(app, valid(), "/stream")
     assert streamed.status_code == 429  # a refusal is a status, not an event
 
@@ -323,6 +363,7 @@ def test_a_stream(app: FastAPI) -> None:
     assert response.headers["content-type"].startswith("text/event-stream")
     received = events(response.text)
     assert [name for name, _ in received] == ["queued", *["step"] * 4, "image"]
+    assert received[0][1]["eta_ms"] > 0
     assert [data["index"] for name, data in received if name == "step"] == [0, 1, 2, 3]
     for name, data in received:
         if name == "step":

@@ -18,5 +18,9 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
         body["num_inference_steps"] = 1
     if isinstance(seconds, int | float) and 0 < seconds <= 3600:
         body["deadline_seconds"] = 60
+    if isinstance(body.get("n"), int) and 1 < body["n"] <= 4:
+        body["n"] = 2
+    if isinstance(body.get("num_images"), int) and 1 < body["num_images"] <= 4:
+        body["num_images"] = 2
     if isinstance(body.get("requests"), int) and 0 < body["requests"] <= 20:
         body["requests"] = 0

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from serve.engine.call import Call
-from serve.engine.gpu_run import GpuRun, Outcome, RunRequest
+from serve.engine.gpu_run import GpuRun, Outcome, RunPart
 from serve.engine.runtime import Runtime
 from serve.errors import (
     ClientGone,
@@ -56,7 +56,7 @@ def test_requests_that_share_a_run_get_the_pictures_they_get_alone(
     runs = {call.run for call in calls}
     assert len(runs) == 1
     assert next(iter(runs)).batch_size == 3  # type: ignore[union-attr]
-    assert [call.finish(200).observes_run for call in calls] == [True, False, False]
+    assert [len(call.finish(200).observed_runs) for call in calls] == [1, 0, 0]
 
 
 def test_seeds_with_the_same_lower_bits_are_pictures_of_their_own(
@@ -94,7 +94,7 @@ def test_one_cancelled_request_does_not_stop_the_others_of_its_run(
     with pytest.raises(ClientGone):
         together(runtime, calls, {"seed": 1}, {"seed": 2})
     assert isinstance(outcomes[0], ClientGone)
-    assert outcomes[1].pixels.shape == (128, 128, 3)
+    assert [image.pixels.shape for image in outcomes[1]] == [(128, 128, 3)]
     assert calls[0].failure is not None
     assert calls[1].failure is None
 
@@ -109,7 +109,7 @@ def test_a_run_whose_requests_were_all_cancelled_stops(runtime: Runtime, new_cal
 
 
 @pytest.mark.parametrize("cancelled", [1, 2])
-def test_a_waiting_run_leaves_the_queue_when_all_its_requests_are_cancelled(
+def test_a_cancelled_request_leaves_the_queue_at_once(
     runtime: Runtime, new_call: NewCall, cancelled: int
 ) -> None:
     calls = [new_call(), new_call()]
@@ -121,6 +121,7 @@ def test_a_waiting_run_leaves_the_queue_when_all_its_requests_are_cancelled(
         await asyncio.sleep(0.05)
         for call, reason in list(zip(calls, reasons, strict=True))[:cancelled]:
             call.cancellation.cancel(reason)
+        assert runtime.queue.waiting == max(0, 1 - cancelled)
         left, _ = await asyncio.wait({waiting}, timeout=0.5)
         assert bool(left) is (cancelled == 2)
         gate.open()
@@ -132,15 +133,22 @@ def test_a_waiting_run_leaves_the_queue_when_all_its_requests_are_cancelled(
     assert [call.outcome for call in calls] == (
         ["cancelled", "deadline"] if cancelled == 2 else ["cancelled", "ok"]
     )
-    assert [call.run is None for call in calls] == [cancelled == 2] * 2
-    assert runtime.admission.waiting == 0
+    assert [call.run is None for call in calls] == [True, cancelled == 2]
+    assert runtime.queue.waiting == 0
 
 
-def test_requests_that_differ_in_steps_cannot_share_a_run(
-    runtime: Runtime, new_call: NewCall
+@pytest.mark.parametrize(
+    "other",
+    [{"num_inference_steps": 3}, {"guidance_scale": 4.0}, {"width": 160, "height": 96}],
+    ids=["steps", "guidance", "shape"],
+)
+def test_requests_that_differ_do_not_share_a_run(
+    runtime: Runtime, new_call: NewCall, other: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match="one number of steps"):
-        together(runtime, [new_call(), new_call()], {}, {"num_inference_steps": 3})
+    calls = [new_call(), new_call(), new_call()]
+    together(runtime, calls, {}, other, {})
+    assert [call.run.batch_size for call in calls if call.run] == [2, 1, 2]
+    assert calls[0].run == calls[2].run != calls[1].run
 
 
 @pytest.mark.timing
@@ -177,7 +185,7 @@ def test_the_sum_of_steps_is_the_loops_wall_time(
 
     def work() -> Any:  # on the model's own thread, where the profiler has to be
         with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
-            runtime._execute([RunRequest(planned, call)], run_id="r")
+            runtime._execute([RunPart(planned, call)], run_id="r")
         return profiler.events()
 
     events = runtime._gpu.submit(work).result(60)

@@ -9,7 +9,7 @@ import pytest
 
 from metrics.clock import Clock, CudaEventClock, HostClock, WallAnchor
 from metrics.timeline import RunTimeline
-from serve.engine.admission import Cancellation
+from serve.engine.cancellation import Cancellation
 from serve.engine.gpu_thread import STEPS_AHEAD, GpuThread, StepPacer
 from serve.errors import ClientGone
 from tests.metrics.test_clock import FakeDevice, Ticker

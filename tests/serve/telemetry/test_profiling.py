@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gzip
 import json
 import os
@@ -391,7 +392,7 @@ def test_a_run_cancelled_before_it_began_leaves_no_profile(tmp_path: Path) -> No
         profiling = Profiling(tmp_path)
         profiling.arm(1)
         call = _call_with_a_run()
-        call.run = None
+        call.runs = []
         profiling.run(lambda: None, "0123abcd", [call])
         assert profiling.close(10)
     assert profiling.profiles() == []
@@ -406,7 +407,7 @@ def _call_with_a_run() -> Call:
     runtime = build_runtime(ServeSettings(), CollectorRegistry())
     call = Call("/", "POST", runtime.tracing.identify())
     runtime.close(0.1)
-    call.run = run_timing(START_NS)
+    call.runs = [dataclasses.replace(run_timing(START_NS), run_id="0123abcd")]
     return call
 
 

@@ -1,0 +1,60 @@
+"""How queued and running requests are cancelled, from any thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from serve.errors import RequestError
+
+
+class Cancellation:
+    """Whether a request was cancelled, and why. Set once, from any thread; the first reason
+    stays."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._reason: RequestError | None = None
+        self._callbacks: list[Callable[[], object]] = []
+
+    @property
+    def reason(self) -> RequestError | None:
+        return self._reason
+
+    def cancel(self, reason: RequestError) -> None:
+        with self._lock:
+            if self._reason is not None:
+                return
+            self._reason = reason
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def when_cancelled(self, callback: Callable[[], object]) -> None:
+        """Call `callback` on cancellation, at once if that has happened already."""
+        with self._lock:
+            if self._reason is None:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def raise_if_cancelled(self) -> None:
+        if self._reason is not None:
+            # Raised more than once; each traceback would otherwise be added to the last.
+            raise self._reason.with_traceback(None)
+
+
+class Cancellations:
+    """Those of one run's requests. The run stops only when every one of them was cancelled."""
+
+    def __init__(self, each: Sequence[Cancellation]) -> None:
+        self._each = each
+
+    @property
+    def all_cancelled(self) -> bool:
+        return all(cancellation.reason is not None for cancellation in self._each)
+
+    def raise_if_cancelled(self) -> None:
+        """Raise the first request's reason if every request was cancelled."""
+        if self.all_cancelled:
+            self._each[0].raise_if_cancelled()

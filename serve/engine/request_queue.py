@@ -1,0 +1,417 @@
+"""The bounded queue in front of the GPU thread, and which of its requests share a run.
+
+First come, first served: a run always takes the first request of the queue. It also takes every
+other request that has the same shape, step count and guidance scale and still fits. So a request of
+an unusual shape waits for the requests before it and for no other.
+
+Requests join on the event loop, the GPU thread takes them, and a cancelled one leaves from any
+thread. The GPU thread never waits for the event loop.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from serve.engine.call import Call
+from serve.engine.gpu_run import GeneratedPixels, OnStep, Outcome, Previews, RunPart
+from serve.engine.planning import PlannedRequest
+from serve.errors import Draining, OutOfMemory, RequestError
+
+BatchSizes = Callable[[PlannedRequest], Sequence[int]]
+"""The numbers of images that a run of such a request may have, ascending."""
+
+
+def split(images: int, sizes: Sequence[int]) -> list[int]:
+    """The runs of one request: one if its number of images is a size, else the largest first."""
+    runs = []
+    while images > 0:
+        runs.append(max((size for size in sizes if size <= images), default=1))
+        images -= runs[-1]
+    return runs
+
+
+class Batchable(Protocol):
+    """What decides whether requests share a run."""
+
+    @property
+    def run_key(self) -> object: ...
+    @property
+    def next_images(self) -> int:
+        """Images of its next run."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it shares no run."""
+
+
+B = TypeVar("B", bound=Batchable)
+
+
+def first_batch(waiting: Iterable[B], sizes: Sequence[int]) -> list[B]:
+    """The requests of the next run: the first that waits, and those that it can share a run with.
+
+    Args:
+        sizes: the allowed numbers of images, ascending.
+    """
+    queue = iter(waiting)
+    head = next(queue)
+    batch, images = [head], head.next_images
+    if head.alone:
+        return batch
+    for other in queue:
+        if images >= sizes[-1]:
+            break
+        same = other.run_key == head.run_key and not other.alone
+        if same and images + other.next_images <= sizes[-1]:
+            batch.append(other)
+            images += other.next_images
+    while images not in sizes and len(batch) > 1:
+        images -= batch.pop().next_images
+    return batch
+
+
+@dataclass(eq=False, slots=True)
+class QueuedRequest:
+    """A request from the moment it is queued until its last run has ended.
+
+    Attributes:
+        parts: the images of each of its runs that has not begun.
+        future: its outcome, as `Outcome` of the whole request; raises what is no RequestError.
+        alone: it shares no run, because a shared one ran out of memory.
+        started: whether its first run has begun.
+    """
+
+    planned: PlannedRequest
+    call: Call
+    on_step: OnStep | None
+    previews: Previews | None
+    parts: deque[range]
+    joined_at: float
+    future: Future[Outcome] = field(default_factory=Future)
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    alone: bool = False
+    started: bool = False
+    running: bool = False
+    images: list[GeneratedPixels] = field(default_factory=list)
+    runs_done: int = 0
+
+    @property
+    def run_key(self) -> object:
+        return self.planned.run_key
+
+    @property
+    def next_images(self) -> int:
+        return len(self.parts[0])
+
+    def take_part(self) -> RunPart:
+        """Its next run begins."""
+        self.started = self.running = True
+        steps = self.planned.num_inference_steps
+        self.call.total_steps = steps * (self.runs_done + len(self.parts))
+        return RunPart(
+            self.planned,
+            self.call,
+            self.parts.popleft(),
+            self.on_step,
+            steps * self.runs_done,
+            self.previews,
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Batch:
+    """The requests of one run, each with the images that the run draws for it."""
+
+    requests: list[QueuedRequest]
+    parts: list[RunPart]
+    progress_at: float
+    """When it began, or its last step ended; seconds of the queue's clock."""
+    steps_done: int = 0
+
+    @property
+    def images(self) -> int:
+        return sum(len(part.images) for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedRuns:
+    """A request's runs that have not begun, by their numbers of images."""
+
+    planned: PlannedRequest
+    call: Call
+    images: tuple[int, ...]
+    alone: bool = False
+
+    def runs(self) -> list[QueuedRun]:
+        return [QueuedRun(self.planned, self.call, images, self.alone) for images in self.images]
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedRun:
+    """One of these runs."""
+
+    planned: PlannedRequest
+    call: Call
+    next_images: int
+    alone: bool
+
+    @property
+    def run_key(self) -> object:
+        return self.planned.run_key
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """The queue at one moment: the run in progress, and what waits in its order."""
+
+    running: Batch | None
+    waiting: list[QueuedRuns]
+    max_wait_seconds: float
+
+
+class RequestQueue:
+    """The requests that wait for the GPU thread, in their order.
+
+    Args:
+        max_waiting: how many may wait, not counting those that run.
+        max_wait_seconds: how long a request that arrives at an idle GPU thread may wait for others
+            to share its run.
+        on_waiting: called with the number of waiting requests whenever it changes.
+    """
+
+    def __init__(
+        self,
+        max_waiting: int,
+        max_wait_seconds: float,
+        on_waiting: Callable[[int], None],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_waiting = max_waiting
+        self._max_wait_seconds = max_wait_seconds
+        self._on_waiting = on_waiting
+        self._monotonic = monotonic
+        self._changed = threading.Condition()
+        self._queue: list[QueuedRequest] = []
+        self._running: Batch | None = None
+        self._draining = False
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait. The one that is about to run on an idle GPU thread does not."""
+        with self._changed:
+            return self._count_waiting()
+
+    @property
+    def full(self) -> bool:
+        """Whether no further request may wait."""
+        with self._changed:
+            waiting = self._count_not_started() - (self._running is None)
+            return waiting >= self._max_waiting
+
+    @property
+    def idle(self) -> bool:
+        """Whether a request that joins would begin at once."""
+        return self._running is None and not self._queue
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def state(self) -> QueueState:
+        """A copy that does not change."""
+        with self._changed:
+            waiting = [
+                QueuedRuns(each.planned, each.call, tuple(map(len, each.parts)), each.alone)
+                for each in self._queue
+            ]
+            return QueueState(self._running, waiting, self._max_wait_seconds)
+
+    # On the event loop
+
+    def join(
+        self,
+        planned: PlannedRequest,
+        call: Call,
+        on_step: OnStep | None,
+        sizes: Sequence[int],
+        previews: Previews | None = None,
+    ) -> QueuedRequest:
+        """Put a request at the end of the queue. Its `queue` stage has begun.
+
+        The caller makes the GPU thread take a batch for each of the request's runs.
+
+        Args:
+            sizes: the numbers of images that its runs may have.
+        """
+        parts: deque[range] = deque()
+        for images in split(planned.num_images, sizes):
+            first = parts[-1].stop if parts else 0
+            parts.append(range(first, first + images))
+        queued = QueuedRequest(planned, call, on_step, previews, parts, self._monotonic())
+        # Whoever stops waiting for it cancels its call; the future itself cannot be cancelled.
+        queued.future.set_running_or_notify_cancel()
+        with self._changed:
+            self._queue.append(queued)
+            self._report()
+        call.cancellation.when_cancelled(lambda: self._leave(queued))
+        return queued
+
+    def cancel_all(self) -> None:
+        """Cancel every request, also those whose run has begun."""
+        with self._changed:
+            running = () if self._running is None else self._running.requests
+            calls = [each.call for each in (*running, *self._queue)]
+        for call in calls:
+            call.cancellation.cancel(Draining())
+
+    def drain(self) -> None:
+        """Cancel the requests that have not started. The others may finish."""
+        with self._changed:
+            self._draining = True
+            waiting = [queued for queued in self._queue if not queued.started]
+        for queued in waiting:
+            queued.call.cancellation.cancel(Draining())
+
+    def close(self) -> None:
+        """No run begins any more: what still waits fails."""
+        self.drain()
+        with self._changed:
+            waiting = list(self._queue)
+        for queued in waiting:
+            queued.call.cancellation.cancel(Draining())
+
+    def _leave(self, queued: QueuedRequest) -> None:
+        """A request was cancelled. If it runs, its outcome is known at the end of the run."""
+        with self._changed:
+            if queued in self._queue:
+                self._queue.remove(queued)
+            queued.parts.clear()
+            self._report()
+            if queued.running or queued.future.done():
+                return
+            reason = queued.call.cancellation.reason
+            assert reason is not None
+            queued.future.set_result(reason.with_traceback(None))
+
+    # On the GPU thread
+
+    def step_ended(self, batch: Batch) -> None:
+        batch.steps_done += 1
+        batch.progress_at = self._monotonic()
+
+    def take(self, sizes: BatchSizes) -> Batch | None:
+        """Begin the next run; None if no request waits."""
+        with self._changed:
+            while self._queue:
+                head = self._queue[0]
+                allowed = sizes(head.planned)
+                requests = first_batch(self._queue, allowed)
+                missing = allowed[-1] - sum(each.next_images for each in requests)
+                left = self._wait_left(head, len(requests)) if missing > 0 else 0.0
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            else:
+                return None
+            batch = Batch(requests, [each.take_part() for each in requests], self._monotonic())
+            self._running = batch
+            self._queue = [each for each in self._queue if each.parts]
+            self._report()
+            return batch
+
+    def _wait_left(self, head: QueuedRequest, batched: int) -> float:
+        """How long the GPU thread may still wait for more requests. It only waits if it has nothing
+        else to do: every waiting request is in the batch."""
+        if head.started or head.alone or self._draining or batched < len(self._queue):
+            return 0.0
+        return head.joined_at + self._max_wait_seconds - self._monotonic()
+
+    def end(self, batch: Batch, outcomes: Sequence[Outcome]) -> int:
+        """A run has ended. Returns how many further runs its requests need because of that."""
+        further = 0
+        with self._changed:
+            self._running = None
+            for queued, part, outcome in zip(batch.requests, batch.parts, outcomes, strict=True):
+                queued.running = False
+                if isinstance(outcome, OutOfMemory) and batch.images > 1:
+                    further += self._try_again(queued, part)
+                    outcome = []
+                self._end_part(queued, outcome)
+            self._report()
+        return further
+
+    def fail(self, batch: Batch, error: BaseException) -> None:
+        """A run has ended with an exception that is no failure of its requests."""
+        with self._changed:
+            self._running = None
+            for queued in batch.requests:
+                queued.running = False
+                if queued in self._queue:
+                    self._queue.remove(queued)
+                queued.future.set_exception(error)
+            self._report()
+
+    def _try_again(self, queued: QueuedRequest, part: RunPart) -> int:
+        """Put a part back at its place, to be drawn image by image and shared with no request."""
+        if queued.call.cancellation.reason is not None:
+            return 0
+        if not queued.parts:
+            # It is older than every request that still waits.
+            self._queue.insert(sum(each.alone for each in self._queue), queued)
+        queued.alone = True
+        queued.parts.extendleft(range(image, image + 1) for image in reversed(part.images))
+        queued.runs_done -= 1
+        return len(part.images)
+
+    def _end_part(self, queued: QueuedRequest, outcome: Outcome) -> None:
+        queued.runs_done += 1
+        reason: RequestError | None = queued.call.cancellation.reason
+        if isinstance(outcome, RequestError):
+            reason = outcome
+        else:
+            queued.images += outcome
+        if reason is not None:
+            if queued in self._queue:
+                self._queue.remove(queued)
+            queued.parts.clear()
+            queued.future.set_result(reason.with_traceback(None))
+        elif queued.parts:
+            queued.call.timeline.begin("queue")
+        else:
+            queued.future.set_result(queued.images)
+
+    # Counting
+
+    def _report(self) -> None:
+        """Something has changed: the gauge shows it, and a GPU thread that waits looks again."""
+        self._on_waiting(self._count_waiting())
+        self._changed.notify()
+
+    def _count_waiting(self) -> int:
+        return max(0, self._count_not_started() - (self._running is None))
+
+    def _count_not_started(self) -> int:
+        return sum(not queued.started for queued in self._queue)
+
+
+def coming_batches(waiting: Iterable[B], sizes: Callable[[B], Sequence[int]]) -> Iterator[list[B]]:
+    """The runs in which the waiting requests will be drawn if no other joins them."""
+    queues: dict[object, deque[B]] = {}
+    for each in (waiting := list(waiting)):
+        queues.setdefault(each.run_key, deque()).append(each)
+    done: set[int] = set()
+    for head in waiting:
+        if id(head) in done:
+            continue
+        batch = first_batch(queues[head.run_key], sizes(head))
+        for each in batch:
+            queues[head.run_key].remove(each)
+            done.add(id(each))
+        yield batch

@@ -1,0 +1,1 @@
+"""OpenAI's images API over the same runtime: its requests and responses."""

@@ -1,0 +1,164 @@
+"""The endpoints: `POST /v1/images/generations`, `GET /v1/models` and `GET /v1/models/{id}`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import JSONResponse, Response
+
+from serve.engine.call import Call
+from serve.engine.gpu_run import Previews
+from serve.engine.images import encode_image, enlarge
+from serve.engine.runtime import OPENAI_IMAGES, Runtime
+from serve.errors import FieldProblem, InvalidRequest, ModelNotFound, RequestError
+from serve.http.error_responses import error_body
+from serve.http.openai.schema import (
+    Image,
+    ImageGenerationRequest,
+    Images,
+    Model,
+    Models,
+    Usage,
+)
+from serve.http.routes import add_get_route
+from serve.http.server_sent_events import event, stream
+from serve.http.service import received_call
+from serve.schema import GeneratedImage, TextToImageResponse
+
+
+def install_openai(app: FastAPI, runtime: Runtime) -> None:
+    """Put the endpoints into an app."""
+    started = int(time.time())
+
+    @app.post(OPENAI_IMAGES, response_model=Images)
+    async def generate(request: ImageGenerationRequest) -> Response:
+        """OpenAI's image generation; with `stream` as server-sent events."""
+        return await create_images(runtime, request)
+
+    async def models() -> Models:
+        """The names that a request's `model` may have."""
+        return Models(data=[Model(id=name, created=started) for name in runtime.model_names])
+
+    async def model(name: str) -> Model:
+        """One of them."""
+        if name not in runtime.model_names:
+            raise ModelNotFound(runtime.model_names)
+        return Model(id=name, created=started)
+
+    add_get_route(app, "/v1/models", models)
+    add_get_route(app, "/v1/models/{name:path}", model)
+
+
+async def create_images(runtime: Runtime, request: ImageGenerationRequest) -> Response:
+    """The handler of `POST /v1/images/generations`."""
+    if request.model is not None and request.model not in runtime.model_names:
+        raise ModelNotFound(runtime.model_names)
+    if request.response_format == "url" and not runtime.uploads:
+        message = "must be b64_json: this server does not upload its images"
+        raise InvalidRequest([FieldProblem(("body", "response_format"), message, "no_upload")])
+    wanted = request.text_to_image(runtime.settings.steps)
+    call = received_call(runtime, wanted)
+    if request.stream:
+        steps = wanted.num_inference_steps or runtime.settings.steps
+        previews = _previews(request, steps)
+        return await stream(runtime, wanted, call, _Events(request, call), previews)
+    response = await runtime.generate(wanted, call)
+    call.timeline.begin("respond")
+    return JSONResponse(_images(request, response).model_dump(exclude_none=True))
+
+
+def _previews(request: ImageGenerationRequest, steps: int) -> Previews | None:
+    """Evenly spread over the steps; none of the last, whose image is the result."""
+    count = request.partial_images or 0
+    shown = {steps * part // (count + 1) - 1 for part in range(1, count + 1)}
+    shown = {step for step in shown if 0 <= step < steps - 1}
+    return Previews(frozenset(shown), request.decoded_partial_images) if shown else None
+
+
+class _Events:
+    """A stream's events. OpenAI's API has none for a request that waits, nor for a step."""
+
+    def __init__(self, request: ImageGenerationRequest, call: Call) -> None:
+        self._request = request
+        self._call = call
+        self._partial_images = 0
+
+    def queued(self, waiting: int) -> bytes:
+        # A comment: the response begins, and a client that waits knows it.
+        return b": queued\n\n"
+
+    async def step(self, index: int, gpu_ms: float, preview: Any) -> bytes:
+        facts = self._call.facts
+        if preview is None or facts is None:
+            return b""
+        data = await asyncio.to_thread(self._encode, preview, facts.width, facts.height)
+        fields = {
+            **self._common(data, f"{facts.width}x{facts.height}"),
+            "partial_image_index": self._partial_images,
+        }
+        self._partial_images += 1
+        return _event("image_generation.partial_image", fields)
+
+    def done(self, response: TextToImageResponse) -> bytes:
+        usage = Usage.of_prompt(response.prompt_tokens).model_dump()
+        return b"".join(
+            _event(
+                "image_generation.completed",
+                {**self._common(_base64(image), _size(image)), "usage": usage, "seed": image.seed},
+            )
+            for image in response.images
+        )
+
+    def failed(self, error: RequestError) -> bytes:
+        return event("error", {"type": "error", **error_body(error, self._call)})
+
+    def _encode(self, preview: Any, width: int, height: int) -> str:
+        pixels = enlarge(preview, width, height)
+        quality = self._request.output_compression
+        return base64.b64encode(encode_image(pixels, self._request.image_format, quality)).decode()
+
+    def _common(self, b64_json: str, size: str) -> dict[str, Any]:
+        return {
+            "b64_json": b64_json,
+            "created_at": int(time.time()),
+            "size": size,
+            "output_format": self._request.image_format,
+            "background": "opaque",
+            "quality": self._request.response_quality,
+        }
+
+
+def _images(request: ImageGenerationRequest, response: TextToImageResponse) -> Images:
+    as_url = request.response_format == "url"
+    return Images(
+        created=int(time.time()),
+        data=[
+            Image(url=image.url) if as_url else Image(b64_json=_base64(image))
+            for image in response.images
+        ],
+        size=_size(response.image),
+        output_format=request.image_format,
+        quality=request.response_quality,
+        usage=Usage.of_prompt(response.prompt_tokens),
+        seeds=[image.seed for image in response.images],
+        trace_id=response.trace_id,
+        prompt_truncated=response.prompt_truncated,
+    )
+
+
+def _size(image: GeneratedImage) -> str:
+    return f"{image.width}x{image.height}"
+
+
+def _base64(image: GeneratedImage) -> str:
+    """The bytes of an image that was answered as a data URI."""
+    return image.url.split(",", 1)[1]
+
+
+def _event(name: str, data: Mapping[str, Any]) -> bytes:
+    return event(name, {"type": name, **data})
