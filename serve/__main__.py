@@ -53,10 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _doctor(settings: ServeSettings, options: argparse.Namespace) -> int:
+    import logging
     import shutil
 
     from serve.telemetry.backends import BACKENDS
     from serve.telemetry.doctor import run
+    from serve.telemetry.logs import configure_logging
+
+    # For what it leaves out of libraries' messages; the doctor's own lines are no log.
+    configure_logging(settings.log_format, lambda: None, logging.ERROR)
 
     backend = None
     if options.backend is not None:

@@ -104,6 +104,9 @@ class Served:
                 "guidance_scale": GUIDANCE,
                 "ready_early": False,
                 "deadline_seconds": 3600,
+                "max_batch": scenario.images,
+                "max_images": scenario.images,
+                "batch_wait_ms": 0,
                 "ENABLE_TRACING": False,
             }
         )
@@ -129,15 +132,18 @@ class Served:
         return compiled
 
     def request(self, seed: int, round_number: int) -> RequestSample:
-        images = self._scenario.images
+        scenario, images = self._scenario, self._scenario.images
+        # A commit without `num_images` is timed by the other scenarios.
+        more: dict[str, Any] = {"num_images": images} if scenario.one_request else {}
         requests = [
             TextToImageRequest(
                 prompt=PROMPT,
-                num_inference_steps=self._scenario.steps or self._work.steps,
+                num_inference_steps=scenario.steps or self._work.steps,
                 guidance_scale=GUIDANCE,
                 seed=seed * images + image,
+                **more,
             )
-            for image in range(images)
+            for image in range(1 if scenario.one_request else images)
         ]
         return self._runner.run(self._timed(requests, round_number))
 
@@ -152,10 +158,14 @@ class Served:
             await self.runtime.generate_together(requests, calls)
         total_ns = time.perf_counter_ns() - start_ns
         cpu_ns = time.process_time_ns() - cpu_ns
-        timing = calls[0].finish(200)
-        assert timing.run is not None
-        if timing.run.eager_fallback:
+        timings = [call.finish(200) for call in calls]
+        runs = {each.run.run_id: each.run for each in timings if each.run is not None}
+        if any(run.eager_fallback for run in runs.values()):
             raise RuntimeError("a run was not served compiled but fell back to running eagerly")
+        if len(runs) != 1:
+            raise RuntimeError(f"the images were drawn in {len(runs)} runs, not in one")
+        timing = timings[0]
+        assert timing.run is not None
         stages = (*timing.stages, *timing.run.stages)
         return sample_of(
             timing.run,

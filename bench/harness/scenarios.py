@@ -39,7 +39,9 @@ class Scenario:
     attention: str = "auto"
     quantize: str = "none"
     images: int = 1
-    """Images a request, in one run."""
+    """Images in one run."""
+    one_request: bool = False
+    """Its images belong to one request; else each to a request of its own."""
     steps: int | None = None
     """Denoising steps a request; None: as many as the run's `--steps`."""
     cuda_only: bool = False
@@ -66,6 +68,8 @@ class Scenario:
             "quantize": self.quantize,
             "images": str(self.images),
         }
+        if self.one_request:
+            settings["one_request"] = "true"
         if self.steps is not None:
             settings["steps"] = str(self.steps)
         return settings | _flat("recipe", self.recipe) | _flat("decoder", self.decoder)
@@ -356,7 +360,13 @@ SCENARIOS: tuple[Scenario, ...] = (
         fp8_norms=True,
         fp8_static=True,
     ),
-    *(_batch(images) for images in (2, 4, 8)),
+    *(_batch(images) for images in (1, 2, 4, 8)),
+    replace(
+        _batch(4),
+        name="num-images-4",
+        what="default, with 4 images a request, in one run",
+        one_request=True,
+    ),
     _batch(8, quantize="fp8"),
     _batch(8, recipe=_ALL),
     _batch(8, quantize="fp8", recipe=_ALL),

@@ -2,6 +2,7 @@
 
     python -m bench load --url http://127.0.0.1:8080
     python -m bench load --url http://127.0.0.1:8080 --rate 1 2 4 --shape 1024x1024=3 1152x896
+    python -m bench load --url http://127.0.0.1:8080 --clients 8
 
 The load is an open loop: requests arrive at random (Poisson, seeded), whether or not earlier ones
 have been answered. A latency counts from when its request should have been sent, so a server that
@@ -10,6 +11,9 @@ stalls is charged for every request that arrives meanwhile, as its users would b
 Goodput is the rate of requests answered with an image within the deadline. Without --rate, rates
 are tried from well below what sequential requests reach to beyond it, in search of the knee: the
 highest rate at which nearly all requests are goodput.
+
+With --clients, that many clients at once are compared with one client instead: images a second,
+and how good the server's estimates were (closed loop).
 
 If the server serves /metrics, its own histogram is compared with what the client measured.
 
@@ -34,7 +38,9 @@ import numpy as np
 
 from bench.errors import BenchError
 from bench.outputs import output_file, write_json
+from bench.service import closed_loop
 from bench.service.arrivals import Arrival, Mix, arrivals
+from bench.service.closed_loop import ClosedLoop
 from bench.service.load_report import NO_IMAGE, Level, Report, RequestOutcome, knee, level
 from bench.service.processes import holds_image
 from bench.service.server_histograms import Check, Histogram, check, parse
@@ -90,6 +96,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds until a request is abandoned (default: 120)",
     )
     add("--seed", type=_from_zero, default=0, help="seed of the arrivals (default: 0)")
+    add(
+        "--clients",
+        type=_clients,
+        metavar="N",
+        help="compare the images a second of N clients at once with one client's",
+    )
+    add("--blocks", type=_count, default=8, help="with --clients: blocks of each (default: 8)")
     add("--metrics-url", help="URL of the server's metrics (default: /metrics under --url)")
     add(
         "--anywhere",
@@ -130,6 +143,16 @@ def _from_zero(text: str) -> int:
 _from_zero.__name__ = "whole number from 0"
 
 
+def _clients(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise ValueError
+    return value
+
+
+_clients.__name__ = "whole number above 1"
+
+
 def _weighted(text: str) -> tuple[str, float]:
     name, equals, weight = text.partition("=")
     return name, _positive(weight) if equals else 1.0
@@ -141,12 +164,19 @@ _weighted.__name__ = "NAME or NAME=SHARE"
 def run(options: argparse.Namespace) -> int:
     url = checked_url(options.url, anywhere=options.anywhere)
     mix = Mix.of(options.shape, options.steps)
-    report = asyncio.run(_measure(url, mix, options))
+    if options.clients is not None and options.rate is not None:
+        raise BenchError("--clients and --rate: one of them is allowed")
+    report: Report | ClosedLoop
+    if options.clients is None:
+        report = asyncio.run(_measure(url, mix, options))
+    else:
+        report = asyncio.run(_compare(url, mix, options))
     document = json.dumps(report.as_json(), indent=1, allow_nan=False)
     if options.out is not None:
         write_json(options.out, report.as_json())
     print(document if options.json else report.as_text())
-    return 0 if report.server is None or report.server.agrees else 1
+    server = report.server if isinstance(report, Report) else None
+    return 0 if server is None or server.agrees else 1
 
 
 def checked_url(url: str, *, anywhere: bool) -> str:
@@ -183,13 +213,23 @@ def _is_this_machine(host: str) -> bool:
 # Measuring ---------------------------------------------------------------------------------------
 
 
-async def _measure(url: str, mix: Mix, options: argparse.Namespace) -> Report:
+def _client(url: str, options: argparse.Namespace) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    metrics_url = options.metrics_url or f"{url}/metrics"
     # trust_env=False: without the proxies that the environment names.
-    async with httpx.AsyncClient(
-        base_url=url, timeout=options.timeout, limits=limits, trust_env=False
-    ) as client:
+    return httpx.AsyncClient(base_url=url, timeout=options.timeout, limits=limits, trust_env=False)
+
+
+async def _compare(url: str, mix: Mix, options: argparse.Namespace) -> ClosedLoop:
+    metrics_url = options.metrics_url or f"{url}/metrics"
+    async with _client(url, options) as client:
+        return await closed_loop.measure(
+            client, metrics_url, mix, options.clients, options.blocks, options.seed
+        )
+
+
+async def _measure(url: str, mix: Mix, options: argparse.Namespace) -> Report:
+    metrics_url = options.metrics_url or f"{url}/metrics"
+    async with _client(url, options) as client:
         unloaded = await _unloaded(client, mix)
         deadline = options.deadline or DEADLINE_TIMES * unloaded
         before = await _settled(client, metrics_url)

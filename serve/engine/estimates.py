@@ -25,6 +25,10 @@ from serve.engine.request_queue import (
 
 NEWEST = 16
 """How many runs of a kind count."""
+NEWEST_PAIRS = 5
+"""How many runs count of those that followed another. Fewer, because clients come and go."""
+BACK_TO_BACK_NS = 50_000_000
+"""A run that begins this soon after another had requests that waited for it."""
 EVIDENCE_RUNS = 5
 EVIDENCE_SECONDS = 300.0
 """A deadline is judged by runs if at least this many are not older than this. So a service that was
@@ -81,7 +85,9 @@ class Estimates:
         self._runs: dict[tuple[str, bool, int], deque[Pace]] = {}
         self._seen: dict[tuple[str, bool], dict[int, _Seen]] = {}
         self._observed_at: dict[tuple[str, bool], deque[float]] = {}
-        self._batch_sizes: dict[tuple[str, bool, int], deque[int]] = {}
+        self._last_run: RunTiming | None = None
+        self._following: dict[tuple[str, bool, int, int], deque[int]] = {}
+        """The images of the last runs of a kind that followed a run of that many images."""
         self._answers: dict[tuple[str, str, int], deque[float]] = {}
 
     # Learning
@@ -109,9 +115,14 @@ class Estimates:
         if serving:
             observed = self._observed_at.setdefault(kind, deque(maxlen=EVIDENCE_RUNS))
             observed.append(self._monotonic())
-            # Once for each image, because a usual image is in a large run.
-            sizes = self._batch_sizes.setdefault((*kind, len(run.steps)), deque(maxlen=NEWEST))
-            sizes.extend([run.batch_size] * run.batch_size)
+            self._observe_order(run)
+
+    def _observe_order(self, run: RunTiming) -> None:
+        """Learn how many images a run has that begins where another ends."""
+        before, self._last_run = self._last_run, run
+        if before is not None and run.start_ns - before.end_ns < BACK_TO_BACK_NS:
+            kind = run.shape, run.guidance, len(run.steps), before.batch_size
+            self._following.setdefault(kind, deque(maxlen=NEWEST_PAIRS)).append(run.batch_size)
 
     def observe_answer(self, planned: PlannedRequest, seconds: float) -> None:
         """Learn how long a request took from its last run's end until its images were stored."""
@@ -153,11 +164,15 @@ class Estimates:
         since = self._monotonic() - EVIDENCE_SECONDS
         return sum(at >= since for at in list(observed)) >= EVIDENCE_RUNS
 
-    def typical_batch(self, planned: PlannedRequest) -> int:
-        """The number of images in the run of a usual image of such requests."""
-        kind = str(planned.shape), planned.guided, planned.num_inference_steps
-        sizes = list(self._batch_sizes.get(kind, ()))
-        return round(statistics.median(sizes)) if sizes else 1
+    def images_after(self, planned: PlannedRequest, images: int) -> int:
+        """The images of a usual run of such requests that follows a run of `images` images.
+
+        Steady clients repeat themselves: those of a run come back when it has ended, and wait
+        together for the run after the next.
+        """
+        kind = str(planned.shape), planned.guided, planned.num_inference_steps, images
+        following = list(self._following.get(kind, ()))
+        return statistics.median_high(following) if following else 1
 
     # Forecasts
 
@@ -183,13 +198,15 @@ class Estimates:
         waiting = queue.waiting if joined else [*queue.waiting, target]
         runs = [run for each in waiting for run in each.runs()]
         missing = len(target.images)
+        images = 0 if running is None else running.images
         for batch in coming_batches(runs, lambda run: sizes(run.planned)):
             if not missing:
                 break
-            planned, images = batch[0].planned, sum(run.next_images for run in batch)
-            if busy and not fastest:
-                # Others will join until it begins, as they did before.
-                images = max(images, min(self.typical_batch(planned), sizes(planned)[-1]))
+            planned = batch[0].planned
+            # Others will join until it begins, as they did before.
+            expected = self.images_after(planned, images) if busy and not fastest else 1
+            images = sum(run.next_images for run in batch)
+            images = max(images, min(expected, sizes(planned)[-1]))
             pace = self.pace(planned, images, fastest)
             if pace is None:
                 return None

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from serve.schema import ImageFormat
@@ -51,6 +50,8 @@ def enlarge(pixels: Any, width: int, height: int) -> Any:
     """Resize a preview (height, width, 3) to its image's size in pixels, smoothly."""
     if pixels.shape[:2] == (height, width):
         return pixels
+    import numpy as np  # the gateway has neither numpy nor a model
+
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
 

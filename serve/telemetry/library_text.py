@@ -24,16 +24,17 @@ logger = logging.getLogger(__name__)
 
 OURS = frozenset({"bench", "kernels_warmup", "metrics", "serve"})
 
+# Compilers and drivers get tensors: neither a prompt nor a key reaches them.
+_COMPILERS = frozenset({"torch", "torchao", "triton"})
+
 # uvicorn's arguments are process ids, addresses and paths of sockets. The exporters' are sizes and
 # the text of an exception or a status that `metrics.otlp.AnswerReader` has replaced by its own.
 _SHOWN_WHOLE = (
+    *_COMPILERS,
     "uvicorn",
     "opentelemetry.exporter.otlp.proto.http.metric_exporter",
     "opentelemetry.exporter.otlp.proto.http.trace_exporter",
 )
-
-# Compilers and drivers get tensors: neither a prompt nor a key reaches them.
-_COMPILERS = frozenset({"torch", "torchao", "triton"})
 
 _add_all_extra = structlog.stdlib.ExtraAdder()
 
@@ -74,18 +75,23 @@ def add_extra(
     return _add_all_extra(logger, method, event) if _is_ours(event["_record"].name) else event
 
 
-def formatted(error: BaseException) -> Iterator[str]:
-    """The lines of a traceback, with the text of an exception only where it quotes nothing."""
+def formatted(error: BaseException, within: frozenset[int] = frozenset()) -> Iterator[str]:
+    """The lines of a traceback, with the text of an exception only where it quotes nothing.
+
+    Args:
+        within: the ids of the exceptions whose cause this one is; a chain may be a circle.
+    """
+    within |= {id(error)}
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if cause is not None:
-        yield from formatted(cause)
+    if cause is not None and id(cause) not in within:
+        yield from formatted(cause, within)
         yield "\nThen:\n\n"
     yield "Traceback (most recent call last):\n"
     yield from traceback.format_tb(error.__traceback__)
     yield f"{described(error)}\n"
     if isinstance(error, BaseExceptionGroup):
         for part in error.exceptions:
-            yield from formatted(part)
+            yield from formatted(part, within)
 
 
 def described(error: BaseException) -> str:

@@ -78,6 +78,13 @@ def server() -> Iterator[ServerProcess]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def limited() -> Iterator[ServerProcess]:
+    """One with few connections. The test of SIGHUP, the last to use it, ends it."""
+    with server_of_its_own(SDXL_MAX_CONNECTIONS="4") as started:
+        yield started
+
+
 @contextmanager
 def server_of_its_own(**settings: str) -> Iterator[ServerProcess]:
     with self_hosted(SETTINGS | {"SDXL_SHAPES": "64x64"} | settings) as started:
@@ -109,27 +116,25 @@ def test_silent_clients_beyond_the_descriptors_leave_the_server_reachable(
     assert len(written) < 5_000
 
 
-def test_served_clients_at_the_limit_leave_room_to_watch() -> None:
-    with self_hosted(SETTINGS | {"SDXL_MAX_CONNECTIONS": "4", "SDXL_SHAPES": "64x64"}) as server:
-        server.wait_until_ready(START_SECONDS)
-        with ExitStack() as stack:
-            readers = [stack.enter_context(client(server)) for _ in range(4)]
-            for reader in readers:  # each is read by the app, which waits for its body
-                reader.send(post(length=100, content=b"{"))
-            wait_for(lambda: value(server, "sdxl_requests_in_flight") == 4)
-            for path in ("/health", "/ready", "/metrics"):
-                assert httpx.get(server.url + path, timeout=PATIENCE).status_code == 200
-            with client(server) as beyond:
-                beyond.send(generate(width=64, height=64))
-                refused = beyond.answer()
-                assert (refused.status, refused.error_type()) == (503, "too_many_connections")
-                assert refused.headers["retry-after"]
-                assert beyond.is_closed()
-            for reader in readers:
-                reader.send(b" " * 99)
-                assert reader.answer().status == 422
-        answered = httpx.post(server.url, json=body(width=64, height=64), timeout=ANSWER_SECONDS)
-        assert answered.status_code == 200
+def test_served_clients_at_the_limit_leave_room_to_watch(limited: ServerProcess) -> None:
+    with ExitStack() as stack:
+        readers = [stack.enter_context(client(limited)) for _ in range(4)]
+        for reader in readers:  # each is read by the app, which waits for its body
+            reader.send(post(length=100, content=b"{"))
+        wait_for(lambda: value(limited, "sdxl_requests_in_flight") == 4)
+        for path in ("/health", "/ready", "/metrics"):
+            assert httpx.get(limited.url + path, timeout=PATIENCE).status_code == 200
+        with client(limited) as beyond:
+            beyond.send(generate(width=64, height=64))
+            refused = beyond.answer()
+            assert (refused.status, refused.error_type()) == (503, "too_many_connections")
+            assert refused.headers["retry-after"]
+            assert beyond.is_closed()
+        for reader in readers:
+            reader.send(b" " * 99)
+            assert reader.answer().status == 422
+    answered = httpx.post(limited.url, json=body(width=64, height=64), timeout=ANSWER_SECONDS)
+    assert answered.status_code == 200
 
 
 def test_accepting_fails_seldom_in_the_log(server: ServerProcess) -> None:
@@ -403,8 +408,9 @@ def test_no_client_delays_the_end() -> None:
         assert "503 rejected" in server.output()
 
 
-def test_sighup_drains_like_sigterm() -> None:
-    with server_of_its_own() as server, client(server) as asking:
+def test_sighup_drains_like_sigterm(limited: ServerProcess) -> None:
+    server = limited
+    with client(server) as asking:
         asking.send(generate("/", num_inference_steps=30, width=64, height=64))
         wait_for(lambda: value(server, "sdxl_requests_in_flight") == 1)
         server.process.send_signal(signal.SIGHUP)

@@ -37,7 +37,8 @@ def record() -> str:
         answer.raise_for_status()
         body = answer.json()
         spans = otlp.wait_for_trace(body["trace_id"])
-    body["image"]["url"] = body["image"]["url"][:48] + "..."
+    for image in (body["image"], *body["images"]):
+        image["url"] = image["url"][:48] + "..."
     _round(body["timings"])
     request = json.dumps(REQUEST)
     return "\n".join(

@@ -20,6 +20,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity, TraceSampling
 from serve import server
+from serve.engine.call import the_call
 from serve.engine.estimates import EVIDENCE_RUNS
 from serve.engine.readiness import State
 from serve.engine.runtime import ENDPOINTS, Runtime
@@ -72,12 +73,23 @@ def test_a_request_is_answered(app: FastAPI) -> None:
     body = response.json()
     assert body["trace_id"] == response.headers["x-trace-id"]
     assert body["timings"]["receive_ms"] is not None
-    assert set(body) == {"image", "images", "seed", "timings", "trace_id", "prompt_truncated"}
+    assert body["prompt"] == PROMPT
+    assert body["prompt_tokens"] > 2
+    assert set(body) == {
+        "image",
+        "images",
+        "seed",
+        "prompt",
+        "timings",
+        "trace_id",
+        "prompt_truncated",
+        "prompt_tokens",
+    }
 
 
 @pytest.mark.parametrize(
     ("header", "taken"),
-    [("b1946ac9-2492-4d23-8f2b-7f1c7d6c2c11", True), ("short", False), ("a b\tsecret c", False)],
+    [("b1946ac9-2492-4d23-8f2b-7f1c7d6c2c11", True), ("short", True), ("a b\tsecret c", False)],
 )
 def test_fals_request_id_is_taken_over(
     app: FastAPI, caplog: pytest.LogCaptureFixture, header: str, taken: bool
@@ -530,7 +542,7 @@ def test_a_client_that_reads_slowly_gets_few_old_previews(
     async def send(message: Any) -> None:
         text = message.get("body", b"").decode()
         told.append(text)
-        while len(told) == 3 and runtime.admission.waiting == 0 and runtime.admission._admitted:
+        while len(told) == 3 and the_call().run is None:
             await asyncio.sleep(0.05)  # until the run has ended
 
     asyncio.run(call_app(app, send, steps=30))

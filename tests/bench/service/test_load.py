@@ -24,10 +24,12 @@ from bench.__main__ import main
 from bench.errors import BenchError
 from bench.service import loopback
 from bench.service.arrivals import Mix, arrivals
+from bench.service.closed_loop import _parse_estimates
 from bench.service.load import UNLOADED, _sweep, checked_url
 from bench.service.load_report import Level, RequestOutcome, knee, level
 from bench.service.loopback import LoopbackHandler
 from bench.service.processes import holds_image
+from metrics.buckets import ESTIMATE_RATIO
 from tests.support.processes import free_port
 
 Capture = pytest.CaptureFixture[str]
@@ -372,3 +374,57 @@ def test_wrong_usage_is_status_2(arguments: list[str], said: str, capsys: Captur
         status = int(stop.code or 0)
     assert status == 2
     assert said in capsys.readouterr().err
+
+
+# Several clients ---------------------------------------------------------------------------------
+
+
+def test_clients_at_once_are_compared_with_one(capsys: Capture) -> None:
+    """A server that answers any number of requests in the same time: N clients get N times as
+    many images a second."""
+
+    async def answer(_: dict[str, object]) -> int:
+        await asyncio.sleep(0.1)
+        return 200
+
+    with serving(answer) as url:
+        status, told = loaded(url, "--clients", "4", "--blocks", "2", capsys=capsys)
+    assert status == 0
+    assert told["clients"] == 4
+    rates = told["images_per_second"]
+    assert isinstance(rates, dict)
+    assert [len(rates[count]) for count in ("1", "4")] == [2, 2]
+    ratio = told["ratio"]
+    assert isinstance(ratio, dict)
+    assert 2.5 < ratio["low"] <= ratio["point"] <= ratio["high"] < 4.2
+    assert told["estimates"] is None  # this server makes none
+
+
+def test_a_comparison_of_clients_needs_images(capsys: Capture) -> None:
+    async def full(_: dict[str, object]) -> int:
+        return 429
+
+    with serving(full) as url:
+        assert main(["load", "--url", url, "--clients", "2"]) == 2
+    assert "429" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--clients", "1"], ["--clients", "x"], ["--clients", "2", "--rate", "1"]]
+)
+def test_wrong_usage_of_clients(arguments: list[str], capsys: Capture) -> None:
+    try:
+        status = main(["load", "--url", "http://127.0.0.1:1", *arguments])
+    except SystemExit as exit_:
+        status = int(str(exit_.code))
+    assert status == 2
+    assert "--clients" in capsys.readouterr().err
+
+
+def test_the_servers_estimates_are_read_from_its_histogram() -> None:
+    registry = CollectorRegistry()
+    ratio = Histogram("sdxl_estimate_ratio", "", buckets=ESTIMATE_RATIO, registry=registry)
+    for actual in (0.5, 0.91, 1.0, 1.09, 1.5):
+        ratio.observe(actual)
+    assert _parse_estimates(generate_latest(registry).decode()) == (3, 5)
+    assert _parse_estimates("") is None

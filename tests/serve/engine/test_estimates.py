@@ -24,16 +24,19 @@ MS = 1_000_000
 SHAPE = CompiledShape(128, 128)
 
 
-def run_of(images: int = 1, step_ms: float = 30, steps: int = 10, **changes: Any) -> RunTiming:
+def run_of(
+    images: int = 1, step_ms: float = 30, steps: int = 10, at_ns: int = 0, **changes: Any
+) -> RunTiming:
     """A run with 20 ms before its steps and 50 ms after them."""
-    begin = 20 * MS
+    begin = at_ns + 20 * MS
     each = round(step_ms * MS)
     timings = tuple(
         StepTiming(i, begin + i * each, begin + (i + 1) * each, 0) for i in range(steps)
     )
     end = begin + steps * each
     stages = (StageTiming("denoise", begin, end), StageTiming("vae_decode", end, end + 50 * MS))
-    run = RunTiming("r", "host", str(SHAPE), True, images, 0, end + 50 * MS, stages, timings)
+    last = end + 50 * MS
+    run = RunTiming("r", "host", str(SHAPE), True, images, at_ns, last, stages, timings)
     return dataclasses.replace(run, **changes)
 
 
@@ -157,7 +160,7 @@ def test_a_request_waits_for_the_runs_before_it() -> None:
     assert server.seconds() == pytest.approx(3 * one - 0.14)
     server.clock.now += 9  # a step hangs: at least the steps after it are left
     assert server.seconds() == pytest.approx(2 * one + 5 * 0.03 + 0.05)
-    server.queue.end(batch, [[GeneratedPixels("", False)]])
+    server.queue.end(batch, [[GeneratedPixels("", False, 3)]])
     assert server.seconds() == pytest.approx(2 * one)
 
 
@@ -171,12 +174,31 @@ def test_requests_that_will_share_a_run_wait_for_one() -> None:
 
 
 def test_others_are_expected_to_join_as_they_did_before() -> None:
+    """Eight clients whose runs have one and seven images in turn."""
     server = Server(sizes=tuple(range(1, 9)))
-    server.learn(run_of(1, 30), *(run_of(4, 60) for _ in range(4)))
-    assert server.seconds() == pytest.approx(0.37)  # it begins at once, alone
+    at = 0
+    for number in range(10):
+        images = 7 if number % 2 else 1
+        run = run_of(images, 60 if images == 7 else 30, at_ns=at)
+        server.learn(run)
+        at = run.end_ns + MS
+    one, seven = 0.37, 0.67
+    assert server.seconds() == pytest.approx(one)  # it begins at once, alone
     server.queued()
+    batch = server.begun()
+    assert server.seconds() == pytest.approx(one + seven)
+    server.queue.end(batch, [[GeneratedPixels("", False, 3)]])
+    for _ in range(7):
+        server.queued()
     server.begun()
-    assert server.seconds() == pytest.approx(0.37 + 0.67)
+    assert server.seconds() == pytest.approx(seven + one)
+
+
+def test_runs_with_a_pause_between_them_say_nothing_of_each_other() -> None:
+    server = Server(sizes=tuple(range(1, 9)))
+    for number, images in enumerate((1, 7) * 3):
+        server.learn(run_of(images, at_ns=number * 10**10))
+    assert server.estimates.images_after(planned(), 1) == 1
 
 
 def test_an_answer_takes_as_long_as_the_last_ones() -> None:

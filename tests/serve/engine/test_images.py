@@ -52,12 +52,16 @@ def test_data_uri() -> None:
     ],
 )
 def test_the_response_is_the_json_of_pydantics_own_encoder(url: str) -> None:
+    image = GeneratedImage(url=url, width=1, height=1, content_type="image/jpeg", seed=1)
     response = TextToImageResponse(
-        image=GeneratedImage(url=url, width=1, height=1, content_type="image/jpeg"),
+        image=image,
+        images=[image, image],
         seed=1,
-        timings=Timings(clock='"url":""', steps_ms=[30.25]),
+        prompt='"url":""',
+        timings=Timings(clock='"url":""', inference=0.5, steps_ms=[30.25]),
         trace_id="ü",
         prompt_truncated=False,
+        prompt_tokens=5,
     )
     assert response_body(response) == response.model_dump_json().encode()
     assert response.image.url == url

@@ -77,7 +77,9 @@ def test_a_message_that_was_put_together_before_is_not_shown(
 def test_our_own_lines_are_shown_whole(logged: Callable[[], str]) -> None:
     logging.getLogger("serve.http").warning("the limit is %d", 17, extra={"limit": 19})
     logging.getLogger("uvicorn.error").info("Started server process [%d]", 23)
+    logging.getLogger("triton.compiler").warning("recompiled for size %d", 29)
     shown = logged()
+    assert "recompiled for size 29" in shown
     assert "the limit is 17" in shown
     assert "19" in shown
     assert "Started server process [23]" in shown
@@ -156,6 +158,14 @@ def test_a_line_that_cannot_be_written_is_reported_without_its_text(
     assert "serve.http" in reported
     assert "ValueError" in reported
     assert SECRET not in reported
+
+
+def test_a_circle_of_causes_ends() -> None:
+    one, other = ValueError(SECRET), TypeError(SECRET)
+    one.__cause__, other.__cause__ = other, one
+    lines = "".join(formatted(one))
+    assert lines.index("TypeError") < lines.index("ValueError")
+    assert lines.count("Error\n") == 2
 
 
 def test_a_group_shows_its_parts_without_their_text() -> None:
