@@ -479,6 +479,13 @@ def test_fals_metrics_have_their_own_port_and_no_exemplars(servers: dict[str, Se
     assert not [f for f in families(servers["self-hosted"].metrics()) if f.startswith("http_")]
 
 
+@row("OpenAI's images API")
+def test_openais_api_is_self_hosted_only(servers: dict[str, Server]) -> None:
+    found = {kind: server.client.get("/v1/models") for kind, server in servers.items()}
+    assert found["self-hosted"].json()["object"] == "list"
+    assert (found["fal"].status_code, found["fal"].json()["error"]["code"]) == (404, "not_found")
+
+
 @row("API pages")
 def test_fal_serves_pages_about_the_api(servers: dict[str, Server]) -> None:
     for page in ("/docs", "/redoc"):

@@ -60,7 +60,6 @@ def test_numbers_below_one_are_refused(option: str, capsys: pytest.CaptureFixtur
         ("--shape=65x64", "--shape"),
         ("--threads=0", "--threads"),
         ("--threads=many", "--threads"),
-        ("--out=/nowhere/result.json", "/nowhere/result.json"),
     ],
 )
 def test_what_is_not_allowed_is_said_before_any_work(
@@ -72,8 +71,17 @@ def test_what_is_not_allowed_is_said_before_any_work(
     assert named in line
 
 
-@pytest.mark.parametrize("option", ["--peers=triton", "--peers=", "--clients=four", "--clients=1,"])
-def test_wrong_lists_are_wrong_usage(option: str) -> None:
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--peers=triton",
+        "--peers=",
+        "--clients=four",
+        "--clients=1,",
+        "--out=/nowhere/result.json",
+    ],
+)
+def test_wrong_lists_and_files_are_wrong_usage(option: str) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["peers", option])
     assert stop.value.code == 2
