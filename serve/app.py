@@ -66,8 +66,8 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
 
         from prometheus_client import CollectorRegistry
 
+        from serve.engine.build import build_runtime
         from serve.engine.call import current_call
-        from serve.engine.runtime import build_runtime
         from serve.telemetry.logs import configure_logging
 
         if settings.cache_dir is None and KEPT.is_dir():

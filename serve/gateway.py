@@ -1,6 +1,6 @@
 """`PromptGateway`: a second fal app, which calls the first. It needs no GPU and no model library.
 
-This module connects fal's lifecycle to `serve.http.gateway_client.GatewayClient`, which serves the
+This module connects fal's lifecycle to `serve.http.gateway.client.GatewayClient`, which serves the
 requests. Host options are in `[tool.fal.apps.gateway]` of pyproject.toml.
 """
 
@@ -17,7 +17,7 @@ from serve.schema import PromptRequest, TextToImageResponse
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from serve.http.gateway_client import GatewayClient
+    from serve.http.gateway.client import GatewayClient
 
 
 class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not followed
@@ -39,7 +39,7 @@ class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not follow
         from prometheus_client import CollectorRegistry
 
         from serve.engine.call import current_call
-        from serve.http.gateway_client import GatewayClient, ImageAppAddress
+        from serve.http.gateway.client import GatewayClient, ImageAppAddress
         from serve.telemetry.logs import configure_logging
 
         configure_logging(settings.log_format, current_call.get)
@@ -73,7 +73,7 @@ class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not follow
 
     def _add_extra_routes(self, app: FastAPI) -> None:
         """Replace fal's handlers and routes by ours, as `SdxlApp` does."""
-        from serve.http.image_app_errors import GATEWAY_ERRORS
+        from serve.http.gateway.image_app_errors import GATEWAY_ERRORS
 
         replace_fals_handlers(app, lambda: self._client, ("/",), GATEWAY_ERRORS)
         self._installed = True

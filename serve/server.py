@@ -19,16 +19,17 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from kernels_warmup.cache.working_directory import remove_process_directory
-from serve.engine.runtime import Runtime, build_runtime
+from serve.engine.build import build_runtime
+from serve.engine.runtime import Runtime
 from serve.errors import ConfigurationError, ModelError
-from serve.http.connections import Connection, ConnectionLimits, Connections
-from serve.http.early_answers import OVER_THE_LIMIT
 from serve.http.endpoints import install, metrics_endpoint, text_to_image
-from serve.http.listener import Listener, connection_limit
 from serve.http.openai.images import install_openai
 from serve.http.profiling_endpoint import arm_profiling
 from serve.http.routes import add_get_route
 from serve.http.server_sent_events import text_to_image_stream
+from serve.http.sockets.connections import Connection, ConnectionLimits, Connections
+from serve.http.sockets.early_answers import OVER_THE_LIMIT
+from serve.http.sockets.listener import Listener, connection_limit
 from serve.schema import TextToImageRequest, TextToImageResponse
 from serve.settings import ServeSettings
 

@@ -150,7 +150,7 @@ class ServeSettings(TelemetrySettings):
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
     )
 
-    # Connections. `serve.http.connections` says what each limit is for
+    # Connections. `serve.http.sockets.connections` says what each limit is for
 
     max_connections: int | None = Field(
         default=None, ge=1, le=100_000, description="a whole number from 1 to 100000"

@@ -25,7 +25,7 @@ from bench.demo_model.classifier import Reading, SeenThing, place_of, read
 from bench.demo_model.scenes import Pixels, Scene, draw_scene, full_caption, render
 from bench.outputs import output_file, write_json
 from serve.demo_model import DEMO_SIZES, checkpoint_path
-from serve.model.sdxl import load_model
+from serve.model.loading import load_model
 
 _PROMPT_SEED = 20_000
 _PSNR_SEED = 30_000

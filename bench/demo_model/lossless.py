@@ -30,7 +30,8 @@ from kernels_warmup.compile import compile_model
 from kernels_warmup.recipes import Recipe
 from kernels_warmup.shapes import CompiledShape
 from serve.demo_model import DEMO_SIZES
-from serve.model.sdxl import SdxlModel, load_model
+from serve.model.loading import load_model
+from serve.model.sdxl import SdxlModel
 from serve.settings import DEMO_MODEL
 
 # The rewrites that every compile mode is based on, without compiling, which takes minutes.

@@ -38,8 +38,9 @@ from kernels_warmup.warmup import RunKind
 from metrics.clock import WallAnchor, make_clock
 from metrics.records import RunTiming
 from metrics.timeline import RunTimeline
+from serve.engine.build import build_runtime
 from serve.engine.call import Call
-from serve.engine.runtime import Runtime, build_runtime
+from serve.engine.runtime import Runtime
 from serve.schema import TextToImageRequest
 from serve.settings import ServeSettings
 
@@ -221,7 +222,7 @@ def check_entry_points() -> None:
 
     for name in ("prepare", "kinds"):
         if name not in inspect.signature(build_runtime).parameters:
-            raise BenchError(f"its serve.engine.runtime.build_runtime has no argument `{name}`")
+            raise BenchError(f"its serve.engine.build.build_runtime has no argument `{name}`")
     for name in ("generate", "on_model"):
         if not hasattr(Runtime, name):
             raise BenchError(f"its serve.engine.runtime.Runtime has no method `{name}`")
@@ -236,8 +237,8 @@ class PlainCall:
     def __init__(self, scenario: Scenario, work: Work) -> None:
         import torch
 
+        from serve.model.loading import load_model
         from serve.model.scheduler_watch import watch_scheduler
-        from serve.model.sdxl import load_model
 
         self._work = work
         self.uploads = scenario.way == "documented"

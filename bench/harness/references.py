@@ -52,7 +52,7 @@ class References:
         import torch
 
         from kernels_warmup.numerical_error import StepInputs, forward_once
-        from serve.model.sdxl import load_model
+        from serve.model.loading import load_model
 
         work = self._work
         unet = load_model(work.model, None, work.device, dtype).pipeline.unet.float()

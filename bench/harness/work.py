@@ -39,7 +39,7 @@ def choose_work(model: str | None, device: str, shape: str | None, steps: int) -
         BenchError: the device, the size or the number of steps is not allowed.
     """
     from serve.errors import ModelError
-    from serve.model.sdxl import choose_device
+    from serve.model.loading import choose_device
     from serve.settings import SDXL_BASE
 
     if steps < 2:

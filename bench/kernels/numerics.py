@@ -149,7 +149,7 @@ def references(
 
     from bench.harness.torch_state import release_memory
     from kernels_warmup.numerical_error import StepInputs, relative_error
-    from serve.model.sdxl import load_model
+    from serve.model.loading import load_model
 
     device = torch.device(work.device)
     tf32 = torch.backends.cudnn.allow_tf32
@@ -215,7 +215,7 @@ def check(
     from bench.harness.torch_state import LibrarySettings, release_memory
     from bench.harness.work import ScenarioFailed, check_can_run, one_line
     from kernels_warmup.numerical_error import relative_error
-    from serve.model.sdxl import load_model
+    from serve.model.loading import load_model
 
     scenario = replace(scenario, dtype="bfloat16")
     check_can_run(scenario, work)

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     from bench.harness.work import choose_work
     from bench.kernels.operator_times import time_operators
     from kernels_warmup.numerical_error import StepInputs
-    from serve.model.sdxl import load_model
+    from serve.model.loading import load_model
 
     work = choose_work(options.model, options.device, options.shape, 2)
     device = torch.device(work.device)

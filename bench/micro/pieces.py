@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from bench.errors import BenchError
     from bench.harness.environment import where
     from serve.errors import ModelError
-    from serve.model.sdxl import choose_device
+    from serve.model.loading import choose_device
 
     if options.series < 1:
         raise BenchError("--series: 1 and more are allowed")
@@ -258,7 +258,7 @@ def _runtime(shapes: Sequence[str]) -> Runtime:
     from prometheus_client import CollectorRegistry
 
     from metrics.tracing import SpanDestination, Tracing
-    from serve.engine.runtime import build_runtime
+    from serve.engine.build import build_runtime
     from serve.settings import ServeSettings
     from serve.telemetry.setup import build_resource, build_sampling
 

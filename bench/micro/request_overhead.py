@@ -35,7 +35,7 @@ def measure(series: int) -> list[CallTime]:
     from prometheus_client import CollectorRegistry
 
     from kernels_warmup.shapes import CompiledShape
-    from serve.engine.runtime import build_runtime
+    from serve.engine.build import build_runtime
     from serve.settings import ServeSettings
 
     settings = ServeSettings.model_validate(

@@ -20,7 +20,7 @@ from bench.peers.drawing import Drawing, PeerSettings, Pipeline, answer
 
 def create_app(settings: PeerSettings) -> FastAPI:
     """The example as an app, warmed up."""
-    from serve.model.sdxl import choose_device
+    from serve.model.loading import choose_device
 
     dtype = settings.dtype
     if dtype == "auto" and choose_device("auto").type == "cuda":

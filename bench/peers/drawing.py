@@ -63,7 +63,7 @@ class Pipeline:
     def __init__(self, settings: PeerSettings, dtype: str) -> None:
         """Load it. `dtype` as SDXL_DTYPE."""
         from kernels_warmup.shapes import CompiledShape
-        from serve.model.sdxl import load_model
+        from serve.model.loading import load_model
 
         self.pipeline = load_model(settings.model, None, "auto", dtype).pipeline
         if self.pipeline.vae.dtype != self.pipeline.unet.dtype:

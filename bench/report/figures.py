@@ -158,7 +158,7 @@ async def _serve_requests(requests: int, steps: int) -> list[RequestTiming]:
     import uvicorn
     from prometheus_client import CollectorRegistry
 
-    from serve.engine.runtime import build_runtime
+    from serve.engine.build import build_runtime
     from serve.server import bind, create_app
 
     runtime = build_runtime(load_settings(), CollectorRegistry())

@@ -35,8 +35,9 @@ class SelectiveRecorder(Recorder):
 
 def main() -> int:
     from serve import server
+    from serve.engine.build import build_runtime
     from serve.engine.call import current_call
-    from serve.engine.runtime import Runtime, build_runtime
+    from serve.engine.runtime import Runtime
     from serve.settings import ServeSettings, load_settings
     from serve.telemetry.logs import configure_logging
 

@@ -167,7 +167,7 @@ class Startup:
     def _load(self) -> LoadedModel:
         self._progress("load_model")
         started_ns = self._now_ns()
-        from serve.model.sdxl import load_model
+        from serve.model.loading import load_model
 
         settings, readiness = self._settings, self._readiness
         model = load_model(settings.model, settings.model_revision, settings.device, settings.dtype)

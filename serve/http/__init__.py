@@ -1,1 +1,1 @@
-"""HTTP: middleware, endpoints, server-sent events, error responses, and the gateway's client."""
+"""HTTP: middleware, endpoints, events and errors; in rooms, connections, gateway, OpenAI's API."""

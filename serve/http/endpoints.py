@@ -17,7 +17,6 @@ from serve.engine.call import the_call
 from serve.engine.readiness import Readiness
 from serve.engine.runtime import ENDPOINTS, Runtime
 from serve.errors import REQUEST_ERRORS, DeviceLost, NotReady, RequestError
-from serve.http.early_answers import EarlyAnswers
 from serve.http.error_responses import add_exception_handlers, error_response
 from serve.http.image_responses import as_image_request, image_response, wants_image
 from serve.http.middleware import RequestMiddleware
@@ -25,6 +24,7 @@ from serve.http.openapi import install_document
 from serve.http.responses import json_response
 from serve.http.routes import add_get_route
 from serve.http.service import Service, received_call
+from serve.http.sockets.early_answers import EarlyAnswers
 from serve.schema import TextToImageRequest
 
 

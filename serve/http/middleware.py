@@ -30,10 +30,10 @@ from serve.errors import (
     RequestError,
     TooManyConnections,
 )
-from serve.http.early_answers import OVER_THE_LIMIT
 from serve.http.error_responses import error_response
 from serve.http.request_body import json_object, read_body
 from serve.http.service import Service
+from serve.http.sockets.early_answers import OVER_THE_LIMIT
 from serve.schema import REQUEST_ID
 from serve.settings import ServeSettings
 

@@ -36,7 +36,7 @@ gateway = importlib.import_module("serve.gateway").PromptGateway
 assert "/" in gateway.build_metadata()["openapi"]["paths"]
 assert not {"torch", "diffusers"} & set(sys.modules)
 
-from serve.model.sdxl import load_model
+from serve.model.loading import load_model
 model = load_model("demo", None, "cpu", "float32")
 print("loaded", model.name, "from", site)
 """

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from metrics.catalogue import DROPPED_CONNECTIONS
-from serve.http.listener import OTHER_DESCRIPTORS
+from serve.http.sockets.listener import OTHER_DESCRIPTORS
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body
 from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import otlp_endpoint

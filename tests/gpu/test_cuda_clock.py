@@ -16,11 +16,12 @@ from metrics.clock import WallAnchor, make_clock
 from metrics.gpu import THROTTLE_REASONS, Gpu
 from metrics.records import RunTiming
 from metrics.timeline import RunTimeline
+from serve.engine.build import build_runtime
 from serve.engine.call import Call
 from serve.engine.cancellation import Cancellation
 from serve.engine.gpu_run import RunPart
 from serve.engine.gpu_thread import STEPS_AHEAD, StepPacer
-from serve.engine.runtime import Runtime, build_runtime
+from serve.engine.runtime import Runtime
 from serve.errors import ClientGone
 from serve.schema import TextToImageRequest
 from serve.settings import ServeSettings

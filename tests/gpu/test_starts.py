@@ -24,7 +24,7 @@ import asyncio, json, sys, time
 began = time.perf_counter()
 from prometheus_client import CollectorRegistry
 from serve.engine.call import Call
-from serve.engine.runtime import build_runtime
+from serve.engine.build import build_runtime
 from serve.schema import TextToImageRequest
 from serve.settings import ServeSettings
 

@@ -48,7 +48,7 @@ def _no_grad() -> Iterator[None]:
 
 
 def load() -> Any:
-    from serve.model.sdxl import load_model
+    from serve.model.loading import load_model
 
     return load_model("random:sdxl-base", None, "cuda", "bfloat16").pipeline
 

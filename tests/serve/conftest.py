@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from prometheus_client import CollectorRegistry
 
+from serve.engine.build import build_runtime
 from serve.engine.call import Call
-from serve.engine.runtime import Runtime, build_runtime
+from serve.engine.runtime import Runtime
 from serve.schema import TextToImageRequest
 from serve.settings import ServeSettings
 

@@ -26,8 +26,9 @@ from starlette.testclient import TestClient
 
 from serve import app as app_module
 from serve.app import SdxlApp, build_upload, show_on_metrics_port, upload_to_cdn
+from serve.engine.build import build_runtime
 from serve.engine.images import bounded, data_uri
-from serve.engine.runtime import Runtime, build_runtime
+from serve.engine.runtime import Runtime
 from serve.errors import (
     BodyTooLarge,
     ConfigurationError,
@@ -43,8 +44,8 @@ from serve.errors import (
     QueueFull,
     RequestError,
 )
-from serve.http.early_answers import EarlyAnswers
 from serve.http.middleware import RequestMiddleware
+from serve.http.sockets.early_answers import EarlyAnswers
 from serve.schema import GeneratedImage, ImageFormat
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
@@ -129,7 +130,7 @@ def test_compiled_artifacts_are_kept_on_the_accounts_disk(
         seen.append(settings.cache_dir)
         raise OSError("that is all")
 
-    monkeypatch.setattr("serve.engine.runtime.build_runtime", build)
+    monkeypatch.setattr("serve.engine.build.build_runtime", build)
     monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda *_: None)
     app._build_app()
     with pytest.raises(OSError, match="that is all"):
@@ -385,7 +386,7 @@ def test_exit_in_warm_up_ends_setup_without_an_error(
         await asyncio.sleep(60)
 
     runtime = SimpleNamespace(start=start, begin_drain=lambda: None, close=closed.append)
-    monkeypatch.setattr("serve.engine.runtime.build_runtime", lambda *_: runtime)
+    monkeypatch.setattr("serve.engine.build.build_runtime", lambda *_: runtime)
     monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda *_: None)
     monkeypatch.setattr(app_module, "show_on_metrics_port", lambda _: None)
     app._build_app()
@@ -410,7 +411,7 @@ def test_a_failed_start_flushes_and_fails_setup(
         raise OSError("no weights")
 
     runtime = SimpleNamespace(start=start, close=closed.append)
-    monkeypatch.setattr("serve.engine.runtime.build_runtime", lambda *_: runtime)
+    monkeypatch.setattr("serve.engine.build.build_runtime", lambda *_: runtime)
     monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda *_: None)
     monkeypatch.setattr(app_module, "show_on_metrics_port", lambda _: None)
     app._build_app()

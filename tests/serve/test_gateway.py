@@ -21,9 +21,9 @@ from serve import app as app_module
 from serve.app import UPLOAD_SECONDS
 from serve.errors import ConfigurationError
 from serve.gateway import PromptGateway
-from serve.http.early_answers import EarlyAnswers
-from serve.http.gateway_client import ANSWER_SECONDS, MAX_CALLS, ImageAppAddress
+from serve.http.gateway.client import ANSWER_SECONDS, MAX_CALLS, ImageAppAddress
 from serve.http.middleware import RequestMiddleware
+from serve.http.sockets.early_answers import EarlyAnswers
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
 from tests.serve.fal_table import FAL_DRAIN_SECONDS, SDIST_URL, read_table, resolve

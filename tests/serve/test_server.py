@@ -21,14 +21,14 @@ from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity, TraceSampling
 from serve import server
 from serve.engine.call import the_call
-from serve.engine.estimates import EVIDENCE_RUNS
 from serve.engine.readiness import State
 from serve.engine.runtime import ENDPOINTS, Runtime
+from serve.engine.waiting.estimates import EVIDENCE_RUNS
 from serve.errors import ConfigurationError
-from serve.http.listener import MAX_CONNECTIONS, connection_limit
 from serve.http.middleware import RequestMiddleware
 from serve.http.request_body import MAX_BODY_BYTES
 from serve.http.server_sent_events import MAX_WAITING_PREVIEWS
+from serve.http.sockets.listener import MAX_CONNECTIONS, connection_limit
 from serve.server import bind, create_app
 from serve.settings import ServeSettings
 

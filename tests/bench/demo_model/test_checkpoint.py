@@ -24,7 +24,8 @@ from bench.demo_model.evaluate import (
 from bench.demo_model.scenes import Scene, meaningful_words, vocabulary
 from kernels_warmup.shapes import DEMO_SHAPES
 from serve.demo_model import DEMO_SIZES, checkpoint_path
-from serve.model.sdxl import SdxlModel, load_model
+from serve.model.loading import load_model
+from serve.model.sdxl import SdxlModel
 
 NOT_UNDERSTOOD = ["", "an astronaut riding a horse", "猫 🦊 ???", "\x00\n\t", "word " * 300]
 

@@ -24,7 +24,8 @@ from bench.demo_model.lossless import (
 from bench.demo_model.scenes import Pixels, Scene, render
 from kernels_warmup.compile import compile_model
 from kernels_warmup.recipes import mode_for
-from serve.model.sdxl import SdxlModel, load_model
+from serve.model.loading import load_model
+from serve.model.sdxl import SdxlModel
 
 # In levels of 0 to 255. Rounding in another order moves a value by one level at most where nothing
 # amplifies it; docs/demo-model.md has what was measured.

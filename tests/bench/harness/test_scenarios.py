@@ -21,7 +21,7 @@ from bench.harness.torch_state import (
 )
 from bench.harness.work import ScenarioFailed, choose_work
 from kernels_warmup.recipes import RECIPES, TUNED
-from serve.model.sdxl import load_model
+from serve.model.loading import load_model
 from serve.settings import DEMO_MODEL
 from tests.bench import made_up
 

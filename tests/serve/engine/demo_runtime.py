@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
+from serve.engine.build import build_runtime
 from serve.engine.call import Call
-from serve.engine.runtime import Runtime, build_runtime
+from serve.engine.runtime import Runtime
 from serve.schema import TextToImageResponse
 from serve.settings import ServeSettings
 from tests.serve.conftest import request

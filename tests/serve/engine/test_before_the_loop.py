@@ -16,7 +16,8 @@ from kernels_warmup.compile import compile_model
 from kernels_warmup.recipes import Recipe
 from kernels_warmup.rewrites.prepared_loop import SCHEDULERS, SET_BY_TIMESTEPS, prepare_loop
 from kernels_warmup.shapes import CompiledShape
-from serve.model.sdxl import Conditioning, SdxlModel, load_model, tokenise
+from serve.model.loading import load_model
+from serve.model.sdxl import Conditioning, SdxlModel, tokenise
 from serve.model.sdxl_base import SCHEDULER_CONFIG
 
 SHAPE = CompiledShape(128, 128)

@@ -11,12 +11,12 @@ import pytest
 from kernels_warmup.shapes import CompiledShape
 from metrics.records import RunTiming, StageTiming, StepTiming
 from metrics.sampling import TraceIdentity
-from serve.engine.admission import Admission
 from serve.engine.call import Call
-from serve.engine.estimates import EVIDENCE_RUNS, EVIDENCE_SECONDS, NEWEST, Estimates
 from serve.engine.gpu_run import GeneratedPixels
 from serve.engine.planning import PlannedRequest
-from serve.engine.request_queue import Batch, QueuedRuns, RequestQueue
+from serve.engine.waiting.admission import Admission
+from serve.engine.waiting.estimates import EVIDENCE_RUNS, EVIDENCE_SECONDS, NEWEST, Estimates
+from serve.engine.waiting.request_queue import Batch, QueuedRuns, RequestQueue
 from serve.errors import DeadlineExceeded, QueueFull
 from tests.serve.conftest import request
 

@@ -24,8 +24,9 @@ from kernels_warmup.recipes import RECIPES
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import compiler_counts
 from metrics.slow_reason import slow_reason
+from serve.engine.build import build_runtime
 from serve.engine.gpu_run import RunPart
-from serve.engine.runtime import Runtime, build_runtime
+from serve.engine.runtime import Runtime
 from serve.errors import InvalidRequest
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels, settings

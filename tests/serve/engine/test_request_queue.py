@@ -16,7 +16,7 @@ from serve.engine.call import Call
 from serve.engine.cancellation import Cancellation
 from serve.engine.gpu_run import GeneratedPixels, Outcome
 from serve.engine.planning import PlannedRequest
-from serve.engine.request_queue import (
+from serve.engine.waiting.request_queue import (
     Batch,
     QueuedRequest,
     RequestQueue,

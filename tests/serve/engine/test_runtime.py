@@ -12,10 +12,11 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from kernels_warmup.shapes import CompiledShape
+from serve.engine.build import build_runtime
 from serve.engine.call import Call
 from serve.engine.planning import PlannedRequest
 from serve.engine.readiness import State
-from serve.engine.runtime import Runtime, build_runtime
+from serve.engine.runtime import Runtime
 from serve.errors import (
     ClientGone,
     DeadlineExceeded,

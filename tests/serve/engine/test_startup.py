@@ -22,8 +22,9 @@ from kernels_warmup.recipes import Recipe
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import UNGUIDED, RunKind
 from serve.demo_model import checkpoint_path
+from serve.engine.build import build_runtime
 from serve.engine.readiness import State
-from serve.engine.runtime import Runtime, build_runtime
+from serve.engine.runtime import Runtime
 from serve.errors import InvalidRequest, ModelError
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, generate, new_call, settings

@@ -24,8 +24,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from metrics.sampling import TraceSampling
 from serve.http import gateway_client
 from serve.http.endpoints import install
-from serve.http.gateway_client import GatewayClient, ImageAppAddress
-from serve.http.gateway_trace import sampling_threshold
+from serve.http.gateway.client import GatewayClient, ImageAppAddress
+from serve.http.gateway.trace import sampling_threshold
 from serve.schema import MAX_PROMPT_CHARACTERS, PromptRequest
 from serve.settings import load_settings
 from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint, tree

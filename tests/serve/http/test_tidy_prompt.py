@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.http.gateway_client import tidy_prompt
+from serve.http.gateway.client import tidy_prompt
 
 
 @pytest.mark.parametrize(

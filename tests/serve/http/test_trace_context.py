@@ -15,7 +15,7 @@ from opentelemetry.trace import TraceState, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from metrics.tracing import MAX_TRACE_STATE_CHARACTERS, shortened
-from serve.http.gateway_trace import with_probability
+from serve.http.gateway.trace import with_probability
 from tests.serve.http.test_gateway_client import PROMPT, ImageApp, gateway, image_app, otlp, served
 
 __all__ = ["image_app", "otlp"]  # fixtures

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from kernels_warmup.shapes import SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError
-from serve.model.sdxl import SdxlModel, load_model
+from serve.model.loading import load_model
+from serve.model.sdxl import SdxlModel
 from serve.model.sdxl_base import UNET_CONFIG, VAE_CONFIG, materialise
 from serve.model.weights import non_finite_tensor
 

@@ -26,7 +26,7 @@ REPOSITORY = "someone/tiny-sdxl"
 LOAD = """
 import sys
 from serve.errors import ModelError
-from serve.model.sdxl import load_model
+from serve.model.loading import load_model
 try:
     model = load_model(sys.argv[1], sys.argv[2] or None, device_name="cpu")
 except ModelError as error:

@@ -18,8 +18,9 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
 
+from serve.engine.build import build_runtime
 from serve.engine.call import Call
-from serve.engine.runtime import Runtime, build_runtime
+from serve.engine.runtime import Runtime
 from serve.errors import ConfigurationError
 from serve.server import create_app
 from serve.settings import ServeSettings, load_settings

@@ -13,7 +13,7 @@ from metrics.catalogue import GenerationMetrics, render
 from metrics.gpu import Gpu
 from metrics.tracing import Tracing
 from serve import __version__
-from serve.engine.runtime import build_runtime
+from serve.engine.build import build_runtime
 from serve.settings import ServeSettings, load_settings
 from serve.telemetry.setup import (
     bucket_families,

@@ -17,7 +17,7 @@ import socket
 from collections.abc import Callable
 
 from serve.errors import ConfigurationError
-from serve.http.connections import Connection, Connections
+from serve.http.sockets.connections import Connection, Connections
 
 MAX_CONNECTIONS = 1000
 """The limit if the operator sets none and the process may open enough files."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from metrics.records import RunTiming
 from serve.engine.planning import PlannedRequest
-from serve.engine.request_queue import (
+from serve.engine.waiting.request_queue import (
     Batch,
     BatchSizes,
     QueuedRuns,

@@ -9,9 +9,9 @@ import math
 
 from metrics.records import Estimate
 from serve.engine.call import Call
-from serve.engine.estimates import Estimates
 from serve.engine.planning import PlannedRequest
-from serve.engine.request_queue import BatchSizes, QueuedRuns, RequestQueue, split
+from serve.engine.waiting.estimates import Estimates
+from serve.engine.waiting.request_queue import BatchSizes, QueuedRuns, RequestQueue, split
 from serve.errors import DeadlineExceeded, Draining, QueueFull
 
 BUSY_MARGIN = 1.1

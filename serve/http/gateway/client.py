@@ -38,14 +38,14 @@ from serve.errors import (
     InvalidRequest,
     RequestError,
 )
-from serve.http.gateway_trace import GatewayRecorder, propagated_context
-from serve.http.image_app_errors import (
+from serve.http.gateway.image_app_errors import (
     GATEWAY_ERRORS,
     ImageAppFailed,
     ImageAppUnreachable,
     error_type_of,
     explain,
 )
+from serve.http.gateway.trace import GatewayRecorder, propagated_context
 from serve.http.service import received_call
 from serve.schema import MAX_PROMPT_CHARACTERS, PromptRequest
 from serve.settings import ServeSettings
