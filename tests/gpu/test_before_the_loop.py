@@ -22,7 +22,8 @@ from kernels_warmup.compile import CompiledModel, compile_model  # noqa: E402
 from kernels_warmup.recipes import Recipe  # noqa: E402
 from kernels_warmup.rewrites.text_once import BUFFERED_TEXT  # noqa: E402
 from kernels_warmup.shapes import CompiledShape  # noqa: E402
-from serve.model.sdxl import Conditioning, SdxlModel, load_model  # noqa: E402
+from serve.model.loading import load_model  # noqa: E402
+from serve.model.sdxl import Conditioning, SdxlModel  # noqa: E402
 
 SHAPE = CompiledShape(1024, 1024)
 PROMPTS = ("a red circle on a white background", "a lighthouse in a storm, oil on canvas")

@@ -22,8 +22,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from prometheus_client import CollectorRegistry, generate_latest
 
 from metrics.sampling import TraceSampling
-from serve.http import gateway_client
 from serve.http.endpoints import install
+from serve.http.gateway import client as gateway_client
 from serve.http.gateway.client import GatewayClient, ImageAppAddress
 from serve.http.gateway.trace import sampling_threshold
 from serve.schema import MAX_PROMPT_CHARACTERS, PromptRequest
