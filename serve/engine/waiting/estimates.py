@@ -7,6 +7,7 @@ bound that decides whether a deadline can be met.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -86,6 +87,7 @@ class Estimates:
         self._seen: dict[tuple[str, bool], dict[int, _Seen]] = {}
         self._observed_at: dict[tuple[str, bool], deque[float]] = {}
         self._last_run: RunTiming | None = None
+        self._last_ended_at = -math.inf
         self._following: dict[tuple[str, bool, int, int], deque[int]] = {}
         """The images of the last runs of a kind that followed a run of that many images."""
         self._answers: dict[tuple[str, str, int], deque[float]] = {}
@@ -120,6 +122,7 @@ class Estimates:
     def _observe_order(self, run: RunTiming) -> None:
         """Learn how many images a run has that begins where another ends."""
         before, self._last_run = self._last_run, run
+        self._last_ended_at = self._monotonic()
         if before is not None and run.start_ns - before.end_ns < BACK_TO_BACK_NS:
             kind = run.shape, run.guidance, len(run.steps), before.batch_size
             self._following.setdefault(kind, deque(maxlen=NEWEST_PAIRS)).append(run.batch_size)
@@ -193,18 +196,17 @@ class Estimates:
             if left is None:
                 return None
             seconds = left
-        busy = running is not None or bool(queue.waiting)
         joined = any(each.call is target.call for each in queue.waiting)
         waiting = queue.waiting if joined else [*queue.waiting, target]
         runs = [run for each in waiting for run in each.runs()]
         missing = len(target.images)
-        images = 0 if running is None else running.images
+        images = self._images_before(running)
         for batch in coming_batches(runs, lambda run: sizes(run.planned)):
             if not missing:
                 break
             planned = batch[0].planned
             # Others will join until it begins, as they did before.
-            expected = self.images_after(planned, images) if busy and not fastest else 1
+            expected = 1 if fastest else self.images_after(planned, images)
             images = sum(run.next_images for run in batch)
             images = max(images, min(expected, sizes(planned)[-1]))
             pace = self.pace(planned, images, fastest)
@@ -212,9 +214,17 @@ class Estimates:
                 return None
             seconds += pace.run_seconds(planned.num_inference_steps)
             missing -= sum(run.call is target.call for run in batch)
-        if not busy and not fastest and target.images:
+        if running is None and not queue.waiting and not fastest and target.images:
             seconds += queue.max_wait_seconds
         return seconds + self.answer_seconds(target.planned, fastest)
+
+    def _images_before(self, running: Batch | None) -> int:
+        """The images of the run that the next one follows; 0 if it follows none."""
+        if running is not None:
+            return running.images
+        last, ended_at = self._last_run, self._last_ended_at
+        recent = self._monotonic() - ended_at < BACK_TO_BACK_NS / 1e9
+        return last.batch_size if last is not None and recent else 0
 
     def seconds_left(self, batch: Batch, fastest: bool = False) -> float | None:
         """Seconds until the run in progress ends; None if that is not known."""

@@ -183,6 +183,7 @@ def test_others_are_expected_to_join_as_they_did_before() -> None:
         server.learn(run)
         at = run.end_ns + MS
     one, seven = 0.37, 0.67
+    server.clock.now += 1
     assert server.seconds() == pytest.approx(one)  # it begins at once, alone
     server.queued()
     batch = server.begun()
