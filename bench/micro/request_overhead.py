@@ -120,11 +120,21 @@ def _turn(runtime: Runtime, model: SdxlModel, runner: asyncio.Runner, series: in
     from serve.engine.call import Call
     from serve.schema import TextToImageRequest
 
-    request = TextToImageRequest(prompt=PROMPTS[0], num_inference_steps=LOOP_STEPS, seed=1)
+    # Guidance scales of their own, so that no two share a run.
+    requests = [
+        TextToImageRequest(
+            prompt=PROMPTS[0], num_inference_steps=LOOP_STEPS, seed=1, guidance_scale=2 + index / 10
+        )
+        for index in range(QUEUED)
+    ]
 
     async def queued() -> None:
-        calls = [Call("/", "POST", runtime.tracing.identify()) for _ in range(QUEUED)]
-        await asyncio.gather(*(runtime.generate(request, call) for call in calls))
+        await asyncio.gather(
+            *(
+                runtime.generate(request, Call("/", "POST", runtime.tracing.identify()))
+                for request in requests
+            )
+        )
 
     gaps: list[float] = []
     with _instant(model) as turns:
