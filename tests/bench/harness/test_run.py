@@ -194,7 +194,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git("add", ".")
     git("commit", "-qm", "whole")
     git("tag", "whole")
-    runtime = place / "serve" / "engine" / "runtime.py"
+    runtime = place / "serve" / "engine" / "build.py"
     text = runtime.read_text()
     runtime.write_text("raise ImportError('half a change')\n")
     git("commit", "-qam", "broken")
@@ -207,7 +207,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git("commit", "-qam", "other entry points")
     git("tag", "other-entry-points")
     git("checkout", "-q", "whole")
-    git("mv", "serve/engine/runtime.py", "serve/runtime.py")
+    git("mv", "serve/engine/build.py", "serve/build.py")
     git("rm", "-rqf", "serve/engine")
     git("commit", "-qam", "without serve/engine")
     git("tag", "without-engine")
