@@ -352,7 +352,10 @@ def test_steps_are_reported_as_they_end(server: Server) -> None:
 
 
 def test_a_failure_midway_is_the_streams_last_event(server: Server) -> None:
-    answer = server.generate("/stream", deadline_seconds=0.2, **SLOW)
+    # A deadline that passes midway, and is not so short that the request is refused at once.
+    refused = server.generate(deadline_seconds=0.2, **SLOW)
+    eta_ms = refused.json().get("eta_ms", 3000)
+    answer = server.generate("/stream", deadline_seconds=0.7 * eta_ms / 1000, **SLOW)
     name, data = events(answer.text)[-1]
     assert (answer.status_code, name) == (200, "error")
     assert data["error_type"] == "deadline_exceeded"

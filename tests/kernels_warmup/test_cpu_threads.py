@@ -165,7 +165,7 @@ THREADS = "\nimport torch; print(torch.get_num_threads())"
 @pytest.mark.parametrize(
     "front_door",
     [
-        "import serve.engine.runtime as r, serve.settings as s; r.build_runtime(s.load_settings())",
+        "import serve.engine.build as r, serve.settings as s; r.build_runtime(s.load_settings())",
         "from bench.__main__ import main\nmain(['show', 'no-such-file.json'])",
     ],
 )

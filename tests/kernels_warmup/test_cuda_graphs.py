@@ -94,7 +94,7 @@ def test_where_nothing_is_compiled_no_shape_is_cold(monkeypatch: pytest.MonkeyPa
     assert per_shape.fallbacks == Fallbacks()
     # A captured graph belongs to one shape, whether its function is compiled or not.
     captured = replace(RECIPES["rewritten"], replay="captured")
-    assert PerShape(torch.relu, captured, torch.device("cuda"))._has_graphs
+    assert PerShape(torch.relu, captured, torch.device("cuda")).has_graphs
 
 
 def test_more_shapes_than_dynamos_own_limit_stay_compiled() -> None:

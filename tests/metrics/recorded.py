@@ -97,7 +97,7 @@ def observe_some(metrics: GenerationMetrics, random: Random) -> None:
     for error_type, outcome in (("queue_full", "rejected"), ("client_gone", "cancelled")):
         failure = Failure(error_type, "X", "x", START_NS)
         refused = request_timing(outcome=outcome, failure=failure)
-        metrics.observe_request(dataclasses.replace(refused, runs=()), None)
+        metrics.observe_request(dataclasses.replace(refused, runs=(), observed_runs=()), None)
 
 
 def samples(end: int, minutes: int) -> Iterator[str]:
