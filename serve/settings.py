@@ -136,8 +136,8 @@ class ServeSettings(TelemetrySettings):
     max_batch: int | None = Field(
         default=None, ge=1, le=MOST_IMAGES, description=f"a whole number from 1 to {MOST_IMAGES}"
     )
-    batch_wait_ms: float = Field(
-        default=0,
+    batch_wait_ms: float | None = Field(
+        default=None,
         ge=0,
         le=10_000,
         allow_inf_nan=False,

@@ -26,7 +26,9 @@ from bench.peers.drawing import PeerSettings
 from bench.service.processes import Server, connect, free_port, running
 
 OURS, DOCUMENTED, BENTOML, LITSERVE = "ours", "documented", "bentoml", "litserve"
-PEERS = (DOCUMENTED, BENTOML, LITSERVE)
+UNBATCHED = "unbatched"
+"""Our server with one image a run: what batching is worth, and what it costs a single client."""
+PEERS = (DOCUMENTED, BENTOML, LITSERVE, UNBATCHED)
 
 READY_SECONDS = 1800
 ENDING_SECONDS = 30
@@ -60,10 +62,10 @@ class _Command:
 
 def _command(name: str, settings: PeerSettings, most_clients: int, folder: str) -> _Command:
     """Raises BenchError if the server's environment is missing."""
-    if name == OURS:
+    if name in (OURS, UNBATCHED):
         return _Command(
             ("serve", "--port", "0"),
-            _our_environment(settings, most_clients),
+            _our_environment(settings, most_clients, settings.max_batch if name == OURS else 1),
             body=lambda drawing: {**drawing, "format": "png"},
         )
     environment = settings.to_environment()
@@ -93,7 +95,7 @@ def _command(name: str, settings: PeerSettings, most_clients: int, folder: str) 
     )
 
 
-def _our_environment(settings: PeerSettings, most_clients: int) -> dict[str, str]:
+def _our_environment(settings: PeerSettings, most_clients: int, max_batch: int) -> dict[str, str]:
     environment = {
         "SDXL_MODEL": settings.model,
         "SDXL_DTYPE": settings.dtype,
@@ -102,7 +104,7 @@ def _our_environment(settings: PeerSettings, most_clients: int) -> dict[str, str
     }
     if settings.shape:
         environment["SDXL_SHAPES"] = settings.shape
-    environment["SDXL_MAX_BATCH"] = str(settings.max_batch)
+    environment["SDXL_MAX_BATCH"] = str(max_batch)
     return environment
 
 

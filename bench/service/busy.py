@@ -40,8 +40,9 @@ TARGETS = {0: 1.05, 1: 2.0, 2: 3.0}
 """Largest ratio of the request's time: without loops to `libgomp`'s, else to its own without."""
 FIRST_REQUESTS = 3
 """Not measured: they fill caches."""
-SETTLE_SECONDS = 1.0
-"""From the change of the load to the first request: longer than the service takes to notice."""
+SETTLE_SECONDS = 2.5
+"""Before each request: a server sees within a second that others need the cores, and a second and a
+half later that they no longer do."""
 
 
 @dataclass
@@ -149,12 +150,14 @@ def _time_one_load(
     servers: dict[str, Server], arms: Sequence[str], load: int, number: int, samples: Samples
 ) -> None:
     with endless_loops(load):
-        time.sleep(SETTLE_SECONDS)
         for arm in arms:
+            # The other server's request was work of others too, as this server saw it.
+            time.sleep(SETTLE_SECONDS)
             start = time.perf_counter()
             servers[arm].generate(number, samples.steps)
             samples.wall_ms[str(load)][arm].append((time.perf_counter() - start) * 1000)
-        samples.waiting[str(load)].append(threads_of(servers["ships"])["waiting"])
+            if arm == "ships":
+                samples.waiting[str(load)].append(threads_of(servers[arm])["waiting"])
 
 
 @contextmanager

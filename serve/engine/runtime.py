@@ -101,8 +101,9 @@ class Runtime:
         self.recorder = recorder
         self.profiling = profiling
         self.readiness = readiness
+        wait_ms = settings.batch_wait_ms
         self.queue = RequestQueue(
-            settings.max_waiting, settings.batch_wait_ms / 1e3, metrics.set_waiting
+            settings.max_waiting, None if wait_ms is None else wait_ms / 1e3, metrics.set_waiting
         )
         self.estimates = Estimates()
         self.admission = Admission(self.queue, self.estimates, self._sizes)

@@ -53,6 +53,10 @@ class Batchable(Protocol):
 
 B = TypeVar("B", bound=Batchable)
 
+RETURN_SECONDS = 0.02
+"""How long the clients of a shared run take to send their next requests, all but the slowest: they
+have to receive their images first."""
+
 
 def first_batch(waiting: Iterable[B], sizes: Sequence[int]) -> list[B]:
     """The requests of the next run: the first that waits, and those that it can share a run with.
@@ -181,15 +185,16 @@ class RequestQueue:
 
     Args:
         max_waiting: how many may wait, not counting those that run.
-        max_wait_seconds: how long a request that arrives at an idle GPU thread may wait for others
-            to share its run.
+        max_wait_seconds: how long a request that arrives at an idle GPU thread waits for others to
+            fill its run. None: `RETURN_SECONDS` at most, and only until as many requests have come
+            as shared the run before; a client that is alone never waits.
         on_waiting: called with the number of waiting requests whenever it changes.
     """
 
     def __init__(
         self,
         max_waiting: int,
-        max_wait_seconds: float,
+        max_wait_seconds: float | None,
         on_waiting: Callable[[int], None],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -200,6 +205,8 @@ class RequestQueue:
         self._changed = threading.Condition()
         self._queue: list[QueuedRequest] = []
         self._running: Batch | None = None
+        self._requests_before = 1
+        """How many requests shared the last run."""
         self._draining = False
 
     @property
@@ -231,7 +238,7 @@ class RequestQueue:
                 QueuedRuns(each.planned, each.call, tuple(map(len, each.parts)), each.alone)
                 for each in self._queue
             ]
-            return QueueState(self._running, waiting, self._max_wait_seconds)
+            return QueueState(self._running, waiting, self._max_wait_seconds or 0.0)
 
     # On the event loop
 
@@ -322,6 +329,7 @@ class RequestQueue:
                 return None
             batch = Batch(requests, [each.take_part() for each in requests], self._monotonic())
             self._running = batch
+            self._requests_before = len(requests)
             self._queue = [each for each in self._queue if each.parts]
             self._report()
             return batch
@@ -331,7 +339,10 @@ class RequestQueue:
         else to do: every waiting request is in the batch."""
         if head.started or head.alone or self._draining or batched < len(self._queue):
             return 0.0
-        return head.joined_at + self._max_wait_seconds - self._monotonic()
+        longest = self._max_wait_seconds
+        if longest is None:
+            longest = RETURN_SECONDS if batched < self._requests_before else 0.0
+        return head.joined_at + longest - self._monotonic()
 
     def end(self, batch: Batch, outcomes: Sequence[Outcome]) -> int:
         """A run has ended. Returns how many further runs its requests need because of that."""

@@ -16,6 +16,7 @@ from serve.engine.call import Call
 from serve.engine.cancellation import Cancellation
 from serve.engine.gpu_run import GeneratedPixels, Outcome
 from serve.engine.planning import PlannedRequest
+from serve.engine.waiting import request_queue
 from serve.engine.waiting.request_queue import (
     Batch,
     QueuedRequest,
@@ -113,7 +114,7 @@ def test_every_request_is_drawn_once_and_the_first_goes_first(sizes: tuple[int, 
 class Queue:
     """A queue and the requests that have joined it."""
 
-    def __init__(self, max_waiting: int = 32, max_wait_seconds: float = 0.0) -> None:
+    def __init__(self, max_waiting: int = 32, max_wait_seconds: float | None = 0.0) -> None:
         self.told: list[int] = []
         self.queue = RequestQueue(max_waiting, max_wait_seconds, self.told.append)
 
@@ -284,6 +285,35 @@ def test_the_first_waits_for_others_and_no_longer_than_allowed() -> None:
     assert time.monotonic() - start >= 0.19
     assert batch.requests[0] is first
     assert batch.images == 2
+
+
+def test_by_default_a_run_waits_for_as_many_requests_as_shared_the_last_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(request_queue, "RETURN_SECONDS", 60)
+    line = Queue(max_wait_seconds=None)
+
+    def run(waits_for_another: bool = False) -> int:
+        """Draw the next run, and return how many images it had."""
+        if waits_for_another:
+            threading.Timer(0.05, line.join).start()
+        batch = line.take()
+        line.queue.end(batch, drawn(batch))
+        return batch.images
+
+    line.join()
+    assert run() == 1  # alone: it does not wait
+    line.join()
+    line.join()
+    assert run() == 2
+    line.join()
+    assert run(waits_for_another=True) == 2  # for no third
+    monkeypatch.setattr(request_queue, "RETURN_SECONDS", 0.05)
+    line.join()
+    assert run() == 1  # the other has left
+    monkeypatch.setattr(request_queue, "RETURN_SECONDS", 60)
+    line.join()
+    assert run() == 1
 
 
 def test_a_full_run_does_not_wait() -> None:
