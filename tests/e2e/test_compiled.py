@@ -38,6 +38,8 @@ def family(process: ServerProcess) -> list[psutil.Process]:
     return [parent, *parent.children(recursive=True)]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_sigterm_while_it_compiles(tmp_path: Path) -> None:
     """No partial file is kept, no process keeps running, and the trace has the cause."""
     kept, scratch = tmp_path / "kept", tmp_path / "scratch"
@@ -106,6 +108,8 @@ def test_a_start_from_the_cache_takes_a_quarter_at_most(tmp_path: Path) -> None:
     assert images[0] == pytest.approx(images[1], rel=0.02)
 
 
+@pytest.mark.slow  # tests/kernels_warmup/cache has the same damages in process
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("spoil", ["truncated", "foreign"])
 def test_a_damaged_cache_breaks_no_start(tmp_path: Path, spoil: str) -> None:
     """The log has one line, and the start is like one without a cache.

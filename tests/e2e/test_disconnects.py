@@ -134,7 +134,7 @@ def check(server: ServerProcess, count: int) -> None:
 
 @pytest.mark.timeout(300)
 def test_clients_that_leave_disturb_no_other(server: ServerProcess) -> None:
-    check(server, 40)
+    check(server, 24)
 
 
 @pytest.mark.slow

@@ -89,6 +89,7 @@ def test_a_model_that_cannot_draw(
     assert model.name in said
 
 
+@pytest.mark.slow  # tests/serve/model/test_model_hub.py has each reason in process
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     hub = {
         "SDXL_MODEL": "someone/tiny-sdxl",
