@@ -49,10 +49,15 @@ def started(code: str) -> Iterator[Server]:
 
 
 def family(server: Server, count: int) -> list[psutil.Process]:
-    """Its processes, once there are so many."""
+    """Its processes, once there are so many and each has begun its program."""
     first = psutil.Process(server.process.pid)
     deadline = time.monotonic() + WAIT_SECONDS
-    while len(found := [first, *first.children(recursive=True)]) < count:
+
+    def begun(processes: list[psutil.Process]) -> bool:
+        # Until a child has begun its program its parent cannot be stopped: it waits in vfork().
+        return all(process.status() != psutil.STATUS_DISK_SLEEP for process in processes)
+
+    while len(found := [first, *first.children(recursive=True)]) < count or not begun(found):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return found
