@@ -299,3 +299,6 @@ class ErrorBody(BaseModel):
     detail: str | list[InvalidField]
     error_type: str
     trace_id: str = Field(pattern="^[0-9a-f]{32}$")
+    eta_ms: float | None = Field(
+        default=None, description="With 429 and 504: the estimated time of the request."
+    )
