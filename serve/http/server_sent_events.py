@@ -146,27 +146,23 @@ class _Events:
         data: dict[str, Any] = {"waiting": waiting, "trace_id": self._call.identity.trace_id_hex}
         if self._call.estimate is not None:
             data["eta_ms"] = self._call.estimate.seconds * 1e3
-        return _event("queued", data)
+        return event("queued", data)
 
     async def step(self, index: int, gpu_ms: float, preview: Any) -> bytes:
         data: dict[str, Any] = {"index": index, "total": self._call.total_steps, "gpu_ms": gpu_ms}
         if preview is not None:
             jpeg = await asyncio.to_thread(encode_image, preview, "jpeg")
             data["preview"] = data_uri(jpeg, "jpeg")
-        return _event("step", data)
+        return event("step", data)
 
     def done(self, response: TextToImageResponse) -> bytes:
         # The body is a JSON object: the type goes in front of its first field.
         return b'event: image\ndata: {"type":"image",' + response_body(response)[1:] + b"\n\n"
 
     def failed(self, error: RequestError) -> bytes:
-        return _event("error", error_body(error, self._call))
-
-
-def _event(name: str, data: Mapping[str, Any]) -> bytes:
-    return event(name, {"type": name, **data})
+        return event("error", error_body(error, self._call))
 
 
 def event(name: str, data: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+    """One server-sent event. Its name is in its data too, as `type`."""
+    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -102,12 +101,12 @@ class _Events:
             "partial_image_index": self._partial_images,
         }
         self._partial_images += 1
-        return _event("image_generation.partial_image", fields)
+        return event("image_generation.partial_image", fields)
 
     def done(self, response: TextToImageResponse) -> bytes:
         usage = Usage.of_prompt(response.prompt_tokens).model_dump()
         return b"".join(
-            _event(
+            event(
                 "image_generation.completed",
                 {**self._common(_base64(image), _size(image)), "usage": usage, "seed": image.seed},
             )
@@ -115,7 +114,7 @@ class _Events:
         )
 
     def failed(self, error: RequestError) -> bytes:
-        return event("error", {"type": "error", **error_body(error, self._call)})
+        return event("error", error_body(error, self._call))
 
     def _encode(self, preview: Any, width: int, height: int) -> str:
         pixels = enlarge(preview, width, height)
@@ -158,7 +157,3 @@ def _size(image: GeneratedImage) -> str:
 def _base64(image: GeneratedImage) -> str:
     """The bytes of an image that was answered as a data URI."""
     return image.url.split(",", 1)[1]
-
-
-def _event(name: str, data: Mapping[str, Any]) -> bytes:
-    return event(name, {"type": name, **data})

@@ -35,20 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of i
 
 
 @pytest.fixture(scope="module")
-def traced() -> Iterator[None]:
-    """torch.compile without code generation."""
-    real = torch.compile
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch,
-            "compile",
-            lambda function, **_: real(function, backend="eager", fullgraph=True, dynamic=False),
-        )
-        yield
-    torch.compiler.reset()
-
-
-@pytest.fixture(scope="module")
 def compiled(traced: None) -> Iterator[Runtime]:
     """The demo at both its sizes, warm."""
     runtime = build(compile="default")

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from kernels_warmup.cuda_graphs import Fallbacks
 from kernels_warmup.shapes import CompiledShape
@@ -36,20 +35,6 @@ def generate(runtime: Runtime, **fields: Any) -> tuple[Call, TextToImageResponse
 
 def sizes(runtime: Runtime) -> object:
     return runtime.readiness.as_json()["batch_sizes"]
-
-
-@pytest.fixture(scope="module")
-def traced() -> Iterator[None]:
-    """torch.compile without code generation."""
-    real = torch.compile
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch,
-            "compile",
-            lambda function, **_: real(function, backend="eager", fullgraph=True, dynamic=False),
-        )
-        yield
-    torch.compiler.reset()
 
 
 @pytest.fixture(scope="module")
