@@ -65,7 +65,7 @@ def measure(series: int) -> list[CallTime]:
 
 
 def _tokens(model: SdxlModel, series: int) -> CallTime:
-    from serve.model.sdxl import tokenise
+    from serve.model.prompt_tokens import tokenise
 
     tokenizers = (model.pipeline.tokenizer, model.pipeline.tokenizer_2)
 

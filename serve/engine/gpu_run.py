@@ -171,6 +171,7 @@ class GpuRun:
             [request.negative_prompt for request in wanted],
             self._planned.guided,
             self._planned.shape,
+            self._planned.chunks,
         )
 
     def _denoise(

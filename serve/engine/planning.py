@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
 from metrics.records import GenerationFacts
 from serve.errors import FieldProblem, InvalidRequest
 from serve.schema import MAX_SEED, TextToImageRequest
 from serve.settings import ServeSettings
+
+CountChunks = Callable[[str, str, bool], int]
+"""How many chunks of 75 tokens a run needs for a prompt and a negative prompt, with guidance or
+without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +27,15 @@ class PlannedRequest:
     num_inference_steps: int
     guidance_scale: float
     seed: int
+    chunks: int = 1
+    """How many chunks of 75 tokens its prompts are encoded in."""
 
     @property
-    def run_key(self) -> tuple[CompiledShape, int, float]:
-        """What the images of one run have in common."""
+    def run_key(self) -> tuple[CompiledShape, int, float, int]:
+        """What the images of one run have in common. The number of chunks is among it: padding to
+        another request's number would change the picture."""
         scale = self.guidance_scale if self.guided else 1.0
-        return self.shape, self.num_inference_steps, scale
+        return self.shape, self.num_inference_steps, scale, self.chunks
 
     @property
     def num_images(self) -> int:
@@ -72,6 +79,7 @@ def plan_request(
     settings: ServeSettings,
     warm_shapes: Sequence[CompiledShape],
     trained_shapes: Sequence[CompiledShape],
+    count_chunks: CountChunks = lambda *_: 1,
 ) -> PlannedRequest:
     """Fill in what a request left open.
 
@@ -79,18 +87,23 @@ def plan_request(
         warm_shapes: the shapes that are warm; the first is the default size.
         trained_shapes: the sizes that the model was trained for. With `SDXL_SERVE_COLD_SHAPES` the
             largest shape of both bounds the image's size.
+        count_chunks: called where prompts may have several chunks.
 
     Raises:
         InvalidRequest: the size, the guidance or the number of images is not served here.
     """
     _require_images(request, settings)
-    return PlannedRequest(
+    planned = PlannedRequest(
         request,
         _choose_shape(request, settings, warm_shapes, trained_shapes),
         request.num_inference_steps or settings.steps,
         _choose_guidance_scale(request, settings),
         _choose_seed(request),
     )
+    if settings.prompt_chunks == 1:
+        return planned
+    chunks = count_chunks(request.prompt, request.negative_prompt, planned.guided)
+    return replace(planned, chunks=chunks)
 
 
 def _require_images(request: TextToImageRequest, settings: ServeSettings) -> None:

@@ -169,6 +169,7 @@ class Runtime:
             num_inference_steps=WARMUP_STEPS,
             guidance_scale=max(self.settings.guidance_scale, 2.0) if kind.guided else 1.0,
             seed=0,
+            chunks=kind.chunks,
         )
         call = Call("/", "POST", self.tracing.identify())
         (outcome,) = self._execute([RunPart(planned, call, range(kind.images))], _new_run_id())
@@ -253,8 +254,9 @@ class Runtime:
         if (refusal := self.refusal()) is not None:
             raise refusal
         readiness = self.readiness
+        model = self.loaded.model
         planned = plan_request(
-            request, self.settings, readiness.shapes, self.loaded.model.trained_shapes
+            request, self.settings, readiness.shapes, model.trained_shapes, model.chunks_of
         )
         call.facts = planned.facts(readiness.model, with_prompt=self.settings.trace_prompts)
         return planned
