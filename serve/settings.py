@@ -159,6 +159,18 @@ class ServeSettings(TelemetrySettings):
         description=f"a whole number from 1 to {MOST_CHUNKS}",
     )
 
+    # The check of finished images
+
+    safety_checker: str | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "a local directory with diffusers' StableDiffusionSafetyChecker, or a hub repository "
+            "as NAME/NAME or NAME/NAME@REVISION"
+        ),
+    )
+    safety_checker_optional: bool = Field(default=False, description=TRUE_OR_FALSE)
+
     # Connections. `serve.http.sockets.connections` says what each limit is for
 
     max_connections: int | None = Field(

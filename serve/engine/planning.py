@@ -29,6 +29,8 @@ class PlannedRequest:
     seed: int
     chunks: int = 1
     """How many chunks of 75 tokens its prompts are encoded in."""
+    checked: bool = False
+    """Whether the safety checker checks its images."""
 
     @property
     def run_key(self) -> tuple[CompiledShape, int, float, int]:
@@ -90,7 +92,8 @@ def plan_request(
         count_chunks: called where prompts may have several chunks.
 
     Raises:
-        InvalidRequest: the size, the guidance or the number of images is not served here.
+        InvalidRequest: the size, the guidance, the number of images or an image without a safety
+            check is not served here.
     """
     _require_images(request, settings)
     planned = PlannedRequest(
@@ -99,6 +102,7 @@ def plan_request(
         request.num_inference_steps or settings.steps,
         _choose_guidance_scale(request, settings),
         _choose_seed(request),
+        checked=_choose_check(request, settings),
     )
     if settings.prompt_chunks == 1:
         return planned
@@ -110,6 +114,16 @@ def _require_images(request: TextToImageRequest, settings: ServeSettings) -> Non
     if request.num_images > settings.max_images:
         message = f"must be at most {settings.max_images}"
         raise InvalidRequest([FieldProblem(("body", "num_images"), message, "num_images")])
+
+
+def _choose_check(request: TextToImageRequest, settings: ServeSettings) -> bool:
+    if settings.safety_checker is None:
+        return False
+    if not request.enable_safety_checker and not settings.safety_checker_optional:
+        message = "must be true: this server checks every image"
+        name = "enable_safety_checker"
+        raise InvalidRequest([FieldProblem(("body", name), message, "safety_checker")])
+    return request.enable_safety_checker
 
 
 def _choose_seed(request: TextToImageRequest) -> int:

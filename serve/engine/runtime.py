@@ -170,6 +170,7 @@ class Runtime:
             guidance_scale=max(self.settings.guidance_scale, 2.0) if kind.guided else 1.0,
             seed=0,
             chunks=kind.chunks,
+            checked=self.settings.safety_checker is not None,
         )
         call = Call("/", "POST", self.tracing.identify())
         (outcome,) = self._execute([RunPart(planned, call, range(kind.images))], _new_run_id())
@@ -292,6 +293,8 @@ class Runtime:
     ) -> QueuedRequest:
         if previews is None and planned.request.preview:
             previews = Previews()
+        if planned.checked:
+            previews = None  # they would show what the check is about to blank
         call.timeline.begin("queue")
         return self.queue.join(planned, call, on_step, self._sizes(planned), previews)
 
@@ -332,6 +335,7 @@ class Runtime:
         self.estimates.observe_answer(planned, time.perf_counter() - drawn)
         if any(image.prompt_truncated for image in images):
             self.metrics.prompt_truncated()
+        self.metrics.images_flagged(sum(image.flagged is True for image in images))
         return build_response(planned, call, urls, images)
 
     async def _put(self, data: bytes, planned: PlannedRequest) -> str:

@@ -169,10 +169,13 @@ class Startup:
         started_ns = self._now_ns()
         from serve.model.loading import load_model
         from serve.model.prompt_tokens import PromptRules
+        from serve.model.safety_checker import load_safety_checker
 
         settings, readiness = self._settings, self._readiness
         model = load_model(settings.model, settings.model_revision, settings.device, settings.dtype)
         model.prompt_rules = PromptRules(settings.prompt_chunks)
+        if settings.safety_checker is not None:
+            model.safety_checker = load_safety_checker(settings.safety_checker, model.device)
         clock = make_clock(str(model.device))
         readiness.model, readiness.device = model.name, str(model.device)
         self._attributes |= {"model.name": model.name, "device": str(model.device)}

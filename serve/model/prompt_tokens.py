@@ -60,10 +60,10 @@ def tokenise(tokenizer: Any, texts: Sequence[str], chunks: int = 1) -> PromptTok
 
 def count_chunks(tokenizer: Any, texts: Sequence[str]) -> int:
     """How many chunks the longest of these texts needs; 1 for an empty one."""
-    room = tokenizer.model_max_length - 2
+    room: int = tokenizer.model_max_length - 2
     whole: list[list[int]] = tokenizer(list(texts), verbose=False).input_ids
-    most = max(map(len, whole)) - 2
-    return max(1, -(-most // room))
+    longest = max(map(len, whole)) - 2
+    return max(1, -(-longest // room))
 
 
 def _rows(ids: list[int], length: int, fill: int, chunks: int) -> list[list[int]]:

@@ -22,6 +22,7 @@ from kernels_warmup.shapes import CompiledShape
 from serve.errors import ModelError
 from serve.model.noise import cpu_generator
 from serve.model.prompt_tokens import PromptRules, count_chunks, tokenise
+from serve.model.safety_checker import SafetyChecker
 from serve.model.scheduler_watch import watch_scheduler
 
 
@@ -86,10 +87,12 @@ class DecodedImages:
     Attributes:
         pixels: (images, height, width, 3) uint8.
         finite: (images,) bool: whether all of an image's values are finite.
+        on_device: the pixels on the model's device.
     """
 
     pixels: torch.Tensor
     finite: torch.Tensor
+    on_device: torch.Tensor
 
 
 class SdxlModel:
@@ -110,6 +113,7 @@ class SdxlModel:
         self.text: TextOnce | None = None
         """Computes once a run what its steps read of the text; None: every step computes it."""
         self.prompt_rules = PromptRules()
+        self.safety_checker: SafetyChecker | None = None
         self._loop = prepare_loop(pipeline)
         self._preview_map: torch.Tensor | None = None
         pipeline.set_progress_bar_config(disable=True)
@@ -237,7 +241,14 @@ class SdxlModel:
         vae = self.pipeline.vae
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor
         decoded = vae.decode(scaled, return_dict=False)[0]
-        return DecodedImages(_to_host(to_pixels(decoded)), _to_host(all_finite(decoded)))
+        pixels = to_pixels(decoded)
+        return DecodedImages(_to_host(pixels), _to_host(all_finite(decoded)), pixels)
+
+    def find_flagged(self, images: DecodedImages) -> torch.Tensor:
+        """Which images the safety checker flags: (images,) bool in host memory, valid once the
+        device has finished the copy."""
+        assert self.safety_checker is not None, "only a service with a checker has images checked"
+        return _to_host(self.safety_checker.flagged(images.on_device))
 
     @torch.no_grad()
     def fit_preview(self) -> None:
