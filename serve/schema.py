@@ -241,6 +241,10 @@ class PromptRequest(TextToImageRequest):
     )
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 class GeneratedImage(BaseModel):
     """The image's URL, or the image as a data URI: fal's image type, and the image's seed."""
 
@@ -255,7 +259,8 @@ class GeneratedImage(BaseModel):
 
 
 class Timings(BaseModel):
-    """The stages' durations in milliseconds. A stage that did not run is null.
+    """The stages' durations in milliseconds. A stage that did not run is null; `safety_check_ms` is
+    absent then.
 
     Images may be drawn in several runs; the model's stages are then the sums over the runs, and
     `steps_ms` has the steps of each in turn.
@@ -270,7 +275,7 @@ class Timings(BaseModel):
     denoise_ms: float | None = None
     steps_ms: list[float] = Field(default_factory=list)
     vae_decode_ms: float | None = None
-    safety_check_ms: float | None = None
+    safety_check_ms: float | None = Field(default=None, exclude_if=_is_none)
     image_encode_ms: float | None = None
     upload_ms: float | None = None
     inference: float
@@ -297,7 +302,7 @@ class TextToImageResponse(BaseModel):
     )
     has_nsfw_concepts: list[bool] | None = Field(
         default=None,
-        exclude_if=lambda value: value is None,
+        exclude_if=_is_none,
         description=(
             "For each image whether the safety checker flagged it; it is black then. Absent where "
             "images are not checked."

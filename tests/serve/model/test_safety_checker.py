@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from serve.model.safety_checker import (
     SafetyChecker,
     load_safety_checker,
 )
+from tests.support.hub_endpoint import hub_endpoint
+from tests.support.processes import clean_environment
 from tests.support.tiny_checker import (
     NEVER,
     embedded,
@@ -165,3 +170,51 @@ def test_weights_that_do_not_fit_are_refused(directory: Path) -> None:
     assert "visual_projection.weight" in refused(directory)
     (directory / WEIGHTS).write_bytes(b"{}")
     refused(directory)
+
+
+LOAD = """
+import sys, torch
+from serve.errors import ModelError
+from serve.model.safety_checker import load_safety_checker
+for name in sys.argv[1:]:
+    try:
+        print("loaded", type(load_safety_checker(name, torch.device("cpu"))).__name__)
+    except ModelError as error:
+        print("refused", error)
+"""
+
+
+def load_in_a_process(url: str, cache: Path, *names: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *names],
+        env=clean_environment(
+            {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+        ),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_a_repository_of_the_hub_and_its_revisions(directory: Path, tmp_path: Path) -> None:
+    name, pickled = "someone/checker", tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(directory / "config.json", pickled)
+    (pickled / "pytorch_model.bin").write_bytes(b"a pickle that must not be fetched")
+    cache = tmp_path / "cache"
+    with hub_endpoint(name, {"main": pickled, "safe": directory}) as hub:
+        fetched, missing, without = load_in_a_process(
+            hub.url, cache, f"{name}@safe", f"{name}@nowhere", name
+        )
+        url = hub.url
+    assert fetched == "loaded SafetyChecker"
+    assert missing.startswith("refused")
+    assert "'nowhere'" in missing
+    assert without.startswith("refused")
+    assert WEIGHTS in without
+    assert not list(cache.rglob("*.bin"))
+    # The hub is gone: what was downloaded before is used.
+    assert load_in_a_process(url, cache, f"{name}@safe") == ["loaded SafetyChecker"]
