@@ -158,6 +158,9 @@ class ServeSettings(TelemetrySettings):
         le=MOST_CHUNKS,
         description=f"a whole number from 1 to {MOST_CHUNKS}",
     )
+    prompt_syntax: Literal["plain", "weighted"] = Field(
+        default="plain", description="plain or weighted"
+    )
 
     # The check of finished images
 

@@ -173,7 +173,9 @@ class Startup:
 
         settings, readiness = self._settings, self._readiness
         model = load_model(settings.model, settings.model_revision, settings.device, settings.dtype)
-        model.prompt_rules = PromptRules(settings.prompt_chunks)
+        model.prompt_rules = PromptRules(
+            settings.prompt_chunks, weighted=settings.prompt_syntax == "weighted"
+        )
         if settings.safety_checker is not None:
             model.safety_checker = load_safety_checker(settings.safety_checker, model.device)
         clock = make_clock(str(model.device))

@@ -22,6 +22,7 @@ from kernels_warmup.shapes import CompiledShape
 from serve.errors import ModelError
 from serve.model.noise import cpu_generator
 from serve.model.prompt_tokens import PromptRules, count_chunks, tokenise
+from serve.model.prompt_weights import weigh
 from serve.model.safety_checker import SafetyChecker
 from serve.model.scheduler_watch import watch_scheduler
 
@@ -123,7 +124,7 @@ class SdxlModel:
 
         For any thread. Both prompts get the same number, because the UNet reads both at once.
         """
-        texts = [prompt, negative_prompt] if guided else [prompt]
+        texts = self.prompt_rules.read([prompt, negative_prompt] if guided else [prompt])
         tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
         needed = max(count_chunks(tokenizer, texts) for tokenizer in tokenizers)
         return min(needed, self.prompt_rules.most_chunks)
@@ -296,12 +297,17 @@ class SdxlModel:
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[bool, ...], tuple[int, ...]]:
         pipeline = self.pipeline
         # Tokenise both before either encoder runs, so that the device waits for no tokenizer.
-        tokens = tokenise(pipeline.tokenizer, texts, chunks)
-        tokens_2 = tokenise(pipeline.tokenizer_2, texts, chunks)
+        read = self.prompt_rules.read(texts)
+        tokens = tokenise(pipeline.tokenizer, read, chunks)
+        tokens_2 = tokenise(pipeline.tokenizer_2, read, chunks)
         ids, ids_2 = _to_device(tokens.ids, self.device), _to_device(tokens_2.ids, self.device)
         output = pipeline.text_encoder(ids, output_hidden_states=True)
         output_2 = pipeline.text_encoder_2(ids_2, output_hidden_states=True)
-        hidden = torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], dim=-1)
+        states, states_2 = output.hidden_states[-2], output_2.hidden_states[-2]
+        if tokens.weights is not None and tokens_2.weights is not None:
+            states = weigh(states, _to_device(tokens.weights, self.device))
+            states_2 = weigh(states_2, _to_device(tokens_2.weights, self.device))
+        hidden = torch.cat([states, states_2], dim=-1)
         # The chunks of a text are neighbours: joined, they are one longer text.
         hidden = hidden.reshape(len(texts), -1, hidden.shape[-1]).to(self.dtype)
         pooled = output_2[0][::chunks].to(self.dtype)  # the first chunk speaks for the text

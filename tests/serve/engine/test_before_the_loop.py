@@ -17,7 +17,7 @@ from kernels_warmup.recipes import Recipe
 from kernels_warmup.rewrites.prepared_loop import SCHEDULERS, SET_BY_TIMESTEPS, prepare_loop
 from kernels_warmup.shapes import CompiledShape
 from serve.model.loading import load_model
-from serve.model.prompt_tokens import tokenise
+from serve.model.prompt_tokens import PromptRules, tokenise
 from serve.model.sdxl import Conditioning, SdxlModel
 from serve.model.sdxl_base import SCHEDULER_CONFIG
 
@@ -361,7 +361,7 @@ def test_texts_are_truncated_and_padded_as_diffusers_does(demo: SdxlModel) -> No
         tokenizer = copy.deepcopy(tokenizer)
         for pad in (tokenizer.pad_token, "!"):  # SDXL's second tokenizer pads with another token
             tokenizer.pad_token = pad
-            tokens = tokenise(tokenizer, texts)
+            tokens = tokenise(tokenizer, PromptRules().read(texts))
             expected = tokenizer(
                 texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
             ).input_ids

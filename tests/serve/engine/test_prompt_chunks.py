@@ -14,7 +14,7 @@ from kernels_warmup.cuda_graphs import Fallbacks
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import compiler_counts
 from serve.engine.runtime import Runtime
-from serve.model.prompt_tokens import tokenise
+from serve.model.prompt_tokens import PromptRules, tokenise
 from serve.schema import TextToImageResponse
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels
@@ -36,7 +36,8 @@ def one() -> Iterator[Runtime]:
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Runtime]:
-    runtime = build(shapes=SHAPES, max_batch=2, prompt_chunks=2)
+    """With weights too, which change nothing for a prompt without them."""
+    runtime = build(shapes=SHAPES, max_batch=2, prompt_chunks=2, prompt_syntax="weighted")
     asyncio.run(runtime.start())
     yield runtime
     runtime.close(5)
@@ -142,12 +143,24 @@ def test_a_negative_prompt_counts_only_where_there_is_guidance(two: Runtime) -> 
         assert two._plan(wanted, new_call(two)).chunks == chunks
 
 
+def test_weights_are_read_where_the_operator_wants_them(one: Runtime, two: Runtime) -> None:
+    def picture(runtime: Runtime, prompt: str) -> str:
+        return draw(runtime, prompt=prompt).image.url
+
+    plain = picture(one, "a red circle")
+    assert picture(two, "a (red:1.0) circle") == plain
+    assert picture(two, "a (red:1.8) circle") != plain
+    literal = picture(one, "a (red:1.8) circle")
+    assert picture(two, r"a \(red:1.8\) circle") == literal != plain
+
+
 def test_each_chunk_has_a_start_and_an_end_and_an_absent_one_is_an_empty_text(two: Runtime) -> None:
     tokenizer = two.loaded.model.pipeline.tokenizer
+    rules = PromptRules(3)
     content = tokenizer("circle", add_special_tokens=False).input_ids * 80
-    tokens = tokenise(tokenizer, ["circle " * 80, ""], 3)
+    tokens = tokenise(tokenizer, rules.read(["circle " * 80, ""]), 3)
     assert tokens.ids.shape == (6, 77)
-    empty = tokenise(tokenizer, [""]).ids[0]
+    empty = tokenise(tokenizer, rules.read([""])).ids[0]
     assert tokens.ids[0].tolist() == [
         tokenizer.bos_token_id,
         *content[:75],
@@ -160,7 +173,7 @@ def test_each_chunk_has_a_start_and_an_end_and_an_absent_one_is_an_empty_text(tw
     ]
     assert all(torch.equal(row, empty) for row in tokens.ids[2:])
     assert tokens.cut == (False, False)
-    assert tokenise(tokenizer, ["circle " * 80], 1).cut == (True,)
+    assert tokenise(tokenizer, rules.read(["circle " * 80]), 1).cut == (True,)
 
 
 @pytest.mark.slow
