@@ -76,6 +76,11 @@ def serves_guidance(settings: ServeSettings) -> bool:
     return settings.guidance_scale > 1
 
 
+def must_be_checked(settings: ServeSettings) -> bool:
+    """Whether every image goes through the safety checker, whatever its request says."""
+    return settings.safety_checker is not None and not settings.safety_checker_optional
+
+
 def plan_request(
     request: TextToImageRequest,
     settings: ServeSettings,
@@ -119,7 +124,7 @@ def _require_images(request: TextToImageRequest, settings: ServeSettings) -> Non
 def _choose_check(request: TextToImageRequest, settings: ServeSettings) -> bool:
     if settings.safety_checker is None:
         return False
-    if not request.enable_safety_checker and not settings.safety_checker_optional:
+    if not request.enable_safety_checker and must_be_checked(settings):
         message = "must be true: this server checks every image"
         name = "enable_safety_checker"
         raise InvalidRequest([FieldProblem(("body", name), message, "safety_checker")])

@@ -202,3 +202,17 @@ def test_every_endpoint_blanks_and_says_so(checked: Runtime) -> None:
     assert [name for name, _ in events(post(app, streamed, openai).text)] == [
         "image_generation.completed"
     ]
+
+
+def test_the_openapi_document_says_whether_the_check_can_be_turned_off(
+    checked: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allowed() -> Any:
+        schemas = create_app(checked).openapi()["components"]["schemas"]
+        field = schemas["TextToImageRequest"]["properties"]["enable_safety_checker"]
+        return field.get("const")
+
+    assert allowed() is None
+    always = checked.settings.model_copy(update={"safety_checker_optional": False})
+    monkeypatch.setattr(checked, "settings", always)
+    assert allowed() is True

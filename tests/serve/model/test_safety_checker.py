@@ -96,6 +96,14 @@ def test_flags_equal_diffusers_near_a_threshold_and_with_special_care(
     assert {True, False} == set(flagged)
 
 
+def test_a_check_reads_no_value() -> None:
+    """On the meta device, which has no values to read. On a GPU a read would wait."""
+    checker = SafetyChecker(tiny_checker().to("meta"), Preprocessing(32, 32))
+    flags = checker.flagged(torch.zeros(2, 96, 128, 3, dtype=torch.uint8, device="meta"))
+    assert flags.shape == (2,)
+    assert flags.is_meta
+
+
 def test_weights_under_the_names_of_older_libraries(directory: Path) -> None:
     expected = load_safety_checker(str(directory), CPU)
     weights = load_file(directory / WEIGHTS)
