@@ -141,6 +141,11 @@ class RequestMetrics:
             "Requests whose prompt a text encoder cut.",
             registry=registry,
         )
+        self.flagged_images = Counter(
+            "sdxl_flagged_images",
+            "Images that the safety checker flagged; they were returned black.",
+            registry=registry,
+        )
 
     def count(self, request: RequestTiming) -> None:
         if request.failure is not None:

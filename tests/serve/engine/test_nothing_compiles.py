@@ -120,9 +120,12 @@ def test_nothing_compiles_where_runs_without_negative_have_a_graph(rewritten: Ru
     served: list[PerShape] = []
     with pytest.MonkeyPatch.context() as patch:
         real = PerShape.__call__
-        patch.setattr(
-            PerShape, "__call__", lambda self, *given: (served.append(self), real(self, *given))[1]
-        )
+
+        def watched(self: PerShape, *given: Any, **options: Any) -> Any:
+            served.append(self)
+            return real(self, *given, **options)
+
+        patch.setattr(PerShape, "__call__", watched)
         for fields in mixed_requests(50):
             call = new_call(rewritten)
             generate(rewritten, call, **fields | {"width": 128, "height": 128})
