@@ -1,4 +1,4 @@
-"""A tiny SDXL checkpoint, the program that trains it, and the scenes it learns.
+"""A tiny SDXL checkpoint, and a LoRA for it.
 
 Importing this package loads neither torch nor diffusers: the checkpoint is a directory in the
 diffusers layout, and it is loaded like any other local SDXL directory.
@@ -13,3 +13,8 @@ DEMO_SIZES: tuple[tuple[int, int], ...] = ((128, 128), (160, 96))
 def checkpoint_path() -> Path:
     """The directory that holds the demo checkpoint, in the diffusers layout."""
     return Path(__file__).resolve().parent / "checkpoint"
+
+
+def lora_path(name: str) -> Path:
+    """The file of a LoRA that ships with the demo checkpoint, such as `night`."""
+    return Path(__file__).resolve().parent / "loras" / f"{name}.safetensors"
