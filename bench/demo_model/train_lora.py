@@ -2,10 +2,12 @@
 
     python -m bench.demo_model.train_lora --out DIR
 
-The checkpoint is not changed. Each adapted layer's weight W is trained as W + up @ down, with `down`
-of (rank, inputs) and `up` of (outputs, rank). Seeded and resumable like `bench.demo_model.train`; a
-run that ends by steps repeats exactly on one CPU thread. It writes `night.safetensors` in diffusers'
-naming to DIR, and its saved state to DIR/work. `bench.demo_model.evaluate_lora` judges the file.
+The checkpoint is not changed. Each adapted layer's weight W is trained as W + up @ down, where
+`down` is (rank, inputs) and `up` is (outputs, rank). The command is seeded and resumable like
+`bench.demo_model.train`. A run that ends by steps repeats exactly on one CPU thread.
+
+It writes `night.safetensors`, in diffusers' naming, to DIR, and its saved state to DIR/work.
+`bench.demo_model.evaluate_lora` judges the file.
 """
 
 import argparse
