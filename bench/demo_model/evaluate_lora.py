@@ -36,7 +36,7 @@ from bench.demo_model.lossless import Distance, distance, prompts_by_row
 from bench.demo_model.night import at_night, read_style, without_moon
 from bench.demo_model.scenes import Pixels
 from bench.outputs import output_file, write_json
-from serve.demo_model import DEMO_SIZES, checkpoint_path, lora_path
+from serve.demo_model import DEMO_SIZES, checkpoint_path, loras_path
 
 _DOWN_KEY = re.compile(r"unet\.(?P<layer>.+)\.lora_A\.weight")
 _GAP = 4
@@ -204,7 +204,7 @@ def main() -> None:
         description="Draw held-out prompts with the LoRA at several scales, and judge the pictures."
     )
     parser.add_argument("--model", type=Path, default=checkpoint_path())
-    parser.add_argument("--lora", type=Path, default=lora_path("night"))
+    parser.add_argument("--lora", type=Path, default=loras_path() / "night.safetensors")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, default=50, help="per size and number of objects")

@@ -1,4 +1,4 @@
-"""A tiny SDXL checkpoint, and a LoRA for it.
+"""A tiny SDXL checkpoint, the program that trains it, and the scenes it learns.
 
 Importing this package loads neither torch nor diffusers: the checkpoint is a directory in the
 diffusers layout, and it is loaded like any other local SDXL directory.
@@ -15,6 +15,6 @@ def checkpoint_path() -> Path:
     return Path(__file__).resolve().parent / "checkpoint"
 
 
-def lora_path(name: str) -> Path:
-    """The file of a LoRA that ships with the demo checkpoint, such as `night`."""
-    return Path(__file__).resolve().parent / "loras" / f"{name}.safetensors"
+def loras_path() -> Path:
+    """The directory that holds the LoRAs for the demo checkpoint, each a safetensors file."""
+    return Path(__file__).resolve().parent / "loras"
