@@ -45,7 +45,7 @@ def pipeline() -> Iterator[StableDiffusionXLPipeline]:
 
 def test_the_file_is_small_and_says_how_it_was_made() -> None:
     assert FILE.stat().st_size < 500_000
-    with safe_open(file, framework="pt") as tensors:
+    with safe_open(FILE, framework="pt") as tensors:
         metadata = tensors.metadata()
         kinds = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
         ranks = {
