@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -86,21 +85,22 @@ def test_every_key_fits_a_layer_of_the_demo_unet(pipeline: StableDiffusionXLPipe
 def test_pictures_follow_the_style_and_base_pictures_are_untouched(
     pipeline: StableDiffusionXLPipeline,
 ) -> None:
-    prompts = held_out_prompts(4, 1, 160, 96)
-    settings = DrawSettings(steps=8, batch=4)
+    prompts = held_out_prompts(3, 1, 128, 128)
+    settings = DrawSettings(steps=6, batch=3)
     products = read_lora(FILE)
+    weights = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
     base = draw(pipeline, prompts, settings)
     drawn = {}
     for scale in (0.0, 1.0):
         with with_lora(pipeline.unet, products, scale):
             drawn[scale] = draw(pipeline, prompts, settings)
-    again = draw(pipeline, prompts, settings)
     assert np.array_equal(base, drawn[0.0])
-    assert np.array_equal(base, again)
+    after = pipeline.unet.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in weights.items())
     assert score_style(prompts, base).night == 0
     scores = score_style(prompts, drawn[1.0])
-    assert scores.night >= 0.75, scores
-    assert scores.shape >= 0.75, scores
+    assert scores.night == 1, scores
+    assert min(scores.shape, scores.place) >= 0.6, scores
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_the_whole_evaluation_reaches_its_targets(pipeline: StableDiffusionXLPip
 @pytest.mark.parametrize(("width", "height"), DEMO_SIZES)
 def test_a_night_scene_is_recognised_and_its_plain_scene_is_not(width: int, height: int) -> None:
     for objects in (1, 2):
-        prompts = held_out_prompts(6, objects, width, height)
+        prompts = held_out_prompts(4, objects, width, height)
         nights = [render(at_night_with_moon(prompt.scene)) for prompt in prompts]
         scores = score_style(prompts, nights)
         assert (scores.night, scores.everything) == (1, 1)
@@ -170,15 +170,11 @@ def run(out: Path, rank: int = 2) -> dict[str, torch.Tensor]:
     return read_lora(file)
 
 
-def test_training_repeats_and_changes_only_the_updates(tmp_path: Path) -> None:
+def test_training_repeats_and_refuses_the_states_of_another_rank(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     first, second = run(tmp_path / "first"), run(tmp_path / "second")
     assert set(first) == set(read_lora(FILE))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(product.abs().max() > 0 for product in first.values())
-
-
-def test_states_of_another_rank_are_refused(tmp_path: Path) -> None:
-    run(tmp_path)
-    with pytest.raises(SystemExit, match=re.escape("another plan")):
-        run(tmp_path, rank=3)
+    with pytest.raises(SystemExit, match="another plan"):
+        run(tmp_path / "first", rank=3)
