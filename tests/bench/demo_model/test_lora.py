@@ -15,11 +15,16 @@ from safetensors import safe_open
 
 from bench.demo_model.evaluate import DrawSettings, draw, held_out_prompts, load, score
 from bench.demo_model.evaluate_lora import (
+    ScaleFigures,
+    StyleScores,
+    as_table,
     evaluate_lora,
+    overall,
     read_lora,
     score_style,
     with_lora,
 )
+from bench.demo_model.lossless import Distance
 from bench.demo_model.night import MOON, at_night, at_night_with_moon, read_style, without_moon
 from bench.demo_model.scenes import render
 from bench.demo_model.train_lora import train_lora
@@ -153,6 +158,19 @@ def test_black_objects_are_white_at_night_and_others_keep_their_colour() -> None
         for before, after in zip(prompt.scene.things, at_night(prompt.scene).things, strict=True):
             assert after.colour == ("white" if before.colour == "black" else before.colour)
             assert (after.shape, after.x, after.y) == (before.shape, before.x, before.y)
+
+
+def test_the_table_has_a_row_for_all_pictures_of_a_scale() -> None:
+    nothing = StyleScores(4, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    everything = StyleScores(4, 1, 1, 1, 1, 1, 1, 1, 1, 1)
+    rows = {
+        "128x128 one object": ScaleFigures(nothing, Distance(1.0, 9, 0.5)),
+        "160x96 one object": ScaleFigures(everything, Distance(2.0, 4, 1.0)),
+    }
+    assert overall(rows).from_base == Distance(1.5, 9, 0.75)
+    lines = as_table({"0.5": rows}).splitlines()
+    assert len(lines) == 2 + 1 + len(rows)
+    assert lines[2] == "| 0.5 | all | 8 |" + " 50% |" * 9 + " 1.5 |"
 
 
 # The training ------------------------------------------------------------------------------------
