@@ -150,8 +150,8 @@ class UNetForward:
         if self.text is not None:
             if buffered is None:
                 self.text.prepare(encoder_hidden_states, added_cond_kwargs)
-            elif not self.text.holds(buffered):
-                raise RuntimeError("the buffers hold the text of another run")
+            else:
+                self.text.attach(buffered)
             noise: torch.Tensor = step(sample, timestep)
         else:
             noise = step(

@@ -68,6 +68,17 @@ class PreparedPipeline(StableDiffusionXLPipeline):  # type: ignore[misc]
         given = {"eta": eta, "generator": generator}
         return {name: value for name, value in given.items() if name in self._step_arguments}
 
+    def end_guidance(self, unet_options: dict[str, Any] | None) -> None:
+        """Run the remaining steps of the loop without guidance. Called from the step callback.
+
+        Both are read by every step. The callback also returns the text without its negative half.
+
+        Args:
+            unet_options: the `cross_attention_kwargs` of the remaining steps.
+        """
+        self._guidance_scale = 1.0
+        self._cross_attention_kwargs = unet_options
+
     def time_ids(self, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """The size condition of one image as diffusers computes it, (1, 6) on the device."""
         size = (height, width)

@@ -92,7 +92,7 @@ class GpuRun:
     """One run; made and executed once, on the GPU thread.
 
     Args:
-        parts: of one shape, step count and guidance scale; at most one of each request.
+        parts: of one `run_key`; at most one of each request.
         ranges: marks stages and steps for an attached profiler.
         gpu_watch: reads the GPU's conditions during the run.
         step_ended: called whenever a step has ended.
@@ -158,6 +158,7 @@ class GpuRun:
             run_id=self._run_id,
             shape=str(self._planned.shape),
             guidance=self._planned.guided,
+            guided_steps=self._planned.guided_steps,
             batch_size=self._images,
             ranges=self._ranges,
         )
@@ -171,6 +172,7 @@ class GpuRun:
             [request.negative_prompt for request in wanted],
             self._planned.guided,
             self._planned.shape,
+            guidance_ends=self._planned.guided_steps < self._planned.num_inference_steps,
         )
 
     def _denoise(
@@ -191,6 +193,7 @@ class GpuRun:
             shape=self._planned.shape,
             num_inference_steps=self._planned.num_inference_steps,
             guidance_scale=self._planned.guidance_scale,
+            guided_steps=self._planned.guided_steps,
             seeds=[part.planned.seed_of(image) for part in self._parts for image in part.images],
             on_loop_begins=timeline.loop_begins,
             on_step_enqueued=on_step_enqueued,

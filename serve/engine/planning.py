@@ -25,10 +25,10 @@ class PlannedRequest:
     seed: int
 
     @property
-    def run_key(self) -> tuple[CompiledShape, int, float]:
+    def run_key(self) -> tuple[CompiledShape, int, float, int]:
         """What the images of one run have in common."""
         scale = self.guidance_scale if self.guided else 1.0
-        return self.shape, self.num_inference_steps, scale
+        return self.shape, self.num_inference_steps, scale, self.guided_steps
 
     @property
     def num_images(self) -> int:
@@ -41,7 +41,14 @@ class PlannedRequest:
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance runs. It doubles the UNet's batch."""
-        return self.guidance_scale > 1
+        return self.guided_steps > 0
+
+    @property
+    def guided_steps(self) -> int:
+        """The first steps, which run with guidance; the steps after them run without it."""
+        if self.guidance_scale <= 1:
+            return 0
+        return int(self.request.guidance_end * self.num_inference_steps + 0.5)
 
     def facts(self, model_name: str, with_prompt: bool) -> GenerationFacts:
         """What the trace and the metrics say of the request.
@@ -54,6 +61,7 @@ class PlannedRequest:
             prompt_length=len(self.request.prompt),
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            guidance_end=self.request.guidance_end,
             width=self.shape.width,
             height=self.shape.height,
             seed=self.seed,

@@ -94,6 +94,7 @@ class ImageGenerationRequest(BaseModel):
     negative_prompt: str = Field(default="", description="What to keep out.")
     num_inference_steps: int | None = Field(default=None, description="Overrides `quality`.")
     guidance_scale: float | None = Field(default=None, description="As in `POST /`.")
+    guidance_end: float = Field(default=1.0, description="As in `POST /`.")
     seed: int | None = Field(default=None, description="Image i has this seed + i; null: drawn.")
     decoded_partial_images: bool = Field(
         default=False,
@@ -184,6 +185,7 @@ class ImageGenerationRequest(BaseModel):
             "negative_prompt": self.negative_prompt,
             "num_inference_steps": steps,
             "guidance_scale": self.guidance_scale,
+            "guidance_end": self.guidance_end,
             "width": int(size[1]) if size else None,
             "height": int(size[2]) if size else None,
             "seed": self.seed,

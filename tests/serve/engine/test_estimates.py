@@ -102,7 +102,7 @@ def test_an_estimate_is_for_one_size_with_or_without_guidance() -> None:
         dataclasses.replace(planned(), shape=CompiledShape(160, 96)),
     ]
     for other in others:
-        assert server.estimates.pace(other, 1) is None
+        assert server.estimates.run_estimate(other, 1) is None
 
 
 def test_slow_runs_do_not_move_the_estimate_until_they_are_usual() -> None:
@@ -135,9 +135,9 @@ def test_a_number_of_images_that_was_not_measured() -> None:
         estimates.observe_run(run_of(images, step_ms), serving=True)
 
     def step_ms(images: int, fastest: bool = False) -> float:
-        pace = estimates.pace(planned(), images, fastest)
-        assert pace is not None
-        return 1e3 * pace.step
+        run = estimates.run_estimate(planned(), images, fastest)
+        assert run is not None
+        return 1e3 * run.guided_step
 
     assert [step_ms(images) for images in (1, 2, 3, 4, 8)] == pytest.approx([40, 40, 50, 60, 120])
     assert [step_ms(images, True) for images in (1, 8)] == pytest.approx([20, 60])
