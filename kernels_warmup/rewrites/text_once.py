@@ -149,7 +149,9 @@ class TextOnce:
         if condition is self._attached:
             return
         for attn, key, value in condition.views:
-            attn.text_key, attn.text_value = key, value
+            # What setting the attributes does in the end. SDXL has 140 of them, each checked for
+            # microseconds, and a run may attach between two steps.
+            attn._buffers.update(text_key=key, text_value=value)
         self._unet.added_condition = condition.added
         self._attached = condition
 

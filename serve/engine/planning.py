@@ -89,13 +89,14 @@ def plan_request(
             largest shape of both bounds the image's size.
 
     Raises:
-        InvalidRequest: the size, the guidance or the number of images is not served here.
+        InvalidRequest: the size, the steps, the guidance or the number of images is not served
+            here.
     """
     _require_images(request, settings)
     return PlannedRequest(
         request,
         _choose_shape(request, settings, warm_shapes, trained_shapes),
-        request.num_inference_steps or settings.steps,
+        _choose_steps(request, settings),
         _choose_guidance_scale(request, settings),
         _choose_seed(request),
     )
@@ -105,6 +106,14 @@ def _require_images(request: TextToImageRequest, settings: ServeSettings) -> Non
     if request.num_images > settings.max_images:
         message = f"must be at most {settings.max_images}"
         raise InvalidRequest([FieldProblem(("body", "num_images"), message, "num_images")])
+
+
+def _choose_steps(request: TextToImageRequest, settings: ServeSettings) -> int:
+    steps = request.num_inference_steps or settings.default_steps
+    if settings.timesteps is not None and steps != settings.default_steps:
+        message = f"must be {settings.default_steps}: this model runs at fixed timesteps"
+        raise InvalidRequest([FieldProblem(("body", "num_inference_steps"), message, "steps")])
+    return steps
 
 
 def _choose_seed(request: TextToImageRequest) -> int:

@@ -22,6 +22,7 @@ from kernels_warmup.shapes import CompiledShape
 from serve.errors import ModelError
 from serve.model.noise import cpu_generator
 from serve.model.scheduler_watch import watch_scheduler
+from serve.model.schedulers import OWN_SCHEDULE, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,10 @@ class SdxlModel:
         name: str,
         device: torch.device,
         trained_shapes: tuple[CompiledShape, ...],
+        schedule: Schedule = OWN_SCHEDULE,
     ) -> None:
+        schedule.apply(pipeline)
+        self.timesteps = schedule.timesteps
         self.name = name
         self.device = device
         self.dtype: torch.dtype = pipeline.unet.dtype
@@ -198,6 +202,7 @@ class SdxlModel:
         """Run the denoising loop; returns latents (images, channels, height / 8, width / 8).
 
         Args:
+            num_inference_steps: as many as `timesteps`, where the model has fixed ones.
             seeds: one for each image. An image's noise does not depend on the others of the run.
             on_loop_begins: called when the loop is about to start.
             on_step_enqueued: called with the index of each step once its work is enqueued, and with
@@ -240,6 +245,7 @@ class SdxlModel:
                 height=shape.height,
                 width=shape.width,
                 num_inference_steps=num_inference_steps,
+                timesteps=self.timesteps,
                 guidance_scale=guidance_scale,
                 latents=latents,
                 generator=generators,

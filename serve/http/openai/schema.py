@@ -48,7 +48,7 @@ _SIZE = re.compile(r"([1-9][0-9]{1,3})x([1-9][0-9]{1,3})")
 
 
 class ImageGenerationRequest(BaseModel):
-    """`POST /v1/images/generations`: OpenAI's fields, and four of ours at the end."""
+    """`POST /v1/images/generations`: OpenAI's fields, and ours at the end."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -167,18 +167,19 @@ class ImageGenerationRequest(BaseModel):
     def image_format(self) -> ImageFormat:
         return self.output_format or "png"  # type: ignore[return-value]  # the others are refused
 
-    def text_to_image(self, model_steps: int) -> TextToImageRequest:
+    def text_to_image(self, model_steps: int, fixed_steps: bool = False) -> TextToImageRequest:
         """The same request in this service's own words.
 
         Args:
             model_steps: the number of denoising steps that the model takes by default.
+            fixed_steps: the model takes no other number, so `quality` does not change it.
 
         Raises:
             RequestValidationError: a value that `TextToImageRequest` does not allow.
         """
         size = None if self.size is None else _SIZE.fullmatch(self.size)
         steps = self.num_inference_steps
-        if steps is None:
+        if steps is None and not fixed_steps:
             steps = self._steps(model_steps)
         fields = {
             "prompt": self.prompt,
