@@ -138,7 +138,8 @@ def _remember_timesteps(scheduler: Any) -> None:
             return
         given = others if timesteps is None else others | {"timesteps": list(timesteps)}
         compute(num_inference_steps, device=device, **given)
-        scheduler.host_timesteps = scheduler.timesteps.cpu()
+        if type(scheduler) in READ_TIMESTEPS:
+            scheduler.host_timesteps = scheduler.timesteps.cpu()
         if not others:
             state = cast(Mapping[str, Any], vars(scheduler))
             names = (*SET_BY_TIMESTEPS, "host_timesteps")
