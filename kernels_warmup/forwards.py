@@ -150,8 +150,8 @@ class UNetForward:
         if self.text is not None:
             if buffered is None:
                 buffered = self.text.prepare(encoder_hidden_states, added_cond_kwargs)
-            elif not self.text.holds(buffered):
-                raise RuntimeError("the buffers hold the text of another run")
+            else:
+                self.text.attach(buffered)
             # No input shows how long the text in the buffers is.
             noise: torch.Tensor = step(sample, timestep, buffers=buffered.tokens)
         else:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 SAFETY_CHECK = "safety_check"
@@ -105,6 +105,9 @@ class RunTiming:
     """The file of its profile. Profiling slowed the run, so its times are not observed."""
     error_type: str | None = None
     """Why it failed, if its requests did not fail with it: they were tried again."""
+    guided_steps: int | None = None
+    """How many steps have guidance, of those that `steps` has or would have had, if `guidance` is
+    set; the steps after them have none. None: all of them."""
 
     @property
     def duration_ns(self) -> int:
@@ -116,6 +119,19 @@ class RunTiming:
 
     def stage(self, name: str) -> StageTiming | None:
         return next((stage for stage in self.stages if stage.name == name), None)
+
+    def has_guidance(self, step: StepTiming) -> bool:
+        """Whether one of its steps ran with guidance."""
+        ended = self.guided_steps is not None and step.index >= self.guided_steps
+        return self.guidance and not ended
+
+    @property
+    def steps_by_guidance(self) -> Mapping[bool, Sequence[StepTiming]]:
+        """Its steps with and without guidance; a kind that it has no steps of is absent."""
+        steps: dict[bool, list[StepTiming]] = {}
+        for step in self.steps:
+            steps.setdefault(self.has_guidance(step), []).append(step)
+        return steps
 
     def step_summary(self) -> StepSummary | None:
         if not self.steps:
@@ -142,6 +158,7 @@ class GenerationFacts:
     seed: int
     prompt: str | None = None
     num_images: int = 1
+    guidance_end: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,6 +232,7 @@ def _step_nodes(run: RunTiming) -> tuple[SpanNode, ...]:
             step.end_ns,
             {
                 "inference.step.index": step.index,
+                "inference.step.guidance": run.has_guidance(step),
                 # The measured duration, without clamping.
                 "inference.step.gpu_ms": step.duration_ns / 1e6,
                 "inference.step.gpu_queue_ms": step.gpu_queue_ns / 1e6,
@@ -271,6 +272,7 @@ def _root_attributes(request: RequestTiming) -> dict[str, AttributeValue]:
             "prompt.length": facts.prompt_length,
             "num_inference_steps": facts.num_inference_steps,
             "guidance_scale": facts.guidance_scale,
+            "guidance_end": facts.guidance_end,
             "image.width": facts.width,
             "image.height": facts.height,
             "num_images": facts.num_images,
@@ -296,6 +298,7 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, Attribu
         "inference.batch.size": run.batch_size,
         "inference.shape": run.shape,
         "inference.guidance": run.guidance,
+        "inference.guided_steps": sum(map(run.has_guidance, run.steps)),
         "inference.clock": run.clock,
         "inference.clock.error_bound_us": run.error_bound_ns / 1e3,
         "inference.clock.drift_us": run.drift_ns / 1e3,

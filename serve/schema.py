@@ -127,6 +127,16 @@ class TextToImageRequest(BaseModel):
             "own, often 5."
         ),
     )
+    guidance_end: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description=(
+            "The share of the steps that run with guidance, rounded to whole steps. Each step "
+            "after them takes about half the time."
+        ),
+    )
     width: int | None = Field(default=None, description="Pixels; null: the default size.")
     height: int | None = Field(default=None, description="Pixels; null: the default size.")
     image_size: ImageSize | SizeName | None = Field(

@@ -12,10 +12,11 @@ Nothing else in this package reads a setting from the environment.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
@@ -45,6 +46,18 @@ PREFIX = "SDXL_"
 DEMO_MODEL = "demo"
 RANDOM_SDXL_BASE = "random:sdxl-base"
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+
+SchedulerName = Literal[
+    "euler",
+    "euler-trailing",
+    "euler-ancestral",
+    "euler-ancestral-trailing",
+    "ddim",
+    "ddim-trailing",
+    "lcm",
+]
+
+MOST_STEPS = 100
 
 _SECRET_FIELDS = frozenset(
     {"otlp_headers", "otlp_traces_headers", "otlp_metrics_headers", "admin_token"}
@@ -120,9 +133,23 @@ class ServeSettings(TelemetrySettings):
         default=None, description="a folder that only this service's operators can write to"
     )
 
+    # The scheduler
+
+    scheduler: SchedulerName | None = Field(
+        default=None, description=f"one of {', '.join(get_args(SchedulerName))}"
+    )
+    timesteps: Annotated[tuple[int, ...] | None, NoDecode] = Field(
+        default=None,
+        description=(
+            f"a comma-separated list of 1 to {MOST_STEPS} whole numbers of 0 and more, descending"
+        ),
+    )
+
     # Defaults of a request (few-step checkpoints need others), and limits
 
-    steps: int = Field(default=20, ge=1, le=100, description="a whole number from 1 to 100")
+    steps: int = Field(
+        default=20, ge=1, le=MOST_STEPS, description=f"a whole number from 1 to {MOST_STEPS}"
+    )
     guidance_scale: float = Field(
         default=5.0,
         ge=0,
@@ -269,6 +296,16 @@ class ServeSettings(TelemetrySettings):
             return tuple(dict.fromkeys(shapes))
         return value
 
+    @field_validator("timesteps", mode="before")
+    @classmethod
+    def _parse_timesteps(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = tuple(int(part) for part in value.split(","))
+            descending = all(one > next_one >= 0 for one, next_one in itertools.pairwise(value))
+            if not descending or value[0] < 0 or len(value) > MOST_STEPS:
+                raise ValueError("not descending timesteps")
+        return value
+
     @field_validator("gateway_target")
     @classmethod
     def _is_a_url_or_an_app(cls, target: str | None) -> str | None:
@@ -295,6 +332,11 @@ class ServeSettings(TelemetrySettings):
     @classmethod
     def _parse_buckets(cls, value: Any) -> Any:
         return buckets.parse(value) if isinstance(value, str) else value
+
+    @property
+    def default_steps(self) -> int:
+        """The denoising steps of a request that names none."""
+        return self.steps if self.timesteps is None else len(self.timesteps)
 
     @property
     def pushes_metrics(self) -> bool:
@@ -413,6 +455,18 @@ def _may_hold_a_secret(url: str) -> bool:
 
 
 def _refuse_contradictions(settings: ServeSettings) -> None:
+    if settings.timesteps is not None:
+        given = f"SDXL_TIMESTEPS={','.join(map(str, settings.timesteps))}"
+        if "steps" in settings.model_fields_set and settings.steps != settings.default_steps:
+            raise ConfigurationError(
+                f"{given} and SDXL_STEPS={settings.steps} contradict each other: every run has "
+                f"{settings.default_steps} steps then; leave SDXL_STEPS unset."
+            )
+        if settings.scheduler not in (None, "euler", "euler-trailing", "lcm"):
+            raise ConfigurationError(
+                f"{given} and SDXL_SCHEDULER={settings.scheduler} contradict each other: of the "
+                "schedulers, euler and lcm take timesteps."
+            )
     exporters = settings.metrics_exporter
     stated = "otlp_metrics" in settings.model_fields_set and exporters is not None
     if stated and settings.otlp_metrics != ("otlp" in (exporters or ())):

@@ -94,7 +94,7 @@ class GpuRun:
     """One run; made and executed once, on the GPU thread.
 
     Args:
-        parts: of one shape, step count and guidance scale; at most one of each request.
+        parts: of one `run_key`; at most one of each request.
         ranges: marks stages and steps for an attached profiler.
         gpu_watch: reads the GPU's conditions during the run.
         step_ended: called whenever a step has ended.
@@ -161,6 +161,7 @@ class GpuRun:
             run_id=self._run_id,
             shape=str(self._planned.shape),
             guidance=self._planned.guided,
+            guided_steps=self._planned.guided_steps,
             batch_size=self._images,
             ranges=self._ranges,
         )
@@ -175,6 +176,7 @@ class GpuRun:
             self._planned.guided,
             self._planned.shape,
             self._planned.chunks,
+            self._planned.guided_steps < self._planned.num_inference_steps,
         )
 
     def _denoise(
@@ -195,6 +197,7 @@ class GpuRun:
             shape=self._planned.shape,
             num_inference_steps=self._planned.num_inference_steps,
             guidance_scale=self._planned.guidance_scale,
+            guided_steps=self._planned.guided_steps,
             seeds=[part.planned.seed_of(image) for part in self._parts for image in part.images],
             on_loop_begins=timeline.loop_begins,
             on_step_enqueued=on_step_enqueued,

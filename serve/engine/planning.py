@@ -33,11 +33,11 @@ class PlannedRequest:
     """Whether the safety checker checks its images."""
 
     @property
-    def run_key(self) -> tuple[CompiledShape, int, float, int]:
+    def run_key(self) -> tuple[CompiledShape, int, float, int, int]:
         """What the images of one run have in common. The number of chunks is among it: padding to
         another request's number would change the picture."""
         scale = self.guidance_scale if self.guided else 1.0
-        return self.shape, self.num_inference_steps, scale, self.chunks
+        return self.shape, self.num_inference_steps, scale, self.guided_steps, self.chunks
 
     @property
     def num_images(self) -> int:
@@ -50,7 +50,14 @@ class PlannedRequest:
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance runs. It doubles the UNet's batch."""
-        return self.guidance_scale > 1
+        return self.guided_steps > 0
+
+    @property
+    def guided_steps(self) -> int:
+        """The first steps, which run with guidance; the steps after them run without it."""
+        if self.guidance_scale <= 1:
+            return 0
+        return int(self.request.guidance_end * self.num_inference_steps + 0.5)
 
     def facts(self, model_name: str, with_prompt: bool) -> GenerationFacts:
         """What the trace and the metrics say of the request.
@@ -63,6 +70,7 @@ class PlannedRequest:
             prompt_length=len(self.request.prompt),
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            guidance_end=self.request.guidance_end,
             width=self.shape.width,
             height=self.shape.height,
             seed=self.seed,
@@ -97,14 +105,14 @@ def plan_request(
         count_chunks: called where prompts may have several chunks.
 
     Raises:
-        InvalidRequest: the size, the guidance, the number of images or an image without a safety
-            check is not served here.
+        InvalidRequest: the size, the steps, the guidance, the number of images or an image without
+            a safety check is not served here.
     """
     _require_images(request, settings)
     planned = PlannedRequest(
         request,
         _choose_shape(request, settings, warm_shapes, trained_shapes),
-        request.num_inference_steps or settings.steps,
+        _choose_steps(request, settings),
         _choose_guidance_scale(request, settings),
         _choose_seed(request),
         checked=_choose_check(request, settings),
@@ -129,6 +137,14 @@ def _choose_check(request: TextToImageRequest, settings: ServeSettings) -> bool:
         name = "enable_safety_checker"
         raise InvalidRequest([FieldProblem(("body", name), message, "safety_checker")])
     return request.enable_safety_checker
+
+
+def _choose_steps(request: TextToImageRequest, settings: ServeSettings) -> int:
+    steps = request.num_inference_steps or settings.default_steps
+    if settings.timesteps is not None and steps != settings.default_steps:
+        message = f"must be {settings.default_steps}: this model runs at fixed timesteps"
+        raise InvalidRequest([FieldProblem(("body", "num_inference_steps"), message, "steps")])
+    return steps
 
 
 def _choose_seed(request: TextToImageRequest) -> int:

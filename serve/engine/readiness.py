@@ -34,6 +34,7 @@ class Readiness:
         batch_sizes: for each warm shape, the numbers of images that a run may have, ascending.
         phases_ms: duration of each finished phase of the start-up.
         compile: how the model was prepared to run, and what the compiler did.
+        scheduler: its `kind` and `spacing`, and what is `wrong` with them for this checkpoint.
         left_out: the shapes that could not be warmed, and the type of the error of each.
         cpu_threads: describes the threads that compute on the CPU, as they are now.
     """
@@ -47,6 +48,7 @@ class Readiness:
     batch_sizes: dict[CompiledShape, tuple[int, ...]] = field(default_factory=dict)
     phases_ms: dict[str, float] = field(default_factory=dict)
     compile: dict[str, str | int | float] = field(default_factory=dict)
+    scheduler: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     draining: bool = False
     _on_drain: list[Callable[[], object]] = field(default_factory=list, repr=False)
@@ -87,5 +89,6 @@ class Readiness:
             "left_out": self.left_out,
             "warmup_ms": self.phases_ms,
             "compile": self.compile,
+            "scheduler": self.scheduler,
             "cpu_threads": self.cpu_threads(),
         }

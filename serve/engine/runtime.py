@@ -166,7 +166,8 @@ class Runtime:
                 num_images=kind.images,
             ),
             shape,
-            num_inference_steps=WARMUP_STEPS,
+            # At fixed timesteps there is no other number of steps.
+            num_inference_steps=len(self.settings.timesteps or ()) or WARMUP_STEPS,
             guidance_scale=max(self.settings.guidance_scale, 2.0) if kind.guided else 1.0,
             seed=0,
             chunks=kind.chunks,

@@ -170,9 +170,16 @@ class Startup:
         from serve.model.loading import load_model
         from serve.model.prompt_tokens import PromptRules
         from serve.model.safety_checker import load_safety_checker
+        from serve.model.schedulers import Schedule
 
         settings, readiness = self._settings, self._readiness
-        model = load_model(settings.model, settings.model_revision, settings.device, settings.dtype)
+        model = load_model(
+            settings.model,
+            settings.model_revision,
+            settings.device,
+            settings.dtype,
+            Schedule(settings.scheduler, settings.timesteps),
+        )
         model.prompt_rules = PromptRules(
             settings.prompt_chunks, weighted=settings.prompt_syntax == "weighted"
         )
@@ -181,6 +188,7 @@ class Startup:
         clock = make_clock(str(model.device))
         readiness.model, readiness.device = model.name, str(model.device)
         self._attributes |= {"model.name": model.name, "device": str(model.device)}
+        self._check_scheduler(model)
         model.fit_preview()
         self._end_phase("load_model", started_ns, dict(self._attributes))
 
@@ -214,6 +222,16 @@ class Startup:
             kinds=tuple(kinds),
             batch_sizes=sizes,
         )
+
+    def _check_scheduler(self, model: SdxlModel) -> None:
+        from serve.model.schedulers import describe, misfit
+
+        scheduler = model.pipeline.scheduler
+        self._readiness.scheduler = describe(scheduler)
+        wrong = misfit(model.name, scheduler, self._settings)
+        if wrong is not None:
+            self._readiness.scheduler["wrong"] = wrong
+            logger.warning("pictures may be bad: %s", wrong)
 
     def _batch_sizes(self, model: SdxlModel, has_graphs: bool) -> tuple[int, ...]:
         """The numbers of images that a run may have. Each costs graphs of its own, where there are

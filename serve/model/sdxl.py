@@ -25,6 +25,7 @@ from serve.model.prompt_tokens import PromptRules, count_chunks, tokenise
 from serve.model.prompt_weights import weigh
 from serve.model.safety_checker import SafetyChecker
 from serve.model.scheduler_watch import watch_scheduler
+from serve.model.schedulers import OWN_SCHEDULE, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Conditioning:
         zero_negative: there is guidance and every negative embedding is zeros, as for an empty
             negative prompt. Steps may skip the attention to it.
         prepared: computed ahead where the model does that and the size was known.
+        prepared_unguided: the same of the prompts alone, for a run whose guidance ends early.
     """
 
     prompt: torch.Tensor
@@ -61,13 +63,19 @@ class Conditioning:
     tokens: tuple[int, ...]
     zero_negative: bool = False
     prepared: PreparedText | None = None
+    prepared_unguided: PreparedText | None = None
 
     def without_guidance(self) -> Conditioning:
         """The same prompts without their negative ones."""
         if self.negative is None:
             return self
         return replace(
-            self, negative=None, negative_pooled=None, zero_negative=False, prepared=None
+            self,
+            negative=None,
+            negative_pooled=None,
+            zero_negative=False,
+            prepared=self.prepared_unguided,
+            prepared_unguided=None,
         )
 
     def as_steps_read_it(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +104,19 @@ class DecodedImages:
     on_device: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _UnguidedSteps:
+    """What the steps after the end of guidance read.
+
+    Attributes:
+        tensors: variables of diffusers' loop, by their names, as its step callback returns them.
+        options: the steps' `cross_attention_kwargs`.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    options: dict[str, Any] | None
+
+
 class SdxlModel:
     """A loaded SDXL pipeline. Used by one thread at a time."""
 
@@ -105,7 +126,10 @@ class SdxlModel:
         name: str,
         device: torch.device,
         trained_shapes: tuple[CompiledShape, ...],
+        schedule: Schedule = OWN_SCHEDULE,
     ) -> None:
+        schedule.apply(pipeline)
+        self.timesteps = schedule.timesteps
         self.name = name
         self.device = device
         self.dtype: torch.dtype = pipeline.unet.dtype
@@ -137,6 +161,7 @@ class SdxlModel:
         guided: bool,
         shape: CompiledShape | None = None,
         chunks: int = 1,
+        guidance_ends: bool = False,
     ) -> Conditioning:
         """Encode a run's prompts with both text encoders, and the negative prompts with guidance.
 
@@ -144,6 +169,7 @@ class SdxlModel:
             chunks: every text is cut or padded to this number of chunks of 75 tokens.
             shape: the size of the run's images. With it, what the steps read of the text is
                 computed here too, if the model computes that once a run.
+            guidance_ends: the run's last steps have no guidance. What they read is computed too.
         """
         images = len(prompts)
         zeros_for_empty = self.pipeline.config.force_zeros_for_empty_prompt
@@ -174,6 +200,9 @@ class SdxlModel:
         )
         if self.text is None or shape is None:
             return conditioning
+        if guided and guidance_ends:
+            alone = self._prepare_text(self.text, conditioning.without_guidance(), shape)
+            conditioning = replace(conditioning, prepared_unguided=alone)
         return replace(conditioning, prepared=self._prepare_text(self.text, conditioning, shape))
 
     def denoise(
@@ -187,14 +216,18 @@ class SdxlModel:
         on_loop_begins: Callable[[], None],
         on_step_enqueued: Callable[[int, torch.Tensor | None], None],
         watch_latents: bool = False,
+        guided_steps: int | None = None,
     ) -> torch.Tensor:
         """Run the denoising loop; returns latents (images, channels, height / 8, width / 8).
 
         Args:
+            num_inference_steps: as many as `timesteps`, where the model has fixed ones.
             seeds: one for each image. An image's noise does not depend on the others of the run.
             on_loop_begins: called when the loop is about to start.
             on_step_enqueued: called with the index of each step once its work is enqueued, and with
                 the step's latents if `watch_latents` is set. An exception from it ends the loop.
+            guided_steps: how many steps have guidance, if `guidance_scale` is above 1; the steps
+                after them run without it. None: all of them.
         """
         # Noise is drawn on the CPU, so that a seed means the same image on every device.
         generators = [cpu_generator(seed) for seed in seeds]
@@ -206,15 +239,22 @@ class SdxlModel:
             # copy from the host would be a wait inside the loop.
             generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
+        unguided = None
+        if guidance_scale <= 1 or guided_steps == 0:
+            guidance_scale, conditioning = 1.0, conditioning.without_guidance()
+        elif guided_steps is not None and guided_steps < num_inference_steps:
+            unguided = self._unguided_steps(conditioning.without_guidance(), shape)
+
         def on_step_end(
             _pipeline: Any, index: int, _timestep: Any, tensors: dict[str, torch.Tensor]
         ) -> dict[str, torch.Tensor]:
             # The timestep is a scalar on the device: reading it would stall the loop.
             on_step_enqueued(index, tensors.get("latents"))
-            return {}
+            if index + 1 != guided_steps or unguided is None:
+                return {}
+            self._loop.end_guidance(unguided.options)
+            return dict(unguided.tensors)
 
-        if guidance_scale <= 1:
-            conditioning = conditioning.without_guidance()
         with watch_scheduler(self._loop.scheduler, on_loop_begins):
             output = self._loop(
                 prompt_embeds=conditioning.prompt,
@@ -224,6 +264,7 @@ class SdxlModel:
                 height=shape.height,
                 width=shape.width,
                 num_inference_steps=num_inference_steps,
+                timesteps=self.timesteps,
                 guidance_scale=guidance_scale,
                 latents=latents,
                 generator=generators,
@@ -322,6 +363,23 @@ class SdxlModel:
         time_ids = self._loop.time_ids(shape.height, shape.width, embeddings.dtype)
         added = {"text_embeds": pooled, "time_ids": time_ids.repeat(len(embeddings), 1)}
         return PreparedText(text.prepare(embeddings, added), shape)
+
+    def _unguided_steps(self, conditioning: Conditioning, shape: CompiledShape) -> _UnguidedSteps:
+        """Prepare the steps after a run's guidance has ended, so that they begin without a wait.
+
+        Args:
+            conditioning: without guidance.
+        """
+        embeddings, pooled = conditioning.as_steps_read_it()
+        time_ids = self._loop.time_ids(shape.height, shape.width, embeddings.dtype)
+        return _UnguidedSteps(
+            {
+                "prompt_embeds": embeddings,
+                "add_text_embeds": pooled,
+                "add_time_ids": time_ids.repeat(len(embeddings), 1),
+            },
+            self._unet_options(conditioning, shape),
+        )
 
     def _unet_options(
         self, conditioning: Conditioning, shape: CompiledShape

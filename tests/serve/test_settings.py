@@ -82,6 +82,14 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
         ("SDXL_COMPILE", "fast", "off"),
         ("SDXL_ATTENTION", "sage", "auto, cudnn, flash or xformers"),
         ("SDXL_QUANTIZE", "int3", "none, int8 or fp8"),
+        ("SDXL_SCHEDULER", "dpm++", "one of euler, euler-trailing"),
+        ("SDXL_SCHEDULER", "Euler", "one of euler, euler-trailing"),
+        ("SDXL_TIMESTEPS", "999,499.5", "descending"),
+        ("SDXL_TIMESTEPS", "999,999", "descending"),
+        ("SDXL_TIMESTEPS", "499,999", "descending"),
+        ("SDXL_TIMESTEPS", "-1", "0 and more"),
+        ("SDXL_TIMESTEPS", "999,", "a comma-separated list"),
+        ("SDXL_TIMESTEPS", ",".join(map(str, range(101, 0, -1))), "1 to 100"),
         ("SDXL_STEPS", "0", "a whole number from 1 to 100"),
         ("SDXL_GUIDANCE_SCALE", "21", "a number from 0 to 20"),
         ("SDXL_GUIDANCE_SCALE", "nan", "a number from 0 to 20"),
@@ -277,6 +285,25 @@ def test_an_unknown_name_is_refused_with_a_suggestion(monkeypatch: pytest.Monkey
     monkeypatch.setenv("SDXL_MAX_WAITNG", "3")
     with pytest.raises(ConfigurationError, match="did you mean SDXL_MAX_WAITING"):
         load_settings()
+
+
+def test_fixed_timesteps_are_the_number_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDXL_TIMESTEPS", "999, 749,499,0")
+    assert load_settings().timesteps == (999, 749, 499, 0)
+    assert load_settings().default_steps == 4
+    monkeypatch.setenv("SDXL_STEPS", "4")
+    load_settings()
+    monkeypatch.setenv("SDXL_STEPS", "8")
+    with pytest.raises(ConfigurationError, match=r"SDXL_TIMESTEPS.*SDXL_STEPS=8 contradict"):
+        load_settings()
+    monkeypatch.delenv("SDXL_STEPS")
+    for scheduler in ("lcm", "euler", "euler-trailing"):
+        monkeypatch.setenv("SDXL_SCHEDULER", scheduler)
+        assert load_settings().scheduler == scheduler
+    for scheduler in ("ddim", "ddim-trailing", "euler-ancestral"):
+        monkeypatch.setenv("SDXL_SCHEDULER", scheduler)
+        with pytest.raises(ConfigurationError, match=f"SDXL_SCHEDULER={scheduler} contradict"):
+            load_settings()
 
 
 def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,10 +60,13 @@ async def create_images(runtime: Runtime, request: ImageGenerationRequest) -> Re
     if request.response_format == "url" and not runtime.uploads:
         message = "must be b64_json: this server does not upload its images"
         raise InvalidRequest([FieldProblem(("body", "response_format"), message, "no_upload")])
-    wanted = request.text_to_image(runtime.settings.steps)
+    settings = runtime.settings
+    wanted = request.text_to_image(
+        settings.default_steps, fixed_steps=settings.timesteps is not None
+    )
     call = received_call(runtime, wanted)
     if request.stream:
-        steps = wanted.num_inference_steps or runtime.settings.steps
+        steps = wanted.num_inference_steps or settings.default_steps
         previews = _previews(request, steps)
         return await stream(runtime, wanted, call, _Events(request, call), previews)
     response = await runtime.generate(wanted, call)

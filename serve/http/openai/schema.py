@@ -48,7 +48,7 @@ _SIZE = re.compile(r"([1-9][0-9]{1,3})x([1-9][0-9]{1,3})")
 
 
 class ImageGenerationRequest(BaseModel):
-    """`POST /v1/images/generations`: OpenAI's fields, and four of ours at the end."""
+    """`POST /v1/images/generations`: OpenAI's fields, and ours at the end."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -97,6 +97,7 @@ class ImageGenerationRequest(BaseModel):
     negative_prompt: str = Field(default="", description="What to keep out.")
     num_inference_steps: int | None = Field(default=None, description="Overrides `quality`.")
     guidance_scale: float | None = Field(default=None, description="As in `POST /`.")
+    guidance_end: float = Field(default=1.0, description="As in `POST /`.")
     seed: int | None = Field(default=None, description="Image i has this seed + i; null: drawn.")
     decoded_partial_images: bool = Field(
         default=False,
@@ -169,24 +170,26 @@ class ImageGenerationRequest(BaseModel):
     def image_format(self) -> ImageFormat:
         return self.output_format or "png"  # type: ignore[return-value]  # the others are refused
 
-    def text_to_image(self, model_steps: int) -> TextToImageRequest:
+    def text_to_image(self, model_steps: int, fixed_steps: bool = False) -> TextToImageRequest:
         """The same request in this service's own words.
 
         Args:
             model_steps: the number of denoising steps that the model takes by default.
+            fixed_steps: the model takes no other number, so `quality` does not change it.
 
         Raises:
             RequestValidationError: a value that `TextToImageRequest` does not allow.
         """
         size = None if self.size is None else _SIZE.fullmatch(self.size)
         steps = self.num_inference_steps
-        if steps is None:
+        if steps is None and not fixed_steps:
             steps = self._steps(model_steps)
         fields = {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "num_inference_steps": steps,
             "guidance_scale": self.guidance_scale,
+            "guidance_end": self.guidance_end,
             "width": int(size[1]) if size else None,
             "height": int(size[2]) if size else None,
             "seed": self.seed,

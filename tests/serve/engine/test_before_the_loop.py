@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels_warmup.compile import compile_model
@@ -243,6 +244,48 @@ def test_nothing_waits_for_the_device_before_the_first_step(
     assert beginning.sent == [(1, 4, 16, 16), ()]  # the noise, and the first step is reached
     # A copy from memory that is not pinned waits, even with non_blocking.
     assert pinned == [(texts, 77), (texts, 77), (1, 4, 16, 16)]
+
+
+@pytest.mark.parametrize("name", [name for name in SERVED if name != "dpm++"])
+def test_nothing_waits_for_the_device_in_the_loop(
+    on_a_device: SdxlModel, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the scheduler's steps, nor where guidance ends."""
+    pipeline = on_a_device.pipeline
+    pipeline.scheduler = SERVED[name]
+    batches: list[int] = []
+
+    def unet(sample: torch.Tensor, timestep: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+        assert timestep.device == META
+        batches.append(len(sample))
+        return (torch.empty_like(sample),)
+
+    # The noise of a step is drawn on the device; on this one it cannot be.
+    for module in (scheduling_lcm, scheduling_euler_ancestral_discrete):
+        monkeypatch.setattr(
+            module, "randn_tensor", lambda shape, **_: torch.empty(shape, device=META)
+        )
+    pipeline.unet.forward = unet
+    model = SdxlModel(pipeline, "demo", META, (SHAPE,))
+    conditioning = model.encode_prompts(["a red circle"], ["blue"], True, SHAPE)
+
+    def run() -> None:
+        model.denoise(
+            conditioning,
+            shape=SHAPE,
+            num_inference_steps=4,
+            guidance_scale=5.0,
+            seeds=[3],
+            on_loop_begins=lambda: None,
+            on_step_enqueued=lambda *_: None,
+            guided_steps=2,
+        )
+
+    crossings(run)  # a warm-up, which fills the caches
+    batches.clear()
+    seen = crossings(run)
+    assert batches == [2, 2, 1, 1]
+    assert seen.waited == []
 
 
 def test_the_unprepared_pipeline_waits_for_each_copy(on_a_device: SdxlModel) -> None:
