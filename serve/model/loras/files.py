@@ -120,8 +120,10 @@ def _factors(
     weight = getattr(pipeline, target.part).get_submodule(target.module).weight
     outputs, *inputs = weight.shape
     down, up = _unpadded(down, len(weight.shape)), _unpadded(up, 2)
+    if down.dim() == 2 and len(inputs) == 3:
+        down = down[:, :, None, None]  # of a convolution without a neighbourhood
     rank = len(down)
-    if list(down.shape) != [rank, *inputs]:
+    if list(down.shape) != [rank, *inputs] or rank == 0:
         wanted = " x ".join(map(str, ["rank", *inputs]))
         raise _DoesNotFit(_wrong_shape(down_key, roles["down"][1], wanted))
     if list(up.shape) != [outputs, rank]:
