@@ -9,8 +9,11 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-RUN_STAGES = ("text_encode", "denoise", "vae_decode")
+RUN_STAGES = ("lora_swap", "text_encode", "denoise", "vae_decode")
 """Stages on the thread that owns the model, timed by the run's clock."""
+
+LoraSet = tuple[tuple[str, float], ...]
+"""LoRAs and their scales, sorted by name, without those of scale 0."""
 
 PREVIEW_DECODE = "preview_decode"
 """Between two steps: a preview that a request wants from the model's decoder."""
@@ -139,6 +142,7 @@ class GenerationFacts:
     seed: int
     prompt: str | None = None
     num_images: int = 1
+    loras: LoraSet = ()
 
 
 @dataclass(frozen=True, slots=True)

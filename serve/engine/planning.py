@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
-from metrics.records import GenerationFacts
+from metrics.records import GenerationFacts, LoraSet
 from serve.errors import FieldProblem, InvalidRequest
 from serve.schema import MAX_SEED, TextToImageRequest
 from serve.settings import ServeSettings
@@ -23,12 +23,13 @@ class PlannedRequest:
     num_inference_steps: int
     guidance_scale: float
     seed: int
+    loras: LoraSet = ()
 
     @property
-    def run_key(self) -> tuple[CompiledShape, int, float]:
+    def run_key(self) -> tuple[CompiledShape, int, float, LoraSet]:
         """What the images of one run have in common."""
         scale = self.guidance_scale if self.guided else 1.0
-        return self.shape, self.num_inference_steps, scale
+        return self.shape, self.num_inference_steps, scale, self.loras
 
     @property
     def num_images(self) -> int:
@@ -59,6 +60,7 @@ class PlannedRequest:
             seed=self.seed,
             num_images=self.num_images,
             prompt=self.request.prompt if with_prompt else None,
+            loras=self.loras,
         )
 
 
@@ -81,7 +83,7 @@ def plan_request(
             largest shape of both bounds the image's size.
 
     Raises:
-        InvalidRequest: the size, the guidance or the number of images is not served here.
+        InvalidRequest: the size, the guidance, a LoRA or the number of images is not served here.
     """
     _require_images(request, settings)
     return PlannedRequest(
@@ -90,6 +92,7 @@ def plan_request(
         request.num_inference_steps or settings.steps,
         _choose_guidance_scale(request, settings),
         _choose_seed(request),
+        _choose_loras(request, settings),
     )
 
 
@@ -110,6 +113,19 @@ def _choose_seed(request: TextToImageRequest) -> int:
         )
         raise InvalidRequest([FieldProblem(("body", "seed"), message, "seed")])
     return request.seed
+
+
+def _choose_loras(request: TextToImageRequest, settings: ServeSettings) -> LoraSet:
+    """The LoRAs that change the picture, sorted: like sets share a run, however they were sent."""
+    names = [each.name for each in settings.loras]
+    wanted = request.loras or ()
+    for place, lora in enumerate(wanted):
+        if lora.path not in names:
+            message = "must be left out: this server has no LoRAs"
+            if names:
+                message = f"must be one of this server's LoRAs: {', '.join(names)}"
+            raise InvalidRequest([FieldProblem(("body", "loras", place, "path"), message, "lora")])
+    return tuple(sorted((lora.path, lora.scale) for lora in wanted if lora.scale != 0))
 
 
 def _choose_shape(

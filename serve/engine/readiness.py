@@ -35,6 +35,9 @@ class Readiness:
         phases_ms: duration of each finished phase of the start-up.
         compile: how the model was prepared to run, and what the compiler did.
         left_out: the shapes that could not be warmed, and the type of the error of each.
+        loras: the names of the LoRAs that requests may use.
+        lora_bytes: memory on the device for them, and for the weights that they change as they were
+            loaded.
         cpu_threads: describes the threads that compute on the CPU, as they are now.
     """
 
@@ -48,6 +51,8 @@ class Readiness:
     phases_ms: dict[str, float] = field(default_factory=dict)
     compile: dict[str, str | int | float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    loras: tuple[str, ...] = ()
+    lora_bytes: int = 0
     draining: bool = False
     _on_drain: list[Callable[[], object]] = field(default_factory=list, repr=False)
     cpu_threads: Callable[[], dict[str, Any]] = dict
@@ -87,5 +92,7 @@ class Readiness:
             "left_out": self.left_out,
             "warmup_ms": self.phases_ms,
             "compile": self.compile,
+            "loras": list(self.loras),
+            "lora_bytes": self.lora_bytes,
             "cpu_threads": self.cpu_threads(),
         }

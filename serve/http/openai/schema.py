@@ -20,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from serve.schema import ImageFormat, TextToImageRequest
+from serve.schema import ImageFormat, LoraWeights, TextToImageRequest
 
 MOST_IMAGES = 10
 MOST_PARTIAL_IMAGES = 3
@@ -48,7 +48,7 @@ _SIZE = re.compile(r"([1-9][0-9]{1,3})x([1-9][0-9]{1,3})")
 
 
 class ImageGenerationRequest(BaseModel):
-    """`POST /v1/images/generations`: OpenAI's fields, and four of ours at the end."""
+    """`POST /v1/images/generations`: OpenAI's fields, and ours at the end."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -95,6 +95,7 @@ class ImageGenerationRequest(BaseModel):
     num_inference_steps: int | None = Field(default=None, description="Overrides `quality`.")
     guidance_scale: float | None = Field(default=None, description="As in `POST /`.")
     seed: int | None = Field(default=None, description="Image i has this seed + i; null: drawn.")
+    loras: LoraWeights | None = Field(default=None, description="As in `POST /`.")
     decoded_partial_images: bool = Field(
         default=False,
         description="Partial images by the model's decoder; otherwise a linear map, enlarged.",
@@ -187,6 +188,7 @@ class ImageGenerationRequest(BaseModel):
             "width": int(size[1]) if size else None,
             "height": int(size[2]) if size else None,
             "seed": self.seed,
+            "loras": self.loras,
             "num_images": self.n or 1,
             "format": self.image_format,
             "image_quality": self.output_compression,

@@ -92,7 +92,9 @@ def _load(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 - no dict
     except (SafetensorError, OSError, ValueError):
-        raise _DoesNotFit("cannot be read as safetensors, the only format that is allowed") from None
+        raise _DoesNotFit(
+            "cannot be read as safetensors, the only format that is allowed"
+        ) from None
 
 
 def _find(key: str, names: Names) -> tuple[Target, Role]:
@@ -163,7 +165,10 @@ class _Config:
             for key, value in _json(metadata[DIFFUSERS_METADATA], "metadata").items():
                 part, _, field = key.partition(".")
                 by_part.setdefault(part, {})[field] = value
-        elif file.name.startswith("adapter_model") and (beside := file.with_name(PEFT_CONFIG)).is_file():
+        elif (
+            file.name.startswith("adapter_model")
+            and (beside := file.with_name(PEFT_CONFIG)).is_file()
+        ):
             by_part[""] = _json(beside.read_text(errors="replace"), PEFT_CONFIG)
         for config in by_part.values():
             if config.get("use_dora"):

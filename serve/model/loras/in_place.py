@@ -1,9 +1,10 @@
 """LoRAs by changing the model's weights in place.
 
-A LoRA changes a weight by `scale * alpha / rank * up @ down`. The change is added to the weight where
-the model reads it, so compiled code and captured graphs stay valid and a step costs what it costs
-without a LoRA. For each weight that any of the LoRAs changes, the weight as it was loaded is kept:
-every change starts from it, so nothing adds up over many changes, and going back copies its bytes.
+A LoRA changes a weight by `scale * alpha / rank * up @ down`. The change is added to the weight
+where the model reads it, so compiled code and captured graphs stay valid and a step costs what it
+costs without a LoRA. For each weight that any of the LoRAs changes, the weight as it was loaded is
+kept: every change starts from it, so nothing adds up over many changes, and going back copies its
+bytes.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from typing import Any
 import torch
 
 from kernels_warmup.weights import Derived, as_matrix, derived_tensors, like_matrix
+from metrics.records import LoraSet
 from serve.model.loras.files import Factors, Lora
 from serve.model.loras.naming import PARTS
-
-LoraSet = tuple[tuple[str, float], ...]
-"""The LoRAs of a run, each with its scale, sorted by name; without those of scale 0."""
 
 
 @dataclass(slots=True)

@@ -2,10 +2,10 @@
 
 A LoRA file names a module in one of three ways, here for the same module:
 
-    unet.down_blocks.1.attentions.0.proj_in.lora_A.weight        PEFT, and diffusers since it uses it
-    unet.down_blocks.1.attentions.0.proj_in.lora.down.weight     diffusers before
-    lora_unet_input_blocks_4_1_proj_in.lora_down.weight          kohya, by the names of SGM's UNet
-    lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight    kohya, by diffusers' names
+    unet.down_blocks.1.attentions.0.proj_in.lora_A.weight       PEFT, diffusers since it uses PEFT
+    unet.down_blocks.1.attentions.0.proj_in.lora.down.weight    diffusers before
+    lora_unet_input_blocks_4_1_proj_in.lora_down.weight         kohya, by the names of SGM's UNet
+    lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight   kohya, by diffusers' names
 
 The names are looked up in a table that is made from the model's own modules. diffusers' converter
 rewrites each name by a chain of replacements instead: it cannot say which key of the file does not
@@ -156,7 +156,13 @@ def sgm_name(name: str, unet_config: Mapping[str, Any]) -> str | None:
     found = re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.(.+)", name)
     if found is None:
         return None
-    side, block, kind, layer, inside = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
+    side, block, kind, layer, inside = (
+        found[1],
+        int(found[2] or 0),
+        found[3],
+        int(found[4]),
+        found[5],
+    )
     inside = _SGM_RESNET.get(inside, inside)
     if side is None:
         middle = _SGM_MIDDLE.get(f"{kind}.{layer}")

@@ -101,7 +101,8 @@ def _download(name: str, repository: str, file: str | None, revision: str | None
         before = _downloaded_before(repository, file, revision)
         if before is None:
             raise ModelError(
-                f"SDXL_LORAS: {name}: the LoRA {repository} was not downloaded before, and {reason}."
+                f"SDXL_LORAS: {name}: the LoRA {repository} was not downloaded before, and "
+                f"{reason}."
             ) from None
         logger.warning("%s: %s; what was downloaded before is used", repository, reason)
         return before

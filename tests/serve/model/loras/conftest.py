@@ -17,7 +17,9 @@ Load = Callable[..., SdxlModel]
 
 @pytest.fixture(scope="session")
 def load() -> Load:
-    def load_fresh(mode: Mode = "off", recipe: Recipe | None = None, before: Any = None) -> SdxlModel:
+    def load_fresh(
+        mode: Mode = "off", recipe: Recipe | None = None, before: Any = None
+    ) -> SdxlModel:
         """`before`: called with the pipeline as it was loaded."""
         model = load_model("demo", None, "cpu", "float32")
         if before is not None:

@@ -23,8 +23,7 @@ KOHYA_TO_Q = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
 
 def _products(lora: Lora) -> dict[Target, torch.Tensor]:
     return {
-        target: each.scale * each.up @ each.down.flatten(1)
-        for target, each in lora.factors.items()
+        target: each.scale * each.up @ each.down.flatten(1) for target, each in lora.factors.items()
     }
 
 
@@ -86,7 +85,7 @@ def _without(ending: str) -> Callable[[Tensors], Tensors]:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda t: {"lora_unet_nowhere.lora_down.weight": torch.ones(2, 2), **t}, "lora_unet_nowhere"),
+        (lambda t: {"lora_unet_nowhere.lora_down.weight": torch.ones(2, 2), **t}, "nowhere"),
         (lambda t: t | {f"{KOHYA_TO_Q}.lora_mid.weight": torch.ones(2, 2)}, "LoCon"),
         (lambda t: {f"{KOHYA_TO_Q}.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
         (lambda t: t | {f"{KOHYA_TO_Q}.dora_scale": torch.ones(2, 2)}, "DoRA"),

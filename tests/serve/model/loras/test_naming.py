@@ -28,7 +28,9 @@ def _targets(unet: Any) -> list[str]:
 
 def test_kohyas_names_of_every_module_of_sdxl_are_read_as_diffusers_reads_them(unet: Any) -> None:
     """diffusers' own converter, for the same file."""
-    names = Names(SimpleNamespace(unet=unet, text_encoder=torch.nn.Module(), text_encoder_2=torch.nn.Module()))
+    names = Names(
+        SimpleNamespace(unet=unet, text_encoder=torch.nn.Module(), text_encoder_2=torch.nn.Module())
+    )
     spelt = {}
     for module in _targets(unet):
         sgm = sgm_name(module, unet.config)
