@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from prometheus_client import CollectorRegistry
 
-from kernels_warmup.compile import CompiledModel, compile_model
-from kernels_warmup.recipes import RECIPES
 from kernels_warmup.shapes import CompiledShape
-from kernels_warmup.warmup import GUIDED_BY_NOTHING, RunKind, compiler_counts
 from metrics.spans import request_tree
-from serve.engine.build import build_runtime
 from serve.engine.runtime import Runtime
 from serve.errors import InvalidRequest, ModelError, OutOfMemory
 from serve.model.loading import load_model
 from serve.setting_fields import parse_loras
 from tests.serve.conftest import request
-from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels, settings
+from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels
 from tests.support import loras
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own insides
 
 SHAPE = CompiledShape(64, 64)
 INK = [{"path": "ink"}]
@@ -204,50 +196,6 @@ def test_ready_lists_them_with_their_memory(served: Runtime) -> None:
     ready = served.readiness.as_json()
     assert ready["loras"] == ["ink", "same", "chalk"]
     assert ready["lora_bytes"] > 1_000_000
-
-
-def every_rewrite(model: Any) -> CompiledModel:
-    recipe = replace(
-        RECIPES["default"], group_norm=True, upsample="phases", zero_text=True, time_once=True
-    )
-    return compile_model(model.pipeline, "default", recipe=recipe)
-
-
-@pytest.mark.parametrize(
-    ("kinds", "requests"),
-    [
-        ((GUIDED_BY_NOTHING,), ({},)),
-        pytest.param(
-            None,
-            ({}, {"guidance_scale": 1.0}, {"negative_prompt": "blue"}),
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_nothing_compiles_for_a_lora(
-    traced: None,
-    sources: str,
-    kinds: tuple[RunKind, ...] | None,
-    requests: tuple[dict[str, Any], ...],
-) -> None:
-    """The compiler's guards watch the weights; a change in place fails none of them."""
-    chosen = settings(shapes=(SHAPE,), loras=parse_loras(sources))
-    runtime = build_runtime(chosen, CollectorRegistry(), prepare=every_rewrite, kinds=kinds)
-    asyncio.run(runtime.start())
-    try:
-        before = compiler_counts()
-        base = drawn(runtime)
-        for wanted in (INK, CHALK, [*INK, *CHALK], [{"path": "same", "scale": 2}], []):
-            for fields in requests:
-                call = new_call(runtime)
-                generate(runtime, call, loras=wanted, **fields)
-                assert call.run is not None
-                assert not call.run.eager_fallback
-        assert np.array_equal(drawn(runtime), base)
-        assert compiler_counts() == before
-        assert counted(runtime, "sdxl_recompiles_total") == 0
-    finally:
-        runtime.close(5)
 
 
 @pytest.mark.parametrize("source", ["/nowhere/ink.safetensors", "demo:nothing"])
