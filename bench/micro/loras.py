@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=64, help="of the LoRA (default: 64)")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps (default: 10)")
     parser.add_argument("--pairs", type=int, default=30, help="of requests (default: 30)")
-    parser.add_argument("--predict", action="store_true", help="compute it for SDXL base, run nothing")
+    parser.add_argument(
+        "--predict", action="store_true", help="compute it for SDXL base, run nothing"
+    )
     parser.add_argument("--out", type=output_file, help="also write it here, as JSON")
 
 
