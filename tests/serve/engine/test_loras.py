@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 
 from kernels_warmup.shapes import CompiledShape
 from metrics.spans import request_tree
-from serve.engine.runtime import Runtime
+from serve.engine.runtime import OPENAI_IMAGES, Runtime
 from serve.errors import InvalidRequest, ModelError, OutOfMemory
 from serve.model.loading import load_model
+from serve.server import create_app
 from serve.setting_fields import parse_loras
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels
@@ -190,6 +193,37 @@ def test_a_failed_change_fails_its_request_and_no_other(
     assert [stage.name for stage in call.run.stages] == ["lora_swap"]
     assert np.array_equal(drawn(served), base)
     assert not np.array_equal(drawn(served, loras=INK), base)
+
+
+def test_every_endpoint_takes_them(served: Runtime) -> None:
+    """fal's fields on `/` and `/stream`; OpenAI's endpoint takes them as an extension."""
+    app = create_app(served)
+
+    async def post(path: str, **fields: Any) -> httpx.Response:
+        body = {"prompt": "a red circle", "num_inference_steps": 2, "seed": 1} | fields
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post(path, json=body)
+
+    def image(path: str, wanted: list[Any]) -> str:
+        openai = path == OPENAI_IMAGES
+        answer = asyncio.run(post(path, loras=wanted, **({} if openai else {"format": "png"})))
+        assert answer.status_code == 200
+        if path == "/stream":
+            return json.loads(answer.text.split("data: ")[-1])["image"]["url"].split(",")[1]
+        body = answer.json()
+        return body["data"][0]["b64_json"] if openai else body["image"]["url"].split(",")[1]
+
+    paths = ("/", "/stream", OPENAI_IMAGES)
+    with_ink = {image(path, INK) for path in paths}
+    without = {image(path, []) for path in paths}
+    assert len(with_ink) == len(without) == 1
+    assert with_ink != without
+    for path, status in (("/", 422), ("/stream", 422), (OPENAI_IMAGES, 400)):
+        refused = asyncio.run(post(path, loras=[{"path": "https://example.com/nobody"}]))
+        assert refused.status_code == status
+        assert "ink, same, chalk" in refused.text
+        assert "example.com" not in refused.text
 
 
 def test_ready_lists_them_with_their_memory(served: Runtime) -> None:
