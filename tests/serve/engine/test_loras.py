@@ -226,6 +226,11 @@ def test_every_endpoint_takes_them(served: Runtime) -> None:
         assert "example.com" not in refused.text
 
 
+def test_the_openapi_document_lists_them(served: Runtime) -> None:
+    lora = create_app(served).openapi()["components"]["schemas"]["LoraWeight"]
+    assert lora["properties"]["path"]["enum"] == ["ink", "same", "chalk"]
+
+
 def test_ready_lists_them_with_their_memory(served: Runtime) -> None:
     ready = served.readiness.as_json()
     assert ready["loras"] == ["ink", "same", "chalk"]
