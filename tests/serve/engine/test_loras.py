@@ -11,16 +11,19 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 
 from kernels_warmup.shapes import CompiledShape
+from kernels_warmup.warmup import GUIDED_BY_NOTHING, compiler_counts
 from metrics.spans import request_tree
+from serve.engine.build import build_runtime
 from serve.engine.runtime import OPENAI_IMAGES, Runtime
 from serve.errors import InvalidRequest, ModelError, OutOfMemory
 from serve.model.loading import load_model
 from serve.server import create_app
 from serve.setting_fields import parse_loras
 from tests.serve.conftest import request
-from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels
+from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels, settings
 from tests.support import loras
 
 SHAPE = CompiledShape(64, 64)
@@ -235,6 +238,25 @@ def test_ready_lists_them_with_their_memory(served: Runtime) -> None:
     ready = served.readiness.as_json()
     assert ready["loras"] == ["ink", "same", "chalk"]
     assert ready["lora_bytes"] > 1_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own insides
+def test_generated_code_reads_the_changed_weights(served: Runtime, sources: str) -> None:
+    """The compiler generates code here. It must have put no weight into it."""
+    chosen = settings(compile="default", shapes=(SHAPE,), loras=parse_loras(sources))
+    runtime = build_runtime(chosen, CollectorRegistry(), kinds=(GUIDED_BY_NOTHING,))
+    asyncio.run(runtime.start())
+    try:
+        before = compiler_counts()
+        for wanted in ([], INK, CHALK, [*INK, *CHALK], []):
+            compiled, other = drawn(runtime, loras=wanted), drawn(served, loras=wanted)
+            assert np.abs(compiled.astype(int) - other).max() <= 1
+        assert compiler_counts() == before
+        assert counted(runtime, "sdxl_recompiles_total") == 0
+    finally:
+        runtime.close(5)
 
 
 @pytest.mark.parametrize("source", ["/nowhere/ink.safetensors", "demo:nothing"])
