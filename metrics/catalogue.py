@@ -196,6 +196,9 @@ class GenerationMetrics:
     def prompt_truncated(self) -> None:
         self._requests.truncated_prompts.inc()
 
+    def images_flagged(self, count: int) -> None:
+        self._requests.flagged_images.inc(count)
+
     # Telemetry's own health
 
     def record_failed(self) -> None:

@@ -9,7 +9,10 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-RUN_STAGES = ("lora_swap", "text_encode", "denoise", "vae_decode")
+SAFETY_CHECK = "safety_check"
+"""The last stage of a run, with a safety checker."""
+
+RUN_STAGES = ("lora_swap", "text_encode", "denoise", "vae_decode", SAFETY_CHECK)
 """Stages on the thread that owns the model, timed by the run's clock."""
 
 LoraSet = tuple[tuple[str, float], ...]

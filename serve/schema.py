@@ -177,7 +177,13 @@ class TextToImageRequest(BaseModel):
     sync_mode: bool = Field(
         default=False, description="Answer with a data URI where images are uploaded otherwise."
     )
-    preview: bool = Field(default=False, description="On /stream: a small picture with every step.")
+    preview: bool = Field(
+        default=False,
+        description=(
+            "On /stream: a small picture with every step. None where the images are checked by a "
+            "safety checker."
+        ),
+    )
     deadline_seconds: float | None = Field(
         default=None,
         gt=0,
@@ -199,12 +205,17 @@ class TextToImageRequest(BaseModel):
         description="The caller's name for this request, in its log lines and response headers.",
     )
 
-    # Fields of fal-ai/fast-sdxl that this model has no use for. Each accepts what asks for nothing.
     enable_safety_checker: bool = Field(
-        default=True, description="Accepted; no checker is loaded, so nothing is checked."
+        default=True,
+        description=(
+            "Whether images are checked, on a server with a safety checker: flagged ones are "
+            "black, and previews are left out. false is refused unless the server allows it."
+        ),
     )
+
+    # Fields of fal-ai/fast-sdxl that this model has no use for. Each accepts what asks for nothing.
     safety_checker_version: Literal["v1", "v2"] | None = Field(
-        default=None, description="Accepted; no checker is loaded."
+        default=None, description="Accepted; the server has one checker or none."
     )
     expand_prompt: bool = Field(default=False, description="true is refused.")
     embeddings: list[Any] | None = _only_empty()
@@ -256,6 +267,10 @@ class PromptRequest(TextToImageRequest):
     )
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 class GeneratedImage(BaseModel):
     """The image's URL, or the image as a data URI: fal's image type, and the image's seed."""
 
@@ -270,7 +285,8 @@ class GeneratedImage(BaseModel):
 
 
 class Timings(BaseModel):
-    """The stages' durations in milliseconds. A stage that did not run is null.
+    """The stages' durations in milliseconds. A stage that did not run is null; `safety_check_ms` is
+    absent then.
 
     Images may be drawn in several runs; the model's stages are then the sums over the runs, and
     `steps_ms` has the steps of each in turn.
@@ -286,6 +302,7 @@ class Timings(BaseModel):
     denoise_ms: float | None = None
     steps_ms: list[float] = Field(default_factory=list)
     vae_decode_ms: float | None = None
+    safety_check_ms: float | None = Field(default=None, exclude_if=_is_none)
     image_encode_ms: float | None = None
     upload_ms: float | None = None
     inference: float
@@ -309,6 +326,14 @@ class TextToImageResponse(BaseModel):
     )
     prompt_tokens: int = Field(
         description="Tokens of the whole prompt, also of what the text encoders did not read."
+    )
+    has_nsfw_concepts: list[bool] | None = Field(
+        default=None,
+        exclude_if=_is_none,
+        description=(
+            "For each image whether the safety checker flagged it; it is black then. Absent where "
+            "images are not checked."
+        ),
     )
 
 

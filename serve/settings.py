@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from kernels_warmup.shapes import CompiledShape
+from kernels_warmup.shapes import MOST_CHUNKS, CompiledShape
 from metrics import buckets
 from metrics.batch_sizes import MAX_QUEUE_SIZE
 from metrics.buckets import MOST_IMAGES
@@ -158,6 +158,30 @@ class ServeSettings(TelemetrySettings):
     deadline_seconds: float = Field(
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
     )
+
+    # What is read of a prompt
+
+    prompt_chunks: int = Field(
+        default=1,
+        ge=1,
+        le=MOST_CHUNKS,
+        description=f"a whole number from 1 to {MOST_CHUNKS}",
+    )
+    prompt_syntax: Literal["plain", "weighted"] = Field(
+        default="plain", description="plain or weighted"
+    )
+
+    # The check of finished images
+
+    safety_checker: str | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "a local directory with diffusers' StableDiffusionSafetyChecker, or a hub repository "
+            "as NAME/NAME or NAME/NAME@REVISION"
+        ),
+    )
+    safety_checker_optional: bool = Field(default=False, description=TRUE_OR_FALSE)
 
     # Connections. `serve.http.sockets.connections` says what each limit is for
 

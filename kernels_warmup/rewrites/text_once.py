@@ -37,6 +37,9 @@ class BufferedText:
     It holds no tensors. Its holder may let the steps read the buffers.
     """
 
+    tokens: int
+    """Tokens of a prompt in it. Each number has buffers of its own, and so graphs of its own."""
+
 
 BUFFERED_TEXT = "buffered_text"
 """The entry of `cross_attention_kwargs` with the `BufferedText` that a step reads."""
@@ -83,7 +86,7 @@ class TextOnce:
         """
         self._buffered = None  # nothing is valid while the buffers are written
         self._fill(encoder_hidden_states, added_cond_kwargs)
-        self._buffered = BufferedText()
+        self._buffered = BufferedText(encoder_hidden_states.shape[1])
         return self._buffered
 
     def holds(self, buffered: BufferedText) -> bool:

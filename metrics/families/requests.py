@@ -151,6 +151,11 @@ class RequestMetrics:
             "Requests whose prompt a text encoder cut.",
             registry=registry,
         )
+        self.flagged_images = Counter(
+            "sdxl_flagged_images",
+            "Images that the safety checker flagged; they were returned black.",
+            registry=registry,
+        )
 
     def count(self, request: RequestTiming) -> None:
         for name, _ in () if request.facts is None else request.facts.loras:

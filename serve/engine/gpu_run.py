@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metrics.gpu import GpuWatch
-from metrics.records import PREVIEW_DECODE, RunTiming
+from metrics.records import PREVIEW_DECODE, SAFETY_CHECK, RunTiming
 from metrics.timeline import Ranges, RunTimeline
 from serve.engine.call import Call
 from serve.engine.cancellation import Cancellations
@@ -77,11 +77,13 @@ class GeneratedPixels:
         pixels: (height, width, 3) uint8, in host memory.
         prompt_truncated: whether a text encoder cut the prompt or the negative prompt.
         prompt_tokens: how many tokens the whole prompt has.
+        flagged: whether the safety checker flagged it, and its pixels are black; None: not checked.
     """
 
     pixels: Any
     prompt_truncated: bool
     prompt_tokens: int
+    flagged: bool | None = None
 
 
 Outcome = list[GeneratedPixels] | RequestError
@@ -144,10 +146,11 @@ class GpuRun:
                 latents = self._denoise(conditioning, timeline, pacer)
             with timeline.stage("vae_decode"):
                 images = self._model.decode(latents)
+            flagged = self._find_flagged(images, timeline)
             self._wait_for_pixels(timeline, pacer)
         except Exception as error:  # noqa: BLE001 - any exception fails these requests alone
             return self._fail(error)
-        return self._outcomes(images, conditioning)
+        return self._outcomes(images, conditioning, flagged)
 
     def _begin(self) -> tuple[RunTimeline, StepPacer]:
         """Start the run's clock. Raises the reason if every request was cancelled."""
@@ -179,6 +182,7 @@ class GpuRun:
             [request.negative_prompt for request in wanted],
             self._planned.guided,
             self._planned.shape,
+            self._planned.chunks,
         )
 
     def _denoise(
@@ -205,6 +209,13 @@ class GpuRun:
             watch_latents=self._step_reports.previews_wanted,
         )
 
+    def _find_flagged(self, images: DecodedImages, timeline: RunTimeline) -> torch.Tensor | None:
+        """Which images the safety checker flags; None if no request of the run is checked."""
+        if not any(part.planned.checked for part in self._parts):
+            return None
+        with timeline.stage(SAFETY_CHECK):
+            return self._model.find_flagged(images)
+
     def _wait_for_pixels(self, timeline: RunTimeline, pacer: StepPacer) -> None:
         """Wait for the last steps and for the copy to the host; freeze the run's timing."""
         self._gpu_watch.request_reading()  # all work is enqueued, and the GPU as busy as it gets
@@ -224,7 +235,9 @@ class GpuRun:
         observer = next((call for call in self._calls if not call.finished), self._calls[0])
         observer.observed_runs.add(self._run_id)
 
-    def _outcomes(self, images: DecodedImages, conditioning: Conditioning) -> list[Outcome]:
+    def _outcomes(
+        self, images: DecodedImages, conditioning: Conditioning, flagged: torch.Tensor | None
+    ) -> list[Outcome]:
         outcomes: list[Outcome] = []
         first = 0
         for part in self._parts:
@@ -234,15 +247,9 @@ class GpuRun:
             if not all(bool(images.finite[index]) for index in indices):
                 failure = NonFiniteOutput()
             if failure is None:
+                checked = flagged if part.planned.checked else None
                 outcomes.append(
-                    [
-                        GeneratedPixels(
-                            images.pixels[index].numpy(),
-                            conditioning.truncated[index],
-                            conditioning.tokens[index],
-                        )
-                        for index in indices
-                    ]
+                    [_generated(images, conditioning, checked, index) for index in indices]
                 )
             else:
                 self._fail_in_last_stage(part.call, failure)
@@ -273,6 +280,19 @@ class GpuRun:
         """Record the failure in the stage of the run that ended last."""
         stages = () if self.timing is None else self.timing.stages
         call.fail(failure, at_ns=stages[-1].end_ns if stages else None)
+
+
+def _generated(
+    images: DecodedImages, conditioning: Conditioning, flagged: torch.Tensor | None, index: int
+) -> GeneratedPixels:
+    """One image of a run. A flagged one is black from here on."""
+    pixels = images.pixels[index]
+    is_flagged = None if flagged is None else bool(flagged[index])
+    if is_flagged:
+        pixels.zero_()
+    return GeneratedPixels(
+        pixels.numpy(), conditioning.truncated[index], conditioning.tokens[index], is_flagged
+    )
 
 
 class _StepReports:

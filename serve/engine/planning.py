@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
 from metrics.records import GenerationFacts, LoraSet
 from serve.errors import FieldProblem, InvalidRequest
 from serve.schema import MAX_SEED, TextToImageRequest
 from serve.settings import ServeSettings
+
+CountChunks = Callable[[str, str, bool], int]
+"""How many chunks of 75 tokens a run needs for a prompt and a negative prompt, with guidance or
+without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +28,17 @@ class PlannedRequest:
     guidance_scale: float
     seed: int
     loras: LoraSet = ()
+    chunks: int = 1
+    """How many chunks of 75 tokens its prompts are encoded in."""
+    checked: bool = False
+    """Whether the safety checker checks its images."""
 
     @property
-    def run_key(self) -> tuple[CompiledShape, int, float, LoraSet]:
-        """What the images of one run have in common."""
+    def run_key(self) -> tuple[CompiledShape, int, float, LoraSet, int]:
+        """What the images of one run have in common. The number of chunks is among it: padding to
+        another request's number would change the picture."""
         scale = self.guidance_scale if self.guided else 1.0
-        return self.shape, self.num_inference_steps, scale, self.loras
+        return self.shape, self.num_inference_steps, scale, self.loras, self.chunks
 
     @property
     def num_images(self) -> int:
@@ -69,11 +78,17 @@ def serves_guidance(settings: ServeSettings) -> bool:
     return settings.guidance_scale > 1
 
 
+def must_be_checked(settings: ServeSettings) -> bool:
+    """Whether every image goes through the safety checker, whatever its request says."""
+    return settings.safety_checker is not None and not settings.safety_checker_optional
+
+
 def plan_request(
     request: TextToImageRequest,
     settings: ServeSettings,
     warm_shapes: Sequence[CompiledShape],
     trained_shapes: Sequence[CompiledShape],
+    count_chunks: CountChunks = lambda *_: 1,
 ) -> PlannedRequest:
     """Fill in what a request left open.
 
@@ -81,25 +96,42 @@ def plan_request(
         warm_shapes: the shapes that are warm; the first is the default size.
         trained_shapes: the sizes that the model was trained for. With `SDXL_SERVE_COLD_SHAPES` the
             largest shape of both bounds the image's size.
+        count_chunks: called where prompts may have several chunks.
 
     Raises:
-        InvalidRequest: the size, the guidance, a LoRA or the number of images is not served here.
+        InvalidRequest: the size, the guidance, a LoRA, the number of images or an image without a
+            safety check is not served here.
     """
     _require_images(request, settings)
-    return PlannedRequest(
+    planned = PlannedRequest(
         request,
         _choose_shape(request, settings, warm_shapes, trained_shapes),
         request.num_inference_steps or settings.steps,
         _choose_guidance_scale(request, settings),
         _choose_seed(request),
-        _choose_loras(request, settings),
+        loras=_choose_loras(request, settings),
+        checked=_choose_check(request, settings),
     )
+    if settings.prompt_chunks == 1:
+        return planned
+    chunks = count_chunks(request.prompt, request.negative_prompt, planned.guided)
+    return replace(planned, chunks=chunks)
 
 
 def _require_images(request: TextToImageRequest, settings: ServeSettings) -> None:
     if request.num_images > settings.max_images:
         message = f"must be at most {settings.max_images}"
         raise InvalidRequest([FieldProblem(("body", "num_images"), message, "num_images")])
+
+
+def _choose_check(request: TextToImageRequest, settings: ServeSettings) -> bool:
+    if settings.safety_checker is None:
+        return False
+    if not request.enable_safety_checker and must_be_checked(settings):
+        message = "must be true: this server checks every image"
+        name = "enable_safety_checker"
+        raise InvalidRequest([FieldProblem(("body", name), message, "safety_checker")])
+    return request.enable_safety_checker
 
 
 def _choose_seed(request: TextToImageRequest) -> int:

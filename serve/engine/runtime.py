@@ -169,6 +169,8 @@ class Runtime:
             num_inference_steps=WARMUP_STEPS,
             guidance_scale=max(self.settings.guidance_scale, 2.0) if kind.guided else 1.0,
             seed=0,
+            chunks=kind.chunks,
+            checked=self.settings.safety_checker is not None,
         )
         call = Call("/", "POST", self.tracing.identify())
         (outcome,) = self._execute([RunPart(planned, call, range(kind.images))], _new_run_id())
@@ -253,8 +255,9 @@ class Runtime:
         if (refusal := self.refusal()) is not None:
             raise refusal
         readiness = self.readiness
+        model = self.loaded.model
         planned = plan_request(
-            request, self.settings, readiness.shapes, self.loaded.model.trained_shapes
+            request, self.settings, readiness.shapes, model.trained_shapes, model.chunks_of
         )
         call.facts = planned.facts(readiness.model, with_prompt=self.settings.trace_prompts)
         return planned
@@ -290,6 +293,8 @@ class Runtime:
     ) -> QueuedRequest:
         if previews is None and planned.request.preview:
             previews = Previews()
+        if planned.checked:
+            previews = None  # they would show what the check is about to blank
         call.timeline.begin("queue")
         return self.queue.join(planned, call, on_step, self._sizes(planned), previews)
 
@@ -330,6 +335,7 @@ class Runtime:
         self.estimates.observe_answer(planned, time.perf_counter() - drawn)
         if any(image.prompt_truncated for image in images):
             self.metrics.prompt_truncated()
+        self.metrics.images_flagged(sum(image.flagged is True for image in images))
         return build_response(planned, call, urls, images)
 
     async def _put(self, data: bytes, planned: PlannedRequest) -> str:

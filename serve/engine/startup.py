@@ -170,9 +170,16 @@ class Startup:
         self._progress("load_model")
         started_ns = self._now_ns()
         from serve.model.loading import load_model
+        from serve.model.prompt_tokens import PromptRules
+        from serve.model.safety_checker import load_safety_checker
 
         settings, readiness = self._settings, self._readiness
         model = load_model(settings.model, settings.model_revision, settings.device, settings.dtype)
+        model.prompt_rules = PromptRules(
+            settings.prompt_chunks, weighted=settings.prompt_syntax == "weighted"
+        )
+        if settings.safety_checker is not None:
+            model.safety_checker = load_safety_checker(settings.safety_checker, model.device)
         clock = make_clock(str(model.device))
         readiness.model, readiness.device = model.name, str(model.device)
         self._attributes |= {"model.name": model.name, "device": str(model.device)}
@@ -192,7 +199,15 @@ class Startup:
         if kinds is None:
             kinds = self._kinds_to_warm(compiled)
             if has_graphs:
-                kinds = [replace(kind, images=size) for size in sizes for kind in kinds]
+                # One chunk last: an estimate begins with the last runs of the warm-up, and most
+                # prompts have one chunk.
+                chunks = range(settings.prompt_chunks, 0, -1)
+                kinds = [
+                    replace(kind, images=size, chunks=count)
+                    for size in sizes
+                    for count in chunks
+                    for kind in kinds
+                ]
         else:
             sizes = tuple(sorted({kind.images for kind in kinds}))
         return LoadedModel(

@@ -17,7 +17,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from kernels_warmup.shapes import LARGEST_SIDE, PIXELS_PER_LATENT, SMALLEST_SIDE
 from serve import __version__
 from serve.engine.images import CONTENT_TYPES
-from serve.engine.planning import serves_guidance
+from serve.engine.planning import must_be_checked, serves_guidance
 from serve.engine.runtime import OPENAI_IMAGES
 from serve.errors import (
     BodyTooLarge,
@@ -257,7 +257,7 @@ _BY_PATH: dict[str, Callable[[Schema], None]] = {
 
 
 def _restricted(document: Schema, service: Service | None) -> Schema:
-    """The document with the sizes, the guidance and the LoRAs that are served."""
+    """The document with the sizes, the guidance, the LoRAs and the safety check that are served."""
     document = copy.deepcopy(document)
     lora = document["components"]["schemas"].get(LoraWeight.__name__)
     if lora is not None and service is not None and service.readiness.loras:
@@ -268,6 +268,8 @@ def _restricted(document: Schema, service: Service | None) -> Schema:
             continue
         for side in ("width", "height"):
             properties[side] |= _side(side, service)
+        if service is not None and must_be_checked(service.settings):
+            properties.get("enable_safety_checker", {})["const"] = True
         if service is not None and not serves_guidance(service.settings):
             for option in properties["guidance_scale"]["anyOf"]:
                 if option["type"] == "number":

@@ -21,6 +21,9 @@ from kernels_warmup.rewrites.zero_text import ZERO_TEXT, takes_zero_text
 from kernels_warmup.shapes import CompiledShape
 from serve.errors import ModelError
 from serve.model.noise import cpu_generator
+from serve.model.prompt_tokens import PromptRules, count_chunks, tokenise
+from serve.model.prompt_weights import weigh
+from serve.model.safety_checker import SafetyChecker
 from serve.model.scheduler_watch import watch_scheduler
 
 
@@ -40,7 +43,7 @@ class Conditioning:
     `denoise`.
 
     Attributes:
-        prompt: (images, 77, width of both encoders).
+        prompt: (images, chunks x 77, width of both encoders).
         pooled: (images, width of the second encoder).
         negative, negative_pooled: the same of the negative prompts; None without guidance.
         truncated: for each image, whether an encoder cut its prompt or its negative prompt.
@@ -85,10 +88,12 @@ class DecodedImages:
     Attributes:
         pixels: (images, height, width, 3) uint8.
         finite: (images,) bool: whether all of an image's values are finite.
+        on_device: the pixels on the model's device.
     """
 
     pixels: torch.Tensor
     finite: torch.Tensor
+    on_device: torch.Tensor
 
 
 class SdxlModel:
@@ -108,9 +113,21 @@ class SdxlModel:
         self.pipeline = pipeline
         self.text: TextOnce | None = None
         """Computes once a run what its steps read of the text; None: every step computes it."""
+        self.prompt_rules = PromptRules()
+        self.safety_checker: SafetyChecker | None = None
         self._loop = prepare_loop(pipeline)
         self._preview_map: torch.Tensor | None = None
         pipeline.set_progress_bar_config(disable=True)
+
+    def chunks_of(self, prompt: str, negative_prompt: str, guided: bool) -> int:
+        """How many chunks a run needs to read these prompts; at most as many as the rules allow.
+
+        For any thread. Both prompts get the same number, because the UNet reads both at once.
+        """
+        texts = self.prompt_rules.read([prompt, negative_prompt] if guided else [prompt])
+        tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
+        needed = max(count_chunks(tokenizer, texts) for tokenizer in tokenizers)
+        return min(needed, self.prompt_rules.most_chunks)
 
     @torch.no_grad()
     def encode_prompts(
@@ -119,10 +136,12 @@ class SdxlModel:
         negative_prompts: Sequence[str],
         guided: bool,
         shape: CompiledShape | None = None,
+        chunks: int = 1,
     ) -> Conditioning:
         """Encode a run's prompts with both text encoders, and the negative prompts with guidance.
 
         Args:
+            chunks: every text is cut or padded to this number of chunks of 75 tokens.
             shape: the size of the run's images. With it, what the steps read of the text is
                 computed here too, if the model computes that once a run.
         """
@@ -131,7 +150,7 @@ class SdxlModel:
         has_texts = [bool(text.strip()) or not zeros_for_empty for text in negative_prompts]
         encode_negative = guided and any(has_texts)
         texts = [*prompts, *negative_prompts] if encode_negative else [*prompts]
-        hidden, pooled, truncated, tokens = self._encode_texts(texts)
+        hidden, pooled, truncated, tokens = self._encode_texts(texts, chunks)
         prompt, pooled_prompt = hidden[:images], pooled[:images]
         negative = negative_pooled = None
         if encode_negative:
@@ -223,7 +242,14 @@ class SdxlModel:
         vae = self.pipeline.vae
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor
         decoded = vae.decode(scaled, return_dict=False)[0]
-        return DecodedImages(_to_host(to_pixels(decoded)), _to_host(all_finite(decoded)))
+        pixels = to_pixels(decoded)
+        return DecodedImages(_to_host(pixels), _to_host(all_finite(decoded)), pixels)
+
+    def find_flagged(self, images: DecodedImages) -> torch.Tensor:
+        """Which images the safety checker flags: (images,) bool in host memory, valid once the
+        device has finished the copy."""
+        assert self.safety_checker is not None, "only a service with a checker has images checked"
+        return _to_host(self.safety_checker.flagged(images.on_device))
 
     @torch.no_grad()
     def fit_preview(self) -> None:
@@ -267,18 +293,26 @@ class SdxlModel:
         return _to_host((pixels * 127.5 + 127.5).round_().clamp_(0, 255).to(torch.uint8))
 
     def _encode_texts(
-        self, texts: list[str]
+        self, texts: list[str], chunks: int
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[bool, ...], tuple[int, ...]]:
         pipeline = self.pipeline
         # Tokenise both before either encoder runs, so that the device waits for no tokenizer.
-        tokens, counts, cut = tokenise(pipeline.tokenizer, texts)
-        tokens_2, _, cut_2 = tokenise(pipeline.tokenizer_2, texts)
-        tokens, tokens_2 = _to_device(tokens, self.device), _to_device(tokens_2, self.device)
-        output = pipeline.text_encoder(tokens, output_hidden_states=True)
-        output_2 = pipeline.text_encoder_2(tokens_2, output_hidden_states=True)
-        hidden = torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], dim=-1)
-        truncated = tuple(some or other for some, other in zip(cut, cut_2, strict=True))
-        return hidden.to(self.dtype), output_2[0].to(self.dtype), truncated, counts
+        read = self.prompt_rules.read(texts)
+        tokens = tokenise(pipeline.tokenizer, read, chunks)
+        tokens_2 = tokenise(pipeline.tokenizer_2, read, chunks)
+        ids, ids_2 = _to_device(tokens.ids, self.device), _to_device(tokens_2.ids, self.device)
+        output = pipeline.text_encoder(ids, output_hidden_states=True)
+        output_2 = pipeline.text_encoder_2(ids_2, output_hidden_states=True)
+        states, states_2 = output.hidden_states[-2], output_2.hidden_states[-2]
+        if tokens.weights is not None and tokens_2.weights is not None:
+            states = weigh(states, _to_device(tokens.weights, self.device))
+            states_2 = weigh(states_2, _to_device(tokens_2.weights, self.device))
+        hidden = torch.cat([states, states_2], dim=-1)
+        # The chunks of a text are neighbours: joined, they are one longer text.
+        hidden = hidden.reshape(len(texts), -1, hidden.shape[-1]).to(self.dtype)
+        pooled = output_2[0][::chunks].to(self.dtype)  # the first chunk speaks for the text
+        truncated = tuple(one or other for one, other in zip(tokens.cut, tokens_2.cut, strict=True))
+        return hidden, pooled, truncated, tokens.counts
 
     def _prepare_text(
         self, text: TextOnce, conditioning: Conditioning, shape: CompiledShape
@@ -303,25 +337,6 @@ class SdxlModel:
         if takes_zero_text(self.pipeline.unet) and conditioning.zero_negative:
             options[ZERO_TEXT] = True
         return options or None
-
-
-def tokenise(
-    tokenizer: Any, texts: list[str]
-) -> tuple[torch.Tensor, tuple[int, ...], tuple[bool, ...]]:
-    """Token ids (texts, limit) in host memory; for each text its number of tokens, and whether it
-    was cut to the limit.
-
-    The ids are those of CLIP's tokenizer with truncation and padding. Those options would not say
-    which texts were cut; finding out would take a second call.
-    """
-    limit, fill = tokenizer.model_max_length, tokenizer.pad_token_id
-    # Not verbose: the library would warn of long texts, which the result reports.
-    whole: list[list[int]] = tokenizer(texts, verbose=False).input_ids
-    # The last token marks the end of a text; it also ends a text that was cut.
-    rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in whole]
-    filled = [ids + [fill] * (limit - len(ids)) for ids in rows]
-    counts = tuple(map(len, whole))
-    return torch.tensor(filled), counts, tuple(count > limit for count in counts)
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -105,13 +105,14 @@ class _Events:
 
     def done(self, response: TextToImageResponse) -> bytes:
         usage = Usage.of_prompt(response.prompt_tokens).model_dump()
-        return b"".join(
-            event(
-                "image_generation.completed",
-                {**self._common(_base64(image), _size(image)), "usage": usage, "seed": image.seed},
-            )
-            for image in response.images
-        )
+        events = []
+        for index, image in enumerate(response.images):
+            common = self._common(_base64(image), _size(image))
+            fields = {**common, "usage": usage, "seed": image.seed}
+            if response.has_nsfw_concepts is not None:
+                fields["has_nsfw_concepts"] = [response.has_nsfw_concepts[index]]
+            events.append(event("image_generation.completed", fields))
+        return b"".join(events)
 
     def failed(self, error: RequestError) -> bytes:
         return event("error", error_body(error, self._call))
@@ -147,6 +148,7 @@ def _images(request: ImageGenerationRequest, response: TextToImageResponse) -> I
         seeds=[image.seed for image in response.images],
         trace_id=response.trace_id,
         prompt_truncated=response.prompt_truncated,
+        has_nsfw_concepts=response.has_nsfw_concepts,
     )
 
 

@@ -79,7 +79,10 @@ class ImageGenerationRequest(BaseModel):
     )
     stream: bool | None = Field(default=None, description="Server-sent events.")
     partial_images: int | None = Field(
-        default=None, ge=0, le=MOST_PARTIAL_IMAGES, description="Previews in a stream; null: none."
+        default=None,
+        ge=0,
+        le=MOST_PARTIAL_IMAGES,
+        description="Previews in a stream; null: none. With a safety checker there are none.",
     )
     user: str | None = Field(default=None, max_length=512, description="Accepted and not used.")
     safety_identifier: str | None = Field(
@@ -237,7 +240,7 @@ class Image(BaseModel):
 
 
 class Images(BaseModel):
-    """The response of `POST /v1/images/generations`. The last three fields are ours."""
+    """The response of `POST /v1/images/generations`. The last four fields are ours."""
 
     created: int = Field(description="Unix seconds.")
     data: list[Image]
@@ -249,6 +252,12 @@ class Images(BaseModel):
     seeds: list[int]
     trace_id: str
     prompt_truncated: bool
+    has_nsfw_concepts: list[bool] | None = Field(
+        default=None,
+        description=(
+            "With a safety checker: for each image whether it was flagged; it is black then."
+        ),
+    )
 
 
 class Model(BaseModel):

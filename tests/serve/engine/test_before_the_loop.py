@@ -17,7 +17,8 @@ from kernels_warmup.recipes import Recipe
 from kernels_warmup.rewrites.prepared_loop import SCHEDULERS, SET_BY_TIMESTEPS, prepare_loop
 from kernels_warmup.shapes import CompiledShape
 from serve.model.loading import load_model
-from serve.model.sdxl import Conditioning, SdxlModel, tokenise
+from serve.model.prompt_tokens import PromptRules, tokenise
+from serve.model.sdxl import Conditioning, SdxlModel
 from serve.model.sdxl_base import SCHEDULER_CONFIG
 
 SHAPE = CompiledShape(128, 128)
@@ -360,14 +361,14 @@ def test_texts_are_truncated_and_padded_as_diffusers_does(demo: SdxlModel) -> No
         tokenizer = copy.deepcopy(tokenizer)
         for pad in (tokenizer.pad_token, "!"):  # SDXL's second tokenizer pads with another token
             tokenizer.pad_token = pad
-            ids, counts, cut = tokenise(tokenizer, texts)
+            tokens = tokenise(tokenizer, PromptRules().read(texts))
             expected = tokenizer(
                 texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
             ).input_ids
-            assert torch.equal(ids, expected)
-            assert ids.dtype == expected.dtype
+            assert torch.equal(tokens.ids, expected)
+            assert tokens.ids.dtype == expected.dtype
     whole = demo.pipeline.tokenizer(texts, verbose=False).input_ids
-    assert counts == tuple(map(len, whole))
-    assert cut == tuple(count > 77 for count in counts)
-    assert True in cut
-    assert False in cut
+    assert tokens.counts == tuple(map(len, whole))
+    assert tokens.cut == tuple(count > 77 for count in tokens.counts)
+    assert True in tokens.cut
+    assert False in tokens.cut

@@ -39,8 +39,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of i
 
 @pytest.fixture(scope="module")
 def compiled(traced: None) -> Iterator[Runtime]:
-    """The demo at both its sizes, warm."""
-    runtime = build(compile="default")
+    """The demo at both its sizes, warm. Other sizes are served too, cold."""
+    runtime = build(compile="default", serve_cold_shapes=True)
     asyncio.run(runtime.start())
     yield runtime
     runtime.close(5)
@@ -124,9 +124,12 @@ def test_nothing_compiles_where_runs_without_negative_have_a_graph(rewritten: Ru
     served: list[PerShape] = []
     with pytest.MonkeyPatch.context() as patch:
         real = PerShape.__call__
-        patch.setattr(
-            PerShape, "__call__", lambda self, *given: (served.append(self), real(self, *given))[1]
-        )
+
+        def watched(self: PerShape, *given: Any, **options: Any) -> Any:
+            served.append(self)
+            return real(self, *given, **options)
+
+        patch.setattr(PerShape, "__call__", watched)
         for fields in mixed_requests(50):
             call = new_call(rewritten)
             generate(rewritten, call, **fields | {"width": 128, "height": 128})
@@ -207,6 +210,7 @@ def test_readiness_and_metrics_describe_the_start(compiled: Runtime) -> None:
     ready = compiled.readiness.as_json()
     assert ready["shapes"] == ["128x128", "160x96"]
     assert ready["left_out"] == {}
+    assert ready["batch_sizes"] == {"128x128": (1,), "160x96": (1,)}  # more where an operator asks
     # One of the UNet with guidance, one without, one of the decoder, for each size.
     assert ready["compile"]["graphs"] == 6
     assert ready["compile"]["mode"] == "default"
@@ -296,21 +300,19 @@ def test_auto_on_a_cpu_compiles_nothing_and_has_no_fallback(tmp_path: Path) -> N
         runtime.close(1)
 
 
-def test_a_cold_size_is_served_if_the_operator_allows_it(traced: None) -> None:
-    runtime = build(
-        compile="default", shapes=(CompiledShape(128, 128),), serve_cold_shapes=True, steps=1
-    )
-    asyncio.run(runtime.start())
-    before = compiler_counts()
-    call = new_call(runtime)
-    response = generate(runtime, call, width=136, height=72)
+def test_a_cold_size_is_served_if_the_operator_allows_it(compiled: Runtime) -> None:
+    def cold_runs_and_recompiles() -> tuple[float, float]:
+        names = ("sdxl_cold_shape_runs_total", "sdxl_recompiles_total")
+        return counted(compiled, names[0]), counted(compiled, names[1])
+
+    compiler, runs = compiler_counts(), cold_runs_and_recompiles()
+    call = new_call(compiled)
+    response = generate(compiled, call, width=136, height=72, num_inference_steps=1)
     assert (response.image.width, response.image.height) == (136, 72)
     assert call.run is not None
     assert call.run.eager_fallback
-    assert compiler_counts() == before
-    assert counted(runtime, "sdxl_cold_shape_runs_total") == 1
-    assert counted(runtime, "sdxl_recompiles_total") == 0
+    assert compiler_counts() == compiler
+    assert cold_runs_and_recompiles() == (runs[0] + 1, runs[1])
     for width, height in ((1024, 1024), (130, 72), (64, 32)):
-        with pytest.raises(InvalidRequest, match="one of 128x128, or any of at most 16384 pixels"):
-            generate(runtime, width=width, height=height)
-    runtime.close(1)
+        with pytest.raises(InvalidRequest, match="128x128, 160x96, or any of at most 16384 pixels"):
+            generate(compiled, width=width, height=height)
