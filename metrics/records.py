@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 SAFETY_CHECK = "safety_check"
 """The last stage of a run, with a safety checker."""
 
-RUN_STAGES = ("text_encode", "denoise", "vae_decode", SAFETY_CHECK)
+RUN_STAGES = ("lora_swap", "text_encode", "denoise", "vae_decode", SAFETY_CHECK)
 """Stages on the thread that owns the model, timed by the run's clock."""
+
+LoraSet = tuple[tuple[str, float], ...]
+"""LoRAs and their scales, sorted by name, without those of scale 0."""
 
 PREVIEW_DECODE = "preview_decode"
 """Between two steps: a preview that a request wants from the model's decoder."""
@@ -159,6 +162,7 @@ class GenerationFacts:
     prompt: str | None = None
     num_images: int = 1
     guidance_end: float = 1.0
+    loras: LoraSet = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode,
 from metrics.records import (
     Failure,
     GpuConditions,
+    LoraSet,
     PhaseTiming,
     RequestTiming,
     RunTiming,
@@ -279,6 +280,7 @@ def _root_attributes(request: RequestTiming) -> dict[str, AttributeValue]:
         }
         if facts.prompt is not None:
             attributes["prompt.text"] = facts.prompt
+        attributes |= _lora_attributes(facts.loras)
     if not request.runs and (reason := slow_reason(request)) is not None:
         attributes["inference.slow_reason"] = reason  # there is no `inference` span
     if request.estimate is not None:
@@ -318,8 +320,19 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, Attribu
             "gen_ai.request.model": request.facts.model_name,
             "gen_ai.request.seed": request.facts.seed,
             "num_inference_steps": request.facts.num_inference_steps,
+            **_lora_attributes(request.facts.loras),
         }
     return attributes
+
+
+def _lora_attributes(loras: LoraSet) -> Attributes:
+    """The names of the LoRAs, and the scales in the same order; nothing without any."""
+    if not loras:
+        return {}
+    return {
+        "lora.names": ",".join(name for name, _ in loras),
+        "lora.scales": ",".join(f"{scale:g}" for _, scale in loras),
+    }
 
 
 def _gpu_attributes(

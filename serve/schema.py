@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -90,6 +91,29 @@ def _only_empty() -> Any:
     )
 
 
+class LoraWeight(BaseModel):
+    """A LoRA that the server was configured with, and how strongly it is applied."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    path: str = Field(
+        min_length=1, max_length=64, description="The LoRA's name on this server. No URL, no file."
+    )
+    scale: float = Field(
+        default=1.0, ge=-4, le=4, allow_inf_nan=False, description="0: without it."
+    )
+    force: bool = Field(default=False, description="Accepted and not used.")
+
+
+def _distinct_loras(loras: list[LoraWeight] | None) -> list[LoraWeight] | None:
+    if loras and len({lora.path for lora in loras}) < len(loras):
+        raise ValueError("must name each LoRA once")
+    return loras
+
+
+LoraWeights = Annotated[list[LoraWeight], AfterValidator(_distinct_loras)]
+
+
 class ImageSize(BaseModel):
     """A size in pixels."""
 
@@ -153,6 +177,9 @@ class TextToImageRequest(BaseModel):
             "How many images to draw, each with the next seed; the server's own limit is often 4."
         ),
     )
+    loras: LoraWeights | None = Field(
+        default=None, description="LoRAs of this server's list, several at once; null: none."
+    )
     format: ImageFormat = Field(default="jpeg", description="The image's encoding.")
     image_quality: int | None = Field(
         default=None, ge=1, le=100, description="Of jpeg and webp; null: 95 and 90."
@@ -201,10 +228,9 @@ class TextToImageRequest(BaseModel):
         default=None, description="Accepted; the server has one checker or none."
     )
     expand_prompt: bool = Field(default=False, description="true is refused.")
-    loras: list[Any] | None = _only_empty()
     embeddings: list[Any] | None = _only_empty()
 
-    @field_validator("expand_prompt", "loras", "embeddings")
+    @field_validator("expand_prompt", "embeddings")
     @classmethod
     def _asks_for_nothing(cls, value: Any) -> Any:
         if value:
@@ -281,6 +307,7 @@ class Timings(BaseModel):
 
     receive_ms: float | None = None
     queue_ms: float | None = None
+    lora_swap_ms: float | None = None
     text_encode_ms: float | None = None
     denoise_ms: float | None = None
     steps_ms: list[float] = Field(default_factory=list)

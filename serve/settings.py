@@ -36,6 +36,7 @@ from serve.otlp_checks import (
 from serve.setting_fields import (
     TRUE_OR_FALSE,
     BucketBounds,
+    LoraSources,
     bucket_bounds_field,
     seconds_field,
 )
@@ -108,6 +109,14 @@ class ServeSettings(TelemetrySettings):
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="auto, bfloat16, float16 or float32"
+    )
+
+    loras: LoraSources = Field(
+        default=(),
+        description=(
+            "a comma-separated list of NAME=SOURCE, each name once and a source a .safetensors "
+            "file, a directory, OWNER/REPO@REVISION on the hub or demo:NAME,"
+        ),
     )
 
     # Compiling and warming up
@@ -467,6 +476,11 @@ def _refuse_contradictions(settings: ServeSettings) -> None:
                 f"{given} and SDXL_SCHEDULER={settings.scheduler} contradict each other: of the "
                 "schedulers, euler and lcm take timesteps."
             )
+    if settings.loras and settings.quantize != "none":
+        raise ConfigurationError(
+            f"SDXL_LORAS and SDXL_QUANTIZE={settings.quantize} contradict each other: a LoRA is "
+            "added to weights that are not quantised."
+        )
     exporters = settings.metrics_exporter
     stated = "otlp_metrics" in settings.model_fields_set and exporters is not None
     if stated and settings.otlp_metrics != ("otlp" in (exporters or ())):

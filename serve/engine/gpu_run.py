@@ -139,6 +139,7 @@ class GpuRun:
             call.timeline.end()
         try:
             timeline, pacer = self._begin()
+            self._use_loras(timeline)
             with timeline.stage("text_encode"):
                 conditioning = self._encode_text()
             with timeline.stage("denoise"):
@@ -167,6 +168,13 @@ class GpuRun:
         )
         report = self._step_reports.report
         return timeline, StepPacer(timeline, self._cancellations, report, self._step_ended)
+
+    def _use_loras(self, timeline: RunTimeline) -> None:
+        """Give the weights the run's LoRAs; nothing where they have them."""
+        loras = self._loaded.loras
+        if loras is not None and loras.active != self._planned.loras:
+            with timeline.stage("lora_swap"):
+                loras.use(self._planned.loras)
 
     def _encode_text(self) -> Conditioning:
         wanted = [part.planned.request for part in self._parts for _ in part.images]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
-from metrics.records import GenerationFacts
+from metrics.records import GenerationFacts, LoraSet
 from serve.errors import FieldProblem, InvalidRequest
 from serve.schema import MAX_SEED, TextToImageRequest
 from serve.settings import ServeSettings
@@ -27,17 +27,19 @@ class PlannedRequest:
     num_inference_steps: int
     guidance_scale: float
     seed: int
+    loras: LoraSet = ()
     chunks: int = 1
     """How many chunks of 75 tokens its prompts are encoded in."""
     checked: bool = False
     """Whether the safety checker checks its images."""
 
     @property
-    def run_key(self) -> tuple[CompiledShape, int, float, int, int]:
+    def run_key(self) -> tuple[CompiledShape, int, float, int, LoraSet, int]:
         """What the images of one run have in common. The number of chunks is among it: padding to
         another request's number would change the picture."""
         scale = self.guidance_scale if self.guided else 1.0
-        return self.shape, self.num_inference_steps, scale, self.guided_steps, self.chunks
+        steps = self.num_inference_steps
+        return self.shape, steps, scale, self.guided_steps, self.loras, self.chunks
 
     @property
     def num_images(self) -> int:
@@ -76,6 +78,7 @@ class PlannedRequest:
             seed=self.seed,
             num_images=self.num_images,
             prompt=self.request.prompt if with_prompt else None,
+            loras=self.loras,
         )
 
 
@@ -105,8 +108,8 @@ def plan_request(
         count_chunks: called where prompts may have several chunks.
 
     Raises:
-        InvalidRequest: the size, the steps, the guidance, the number of images or an image without
-            a safety check is not served here.
+        InvalidRequest: the size, the steps, the guidance, a LoRA, the number of images or an image
+            without a safety check is not served here.
     """
     _require_images(request, settings)
     planned = PlannedRequest(
@@ -115,6 +118,7 @@ def plan_request(
         _choose_steps(request, settings),
         _choose_guidance_scale(request, settings),
         _choose_seed(request),
+        loras=_choose_loras(request, settings),
         checked=_choose_check(request, settings),
     )
     if settings.prompt_chunks == 1:
@@ -158,6 +162,19 @@ def _choose_seed(request: TextToImageRequest) -> int:
         )
         raise InvalidRequest([FieldProblem(("body", "seed"), message, "seed")])
     return request.seed
+
+
+def _choose_loras(request: TextToImageRequest, settings: ServeSettings) -> LoraSet:
+    """The LoRAs that change the picture, sorted: like sets share a run, however they were sent."""
+    names = [each.name for each in settings.loras]
+    wanted = request.loras or ()
+    for place, lora in enumerate(wanted):
+        if lora.path not in names:
+            message = "must be left out: this server has no LoRAs"
+            if names:
+                message = f"must be one of this server's LoRAs: {', '.join(names)}"
+            raise InvalidRequest([FieldProblem(("body", "loras", place, "path"), message, "lora")])
+    return tuple(sorted((lora.path, lora.scale) for lora in wanted if lora.scale != 0))
 
 
 def _choose_shape(

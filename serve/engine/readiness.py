@@ -36,6 +36,9 @@ class Readiness:
         compile: how the model was prepared to run, and what the compiler did.
         scheduler: its `kind` and `spacing`, and what is `wrong` with them for this checkpoint.
         left_out: the shapes that could not be warmed, and the type of the error of each.
+        loras: the names of the LoRAs that requests may use.
+        lora_bytes: memory on the device for them, and for the weights that they change as they were
+            loaded.
         cpu_threads: describes the threads that compute on the CPU, as they are now.
     """
 
@@ -50,6 +53,8 @@ class Readiness:
     compile: dict[str, str | int | float] = field(default_factory=dict)
     scheduler: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    loras: tuple[str, ...] = ()
+    lora_bytes: int = 0
     draining: bool = False
     _on_drain: list[Callable[[], object]] = field(default_factory=list, repr=False)
     cpu_threads: Callable[[], dict[str, Any]] = dict
@@ -90,5 +95,7 @@ class Readiness:
             "warmup_ms": self.phases_ms,
             "compile": self.compile,
             "scheduler": self.scheduler,
+            "loras": list(self.loras),
+            "lora_bytes": self.lora_bytes,
             "cpu_threads": self.cpu_threads(),
         }

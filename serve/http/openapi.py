@@ -37,7 +37,7 @@ from serve.http.openai.schema import OpenAIErrorBody
 from serve.http.openai_errors import openai_status
 from serve.http.profiling_endpoint import ProfileRequest
 from serve.http.service import Service
-from serve.schema import ErrorBody, TextToImageResponse
+from serve.schema import ErrorBody, LoraWeight, TextToImageResponse
 
 Schema = dict[str, Any]
 Errors = Iterable[type[RequestError]]
@@ -257,8 +257,11 @@ _BY_PATH: dict[str, Callable[[Schema], None]] = {
 
 
 def _restricted(document: Schema, service: Service | None) -> Schema:
-    """The document with the sizes, the guidance and the safety check that are served."""
+    """The document with the sizes, the guidance, the LoRAs and the safety check that are served."""
     document = copy.deepcopy(document)
+    lora = document["components"]["schemas"].get(LoraWeight.__name__)
+    if lora is not None and service is not None and service.readiness.loras:
+        lora["properties"]["path"]["enum"] = list(service.readiness.loras)
     for schema in document["components"]["schemas"].values():
         properties = schema.get("properties", {})
         if not {"width", "height", "guidance_scale"} <= properties.keys():

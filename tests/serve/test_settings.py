@@ -16,6 +16,7 @@ from opentelemetry.util.re import parse_env_headers
 
 from kernels_warmup.shapes import CompiledShape
 from serve.errors import ConfigurationError
+from serve.setting_fields import LoraSource
 from serve.settings import ServeSettings, environment_name, load_settings
 from tests.support.certificates import client_certificate, self_signed
 from tests.support.processes import clean_environment
@@ -79,6 +80,12 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
         ("SDXL_SHAPES", "130x128", "multiple of 8"),
         ("SDXL_SHAPES", "128x128,", "WIDTHxHEIGHT"),
         ("SDXL_SHAPES", "9999999x8", "WIDTHxHEIGHT"),
+        ("SDXL_LORAS", "ink", "NAME=SOURCE"),
+        ("SDXL_LORAS", "ink=", "NAME=SOURCE"),
+        ("SDXL_LORAS", "=a/b", "NAME=SOURCE"),
+        ("SDXL_LORAS", "a/b=c", "NAME=SOURCE"),
+        ("SDXL_LORAS", "ink=a/b,ink=c/d", "each name once"),
+        ("SDXL_LORAS", "ink=a/b,", "NAME=SOURCE"),
         ("SDXL_COMPILE", "fast", "off"),
         ("SDXL_ATTENTION", "sage", "auto, cudnn, flash or xformers"),
         ("SDXL_QUANTIZE", "int3", "none, int8 or fp8"),
@@ -304,6 +311,25 @@ def test_fixed_timesteps_are_the_number_of_steps(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("SDXL_SCHEDULER", scheduler)
         with pytest.raises(ConfigurationError, match=f"SDXL_SCHEDULER={scheduler} contradict"):
             load_settings()
+
+
+def test_loras_are_read_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDXL_LORAS", "ink=demo:ink, Toon_2=someone/toon@v=2,x=/a b/c.safetensors")
+    assert load_settings().loras == (
+        LoraSource("ink", "demo:ink"),
+        LoraSource("Toon_2", "someone/toon@v=2"),
+        LoraSource("x", "/a b/c.safetensors"),
+    )
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_loras_are_not_added_to_quantised_weights(
+    monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    monkeypatch.setenv("SDXL_LORAS", "ink=demo:ink")
+    monkeypatch.setenv("SDXL_QUANTIZE", quantization)
+    with pytest.raises(ConfigurationError, match=r"SDXL_LORAS.*contradict"):
+        load_settings()
 
 
 def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

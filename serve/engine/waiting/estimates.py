@@ -21,8 +21,8 @@ from serve.engine.waiting.request_queue import (
     BatchSizes,
     QueuedRuns,
     QueueState,
-    coming_batches,
 )
+from serve.engine.waiting.run_order import coming_batches
 
 NEWEST = 16
 """How many runs of a kind count."""
@@ -112,6 +112,12 @@ class _Seen:
     whole: bool
 
 
+def swap_seconds(run: RunTiming) -> float:
+    """How long the run's change of LoRAs took; 0 if it had none."""
+    swap = run.stage("lora_swap")
+    return 0.0 if swap is None else swap.duration_ns / 1e9
+
+
 class Estimates:
     """Learns from every run and every answer. Runs are observed on the GPU thread, everything else
     happens on the event loop."""
@@ -126,6 +132,8 @@ class Estimates:
         self._following: dict[tuple[str, int, int, int], deque[int]] = {}
         """The images of the last runs of a kind that followed a run of that many images."""
         self._answers: dict[tuple[str, str, int], deque[float]] = {}
+        self._swaps: deque[float] = deque(maxlen=NEWEST)
+        """Seconds of the last changes of LoRAs."""
 
     # Learning
 
@@ -138,6 +146,8 @@ class Estimates:
         """
         if run.profiled or run.eager_fallback or run.between_steps or not run.steps:
             return
+        if (swap := swap_seconds(run)) > 0:
+            self._swaps.append(swap)
         kind = run.shape, run.guidance
         for guidance in run.steps_by_guidance:
             if not serving:
@@ -161,7 +171,7 @@ class Estimates:
         end = steps[-1].end_ns if steps[-1] is not run.steps[-1] else denoise.end_ns
         newest.step.append((end - begin) / 1e9 / len(steps))
         if guidance == run.guidance:
-            newest.before.append((denoise.start_ns - run.start_ns) / 1e9)
+            newest.before.append((denoise.start_ns - run.start_ns) / 1e9 - swap_seconds(run))
             newest.after.append((run.end_ns - denoise.end_ns) / 1e9)
         seen = _Seen(newest.summary(statistics.median), newest.summary(min), bool(newest.before))
         # A new mapping, which a reader on the other thread sees whole.
@@ -252,6 +262,13 @@ class Estimates:
         following = list(self._following.get(kind, ()))
         return statistics.median_high(following) if following else 1
 
+    def swap_seconds(self, fastest: bool = False) -> float:
+        """Seconds of a change of LoRAs; 0 while none is measured."""
+        seen = list(self._swaps)
+        if not seen:
+            return 0.0
+        return min(seen) if fastest else statistics.median(seen)
+
     # Forecasts
 
     def seconds_until_done(
@@ -276,10 +293,14 @@ class Estimates:
         runs = [run for each in waiting for run in each.runs()]
         missing = len(target.images)
         images = self._images_before(running)
-        for batch in coming_batches(runs, lambda run: sizes(run.planned)):
+        loras = queue.loras
+        for batch in coming_batches(runs, lambda run: sizes(run.planned), loras):
             if not missing:
                 break
             planned = batch[0].planned
+            if planned.loras != loras:
+                loras = planned.loras
+                seconds += self.swap_seconds(fastest)
             # Others will join until it begins, as they did before.
             expected = 1 if fastest else self.images_after(planned, images)
             images = sum(run.next_images for run in batch)

@@ -20,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from serve.schema import ImageFormat, TextToImageRequest
+from serve.schema import ImageFormat, LoraWeights, TextToImageRequest
 
 MOST_IMAGES = 10
 MOST_PARTIAL_IMAGES = 3
@@ -99,6 +99,7 @@ class ImageGenerationRequest(BaseModel):
     guidance_scale: float | None = Field(default=None, description="As in `POST /`.")
     guidance_end: float = Field(default=1.0, description="As in `POST /`.")
     seed: int | None = Field(default=None, description="Image i has this seed + i; null: drawn.")
+    loras: LoraWeights | None = Field(default=None, description="As in `POST /`.")
     decoded_partial_images: bool = Field(
         default=False,
         description="Partial images by the model's decoder; otherwise a linear map, enlarged.",
@@ -193,6 +194,7 @@ class ImageGenerationRequest(BaseModel):
             "width": int(size[1]) if size else None,
             "height": int(size[2]) if size else None,
             "seed": self.seed,
+            "loras": self.loras,
             "num_images": self.n or 1,
             "format": self.image_format,
             "image_quality": self.output_compression,

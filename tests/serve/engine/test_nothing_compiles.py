@@ -29,8 +29,11 @@ from serve.engine.gpu_run import RunPart
 from serve.engine.planning import PlannedRequest
 from serve.engine.runtime import Runtime
 from serve.errors import InvalidRequest
+from serve.model.loading import load_model
+from serve.setting_fields import parse_loras
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels, settings
+from tests.support import loras
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own insides
 
@@ -53,11 +56,12 @@ def unmeasured(model: Any) -> CompiledModel:
 
 
 @pytest.fixture(scope="module")
-def rewritten(traced: None) -> Iterator[Runtime]:
-    """The demo at one size with every rewrite, warm."""
-    runtime = build_runtime(
-        settings(shapes=(CompiledShape(128, 128),)), CollectorRegistry(), prepare=unmeasured
-    )
+def rewritten(traced: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    """The demo at one size with every rewrite, warm; it has a LoRA of every kind of weight."""
+    made = loras.as_peft(loras.make(load_model("demo", None, "cpu").pipeline))
+    file = loras.save(made, tmp_path_factory.mktemp("loras") / "ink.safetensors")
+    chosen = settings(shapes=(CompiledShape(128, 128),), loras=parse_loras(f"ink={file}"))
+    runtime = build_runtime(chosen, CollectorRegistry(), prepare=unmeasured)
     asyncio.run(runtime.start())
     yield runtime
     runtime.close(5)
@@ -149,6 +153,24 @@ def test_nothing_compiles_where_runs_without_negative_have_a_graph(rewritten: Ru
     assert served.count(decode) == 50
     assert served.count(short) > 15
     assert served.count(full) > 20
+
+
+def test_nothing_compiles_for_a_lora(rewritten: Runtime) -> None:
+    """The compiler's guards watch the weights; a change in place fails none of them."""
+    before = compiler_counts()
+    for more in ({}, {"guidance_scale": 1.0}, {"negative_prompt": "blue"}):
+        fields = {"format": "png", "num_inference_steps": 2, **more}
+        drawn = []
+        for wanted in ([], [{"path": "ink"}], [{"path": "ink", "scale": -0.5}], []):
+            call = new_call(rewritten)
+            drawn.append(pixels(generate(rewritten, call, loras=wanted, **fields)))
+            assert call.run is not None
+            assert not call.run.eager_fallback
+        assert np.array_equal(drawn[0], drawn[3])
+        assert np.abs(drawn[1].astype(int) - drawn[0]).mean() > 1
+        assert not np.array_equal(drawn[1], drawn[2])
+    assert compiler_counts() == before
+    assert counted(rewritten, "sdxl_recompiles_total") == 0
 
 
 def test_the_function_for_runs_without_negative_draws_the_same_picture(
