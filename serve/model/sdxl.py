@@ -8,6 +8,7 @@ embeddings. Text is encoded here, because diffusers logs the part of a prompt th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from kernels_warmup.rewrites.text_once import BUFFERED_TEXT, BufferedText, TextO
 from kernels_warmup.rewrites.zero_text import ZERO_TEXT, takes_zero_text
 from kernels_warmup.shapes import CompiledShape
 from serve.errors import ModelError
+from serve.model.initial_image import InitialLatents, LaterStart
 from serve.model.noise import cpu_generator
 from serve.model.scheduler_watch import watch_scheduler
 
@@ -109,6 +111,7 @@ class SdxlModel:
         self.text: TextOnce | None = None
         """Computes once a run what its steps read of the text; None: every step computes it."""
         self._loop = prepare_loop(pipeline)
+        self._later_start = LaterStart(self._loop)
         self._preview_map: torch.Tensor | None = None
         pipeline.set_progress_bar_config(disable=True)
 
@@ -157,6 +160,29 @@ class SdxlModel:
             return conditioning
         return replace(conditioning, prepared=self._prepare_text(self.text, conditioning, shape))
 
+    @torch.no_grad()
+    def encode_pictures(
+        self, pictures: Sequence[torch.Tensor], copies: Sequence[int]
+    ) -> torch.Tensor:
+        """Encode pictures to latents (images, channels, height / 8, width / 8), scaled for the UNet.
+
+        Each is encoded by itself, so that its latents do not depend on the others. They are the
+        mode of the encoder's distribution, so that they do not depend on a seed. The encoder runs
+        eagerly.
+
+        Args:
+            pictures: each (height, width, 3) uint8 in host memory, all of one size.
+            copies: for each picture, how many images of the run begin with it.
+        """
+        vae = self.pipeline.vae
+        latents = []
+        for picture, count in zip(pictures, copies, strict=True):
+            pixels = _to_device(picture, self.device).permute(2, 0, 1)[None].float()
+            encoded = vae.encode((pixels / 127.5 - 1).to(vae.dtype), return_dict=False)[0].mode()
+            scaled = (encoded * vae.config.scaling_factor).to(self.dtype)
+            latents.append(scaled.expand(count, -1, -1, -1))
+        return torch.cat(latents)
+
     def denoise(
         self,
         conditioning: Conditioning,
@@ -168,6 +194,7 @@ class SdxlModel:
         on_loop_begins: Callable[[], None],
         on_step_enqueued: Callable[[int, torch.Tensor | None], None],
         watch_latents: bool = False,
+        initial: InitialLatents | None = None,
     ) -> torch.Tensor:
         """Run the denoising loop; returns latents (images, channels, height / 8, width / 8).
 
@@ -176,6 +203,7 @@ class SdxlModel:
             on_loop_begins: called when the loop is about to start.
             on_step_enqueued: called with the index of each step once its work is enqueued, and with
                 the step's latents if `watch_latents` is set. An exception from it ends the loop.
+            initial: for image to image, what the loop begins with, under the seeds' noise.
         """
         # Noise is drawn on the CPU, so that a seed means the same image on every device.
         generators = [cpu_generator(seed) for seed in seeds]
@@ -196,7 +224,8 @@ class SdxlModel:
 
         if guidance_scale <= 1:
             conditioning = conditioning.without_guidance()
-        with watch_scheduler(self._loop.scheduler, on_loop_begins):
+        begin = nullcontext() if initial is None else self._later_start.begin_with(initial, latents)
+        with begin, watch_scheduler(self._loop.scheduler, on_loop_begins):
             output = self._loop(
                 prompt_embeds=conditioning.prompt,
                 pooled_prompt_embeds=conditioning.pooled,
