@@ -31,17 +31,21 @@ class RunKind:
         negative: with a negative prompt that is not empty. It is one more text to encode; without
             it the UNet may have less to compute.
         images: images in the run, which multiply every batch.
+        from_picture: the run begins with a picture, so it encodes one.
     """
 
     guided: bool
     negative: bool = False
     images: int = 1
+    from_picture: bool = False
 
 
 UNGUIDED = RunKind(guided=False)
 GUIDED = RunKind(guided=True, negative=True)
 GUIDED_BY_NOTHING = RunKind(guided=True)
 """With guidance and an empty negative prompt: the usual request."""
+FROM_PICTURE = RunKind(guided=False, from_picture=True)
+"""The picture's encoder has no graph of its own, but its first run at a size takes longer."""
 
 RunOnce = Callable[[CompiledShape, RunKind], None]
 """Runs the same code as a request, once, at a shape."""

@@ -9,14 +9,16 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-RUN_STAGES = ("text_encode", "denoise", "vae_decode")
-"""Stages on the thread that owns the model, timed by the run's clock."""
+RUN_STAGES = ("text_encode", "vae_encode", "denoise", "vae_decode")
+"""Stages on the thread that owns the model, timed by the run's clock. Only a run of image to image has
+`vae_encode`."""
 
 PREVIEW_DECODE = "preview_decode"
 """Between two steps: a preview that a request wants from the model's decoder."""
 
-REQUEST_STAGES = ("receive", "queue", "image_encode", "upload", "respond")
-"""Stages of one request outside its run, timed by the host's clock."""
+REQUEST_STAGES = ("receive", "image_decode", "queue", "image_encode", "upload", "respond")
+"""Stages of one request outside its run, timed by the host's clock. Only image to image has
+`image_decode`, in which the picture is fetched too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,15 @@ class GenerationFacts:
     seed: int
     prompt: str | None = None
     num_images: int = 1
+    strength: float | None = None
+    """Of image to image."""
+    steps_left_out: int = 0
+    """The first steps, which image to image does not run."""
+
+    @property
+    def steps_to_run(self) -> int:
+        """The denoising steps of each of its runs."""
+        return self.num_inference_steps - self.steps_left_out
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,6 +275,8 @@ def _root_attributes(request: RequestTiming) -> dict[str, AttributeValue]:
             "image.height": facts.height,
             "num_images": facts.num_images,
         }
+        if facts.strength is not None:
+            attributes["strength"] = facts.strength
         if facts.prompt is not None:
             attributes["prompt.text"] = facts.prompt
     if not request.runs and (reason := slow_reason(request)) is not None:
@@ -316,6 +318,11 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, Attribu
             "gen_ai.request.seed": request.facts.seed,
             "num_inference_steps": request.facts.num_inference_steps,
         }
+        if request.facts.strength is not None:
+            attributes |= {
+                "inference.strength": request.facts.strength,
+                "inference.steps_to_run": request.facts.steps_to_run,
+            }
     return attributes
 
 

@@ -47,6 +47,9 @@ MAX_PROBLEMS = 20
 MAX_NAME_CHARACTERS = 64
 """Longer names of fields are cut."""
 
+MAX_PICTURE_BYTES = 7 * 1024 * 1024
+"""Of the file that image to image begins with; in base64 a third more."""
+
 NOT_BILLED: Mapping[str, str] = {"x-fal-billable-units": "0"}
 
 
@@ -104,6 +107,17 @@ class InvalidRequest(RequestError):
             FieldProblem(_shortened(p.location), p.message, p.kind) for p in problems[:MAX_PROBLEMS]
         ]
         super().__init__("; ".join(f"{_dotted(p.location)}: {p.message}" for p in self.problems))
+
+
+class UnusablePicture(InvalidRequest):
+    """The picture of image to image is not allowed, cannot be fetched or cannot be decoded.
+
+    Args:
+        message: continues the field's name, as "must be ..."; never repeats the URL.
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__([FieldProblem(("body", "image_url"), message, kind)])
 
 
 class ModelNotFound(InvalidRequest):

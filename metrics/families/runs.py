@@ -32,6 +32,7 @@ class RunFlops:
     guided_text_encode: int
     guided_step: int
     vae_decode: int
+    vae_encode: int = 0
 
     def of(self, run: RunTiming) -> float:
         """FLOPs of the part of the run that was done."""
@@ -39,6 +40,8 @@ class RunFlops:
         flops = share * self.guided_step * len(run.steps)
         if run.stage("text_encode") is not None:
             flops += share * self.guided_text_encode
+        if run.stage("vae_encode") is not None:
+            flops += run.batch_size * self.vae_encode
         if run.stage("vae_decode") is not None:
             flops += run.batch_size * self.vae_decode
         return flops

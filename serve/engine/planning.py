@@ -5,30 +5,56 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
 from metrics.records import GenerationFacts
 from serve.errors import FieldProblem, InvalidRequest
-from serve.schema import MAX_SEED, TextToImageRequest
+from serve.schema import MAX_SEED, ImageToImageRequest, TextToImageRequest
 from serve.settings import ServeSettings
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """A request that this process can serve, with its defaults filled in."""
+    """A request that this process can serve, with its defaults filled in.
+
+    Attributes:
+        strength: of image to image; None: text to image.
+        picture: what image to image begins with, (height, width, 3) uint8 of the request's shape,
+            once it has been decoded.
+    """
 
     request: TextToImageRequest
     shape: CompiledShape
     num_inference_steps: int
     guidance_scale: float
     seed: int
+    strength: float | None = None
+    picture: Any = field(default=None, compare=False, repr=False)
 
     @property
-    def run_key(self) -> tuple[CompiledShape, int, float]:
+    def run_key(self) -> tuple[CompiledShape, int, float, int, bool]:
         """What the images of one run have in common."""
         scale = self.guidance_scale if self.guided else 1.0
-        return self.shape, self.num_inference_steps, scale
+        return (
+            self.shape,
+            self.num_inference_steps,
+            scale,
+            self.steps_to_run,
+            self.from_picture,
+        )
+
+    @property
+    def from_picture(self) -> bool:
+        return self.strength is not None
+
+    @property
+    def steps_to_run(self) -> int:
+        """The steps that run: all, or the last ones with a picture. Rounded as diffusers does."""
+        if self.strength is None:
+            return self.num_inference_steps
+        return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
 
     @property
     def num_images(self) -> int:
@@ -58,6 +84,8 @@ class PlannedRequest:
             height=self.shape.height,
             seed=self.seed,
             num_images=self.num_images,
+            strength=self.strength,
+            steps_left_out=self.num_inference_steps - self.steps_to_run,
             prompt=self.request.prompt if with_prompt else None,
         )
 
@@ -81,16 +109,29 @@ def plan_request(
             largest shape of both bounds the image's size.
 
     Raises:
-        InvalidRequest: the size, the guidance or the number of images is not served here.
+        InvalidRequest: the size, the guidance or the number of images is not served here, or the
+            strength leaves no step to run.
     """
     _require_images(request, settings)
-    return PlannedRequest(
+    planned = PlannedRequest(
         request,
         _choose_shape(request, settings, warm_shapes, trained_shapes),
         request.num_inference_steps or settings.steps,
         _choose_guidance_scale(request, settings),
         _choose_seed(request),
+        strength=request.strength if isinstance(request, ImageToImageRequest) else None,
     )
+    _require_a_step(planned)
+    return planned
+
+
+def _require_a_step(planned: PlannedRequest) -> None:
+    if planned.steps_to_run < 1:
+        message = (
+            f"must be at least {1 / planned.num_inference_steps:.3g} with "
+            f"{planned.num_inference_steps} steps: it is the share of them that runs, and one must"
+        )
+        raise InvalidRequest([FieldProblem(("body", "strength"), message, "strength")])
 
 
 def _require_images(request: TextToImageRequest, settings: ServeSettings) -> None:

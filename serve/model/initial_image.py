@@ -49,9 +49,11 @@ class LaterStart:
         Args:
             noise: of the latents' shape, with variance 1.
         """
-        pipeline, scheduler = self._pipeline, self._pipeline.scheduler
+        scheduler: Any = self._pipeline.scheduler
         first = initial.first_step * scheduler.order
-        before = {name: vars(scheduler).get(name) for name in ("set_timesteps", "set_begin_index")}
+        of_scheduler: dict[str, Any] = vars(scheduler)
+        of_pipeline: dict[str, Any] = vars(self._pipeline)
+        before = {name: of_scheduler.get(name) for name in ("set_timesteps", "set_begin_index")}
         compute_timesteps = scheduler.set_timesteps
         begin_at = getattr(scheduler, "set_begin_index", None)  # DDIM has none
         timesteps: list[torch.Tensor] = []
@@ -75,16 +77,16 @@ class LaterStart:
             if begin_at is not None:
                 begin_at(first)
 
-        vars(scheduler).update(set_timesteps=set_timesteps, set_begin_index=set_begin_index)
-        vars(pipeline)["prepare_latents"] = prepare_latents
+        of_scheduler.update(set_timesteps=set_timesteps, set_begin_index=set_begin_index)
+        of_pipeline["prepare_latents"] = prepare_latents
         try:
             yield
         finally:
-            del vars(pipeline)["prepare_latents"]
+            del of_pipeline["prepare_latents"]
             for name, attribute in before.items():
-                del vars(scheduler)[name]
+                del of_scheduler[name]
                 if attribute is not None:
-                    vars(scheduler)[name] = attribute
+                    of_scheduler[name] = attribute
 
     def _shares_at(
         self, first: int, num_inference_steps: int | None, options: dict[str, Any]

@@ -161,27 +161,30 @@ class SdxlModel:
         return replace(conditioning, prepared=self._prepare_text(self.text, conditioning, shape))
 
     @torch.no_grad()
-    def encode_pictures(
-        self, pictures: Sequence[torch.Tensor], copies: Sequence[int]
-    ) -> torch.Tensor:
-        """Encode pictures to latents (images, channels, height / 8, width / 8), scaled for the UNet.
+    def initial_latents(
+        self, pictures: Sequence[Any], copies: Sequence[int], first_step: int
+    ) -> InitialLatents:
+        """Encode the pictures that a run of image to image begins with.
 
         Each is encoded by itself, so that its latents do not depend on the others. They are the
         mode of the encoder's distribution, so that they do not depend on a seed. The encoder runs
         eagerly.
 
         Args:
-            pictures: each (height, width, 3) uint8 in host memory, all of one size.
+            pictures: each a numpy array (height, width, 3) uint8, all of one size.
             copies: for each picture, how many images of the run begin with it.
+            first_step: the first step that runs; those before it are left out.
         """
         vae = self.pipeline.vae
         latents = []
         for picture, count in zip(pictures, copies, strict=True):
-            pixels = _to_device(picture, self.device).permute(2, 0, 1)[None].float()
+            pixels = (
+                _to_device(torch.from_numpy(picture), self.device).permute(2, 0, 1)[None].float()
+            )
             encoded = vae.encode((pixels / 127.5 - 1).to(vae.dtype), return_dict=False)[0].mode()
             scaled = (encoded * vae.config.scaling_factor).to(self.dtype)
             latents.append(scaled.expand(count, -1, -1, -1))
-        return torch.cat(latents)
+        return InitialLatents(torch.cat(latents), first_step)
 
     def denoise(
         self,

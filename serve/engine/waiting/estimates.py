@@ -1,8 +1,8 @@
 """How long a request will take, from the times of the runs before it.
 
-Step and stage times are measured anyway. For each image size, with and without guidance, and for
-each number of images, the newest runs are kept: their median is the estimate, their fastest the
-bound that decides whether a deadline can be met.
+Step and stage times are measured anyway. For each image size, with and without guidance, with and
+without a picture to begin with, and for each number of images, the newest runs are kept: their
+median is the estimate, their fastest the bound that decides whether a deadline can be met.
 """
 
 from __future__ import annotations
@@ -77,18 +77,22 @@ class _Seen:
     fastest: Pace
 
 
+_Kind = tuple[str, bool, bool]
+"""The image size, whether there is guidance, and whether a picture is encoded first."""
+
+
 class Estimates:
     """Learns from every run and every answer. Runs are observed on the GPU thread, everything else
     happens on the event loop."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._runs: dict[tuple[str, bool, int], deque[Pace]] = {}
-        self._seen: dict[tuple[str, bool], dict[int, _Seen]] = {}
-        self._observed_at: dict[tuple[str, bool], deque[float]] = {}
+        self._runs: dict[tuple[_Kind, int], deque[Pace]] = {}
+        self._seen: dict[_Kind, dict[int, _Seen]] = {}
+        self._observed_at: dict[_Kind, deque[float]] = {}
         self._last_run: RunTiming | None = None
         self._last_ended_at = -math.inf
-        self._following: dict[tuple[str, bool, int, int], deque[int]] = {}
+        self._following: dict[tuple[str, bool, bool, int, int], deque[int]] = {}
         """The images of the last runs of a kind that followed a run of that many images."""
         self._answers: dict[tuple[str, str, int], deque[float]] = {}
 
@@ -103,8 +107,8 @@ class Estimates:
         """
         if run.profiled or run.eager_fallback or run.between_steps or not run.steps:
             return
-        kind = run.shape, run.guidance
-        newest = self._runs.setdefault((*kind, run.batch_size), deque(maxlen=NEWEST))
+        kind = _kind_of_run(run)
+        newest = self._runs.setdefault((kind, run.batch_size), deque(maxlen=NEWEST))
         if not serving:
             newest.clear()  # the runs before it may have compiled
         newest.append(Pace.of(run))
@@ -124,7 +128,7 @@ class Estimates:
         before, self._last_run = self._last_run, run
         self._last_ended_at = self._monotonic()
         if before is not None and run.start_ns - before.end_ns < BACK_TO_BACK_NS:
-            kind = run.shape, run.guidance, len(run.steps), before.batch_size
+            kind = *_kind_of_run(run), len(run.steps), before.batch_size
             self._following.setdefault(kind, deque(maxlen=NEWEST_PAIRS)).append(run.batch_size)
 
     def observe_answer(self, planned: PlannedRequest, seconds: float) -> None:
@@ -138,7 +142,7 @@ class Estimates:
 
         A number of images that has not been measured is estimated from those that have.
         """
-        seen = self._seen.get((str(planned.shape), planned.guided), {})
+        seen = self._seen.get(_kind(planned), {})
         if not seen:
             return None
         known = {count: each.fastest if fastest else each.median for count, each in seen.items()}
@@ -163,7 +167,7 @@ class Estimates:
 
     def has_evidence(self, planned: PlannedRequest) -> bool:
         """Whether enough runs of this size are recent enough to refuse a request by."""
-        observed = self._observed_at.get((str(planned.shape), planned.guided), ())
+        observed = self._observed_at.get(_kind(planned), ())
         since = self._monotonic() - EVIDENCE_SECONDS
         return sum(at >= since for at in list(observed)) >= EVIDENCE_RUNS
 
@@ -173,7 +177,7 @@ class Estimates:
         Steady clients repeat themselves: those of a run come back when it has ended, and wait
         together for the run after the next.
         """
-        kind = str(planned.shape), planned.guided, planned.num_inference_steps, images
+        kind = *_kind(planned), planned.steps_to_run, images
         following = list(self._following.get(kind, ()))
         return statistics.median_high(following) if following else 1
 
@@ -212,7 +216,7 @@ class Estimates:
             pace = self.pace(planned, images, fastest)
             if pace is None:
                 return None
-            seconds += pace.run_seconds(planned.num_inference_steps)
+            seconds += pace.run_seconds(planned.steps_to_run)
             missing -= sum(run.call is target.call for run in batch)
         if running is None and not queue.waiting and not fastest and target.images:
             seconds += queue.max_wait_seconds
@@ -232,7 +236,7 @@ class Estimates:
         pace = self.pace(planned, batch.images, fastest)
         if pace is None:
             return None
-        steps = planned.num_inference_steps
+        steps = planned.steps_to_run
         done, since = batch.steps_done, self._monotonic() - batch.progress_at
         if done == 0:
             least = pace.after + (steps - 1) * pace.step
@@ -244,6 +248,14 @@ class Estimates:
 
 def _by_field(paces: Iterable[Pace]) -> Iterable[tuple[float, ...]]:
     return zip(*((pace.before, pace.step, pace.after) for pace in paces), strict=True)
+
+
+def _kind_of_run(run: RunTiming) -> _Kind:
+    return run.shape, run.guidance, run.stage("vae_encode") is not None
+
+
+def _kind(planned: PlannedRequest) -> _Kind:
+    return str(planned.shape), planned.guided, planned.from_picture
 
 
 def _answer_kind(planned: PlannedRequest) -> tuple[str, str, int]:
