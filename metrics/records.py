@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 RUN_STAGES = ("text_encode", "vae_encode", "denoise", "vae_decode")
-"""Stages on the thread that owns the model, timed by the run's clock. Only a run of image to image has
-`vae_encode`."""
+"""Stages on the thread that owns the model, timed by the run's clock. Only a run of image to image
+has `vae_encode`."""
 
 PREVIEW_DECODE = "preview_decode"
 """Between two steps: a preview that a request wants from the model's decoder."""

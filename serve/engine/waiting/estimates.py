@@ -142,7 +142,7 @@ class Estimates:
 
         A number of images that has not been measured is estimated from those that have.
         """
-        seen = self._seen.get(_kind(planned), {})
+        seen = self._seen.get(_kind(planned)) or self._seen.get(_without_picture(planned), {})
         if not seen:
             return None
         known = {count: each.fastest if fastest else each.median for count, each in seen.items()}
@@ -256,6 +256,12 @@ def _kind_of_run(run: RunTiming) -> _Kind:
 
 def _kind(planned: PlannedRequest) -> _Kind:
     return str(planned.shape), planned.guided, planned.from_picture
+
+
+def _without_picture(planned: PlannedRequest) -> _Kind:
+    """The kind that estimates a run with a picture until one has been measured: it lacks only the
+    picture's encoding."""
+    return str(planned.shape), planned.guided, False
 
 
 def _answer_kind(planned: PlannedRequest) -> tuple[str, str, int]:
