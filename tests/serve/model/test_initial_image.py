@@ -130,7 +130,7 @@ def test_a_picture_is_encoded_to_the_mode_of_the_encoders_distribution(
 
 
 def test_a_picture_that_the_model_has_drawn_is_decoded_to_itself(demo: SdxlModel) -> None:
-    text = demo.encode_prompts(["a red circle"], [""], guided=True)
+    text = demo.encode_prompts(["a red circle on a white background"], [""], guided=True)
     drawn = demo.decode(denoise(demo, text, None, CompiledShape(128, 128))).pixels[0]
     decoded = demo.decode(demo.initial_latents([drawn.numpy()], [1], 0).latents).pixels[0]
     assert float((decoded.float() - drawn.float()).abs().mean()) < 3
