@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -52,7 +52,7 @@ class LaterStart:
         scheduler: Any = self._pipeline.scheduler
         first = initial.first_step * scheduler.order
         of_scheduler: dict[str, Any] = vars(scheduler)
-        of_pipeline: dict[str, Any] = vars(self._pipeline)
+        of_pipeline = cast(dict[str, Any], vars(self._pipeline))
         before = {name: of_scheduler.get(name) for name in ("set_timesteps", "set_begin_index")}
         compute_timesteps = scheduler.set_timesteps
         begin_at = getattr(scheduler, "set_begin_index", None)  # DDIM has none

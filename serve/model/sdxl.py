@@ -184,7 +184,9 @@ class SdxlModel:
             encoded = vae.encode((pixels / 127.5 - 1).to(vae.dtype), return_dict=False)[0].mode()
             scaled = (encoded * vae.config.scaling_factor).to(self.dtype)
             latents.append(scaled.expand(count, -1, -1, -1))
-        return InitialLatents(torch.cat(latents), first_step)
+        # In the memory order of noise, which the compiled graphs were made for; the encoder's own
+        # order may be another.
+        return InitialLatents(torch.cat(latents).contiguous(), first_step)
 
     def denoise(
         self,

@@ -28,6 +28,7 @@ from serve.engine.build import build_runtime
 from serve.engine.gpu_run import RunPart
 from serve.engine.runtime import Runtime
 from serve.errors import InvalidRequest
+from serve.schema import EXAMPLE_PICTURE, ImageToImageRequest
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels, settings
 
@@ -101,6 +102,22 @@ def test_nothing_compiles_in_fifty_mixed_requests(compiled: Runtime) -> None:
     for fields in mixed_requests(50):
         call = new_call(compiled)
         generate(compiled, call, **fields)
+        assert call.run is not None
+        assert not call.run.eager_fallback
+    for guidance, strength in ((1.0, 0.5), (5.0, 1.0)):
+        call = new_call(compiled)
+        asyncio.run(
+            compiled.generate(
+                ImageToImageRequest(
+                    prompt="a red circle",
+                    num_inference_steps=2,
+                    guidance_scale=guidance,
+                    image_url=EXAMPLE_PICTURE,
+                    strength=strength,
+                ),
+                call,
+            )
+        )
         assert call.run is not None
         assert not call.run.eager_fallback
     assert compiler_counts() == before
