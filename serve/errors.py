@@ -5,6 +5,7 @@
     ├── ModelError              the model cannot be loaded; start-up fails
     └── RequestError            one request fails
         ├── InvalidRequest      422
+        │   └── UnusablePicture 422, of image to image
         ├── ModelNotFound       404, only on OpenAI's endpoints
         ├── BodyTooLarge        413
         ├── BodyTooSlow         408
