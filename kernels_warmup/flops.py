@@ -88,6 +88,15 @@ def count_decode(vae_config: Mapping[str, Any], shape: CompiledShape, *, images:
     return _count(vae, {"z": latents})
 
 
+def count_encode(vae_config: Mapping[str, Any], shape: CompiledShape, *, images: int = 1) -> int:
+    """FLOPs of encoding pictures to latents, as image to image does."""
+    with META:
+        vae = AutoencoderKL.from_config(dict(vae_config)).eval()
+        pictures = torch.empty(images, vae.config.in_channels, shape.height, shape.width)
+        vae.forward = vae.encode
+    return _count(vae, {"x": pictures})
+
+
 def count_text_encoder(encoder: nn.Module, *, guidance: bool = True, images: int = 1) -> int:
     """FLOPs of encoding the prompts, and the negative prompts if there is guidance."""
     batch = images * (2 if guidance else 1)

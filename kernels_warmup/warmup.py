@@ -32,18 +32,22 @@ class RunKind:
             it the UNet may have less to compute.
         images: images in the run, which multiply every batch.
         chunks: chunks of 75 tokens of every prompt, which multiply the text that a step reads.
+        from_picture: the run begins with a picture, so it encodes one.
     """
 
     guided: bool
     negative: bool = False
     images: int = 1
     chunks: int = 1
+    from_picture: bool = False
 
 
 UNGUIDED = RunKind(guided=False)
 GUIDED = RunKind(guided=True, negative=True)
 GUIDED_BY_NOTHING = RunKind(guided=True)
 """With guidance and an empty negative prompt: the usual request."""
+FROM_PICTURE = RunKind(guided=False, from_picture=True)
+"""The picture's encoder has no graph of its own, but its first run at a size takes longer."""
 
 RunOnce = Callable[[CompiledShape, RunKind], None]
 """Runs the same code as a request, once, at a shape."""

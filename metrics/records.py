@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 SAFETY_CHECK = "safety_check"
 """The last stage of a run, with a safety checker."""
 
-RUN_STAGES = ("lora_swap", "text_encode", "denoise", "vae_decode", SAFETY_CHECK)
-"""Stages on the thread that owns the model, timed by the run's clock."""
+RUN_STAGES = ("lora_swap", "text_encode", "vae_encode", "denoise", "vae_decode", SAFETY_CHECK)
+"""Stages on the thread that owns the model, timed by the run's clock. Only a run of image to image
+has `vae_encode`."""
 
 LoraSet = tuple[tuple[str, float], ...]
 """LoRAs and their scales, sorted by name, without those of scale 0."""
@@ -21,8 +22,9 @@ LoraSet = tuple[tuple[str, float], ...]
 PREVIEW_DECODE = "preview_decode"
 """Between two steps: a preview that a request wants from the model's decoder."""
 
-REQUEST_STAGES = ("receive", "queue", "image_encode", "upload", "respond")
-"""Stages of one request outside its run, timed by the host's clock."""
+REQUEST_STAGES = ("receive", "image_decode", "queue", "image_encode", "upload", "respond")
+"""Stages of one request outside its run, timed by the host's clock. Only image to image has
+`image_decode`, in which the picture is fetched too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,15 @@ class GenerationFacts:
     num_images: int = 1
     guidance_end: float = 1.0
     loras: LoraSet = ()
+    strength: float | None = None
+    """Of image to image."""
+    steps_left_out: int = 0
+    """The first steps, which image to image does not run."""
+
+    @property
+    def steps_to_run(self) -> int:
+        """The denoising steps of each of its runs."""
+        return self.num_inference_steps - self.steps_left_out
 
 
 @dataclass(frozen=True, slots=True)

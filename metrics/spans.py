@@ -278,6 +278,8 @@ def _root_attributes(request: RequestTiming) -> dict[str, AttributeValue]:
             "image.height": facts.height,
             "num_images": facts.num_images,
         }
+        if facts.strength is not None:
+            attributes["strength"] = facts.strength
         if facts.prompt is not None:
             attributes["prompt.text"] = facts.prompt
         attributes |= _lora_attributes(facts.loras)
@@ -322,6 +324,11 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, Attribu
             "num_inference_steps": request.facts.num_inference_steps,
             **_lora_attributes(request.facts.loras),
         }
+        if request.facts.strength is not None:
+            attributes |= {
+                "inference.strength": request.facts.strength,
+                "inference.steps_to_run": request.facts.steps_to_run,
+            }
     return attributes
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import fal
 
-from serve.schema import TextToImageRequest, TextToImageResponse
+from serve.schema import ImageToImageRequest, TextToImageRequest, TextToImageResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -39,6 +39,9 @@ a second. fal's own client would retry for minutes."""
 
 UPLOADS_AT_ONCE = 8
 """How many uploads may run at once. Two are usual: one ends while the next begins."""
+
+IMAGE_APP_ENDPOINTS = ("/", "/stream", "/image-to-image", "/image-to-image/stream")
+"""What generates."""
 
 KEPT = Path("/data/.cache")
 """The account's persistent disk, which `data_mounts` in pyproject.toml mounts. Compiled kernels are
@@ -104,6 +107,20 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
 
         return await text_to_image_stream(self._started(), request)  # type: ignore[return-value]
 
+    @fal.endpoint("/image-to-image")  # type: ignore[untyped-decorator]
+    async def image_to_image(self, request: ImageToImageRequest) -> TextToImageResponse:
+        """Image to image."""
+        from serve.http.endpoints import text_to_image
+
+        return await text_to_image(self._started(), request)  # type: ignore[return-value]
+
+    @fal.endpoint("/image-to-image/stream")  # type: ignore[untyped-decorator]
+    async def image_to_image_stream(self, request: ImageToImageRequest) -> TextToImageResponse:
+        """Image to image as server-sent events: `queued`, `step`, `image` or `error`."""
+        from serve.http.server_sent_events import text_to_image_stream
+
+        return await text_to_image_stream(self._started(), request)  # type: ignore[return-value]
+
     def handle_exit(self) -> None:
         """Begin to drain on SIGTERM. fal calls this from the signal handler, between two steps of
         the event loop, so the loop does the work."""
@@ -140,7 +157,7 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
 def replace_fals_handlers(
     app: FastAPI,
     service: Callable[[], Service | None],
-    endpoints: Collection[str] = ("/", "/stream"),
+    endpoints: Collection[str] = IMAGE_APP_ENDPOINTS,
     errors: Sequence[type[RequestError]] = (),
 ) -> None:
     """Replace fal's middleware, exception handlers and GET endpoints by ours.

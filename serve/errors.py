@@ -5,6 +5,7 @@
     ├── ModelError              the model cannot be loaded; start-up fails
     └── RequestError            one request fails
         ├── InvalidRequest      422
+        │   └── UnusablePicture 422, of image to image
         ├── ModelNotFound       404, only on OpenAI's endpoints
         ├── BodyTooLarge        413
         ├── BodyTooSlow         408
@@ -46,6 +47,9 @@ MAX_PROBLEMS = 20
 
 MAX_NAME_CHARACTERS = 64
 """Longer names of fields are cut."""
+
+MAX_PICTURE_BYTES = 7 * 1024 * 1024
+"""Of the file that image to image begins with; in base64 a third more."""
 
 NOT_BILLED: Mapping[str, str] = {"x-fal-billable-units": "0"}
 
@@ -104,6 +108,17 @@ class InvalidRequest(RequestError):
             FieldProblem(_shortened(p.location), p.message, p.kind) for p in problems[:MAX_PROBLEMS]
         ]
         super().__init__("; ".join(f"{_dotted(p.location)}: {p.message}" for p in self.problems))
+
+
+class UnusablePicture(InvalidRequest):
+    """The picture of image to image is not allowed, cannot be fetched or cannot be decoded.
+
+    Args:
+        message: continues the field's name, as "must be ..."; never repeats the URL.
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__([FieldProblem(("body", "image_url"), message, kind)])
 
 
 class ModelNotFound(InvalidRequest):

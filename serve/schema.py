@@ -44,6 +44,13 @@ REQUEST_ID_OR_NONE = rf"^({REQUEST_ID})?$"
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 
+EXAMPLE_PICTURE = (
+    "data:image/png;base64,"
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
+)
+"""One white pixel."""
+
+
 class TraceContext(BaseModel):
     """A caller's W3C trace context, for callers that cannot set headers."""
 
@@ -262,6 +269,30 @@ class TextToImageRequest(BaseModel):
         return value
 
 
+class ImageToImageRequest(TextToImageRequest):
+    """A request of text to image that begins with a picture. `image_url` is read only after the
+    request is valid, and no answer repeats it."""
+
+    image_url: str = Field(
+        min_length=1,
+        description=(
+            "The picture: a data URI in base64 of a JPEG, PNG or WebP, or an https URL of a host "
+            "that the server allows. It is scaled and cropped about its centre to the image's size."
+        ),
+        examples=[EXAMPLE_PICTURE],
+    )
+    strength: float = Field(
+        default=0.95,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description=(
+            "The share of the steps that run: low values stay close to the picture. A share of "
+            "less than one step is refused."
+        ),
+    )
+
+
 class PromptRequest(TextToImageRequest):
     """The gateway's request: the same, but with longer prompts, which the gateway cuts."""
 
@@ -306,9 +337,15 @@ class Timings(BaseModel):
     """
 
     receive_ms: float | None = None
+    image_decode_ms: float | None = Field(
+        default=None, description="Image to image: fetching, decoding and scaling the picture."
+    )
     queue_ms: float | None = None
     lora_swap_ms: float | None = None
     text_encode_ms: float | None = None
+    vae_encode_ms: float | None = Field(
+        default=None, description="Image to image: encoding the picture to latents."
+    )
     denoise_ms: float | None = None
     steps_ms: list[float] = Field(default_factory=list)
     vae_decode_ms: float | None = None

@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request, Response
 
 from kernels_warmup.cache.working_directory import remove_process_directory
 from serve.engine.build import build_runtime
-from serve.engine.runtime import Runtime
+from serve.engine.runtime import IMAGE_TO_IMAGE, IMAGE_TO_IMAGE_STREAM, Runtime
 from serve.errors import ConfigurationError, ModelError
 from serve.http.endpoints import install, metrics_endpoint, text_to_image
 from serve.http.openai.images import install_openai
@@ -30,7 +30,7 @@ from serve.http.server_sent_events import text_to_image_stream
 from serve.http.sockets.connections import Connection, ConnectionLimits, Connections
 from serve.http.sockets.early_answers import OVER_THE_LIMIT
 from serve.http.sockets.listener import Listener, connection_limit
-from serve.schema import TextToImageRequest, TextToImageResponse
+from serve.schema import ImageToImageRequest, TextToImageRequest, TextToImageResponse
 from serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,16 @@ def create_app(runtime: Runtime, on_failed_start: Callable[[], None] = lambda: N
     @app.post("/stream")
     async def stream(request: TextToImageRequest) -> Response:
         """Text to image as server-sent events: `queued`, `step`, `image` or `error`."""
+        return await text_to_image_stream(runtime, request)
+
+    @app.post(IMAGE_TO_IMAGE, response_model=TextToImageResponse)
+    async def image_to_image(request: ImageToImageRequest) -> Response:
+        """Image to image."""
+        return await text_to_image(runtime, request)
+
+    @app.post(IMAGE_TO_IMAGE_STREAM)
+    async def image_to_image_stream(request: ImageToImageRequest) -> Response:
+        """Image to image as server-sent events: `queued`, `step`, `image` or `error`."""
         return await text_to_image_stream(runtime, request)
 
     install_openai(app, runtime)

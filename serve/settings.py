@@ -73,6 +73,8 @@ _URL_FIELDS = frozenset(
 _MODEL_NAME = re.compile(r"[!-+\--~]{1,128}")
 """Printable, without spaces and commas."""
 
+_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,4})?")
+"""A host name or an IPv4 address, as it is in a URL, and a port."""
 
 _FILES = ("_certificate", "_client_key")
 """How the names of the fields that hold files of certificates and keys end."""
@@ -181,6 +183,10 @@ class ServeSettings(TelemetrySettings):
     )
     max_images: int = Field(
         default=4, ge=1, le=MOST_IMAGES, description=f"a whole number from 1 to {MOST_IMAGES}"
+    )
+    image_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="a comma-separated list of HOST or HOST:PORT, without https:// and paths,",
     )
     deadline_seconds: float = Field(
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
@@ -313,6 +319,16 @@ class ServeSettings(TelemetrySettings):
             descending = all(one > next_one >= 0 for one, next_one in itertools.pairwise(value))
             if not descending or value[0] < 0 or len(value) > MOST_STEPS:
                 raise ValueError("not descending timesteps")
+        return value
+
+    @field_validator("image_hosts", mode="before")
+    @classmethod
+    def _parse_hosts(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            hosts = tuple(part.strip().lower().removesuffix(":443") for part in value.split(","))
+            if not all(_HOST.fullmatch(host) for host in hosts):
+                raise ValueError("not a list of hosts")
+            return tuple(dict.fromkeys(hosts))
         return value
 
     @field_validator("gateway_target")

@@ -199,7 +199,7 @@ class RequestMetrics:
         facts = request.facts
         if self.budget is None or facts is None:
             return
-        steps = facts.num_inference_steps * facts.num_images
+        steps = facts.steps_to_run * facts.num_images
         allowed = self.budget.seconds(facts.width, facts.height, steps)
         # NaN is over.
         self._budgeted["within" if seconds <= allowed else "over"].inc(1, exemplar)

@@ -32,6 +32,7 @@ class RunFlops:
     guided_text_encode: int
     guided_step: int
     vae_decode: int
+    vae_encode: int = 0
 
     def of(self, run: RunTiming) -> float:
         """FLOPs of the part of the run that was done."""
@@ -41,6 +42,8 @@ class RunFlops:
         if run.stage("text_encode") is not None:
             share = run.batch_size * (1.0 if run.guidance else 0.5)
             flops += share * self.guided_text_encode
+        if run.stage("vae_encode") is not None:
+            flops += run.batch_size * self.vae_encode
         if run.stage("vae_decode") is not None:
             flops += run.batch_size * self.vae_decode
         return flops

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from serve.errors import RequestError
+
+T = TypeVar("T")
 
 
 class Cancellation:
@@ -42,6 +47,22 @@ class Cancellation:
         if self._reason is not None:
             # Raised more than once; each traceback would otherwise be added to the last.
             raise self._reason.with_traceback(None)
+
+    async def unless_cancelled(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work`; on cancellation stop it and raise the reason."""
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(work)
+
+        def stop() -> None:
+            with suppress(RuntimeError):  # the loop has ended long since
+                loop.call_soon_threadsafe(task.cancel)
+
+        self.when_cancelled(stop)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            self.raise_if_cancelled()
+            raise
 
 
 class Cancellations:

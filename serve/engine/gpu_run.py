@@ -1,5 +1,5 @@
-"""A run: images of one shape, step count and guidance, of one request or several, from text to
-pixels.
+"""A run: images of one shape, step count and guidance, of one request or several, from text, or a
+picture and text, to pixels.
 
 This is the only way from a request to the GPU. Queueing is before it and image encoding after it,
 both in `runtime.py`.
@@ -25,6 +25,7 @@ from serve.errors import NonFiniteOutput, OutOfMemory, RequestError
 if TYPE_CHECKING:
     import torch
 
+    from serve.model.initial_image import InitialLatents
     from serve.model.sdxl import Conditioning, DecodedImages, SdxlModel
 
 OnStep = Callable[[int, float, Any], None]
@@ -142,8 +143,12 @@ class GpuRun:
             self._use_loras(timeline)
             with timeline.stage("text_encode"):
                 conditioning = self._encode_text()
+            initial = None
+            if self._planned.from_picture:
+                with timeline.stage("vae_encode"):
+                    initial = self._encode_pictures()
             with timeline.stage("denoise"):
-                latents = self._denoise(conditioning, timeline, pacer)
+                latents = self._denoise(conditioning, initial, timeline, pacer)
             with timeline.stage("vae_decode"):
                 images = self._model.decode(latents)
             flagged = self._find_flagged(images, timeline)
@@ -184,11 +189,22 @@ class GpuRun:
             self._planned.guided,
             self._planned.shape,
             self._planned.chunks,
-            self._planned.guided_steps < self._planned.num_inference_steps,
+            self._planned.guided_steps < self._planned.steps_to_run,
         )
 
+    def _encode_pictures(self) -> InitialLatents:
+        """A request's picture is encoded once, for all of its images in the run."""
+        pictures = [part.planned.picture for part in self._parts]
+        copies = [len(part.images) for part in self._parts]
+        left_out = self._planned.num_inference_steps - self._planned.steps_to_run
+        return self._model.initial_latents(pictures, copies, left_out)
+
     def _denoise(
-        self, conditioning: Conditioning, timeline: RunTimeline, pacer: StepPacer
+        self,
+        conditioning: Conditioning,
+        initial: InitialLatents | None,
+        timeline: RunTimeline,
+        pacer: StepPacer,
     ) -> torch.Tensor:
         self._gpu_watch.request_reading()  # the GPU has the text to encode
 
@@ -210,6 +226,7 @@ class GpuRun:
             on_loop_begins=timeline.loop_begins,
             on_step_enqueued=on_step_enqueued,
             watch_latents=self._step_reports.previews_wanted,
+            initial=initial,
         )
 
     def _find_flagged(self, images: DecodedImages, timeline: RunTimeline) -> torch.Tensor | None:

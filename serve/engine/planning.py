@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
 from metrics.records import GenerationFacts, LoraSet
 from serve.errors import FieldProblem, InvalidRequest
-from serve.schema import MAX_SEED, TextToImageRequest
+from serve.schema import MAX_SEED, ImageToImageRequest, TextToImageRequest
 from serve.settings import ServeSettings
 
 CountChunks = Callable[[str, str, bool], int]
@@ -20,7 +21,13 @@ without it."""
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """A request that this process can serve, with its defaults filled in."""
+    """A request that this process can serve, with its defaults filled in.
+
+    Attributes:
+        strength: of image to image; None: text to image.
+        picture: what image to image begins with, (height, width, 3) uint8 of the request's shape,
+            once it has been decoded.
+    """
 
     request: TextToImageRequest
     shape: CompiledShape
@@ -32,14 +39,34 @@ class PlannedRequest:
     """How many chunks of 75 tokens its prompts are encoded in."""
     checked: bool = False
     """Whether the safety checker checks its images."""
+    strength: float | None = None
+    picture: Any = field(default=None, compare=False, repr=False)
 
     @property
-    def run_key(self) -> tuple[CompiledShape, int, float, int, LoraSet, int]:
+    def run_key(self) -> tuple[object, ...]:
         """What the images of one run have in common. The number of chunks is among it: padding to
         another request's number would change the picture."""
-        scale = self.guidance_scale if self.guided else 1.0
-        steps = self.num_inference_steps
-        return self.shape, steps, scale, self.guided_steps, self.loras, self.chunks
+        return (
+            self.shape,
+            self.num_inference_steps,
+            self.guidance_scale if self.guided else 1.0,
+            self.guided_steps,
+            self.loras,
+            self.chunks,
+            self.steps_to_run,
+            self.from_picture,
+        )
+
+    @property
+    def from_picture(self) -> bool:
+        return self.strength is not None
+
+    @property
+    def steps_to_run(self) -> int:
+        """The steps that run: all, or the last ones with a picture. Rounded as diffusers does."""
+        if self.strength is None:
+            return self.num_inference_steps
+        return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
 
     @property
     def num_images(self) -> int:
@@ -59,7 +86,7 @@ class PlannedRequest:
         """The first steps, which run with guidance; the steps after them run without it."""
         if self.guidance_scale <= 1:
             return 0
-        return int(self.request.guidance_end * self.num_inference_steps + 0.5)
+        return int(self.request.guidance_end * self.steps_to_run + 0.5)
 
     def facts(self, model_name: str, with_prompt: bool) -> GenerationFacts:
         """What the trace and the metrics say of the request.
@@ -77,6 +104,8 @@ class PlannedRequest:
             height=self.shape.height,
             seed=self.seed,
             num_images=self.num_images,
+            strength=self.strength,
+            steps_left_out=self.num_inference_steps - self.steps_to_run,
             prompt=self.request.prompt if with_prompt else None,
             loras=self.loras,
         )
@@ -109,7 +138,7 @@ def plan_request(
 
     Raises:
         InvalidRequest: the size, the steps, the guidance, a LoRA, the number of images or an image
-            without a safety check is not served here.
+            without a safety check is not served here, or the strength leaves no step to run.
     """
     _require_images(request, settings)
     planned = PlannedRequest(
@@ -120,11 +149,22 @@ def plan_request(
         _choose_seed(request),
         loras=_choose_loras(request, settings),
         checked=_choose_check(request, settings),
+        strength=request.strength if isinstance(request, ImageToImageRequest) else None,
     )
+    _require_a_step(planned)
     if settings.prompt_chunks == 1:
         return planned
     chunks = count_chunks(request.prompt, request.negative_prompt, planned.guided)
     return replace(planned, chunks=chunks)
+
+
+def _require_a_step(planned: PlannedRequest) -> None:
+    if planned.steps_to_run < 1:
+        message = (
+            f"must be at least {1 / planned.num_inference_steps:.3g} with "
+            f"{planned.num_inference_steps} steps: it is the share of them that runs, and one must"
+        )
+        raise InvalidRequest([FieldProblem(("body", "strength"), message, "strength")])
 
 
 def _require_images(request: TextToImageRequest, settings: ServeSettings) -> None:

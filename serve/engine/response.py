@@ -45,9 +45,11 @@ def _timings(call: Call) -> Timings:
 
     return Timings(
         receive_ms=call.timeline.stage_ms("receive"),
+        image_decode_ms=call.timeline.stage_ms("image_decode"),
         queue_ms=call.timeline.stage_ms("queue"),
         lora_swap_ms=runs_ms("lora_swap"),
         text_encode_ms=runs_ms("text_encode"),
+        vae_encode_ms=runs_ms("vae_encode"),
         denoise_ms=runs_ms("denoise"),
         steps_ms=[step.duration_ns / 1e6 for run in call.runs for step in run.steps],
         vae_decode_ms=runs_ms("vae_decode"),

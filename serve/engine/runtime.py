@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -32,6 +33,7 @@ from serve.engine.gpu_run import GeneratedPixels, GpuRun, OnStep, Outcome, Previ
 from serve.engine.gpu_thread import GpuThread
 from serve.engine.images import Upload, data_uri, encode_image
 from serve.engine.loaded_model import LoadedModel
+from serve.engine.pictures.reading import PictureReader, grey_picture
 from serve.engine.planning import PlannedRequest, plan_request
 from serve.engine.readiness import Readiness, State
 from serve.engine.response import build_response
@@ -48,7 +50,7 @@ from serve.errors import (
     OutOfMemory,
     RequestError,
 )
-from serve.schema import TextToImageRequest, TextToImageResponse
+from serve.schema import ImageToImageRequest, TextToImageRequest, TextToImageResponse
 from serve.settings import ServeSettings
 from serve.telemetry.profiling import Profiling
 
@@ -60,7 +62,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 OPENAI_IMAGES = "/v1/images/generations"
-ENDPOINTS = ("/", "/stream", OPENAI_IMAGES)
+IMAGE_TO_IMAGE = "/image-to-image"
+IMAGE_TO_IMAGE_STREAM = "/image-to-image/stream"
+ENDPOINTS = ("/", "/stream", IMAGE_TO_IMAGE, IMAGE_TO_IMAGE_STREAM, OPENAI_IMAGES)
 """The endpoints that generate: traced, counted, and the values of the `endpoint` label."""
 
 WARMUP_STEPS = 2
@@ -109,6 +113,7 @@ class Runtime:
         self.admission = Admission(self.queue, self.estimates, self._sizes)
         self.ready = asyncio.Event()
         self.work_left_behind = False
+        self._pictures = PictureReader(settings.image_hosts)
         self._upload = upload
         self._startup = startup
         self._starting: asyncio.Task[None] | None = None
@@ -172,6 +177,8 @@ class Runtime:
             seed=0,
             chunks=kind.chunks,
             checked=self.settings.safety_checker is not None,
+            strength=1.0 if kind.from_picture else None,
+            picture=grey_picture(shape) if kind.from_picture else None,
         )
         call = Call("/", "POST", self.tracing.identify())
         (outcome,) = self._execute([RunPart(planned, call, range(kind.images))], _new_run_id())
@@ -219,6 +226,7 @@ class Runtime:
         """
         planned = self._plan(request, call)
         with self._deadline(planned, call) as seconds:
+            planned = await self._with_picture(planned, call)
             self.admission.admit(planned, call, seconds)
             on_queued(self.queue.waiting)
             queued = self._queue(planned, call, on_step, previews)
@@ -262,6 +270,22 @@ class Runtime:
         )
         call.facts = planned.facts(readiness.model, with_prompt=self.settings.trace_prompts)
         return planned
+
+    async def _with_picture(self, planned: PlannedRequest, call: Call) -> PlannedRequest:
+        """For image to image, with the picture that it begins with.
+
+        Raises:
+            InvalidRequest: there is no such picture, or it may not be used here.
+            RequestError: the request was cancelled, or the queue is full already.
+        """
+        request = planned.request
+        if not isinstance(request, ImageToImageRequest):
+            return planned
+        self.admission.refuse_if_full(planned, call)
+        with call.stage("image_decode"):
+            reading = self._pictures.read(request.image_url, planned.shape)
+            picture = await call.cancellation.unless_cancelled(reading)
+        return replace(planned, picture=picture)
 
     @contextlib.contextmanager
     def _deadline(self, planned: PlannedRequest, call: Call) -> Iterator[float]:
@@ -416,7 +440,7 @@ class Runtime:
             loaded,
             parts,
             run_id=run_id,
-            ranges=self.profiling.ranges(parts[0].planned.num_inference_steps),
+            ranges=self.profiling.ranges(parts[0].planned.steps_to_run),
             gpu_watch=self._gpu_watch,
             step_ended=step_ended,
         )
@@ -477,6 +501,7 @@ class Runtime:
         # A compile cannot be interrupted and may take minutes; a run that hangs never ends.
         self.work_left_behind = not self._gpu.stop(timeout_seconds=0.1)
         self.queue.close()
+        self._pictures.close()
         self._startup.close()
         if not self.work_left_behind:
             self._loaded = None  # gives the model's memory back

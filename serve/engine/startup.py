@@ -20,6 +20,7 @@ from kernels_warmup.cache.compile_cache import CacheResult, CompileCache
 from kernels_warmup.cache.key import cache_key
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import (
+    FROM_PICTURE,
     GUIDED,
     GUIDED_BY_NOTHING,
     UNGUIDED,
@@ -216,6 +217,7 @@ class Startup:
                     for count in chunks
                     for kind in kinds
                 ]
+            kinds = [*kinds, FROM_PICTURE]
         else:
             sizes = tuple(sorted({kind.images for kind in kinds}))
         return LoadedModel(
@@ -396,14 +398,16 @@ class Startup:
         self._progress(f"count_flops {shape}")
         started_ns = self._now_ns()
         try:
-            from kernels_warmup.flops import count_run
+            from kernels_warmup.flops import count_encode, count_run
 
-            flops = count_run(loaded.model.pipeline, shape)
+            pipeline = loaded.model.pipeline
+            flops = count_run(pipeline, shape)
+            vae_encode = count_encode(pipeline.vae.config, shape)
         except Exception as error:  # noqa: BLE001 - images are generated without it
             logger.warning("the FLOPs at %s are not counted: %s", shape, type(error).__name__)
         else:
             self._metrics.set_flops(
-                str(shape), RunFlops(flops.text_encode, flops.step, flops.vae_decode)
+                str(shape), RunFlops(flops.text_encode, flops.step, flops.vae_decode, vae_encode)
             )
             self._end_phase(f"count_flops {shape}", started_ns, {"shape": str(shape)})
 

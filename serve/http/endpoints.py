@@ -71,7 +71,8 @@ def install(
 
 
 async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:
-    """The handler of `POST /`: JSON, or an image if the Accept header names an image type."""
+    """The handler of `POST /` and `POST /image-to-image`: JSON, or an image if the Accept header
+    names an image type."""
     accept = the_call().accept
     as_image = wants_image(accept)
     if as_image:

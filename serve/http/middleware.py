@@ -21,17 +21,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from metrics.records import GenerationFacts
 from metrics.tracing import Carrier, drawn_identity
 from serve.engine.call import Call, current_call
-from serve.engine.readiness import Readiness
+from serve.engine.runtime import IMAGE_TO_IMAGE, IMAGE_TO_IMAGE_STREAM
 from serve.errors import (
     ClientGone,
     Draining,
     GenerationFailed,
     InternalError,
+    QueueFull,
     RequestError,
     TooManyConnections,
 )
 from serve.http.error_responses import error_response
-from serve.http.request_body import json_object, read_body
+from serve.http.request_body import (
+    MAX_BODY_BYTES,
+    MAX_PICTURE_BODY_BYTES,
+    json_object,
+    read_body,
+)
 from serve.http.service import Service
 from serve.http.sockets.early_answers import OVER_THE_LIMIT
 from serve.schema import REQUEST_ID
@@ -41,6 +47,11 @@ logger = logging.getLogger(__name__)
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 _REQUEST_ID = re.compile(REQUEST_ID)
+
+_WITH_PICTURES = (IMAGE_TO_IMAGE, IMAGE_TO_IMAGE_STREAM)
+PICTURES_BESIDE_WAITING = 32
+"""How many requests with a picture may be in progress beside as many as may wait. Each holds its
+body, up to 10 MiB, and further ones are refused before theirs is read."""
 
 
 class RequestMiddleware:
@@ -59,6 +70,8 @@ class RequestMiddleware:
         self._app = app
         self._service = service
         self._endpoints = endpoints
+        self._pictures = 0
+        """Requests in progress whose body may hold a picture."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,7 +97,10 @@ class RequestMiddleware:
         response = _ResponseWatch(send, call, service.settings)
         service.metrics.request_received()
         try:
-            await self._serve(scope, receive, response.send, call, service.readiness)
+            if call.endpoint in _WITH_PICTURES:
+                await self._serve_picture(scope, receive, response.send, call, service)
+            else:
+                await self._serve(scope, receive, response.send, call, service)
         except Exception as error:
             # The framework's handler for these runs outside of here, without the current call.
             failure = GenerationFailed(type(error).__name__)
@@ -143,16 +159,39 @@ class RequestMiddleware:
                 extra={"trace_id": call.identity.trace_id_hex, "request_id": call.request_id},
             )
 
+    async def _serve_picture(
+        self, scope: Scope, receive: Receive, send: Send, call: Call, service: Service
+    ) -> None:
+        """As `_serve`, with a larger body; and with a limit on how many there are."""
+        if self._pictures >= service.settings.max_waiting + PICTURES_BESIDE_WAITING:
+            error = QueueFull(self._pictures, retry_after_seconds=1)
+            await error_response(error, call)(scope, receive, send)
+            return
+        self._pictures += 1
+        try:
+            await self._serve(scope, receive, send, call, service, MAX_PICTURE_BODY_BYTES)
+        finally:
+            self._pictures -= 1
+
     async def _serve(
-        self, scope: Scope, receive: Receive, send: Send, call: Call, readiness: Readiness
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        call: Call,
+        service: Service,
+        limit_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         """Read the body, then run the app with it while watching for a disconnect."""
         headers = Headers(scope=scope)
         try:
             if OVER_THE_LIMIT in scope.get("state", {}):
                 raise TooManyConnections
-            body = await read_body(receive, headers, readiness)
-            json_object(headers, body)
+            body = await read_body(receive, headers, service.readiness, limit_bytes)
+            if len(body) > MAX_BODY_BYTES:
+                await asyncio.to_thread(json_object, headers, body)  # it takes milliseconds
+            else:
+                json_object(headers, body)
         except ClientGone as gone:
             call.fail(gone)
             return
@@ -307,10 +346,10 @@ def _path(scope: Scope) -> str:
 
 
 def _billable_units(facts: GenerationFacts) -> bytes:
-    """Megapixels times steps, to which an image's time on the GPU is about proportional, of all
-    images."""
+    """Megapixels times steps that run, to which an image's time on the GPU is about proportional,
+    of all images."""
     pixels = facts.width * facts.height * facts.num_images
-    return f"{pixels * facts.num_inference_steps / 1e6:.6f}".encode()
+    return f"{pixels * facts.steps_to_run / 1e6:.6f}".encode()
 
 
 def _trace_carrier(headers: Headers) -> Carrier:

@@ -18,7 +18,7 @@ from kernels_warmup.shapes import LARGEST_SIDE, PIXELS_PER_LATENT, SMALLEST_SIDE
 from serve import __version__
 from serve.engine.images import CONTENT_TYPES
 from serve.engine.planning import must_be_checked, serves_guidance
-from serve.engine.runtime import OPENAI_IMAGES
+from serve.engine.runtime import IMAGE_TO_IMAGE, IMAGE_TO_IMAGE_STREAM, OPENAI_IMAGES
 from serve.errors import (
     BodyTooLarge,
     BodyTooSlow,
@@ -248,6 +248,8 @@ def _profile(operation: Schema) -> None:
 _BY_PATH: dict[str, Callable[[Schema], None]] = {
     "/": _image,
     "/stream": _stream,
+    IMAGE_TO_IMAGE: _image,
+    IMAGE_TO_IMAGE_STREAM: _stream,
     OPENAI_IMAGES: _openai_images,
     "/metrics": _metrics,
     "/health": _health,

@@ -30,6 +30,8 @@ from serve.errors import (
 
 # Two prompts of 2,000 characters, each escaped to twelve bytes, and a tracestate fit well within.
 MAX_BODY_BYTES = 64 * 1024
+MAX_PICTURE_BODY_BYTES = 10 * 1024 * 1024
+"""Of a request of image to image: a picture of `MAX_PICTURE_BYTES` in base64 fits."""
 MAX_BODY_SECONDS = 10.0
 
 MAX_NESTING = 16

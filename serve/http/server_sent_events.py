@@ -58,7 +58,7 @@ MAX_WAITING_PREVIEWS = 8
 
 
 async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) -> Response:
-    """The handler of `POST /stream`."""
+    """The handler of `POST /stream` and `POST /image-to-image/stream`."""
     call = received_call(runtime, request)
     return await stream(runtime, request, call, _Events(call))
 

@@ -17,8 +17,8 @@ def watch_scheduler(
     """Watch one pipeline call through its scheduler.
 
     The pipeline calls `set_begin_index` just before its loop, and `step` at the end of each step.
-    Both are replaced on this scheduler object while the context is open, and are the scheduler's
-    own again afterwards.
+    Both are replaced on this scheduler object while the context is open, and are what they were
+    before afterwards.
 
     Args:
         on_loop_begins: called after `set_begin_index`.
@@ -29,12 +29,14 @@ def watch_scheduler(
     }
     if on_step_enqueued is not None:
         replaced["step"] = _step(scheduler, on_step_enqueued)
+    before = {name: value for name, value in vars(scheduler).items() if name in replaced}
     vars(scheduler).update(replaced)
     try:
         yield
     finally:
         for name in replaced:
             delattr(scheduler, name)
+        vars(scheduler).update(before)
 
 
 def _set_begin_index(scheduler: Any, on_loop_begins: Callable[[], object]) -> Callable[..., None]:

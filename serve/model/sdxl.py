@@ -8,6 +8,7 @@ embeddings. Text is encoded here, because diffusers logs the part of a prompt th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from kernels_warmup.rewrites.text_once import BUFFERED_TEXT, BufferedText, TextO
 from kernels_warmup.rewrites.zero_text import ZERO_TEXT, takes_zero_text
 from kernels_warmup.shapes import CompiledShape
 from serve.errors import ModelError
+from serve.model.initial_image import InitialLatents, LaterStart
 from serve.model.noise import cpu_generator
 from serve.model.prompt_tokens import PromptRules, count_chunks, tokenise
 from serve.model.prompt_weights import weigh
@@ -140,6 +142,7 @@ class SdxlModel:
         self.prompt_rules = PromptRules()
         self.safety_checker: SafetyChecker | None = None
         self._loop = prepare_loop(pipeline)
+        self._later_start = LaterStart(self._loop)
         self._preview_map: torch.Tensor | None = None
         pipeline.set_progress_bar_config(disable=True)
 
@@ -205,6 +208,34 @@ class SdxlModel:
             conditioning = replace(conditioning, prepared_unguided=alone)
         return replace(conditioning, prepared=self._prepare_text(self.text, conditioning, shape))
 
+    @torch.no_grad()
+    def initial_latents(
+        self, pictures: Sequence[Any], copies: Sequence[int], first_step: int
+    ) -> InitialLatents:
+        """Encode the pictures that a run of image to image begins with.
+
+        Each is encoded by itself, so that its latents do not depend on the others. They are the
+        mode of the encoder's distribution, so that they do not depend on a seed. The encoder runs
+        eagerly.
+
+        Args:
+            pictures: each a numpy array (height, width, 3) uint8, all of one size.
+            copies: for each picture, how many images of the run begin with it.
+            first_step: the first step that runs; those before it are left out.
+        """
+        vae = self.pipeline.vae
+        latents = []
+        for picture, count in zip(pictures, copies, strict=True):
+            pixels = (
+                _to_device(torch.from_numpy(picture), self.device).permute(2, 0, 1)[None].float()
+            )
+            encoded = vae.encode((pixels / 127.5 - 1).to(vae.dtype), return_dict=False)[0].mode()
+            scaled = (encoded * vae.config.scaling_factor).to(self.dtype)
+            latents.append(scaled.expand(count, -1, -1, -1))
+        # In the memory order of noise, which the compiled graphs were made for; the encoder's own
+        # order may be another.
+        return InitialLatents(torch.cat(latents).contiguous(), first_step)
+
     def denoise(
         self,
         conditioning: Conditioning,
@@ -217,6 +248,7 @@ class SdxlModel:
         on_step_enqueued: Callable[[int, torch.Tensor | None], None],
         watch_latents: bool = False,
         guided_steps: int | None = None,
+        initial: InitialLatents | None = None,
     ) -> torch.Tensor:
         """Run the denoising loop; returns latents (images, channels, height / 8, width / 8).
 
@@ -228,6 +260,7 @@ class SdxlModel:
                 the step's latents if `watch_latents` is set. An exception from it ends the loop.
             guided_steps: how many steps have guidance, if `guidance_scale` is above 1; the steps
                 after them run without it. None: all of them.
+            initial: for image to image, what the loop begins with, under the seeds' noise.
         """
         # Noise is drawn on the CPU, so that a seed means the same image on every device.
         generators = [cpu_generator(seed) for seed in seeds]
@@ -239,10 +272,11 @@ class SdxlModel:
             # copy from the host would be a wait inside the loop.
             generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
+        steps_to_run = num_inference_steps - (0 if initial is None else initial.first_step)
         unguided = None
         if guidance_scale <= 1 or guided_steps == 0:
             guidance_scale, conditioning = 1.0, conditioning.without_guidance()
-        elif guided_steps is not None and guided_steps < num_inference_steps:
+        elif guided_steps is not None and guided_steps < steps_to_run:
             unguided = self._unguided_steps(conditioning.without_guidance(), shape)
 
         def on_step_end(
@@ -255,7 +289,8 @@ class SdxlModel:
             self._loop.end_guidance(unguided.options)
             return dict(unguided.tensors)
 
-        with watch_scheduler(self._loop.scheduler, on_loop_begins):
+        begin = nullcontext() if initial is None else self._later_start.begin_with(initial, latents)
+        with begin, watch_scheduler(self._loop.scheduler, on_loop_begins):
             output = self._loop(
                 prompt_embeds=conditioning.prompt,
                 pooled_prompt_embeds=conditioning.pooled,

@@ -32,7 +32,7 @@ CHECKS = (
 )
 
 
-OPERATIONS = {"self-hosted": 9, "fal": 4}
+OPERATIONS = {"self-hosted": 11, "fal": 6}
 """On fal metrics are on a port of their own, and there are no profiles."""
 
 

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from serve.errors import OTHER_ERRORS, REQUEST_ERRORS, RequestError
-from serve.schema import TextToImageRequest, TextToImageResponse
+from serve.schema import ImageToImageRequest, TextToImageRequest, TextToImageResponse
 from serve.settings import ServeSettings, environment_name
 from tests.e2e.transcript import README, in_readme, record, shape
 from tests.metrics.recorded import declared_service, observe_some
@@ -59,10 +59,15 @@ def test_every_metric_is_documented_with_its_labels_and_no_other() -> None:
 
 def test_every_field_of_a_request_and_a_response_is_documented_and_no_other() -> None:
     page = (DOCS / "http.md").read_text()
-    for title, model in (("Request", TextToImageRequest), ("Response", TextToImageResponse)):
+    of_text = set(TextToImageRequest.model_fields)
+    for title, fields in (
+        ("Request", of_text),
+        ("Response", set(TextToImageResponse.model_fields)),
+        ("Image to image", set(ImageToImageRequest.model_fields) - of_text),
+    ):
         section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
         first_cells = "".join(re.findall(r"^\|([^|]*)\|", section, re.MULTILINE))
-        assert set(re.findall(r"`(\w+)`", first_cells)) == set(model.model_fields)
+        assert set(re.findall(r"`(\w+)`", first_cells)) == fields
 
 
 def test_every_failure_is_documented_with_its_status_and_no_other() -> None:

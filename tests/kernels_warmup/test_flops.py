@@ -4,7 +4,13 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from kernels_warmup.flops import count_decode, count_run, count_step, count_text_encoder
+from kernels_warmup.flops import (
+    count_decode,
+    count_encode,
+    count_run,
+    count_step,
+    count_text_encoder,
+)
 from kernels_warmup.shapes import SDXL_SHAPES, CompiledShape
 from serve.model.sdxl_base import UNET_CONFIG, VAE_CONFIG
 from tests.kernels_warmup.tiny import tiny_unet, tiny_vae
@@ -19,6 +25,12 @@ def test_a_step_of_sdxl_base_is_13_52_teraflop() -> None:
 
 def test_decoding_a_default_image_is_10_47_teraflop() -> None:
     assert count_decode(VAE_CONFIG, DEFAULT) == pytest.approx(10.47e12, rel=1e-3)
+
+
+def test_encoding_a_picture_takes_about_half_as_much_and_follows_the_images() -> None:
+    one = count_encode(VAE_CONFIG, DEFAULT)
+    assert 0.3 < one / count_decode(VAE_CONFIG, DEFAULT) < 0.6
+    assert count_encode(VAE_CONFIG, DEFAULT, images=2) == 2 * one
 
 
 def test_the_text_encoders_are_0_22_teraflop() -> None:

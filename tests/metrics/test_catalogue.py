@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from metrics.catalogue import GenerationMetrics, RunFlops, render
 from metrics.families.budget import Budget
-from metrics.records import Estimate, Failure
+from metrics.records import Estimate, Failure, StageTiming
 from metrics.slow_reason import slow_reason
 from tests.metrics.timings import FACTS, START_NS, request_timing, run_timing
 
@@ -249,6 +249,19 @@ def test_a_step_is_observed_by_its_own_guidance(metrics: GenerationMetrics) -> N
         name = "sdxl_denoise_step_duration_seconds"
         assert value(metrics, f"{name}_count", **labels) == count
         assert value(metrics, f"{name}_sum", **labels) == pytest.approx(seconds)
+
+
+def test_encoding_a_picture_counts_in_the_runs_that_do_it(metrics: GenerationMetrics) -> None:
+    metrics.set_flops("128x96", RunFlops(10, 100, 1000, vae_encode=5000))
+    run = run_timing(START_NS)
+    text, *others = run.stages
+    encoded = StageTiming("vae_encode", text.end_ns, text.end_ns + 1)
+    with_picture = dataclasses.replace(run, stages=(text, encoded, *others))
+    metrics.observe_request(request_timing(run=run), None)
+    metrics.observe_request(request_timing(run=with_picture), None)
+    assert value(metrics, "sdxl_model_flops_total") == 2 * 1310 + 5000
+    stage = "sdxl_stage_duration_seconds_count"
+    assert value(metrics, stage, stage="vae_encode") == 1
 
 
 def test_a_peak_is_exposed_if_it_is_known(metrics: GenerationMetrics) -> None:

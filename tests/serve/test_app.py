@@ -46,7 +46,7 @@ from serve.errors import (
 )
 from serve.http.middleware import RequestMiddleware
 from serve.http.sockets.early_answers import EarlyAnswers
-from serve.schema import GeneratedImage, ImageFormat
+from serve.schema import EXAMPLE_PICTURE, GeneratedImage, ImageFormat
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
 
@@ -149,6 +149,9 @@ def test_fal_publishes_the_schema(app: SdxlApp) -> None:
         "$ref": "#/components/schemas/TextToImageResponse"
     }
     assert schema["components"]["schemas"]["GeneratedImage"]["ui"] == {"field": "image"}
+    for path in ("/image-to-image", "/image-to-image/stream"):
+        body = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        assert body["schema"] == {"$ref": "#/components/schemas/ImageToImageRequest"}
 
 
 # The failure table through fal's stack
@@ -171,7 +174,10 @@ class FailingRuntime:
 PROMPT = "a word nobody echoes: xylograph"
 
 
-@pytest.mark.parametrize("path", ["/", "/stream"])
+PATHS = ["/", "/stream", "/image-to-image", "/image-to-image/stream"]
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("error", "status", "headers"),
     [
@@ -197,7 +203,8 @@ def test_failures_say_whether_to_retry_and_that_nothing_is_billed(
     built = app._build_app()
     app._runtime = runtime  # type: ignore[assignment]
     client = TestClient(built, raise_server_exceptions=False)
-    answer = client.post(path, json={"prompt": PROMPT})
+    picture = {"image_url": EXAMPLE_PICTURE} if "image" in path else {}
+    answer = client.post(path, json={"prompt": PROMPT, **picture})
     assert answer.status_code == status
     fals = {
         name: value
@@ -210,6 +217,20 @@ def test_failures_say_whether_to_retry_and_that_nothing_is_billed(
     assert body["trace_id"] == answer.headers["x-trace-id"]
     assert "xylograph" not in answer.text
     runtime.close(0.1)
+
+
+def test_the_fal_app_draws_from_a_picture(app: SdxlApp, runtime: Runtime) -> None:
+    built = app._build_app()
+    app._runtime = runtime
+    client = TestClient(built, raise_server_exceptions=False)
+    body = {"prompt": PROMPT, "image_url": EXAMPLE_PICTURE, "num_inference_steps": 2}
+    answer = client.post("/image-to-image", json=body | {"strength": 0.5})
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["timings"]["steps_ms"]) == 1
+    refused = client.post("/image-to-image", json=body | {"image_url": PROMPT})
+    assert refused.status_code == 422
+    assert refused.json()["detail"][0]["loc"] == ["body", "image_url"]
+    assert "xylograph" not in refused.text
 
 
 def test_a_gateways_path_prefix_is_no_part_of_the_endpoint(

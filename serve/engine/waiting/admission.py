@@ -45,20 +45,33 @@ class Admission:
             QueueFull: too many requests wait already.
             DeadlineExceeded: it would not be done in time, however fast its run is.
         """
-        if self._queue.draining:
-            raise Draining
-        runs = QueuedRuns(planned, call, tuple(split(planned.num_images, self._sizes(planned))))
+        self.refuse_if_full(planned, call)
+        runs = self._runs(planned, call)
         seconds = self._seconds_until_done(runs)
-        if self._queue.full:
-            raise QueueFull(self._queue.waiting, self._retry_after_seconds(), _to_ms(seconds))
         self._refuse_if_too_late(runs, seconds, deadline_seconds)
         if seconds is not None:
             call.estimate = Estimate(call.timeline.now_unix_ns(), seconds)
+
+    def refuse_if_full(self, planned: PlannedRequest, call: Call) -> None:
+        """Refuse a request that cannot join the queue now, before work is done to prepare it.
+
+        Raises:
+            Draining: the process is shutting down.
+            QueueFull: too many requests wait already.
+        """
+        if self._queue.draining:
+            raise Draining
+        if self._queue.full:
+            eta_ms = _to_ms(self._seconds_until_done(self._runs(planned, call)))
+            raise QueueFull(self._queue.waiting, self._retry_after_seconds(), eta_ms)
 
     def eta_ms(self, planned: PlannedRequest, call: Call) -> float | None:
         """Milliseconds until an admitted request is done, estimated now; None if unknown."""
         waiting = (each for each in self._queue.state().waiting if each.call is call)
         return _to_ms(self._seconds_until_done(next(waiting, QueuedRuns(planned, call, ()))))
+
+    def _runs(self, planned: PlannedRequest, call: Call) -> QueuedRuns:
+        return QueuedRuns(planned, call, tuple(split(planned.num_images, self._sizes(planned))))
 
     def _refuse_if_too_late(
         self, runs: QueuedRuns, seconds: float | None, deadline_seconds: float

@@ -1,8 +1,8 @@
 """How long a request will take, from the times of the runs before it.
 
-Step and stage times are measured anyway. For each image size, with and without guidance, and for
-each number of images, the newest runs are kept: their median is the estimate, their fastest the
-bound that decides whether a deadline can be met.
+Step and stage times are measured anyway. For each image size, with and without guidance, with and
+without a picture to begin with, and for each number of images, the newest runs are kept: their
+median is the estimate, their fastest the bound that decides whether a deadline can be met.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from metrics.records import RunTiming
 from serve.engine.planning import PlannedRequest
@@ -118,18 +119,34 @@ def swap_seconds(run: RunTiming) -> float:
     return 0.0 if swap is None else swap.duration_ns / 1e9
 
 
+class _Kind(NamedTuple):
+    """What the pace of a run depends on, beside its number of images."""
+
+    shape: str
+    guidance: bool
+    from_picture: bool
+
+    @classmethod
+    def of(cls, run: RunTiming) -> _Kind:
+        return cls(run.shape, run.guidance, run.stage("vae_encode") is not None)
+
+    @classmethod
+    def wanted(cls, planned: PlannedRequest) -> _Kind:
+        return cls(str(planned.shape), planned.guided, planned.from_picture)
+
+
 class Estimates:
     """Learns from every run and every answer. Runs are observed on the GPU thread, everything else
     happens on the event loop."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._runs: dict[tuple[str, bool, int], _Newest] = {}
-        self._seen: dict[tuple[str, bool], dict[int, _Seen]] = {}
-        self._observed_at: dict[tuple[str, bool], deque[float]] = {}
+        self._runs: dict[tuple[_Kind, int], _Newest] = {}
+        self._seen: dict[_Kind, dict[int, _Seen]] = {}
+        self._observed_at: dict[_Kind, deque[float]] = {}
         self._last_run: RunTiming | None = None
         self._last_ended_at = -math.inf
-        self._following: dict[tuple[str, int, int, int], deque[int]] = {}
+        self._following: dict[tuple[str, int, bool, int, int], deque[int]] = {}
         """The images of the last runs of a kind that followed a run of that many images."""
         self._answers: dict[tuple[str, str, int], deque[float]] = {}
         self._swaps: deque[float] = deque(maxlen=NEWEST)
@@ -148,35 +165,34 @@ class Estimates:
             return
         if (swap := swap_seconds(run)) > 0:
             self._swaps.append(swap)
-        kind = run.shape, run.guidance
+        kind = _Kind.of(run)
         for guidance in run.steps_by_guidance:
             if not serving:
                 # The runs before it may have compiled.
-                self._runs.pop((run.shape, guidance, run.batch_size), None)
-            self._learn(run, guidance)
+                self._runs.pop((kind._replace(guidance=guidance), run.batch_size), None)
+            self._learn(run, kind._replace(guidance=guidance))
         if serving:
             observed = self._observed_at.setdefault(kind, deque(maxlen=EVIDENCE_RUNS))
             observed.append(self._monotonic())
             self._observe_order(run)
 
-    def _learn(self, run: RunTiming, guidance: bool) -> None:
+    def _learn(self, run: RunTiming, kind: _Kind) -> None:
         """Learn from a run's steps with or without guidance, and from its other stages if it is a
         run of that kind."""
         denoise = run.stage("denoise")
         assert denoise is not None
-        newest = self._runs.setdefault((run.shape, guidance, run.batch_size), _Newest())
-        steps = run.steps_by_guidance[guidance]
+        newest = self._runs.setdefault((kind, run.batch_size), _Newest())
+        steps = run.steps_by_guidance[kind.guidance]
         # Time between the steps counts as theirs.
         begin = run.steps[steps[0].index - 1].end_ns if steps[0].index else denoise.start_ns
         end = steps[-1].end_ns if steps[-1] is not run.steps[-1] else denoise.end_ns
         newest.step.append((end - begin) / 1e9 / len(steps))
-        if guidance == run.guidance:
+        if kind.guidance == run.guidance:
             newest.before.append((denoise.start_ns - run.start_ns) / 1e9 - swap_seconds(run))
             newest.after.append((run.end_ns - denoise.end_ns) / 1e9)
         seen = _Seen(newest.summary(statistics.median), newest.summary(min), bool(newest.before))
         # A new mapping, which a reader on the other thread sees whole.
-        of_kind = self._seen.get((run.shape, guidance), {})
-        self._seen[run.shape, guidance] = {**of_kind, run.batch_size: seen}
+        self._seen[kind] = {**self._seen.get(kind, {}), run.batch_size: seen}
 
     def _observe_order(self, run: RunTiming) -> None:
         """Learn how many images a run has that begins where another ends."""
@@ -184,7 +200,8 @@ class Estimates:
         self._last_ended_at = self._monotonic()
         if before is not None and run.start_ns - before.end_ns < BACK_TO_BACK_NS:
             guided = sum(map(run.has_guidance, run.steps))
-            kind = run.shape, guided, len(run.steps), before.batch_size
+            from_picture = _Kind.of(run).from_picture
+            kind = run.shape, guided, from_picture, len(run.steps), before.batch_size
             self._following.setdefault(kind, deque(maxlen=NEWEST_PAIRS)).append(run.batch_size)
 
     def observe_answer(self, planned: PlannedRequest, seconds: float) -> None:
@@ -197,21 +214,19 @@ class Estimates:
         self, planned: PlannedRequest, images: int, fastest: bool = False
     ) -> RunEstimate | None:
         """A run of such requests; None if none has been measured."""
-        shape = str(planned.shape)
-        pace = self._pace(shape, planned.guided, images, fastest)
+        kind = _Kind.wanted(planned)
+        pace = self._pace(kind, images, fastest)
         if pace is None:
             return None
-        steps, guided_steps = planned.num_inference_steps, planned.guided_steps
+        steps, guided_steps = planned.steps_to_run, planned.guided_steps
         unguided_step = pace.step
         if 0 < guided_steps < steps:
-            unguided = self._pace(shape, False, images, fastest, whole=False)
+            unguided = self._pace(kind._replace(guidance=False), images, fastest, whole=False)
             # Half the UNet's batch, until one is measured.
             unguided_step = pace.step / 2 if unguided is None else unguided.step
         return RunEstimate(pace.before, pace.step, unguided_step, pace.after, guided_steps, steps)
 
-    def _pace(
-        self, shape: str, guidance: bool, images: int, fastest: bool, whole: bool = True
-    ) -> Pace | None:
+    def _pace(self, kind: _Kind, images: int, fastest: bool, whole: bool = True) -> Pace | None:
         """The pace of runs of one kind; None if none has been measured.
 
         A number of images that has not been measured is estimated from those that have.
@@ -219,7 +234,8 @@ class Estimates:
         Args:
             whole: of whole runs; otherwise single steps are enough, and the rest may be 0.
         """
-        seen = self._seen.get((shape, guidance), {})
+        # A run without a picture lacks only the picture's encoding.
+        seen = self._seen.get(kind) or self._seen.get(kind._replace(from_picture=False), {})
         known = {
             count: each.fastest if fastest else each.median
             for count, each in seen.items()
@@ -248,7 +264,7 @@ class Estimates:
 
     def has_evidence(self, planned: PlannedRequest) -> bool:
         """Whether enough runs of this size are recent enough to refuse a request by."""
-        observed = self._observed_at.get((str(planned.shape), planned.guided), ())
+        observed = self._observed_at.get(_Kind.wanted(planned), ())
         since = self._monotonic() - EVIDENCE_SECONDS
         return sum(at >= since for at in list(observed)) >= EVIDENCE_RUNS
 
@@ -258,7 +274,9 @@ class Estimates:
         Steady clients repeat themselves: those of a run come back when it has ended, and wait
         together for the run after the next.
         """
-        kind = str(planned.shape), planned.guided_steps, planned.num_inference_steps, images
+        from_picture = planned.from_picture
+        steps = planned.guided_steps, planned.steps_to_run
+        kind = str(planned.shape), steps[0], from_picture, steps[1], images
         following = list(self._following.get(kind, ()))
         return statistics.median_high(following) if following else 1
 

@@ -76,7 +76,7 @@ class QueuedRequest:
     def take_part(self) -> RunPart:
         """Its next run begins."""
         self.started = self.running = True
-        steps = self.planned.num_inference_steps
+        steps = self.planned.steps_to_run
         self.call.total_steps = steps * (self.runs_done + len(self.parts))
         return RunPart(
             self.planned,

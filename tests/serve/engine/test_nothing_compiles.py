@@ -30,6 +30,7 @@ from serve.engine.planning import PlannedRequest
 from serve.engine.runtime import Runtime
 from serve.errors import InvalidRequest
 from serve.model.loading import load_model
+from serve.schema import EXAMPLE_PICTURE, ImageToImageRequest
 from serve.setting_fields import parse_loras
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels, settings
@@ -118,6 +119,22 @@ def test_nothing_compiles_in_fifty_mixed_requests(compiled: Runtime) -> None:
     for fields in mixed_requests(50):
         call = new_call(compiled)
         generate(compiled, call, **fields)
+        assert call.run is not None
+        assert not call.run.eager_fallback
+    for guidance, strength in ((1.0, 0.5), (5.0, 1.0)):
+        call = new_call(compiled)
+        asyncio.run(
+            compiled.generate(
+                ImageToImageRequest(
+                    prompt="a red circle",
+                    num_inference_steps=2,
+                    guidance_scale=guidance,
+                    image_url=EXAMPLE_PICTURE,
+                    strength=strength,
+                ),
+                call,
+            )
+        )
         assert call.run is not None
         assert not call.run.eager_fallback
     assert compiler_counts() == before

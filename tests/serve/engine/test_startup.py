@@ -20,7 +20,7 @@ from kernels_warmup.compile import CompiledModel, compile_model
 from kernels_warmup.cuda_graphs import Fallbacks
 from kernels_warmup.recipes import Recipe
 from kernels_warmup.shapes import CompiledShape
-from kernels_warmup.warmup import UNGUIDED, RunKind
+from kernels_warmup.warmup import FROM_PICTURE, UNGUIDED, RunKind
 from serve.demo_model import checkpoint_path
 from serve.engine.build import build_runtime
 from serve.engine.readiness import State
@@ -198,7 +198,7 @@ def test_a_checkpoint_for_few_steps_without_guidance(scheduler: str, tmp_path: P
 
     runtime._warm_once = run_once
     asyncio.run(runtime.start())
-    assert set(warmed) == {UNGUIDED}
+    assert set(warmed) == {UNGUIDED, FROM_PICTURE}
     assert type(runtime.loaded.model.pipeline.scheduler).__name__ == scheduler
     call = new_call(runtime)
     by_default = generate(runtime, call, num_inference_steps=None, format="png")

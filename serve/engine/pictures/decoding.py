@@ -1,0 +1,84 @@
+"""From the bytes of a JPEG, PNG or WebP to pixels of the size that a run needs.
+
+The file may be anything at all. Only these three decoders of Pillow see it. Its size is read from
+its header and checked before anything is decoded, and what fails is refused by one sentence.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from serve.errors import UnusablePicture
+
+MAX_PIXELS = 4096 * 4096
+"""About 17 million; the cameras of most phones make 12."""
+
+MAX_JPEG_SCANS = 200
+"""A progressive JPEG has about ten scans. Each passes over the whole picture, so a small file of
+many scans would be decoded for minutes."""
+
+_SCAN = b"\xff\xda"
+"""The marker of a JPEG's scan. It cannot be within a scan's own data."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_ORIENTATION = 0x0112
+_TURNED = range(2, 9)
+
+# Pillow warns of a size that is far above ours. The warning becomes an error, which is caught.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+def decode_picture(data: bytes, width: int, height: int) -> Any:
+    """Decode a picture and bring it to a size: (height, width, 3) uint8.
+
+    It is turned as its EXIF orientation says, scaled until it covers the size, and cropped about
+    its centre: no part of it is distorted. Transparent parts become white. Palettes, grey, CMYK and
+    16 bits a channel become RGB of 8 bits; a colour profile is ignored.
+
+    Raises:
+        UnusablePicture: it is none of the three formats, has too many pixels, moves, or is damaged.
+    """
+    if data.startswith(b"\xff\xd8") and data.count(_SCAN) > MAX_JPEG_SCANS:
+        raise UnusablePicture(f"is a JPEG of more than {MAX_JPEG_SCANS} scans", "too_many_scans")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_many_pixels() from None
+    except Exception:  # noqa: BLE001 - Pillow raises many types for a damaged header
+        raise UnusablePicture("is not a JPEG, PNG or WebP", "not_an_image") from None
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise _too_many_pixels()
+        # A photograph with a second picture in it, as telephones make, does not move.
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise UnusablePicture("is animated; one still picture is needed", "animated")
+        try:
+            return _pixels(image, width, height)
+        except Exception:  # noqa: BLE001 - Pillow raises many types for damaged data
+            raise UnusablePicture("is damaged or incomplete", "damaged") from None
+
+
+def _pixels(image: Image.Image, width: int, height: int) -> Any:
+    import numpy as np  # the gateway has neither numpy nor a model
+
+    image.load()
+    turned = image.getexif().get(_ORIENTATION) in _TURNED
+    picture = ImageOps.exif_transpose(image) if turned else image
+    if picture.mode.startswith("I"):  # grey of 16 bits; Pillow's own conversion would clip it
+        grey = np.asarray(picture).astype(np.uint32) >> 8
+        picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    transparent = "A" in picture.getbands() or "transparency" in picture.info
+    picture = picture.convert("RGBA" if transparent else "RGB")
+    picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    if transparent:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture).convert("RGB")
+    return np.array(picture)
+
+
+def _too_many_pixels() -> UnusablePicture:
+    return UnusablePicture(f"has more than the {MAX_PIXELS} pixels allowed", "too_many_pixels")
