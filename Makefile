@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 HOST ?= 127.0.0.1
 PORT ?= 8080
 
-.PHONY: serve test test-slow test-gpu check docs-check measure bench bench-gpu peers-env gpu-rehearsal gpu-pins clean
+.PHONY: serve test test-parallel test-slow test-gpu check docs-check measure bench bench-gpu peers-env gpu-rehearsal gpu-pins clean
 
 serve: $(INSTALLED)  ## serve the model on http://HOST:PORT
 	@$(RUN) -m serve --host $(HOST) --port $(PORT)
@@ -19,10 +19,12 @@ serve: $(INSTALLED)  ## serve the model on http://HOST:PORT
 WORKERS ?= 2
 QUICK := not gpu and not slow
 test: export OMP_NUM_THREADS := 1
-test: $(INSTALLED) check  ## what CI runs
-	$(RUN) -m pytest -m "timing and $(QUICK)" --cov --cov-report=
-	$(RUN) -m pytest -m "not timing and $(QUICK)" --numprocesses $(WORKERS) \
-	  --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=85
+test: $(INSTALLED)  ## what CI runs
+	$(RUN) -m pytest -m "timing and $(QUICK)"
+	$(MAKE) --jobs 2 check test-parallel
+
+test-parallel: $(INSTALLED)
+	$(RUN) -m slipcover -m pytest -m "not timing and $(QUICK)" --numprocesses $(WORKERS)
 
 test-slow: $(INSTALLED) peers-env  ## soaks, long fuzzing, compile matrix: minutes to hours
 	$(RUN) -m pytest -m "slow and not gpu" --timeout=3600
@@ -84,4 +86,4 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 clean:  ## remove everything that was set up or built here
-	rm -rf $(VENV) .gpu-rehearsal .peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .gpu-rehearsal .peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

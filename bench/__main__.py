@@ -53,6 +53,9 @@ COMMANDS = {
     "micro": Command(
         "micro.pieces", "time of our own code: telemetry, and the work around a request's steps"
     ),
+    "loras": Command(
+        "micro.loras", "what a LoRA costs: changing the weights, and a step with it", compiles=True
+    ),
     "kernels": Command(
         "kernels.profile", "where the time of a step goes, by kernel", compiles=True
     ),

@@ -223,6 +223,19 @@ def set_attention(unet: torch.nn.Module, backend: Backend, *, fuse_qkv: bool = T
             attn.set_processor(processor)
         if fuse_qkv:
             block.attn1.fuse_projections(fuse=True)
+            _share_fused_weight(block.attn1)
+
+
+def _share_fused_weight(attn: Any) -> None:
+    """Make the weights of query, key and value views of the fused one, which diffusers copies: no
+    weight is stored twice, and one that changes in place changes in the fused one too."""
+    start = 0
+    for linear in (attn.to_q, attn.to_k, attn.to_v):
+        rows = slice(start, start + linear.out_features)
+        linear.weight.data = attn.to_qkv.weight.data[rows]
+        if linear.bias is not None:
+            linear.bias.data = attn.to_qkv.bias.data[rows]
+        start = rows.stop
 
 
 def transformer_blocks(unet: torch.nn.Module) -> list[Any]:

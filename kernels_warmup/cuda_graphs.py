@@ -17,16 +17,17 @@ import torch._dynamo
 from torch._dynamo.exc import RecompileError
 
 from kernels_warmup.recipes import Recipe
+from kernels_warmup.shapes import MOST_CHUNKS
 
 logger = logging.getLogger(__name__)
 
 TensorFunction = Callable[..., Any]
 """Takes tensors; returns one tensor or a tuple of them."""
 
-GRAPHS_PER_FUNCTION = 64
+GRAPHS_PER_FUNCTION = 64 * MOST_CHUNKS
 """How many shapes one function may be compiled for: nine sizes, with 1 to 64 latents each, a power
-of two. Guidance doubles the images of a batch, of which there are at most 32. Dynamo's own limit of
-8 would silently run the ninth shape eagerly."""
+of two, and each number of chunks of text. Guidance doubles the images of a batch, of which there
+are at most 32. Dynamo's own limit of 8 would silently run the ninth shape eagerly."""
 
 
 @dataclass
@@ -70,8 +71,16 @@ class PerShape:
         self.frozen = False
         self.fallbacks = Fallbacks()
 
-    def __call__(self, *inputs: torch.Tensor) -> Any:
-        key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+    def __call__(self, *inputs: torch.Tensor, buffers: int | None = None) -> Any:
+        """Run the function.
+
+        Args:
+            buffers: the size of what the function reads besides its inputs, if that varies. Each
+                size has a graph of its own, like a shape of the inputs.
+        """
+        key: tuple[object, ...] = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        if buffers is not None:
+            key += (buffers,)
         if not self.has_graphs:
             # The same code runs every shape, so no shape is cold and there is nothing to forbid.
             self.met.add(key)

@@ -149,10 +149,11 @@ class UNetForward:
             raise TypeError(f"the compiled UNet does not take {', '.join(refused)}")
         if self.text is not None:
             if buffered is None:
-                self.text.prepare(encoder_hidden_states, added_cond_kwargs)
-            elif not self.text.holds(buffered):
-                raise RuntimeError("the buffers hold the text of another run")
-            noise: torch.Tensor = step(sample, timestep)
+                buffered = self.text.prepare(encoder_hidden_states, added_cond_kwargs)
+            else:
+                self.text.attach(buffered)
+            # No input shows how long the text in the buffers is.
+            noise: torch.Tensor = step(sample, timestep, buffers=buffered.tokens)
         else:
             noise = step(
                 sample,

@@ -1,4 +1,4 @@
-"""Image sizes, and the sizes that each model family was trained for.
+"""Image sizes, the sizes that each model family was trained for, and the longest prompt.
 
 The operator chooses which of them a process keeps warm (`SDXL_SHAPES`).
 """
@@ -12,6 +12,9 @@ SMALLEST_SIDE = 64
 LARGEST_SIDE = 2048
 PIXELS_PER_LATENT = 8
 """The VAE halves an image three times, so a side must be a multiple of this."""
+
+MOST_CHUNKS = 4
+"""The most chunks of 75 tokens that a prompt may be encoded in."""
 
 ALLOWED_SIDES = f"sides of a multiple of {PIXELS_PER_LATENT} from {SMALLEST_SIDE} to {LARGEST_SIDE}"
 

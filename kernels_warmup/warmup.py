@@ -31,12 +31,14 @@ class RunKind:
         negative: with a negative prompt that is not empty. It is one more text to encode; without
             it the UNet may have less to compute.
         images: images in the run, which multiply every batch.
+        chunks: chunks of 75 tokens of every prompt, which multiply the text that a step reads.
         from_picture: the run begins with a picture, so it encodes one.
     """
 
     guided: bool
     negative: bool = False
     images: int = 1
+    chunks: int = 1
     from_picture: bool = False
 
 

@@ -71,6 +71,7 @@ class GenerationMetrics:
             attribute `registry`.
         endpoints, outcomes, error_types: the closed sets of label values the server uses.
         rejections: the error types that refuse a request before any work is done for it.
+        loras: the names of the LoRAs that requests may use.
         build: labels of `sdxl_build_info`.
 
     Attributes:
@@ -85,6 +86,7 @@ class GenerationMetrics:
         outcomes: Sequence[str],
         error_types: Sequence[str],
         rejections: Sequence[str] = (),
+        loras: Sequence[str] = (),
         build: Mapping[str, str],
         bucket_families: BucketFamilies | None = None,
     ) -> None:
@@ -97,7 +99,7 @@ class GenerationMetrics:
             registry=self._own,
         )
         self._requests = RequestMetrics(
-            self._own, families, self.fault, endpoints, outcomes, error_types, rejections
+            self._own, families, self.fault, endpoints, outcomes, error_types, rejections, loras
         )
         self._runs = RunMetrics(self._own, families, self.fault)
         self._process = ProcessMetrics(self._own, build)
@@ -193,6 +195,9 @@ class GenerationMetrics:
 
     def prompt_truncated(self) -> None:
         self._requests.truncated_prompts.inc()
+
+    def images_flagged(self, count: int) -> None:
+        self._requests.flagged_images.inc(count)
 
     # Telemetry's own health
 

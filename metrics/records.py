@@ -6,12 +6,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-RUN_STAGES = ("text_encode", "vae_encode", "denoise", "vae_decode")
+SAFETY_CHECK = "safety_check"
+"""The last stage of a run, with a safety checker."""
+
+RUN_STAGES = ("lora_swap", "text_encode", "vae_encode", "denoise", "vae_decode", SAFETY_CHECK)
 """Stages on the thread that owns the model, timed by the run's clock. Only a run of image to image
 has `vae_encode`."""
+
+LoraSet = tuple[tuple[str, float], ...]
+"""LoRAs and their scales, sorted by name, without those of scale 0."""
 
 PREVIEW_DECODE = "preview_decode"
 """Between two steps: a preview that a request wants from the model's decoder."""
@@ -104,6 +110,9 @@ class RunTiming:
     """The file of its profile. Profiling slowed the run, so its times are not observed."""
     error_type: str | None = None
     """Why it failed, if its requests did not fail with it: they were tried again."""
+    guided_steps: int | None = None
+    """How many steps have guidance, of those that `steps` has or would have had, if `guidance` is
+    set; the steps after them have none. None: all of them."""
 
     @property
     def duration_ns(self) -> int:
@@ -115,6 +124,19 @@ class RunTiming:
 
     def stage(self, name: str) -> StageTiming | None:
         return next((stage for stage in self.stages if stage.name == name), None)
+
+    def has_guidance(self, step: StepTiming) -> bool:
+        """Whether one of its steps ran with guidance."""
+        ended = self.guided_steps is not None and step.index >= self.guided_steps
+        return self.guidance and not ended
+
+    @property
+    def steps_by_guidance(self) -> Mapping[bool, Sequence[StepTiming]]:
+        """Its steps with and without guidance; a kind that it has no steps of is absent."""
+        steps: dict[bool, list[StepTiming]] = {}
+        for step in self.steps:
+            steps.setdefault(self.has_guidance(step), []).append(step)
+        return steps
 
     def step_summary(self) -> StepSummary | None:
         if not self.steps:
@@ -141,6 +163,8 @@ class GenerationFacts:
     seed: int
     prompt: str | None = None
     num_images: int = 1
+    guidance_end: float = 1.0
+    loras: LoraSet = ()
     strength: float | None = None
     """Of image to image."""
     steps_left_out: int = 0

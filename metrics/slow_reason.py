@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from typing import Literal, get_args
 
-from metrics.records import GpuConditions, RequestTiming, RunTiming, StepTiming
+from metrics.records import GpuConditions, RequestTiming, RunTiming
 
 SlowReason = Literal["queue", "host_starved", "gpu_throttled", "eager_fallback", "upload"]
 SLOW_REASONS: tuple[SlowReason, ...] = get_args(SlowReason)
@@ -72,18 +71,19 @@ def _host_starved(run: RunTiming) -> bool:
     steps = run.steps
     if run.clock == "host" or len(steps) <= FILLING_STEPS:
         return False
-    median_ns = statistics.median(step.duration_ns for step in steps)
+    # A step without guidance takes half as long: each is compared with its own kind.
+    medians_ns = {
+        guidance: statistics.median(step.duration_ns for step in of_kind)
+        for guidance, of_kind in run.steps_by_guidance.items()
+    }
     # A queue time within the clock's error may be zero.
-    near_zero_ns = max(STARVED_QUEUE_SHARE * median_ns, run.error_bound_ns)
+    near_zero_ns = max(STARVED_QUEUE_SHARE * min(medians_ns.values()), run.error_bound_ns)
     starved = [step.gpu_queue_ns <= near_zero_ns for step in steps[FILLING_STEPS:]]
     if sum(starved) >= math.ceil(STARVED_STEPS_SHARE * len(starved)):
         return True
-    return _stalled_once(steps, median_ns, near_zero_ns)
-
-
-def _stalled_once(steps: Sequence[StepTiming], median_ns: float, near_zero_ns: float) -> bool:
     # A host that stalls during a step enqueues the next step too late.
     return any(
-        step.duration_ns >= STALL_RATIO * median_ns and after.gpu_queue_ns <= near_zero_ns
+        step.duration_ns >= STALL_RATIO * medians_ns[run.has_guidance(step)]
+        and after.gpu_queue_ns <= near_zero_ns
         for step, after in zip(steps[FILLING_STEPS:], steps[FILLING_STEPS + 1 :], strict=False)
     )

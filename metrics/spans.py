@@ -19,6 +19,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode,
 from metrics.records import (
     Failure,
     GpuConditions,
+    LoraSet,
     PhaseTiming,
     RequestTiming,
     RunTiming,
@@ -232,6 +233,7 @@ def _step_nodes(run: RunTiming) -> tuple[SpanNode, ...]:
             step.end_ns,
             {
                 "inference.step.index": step.index,
+                "inference.step.guidance": run.has_guidance(step),
                 # The measured duration, without clamping.
                 "inference.step.gpu_ms": step.duration_ns / 1e6,
                 "inference.step.gpu_queue_ms": step.gpu_queue_ns / 1e6,
@@ -271,6 +273,7 @@ def _root_attributes(request: RequestTiming) -> dict[str, AttributeValue]:
             "prompt.length": facts.prompt_length,
             "num_inference_steps": facts.num_inference_steps,
             "guidance_scale": facts.guidance_scale,
+            "guidance_end": facts.guidance_end,
             "image.width": facts.width,
             "image.height": facts.height,
             "num_images": facts.num_images,
@@ -279,6 +282,7 @@ def _root_attributes(request: RequestTiming) -> dict[str, AttributeValue]:
             attributes["strength"] = facts.strength
         if facts.prompt is not None:
             attributes["prompt.text"] = facts.prompt
+        attributes |= _lora_attributes(facts.loras)
     if not request.runs and (reason := slow_reason(request)) is not None:
         attributes["inference.slow_reason"] = reason  # there is no `inference` span
     if request.estimate is not None:
@@ -298,6 +302,7 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, Attribu
         "inference.batch.size": run.batch_size,
         "inference.shape": run.shape,
         "inference.guidance": run.guidance,
+        "inference.guided_steps": sum(map(run.has_guidance, run.steps)),
         "inference.clock": run.clock,
         "inference.clock.error_bound_us": run.error_bound_ns / 1e3,
         "inference.clock.drift_us": run.drift_ns / 1e3,
@@ -317,6 +322,7 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, Attribu
             "gen_ai.request.model": request.facts.model_name,
             "gen_ai.request.seed": request.facts.seed,
             "num_inference_steps": request.facts.num_inference_steps,
+            **_lora_attributes(request.facts.loras),
         }
         if request.facts.strength is not None:
             attributes |= {
@@ -324,6 +330,16 @@ def _run_attributes(run: RunTiming, request: RequestTiming) -> dict[str, Attribu
                 "inference.steps_to_run": request.facts.steps_to_run,
             }
     return attributes
+
+
+def _lora_attributes(loras: LoraSet) -> Attributes:
+    """The names of the LoRAs, and the scales in the same order; nothing without any."""
+    if not loras:
+        return {}
+    return {
+        "lora.names": ",".join(name for name, _ in loras),
+        "lora.scales": ",".join(f"{scale:g}" for _, scale in loras),
+    }
 
 
 def _gpu_attributes(

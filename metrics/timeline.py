@@ -43,6 +43,7 @@ class RunTimeline:
         run_id: str,
         shape: str,
         guidance: bool,
+        guided_steps: int | None = None,
         batch_size: int = 1,
         ranges: Ranges | None = None,
         monotonic: MonotonicNs = time.perf_counter_ns,
@@ -52,6 +53,7 @@ class RunTimeline:
         self._run_id = run_id
         self._shape = shape
         self._guidance = guidance
+        self._guided_steps = guided_steps
         self._batch_size = batch_size
         self._ranges = ranges
         self._monotonic = monotonic
@@ -144,6 +146,7 @@ class RunTimeline:
             clock=clock_name,
             shape=self._shape,
             guidance=self._guidance,
+            guided_steps=self._guided_steps,
             batch_size=self._batch_size,
             start_ns=self._anchor.to_unix(self._start_ns),
             end_ns=self._anchor.to_unix(end_ns),

@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -97,6 +98,29 @@ def _only_empty() -> Any:
     )
 
 
+class LoraWeight(BaseModel):
+    """A LoRA that the server was configured with, and how strongly it is applied."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    path: str = Field(
+        min_length=1, max_length=64, description="The LoRA's name on this server. No URL, no file."
+    )
+    scale: float = Field(
+        default=1.0, ge=-4, le=4, allow_inf_nan=False, description="0: without it."
+    )
+    force: bool = Field(default=False, description="Accepted and not used.")
+
+
+def _distinct_loras(loras: list[LoraWeight] | None) -> list[LoraWeight] | None:
+    if loras and len({lora.path for lora in loras}) < len(loras):
+        raise ValueError("must name each LoRA once")
+    return loras
+
+
+LoraWeights = Annotated[list[LoraWeight], AfterValidator(_distinct_loras)]
+
+
 class ImageSize(BaseModel):
     """A size in pixels."""
 
@@ -134,6 +158,16 @@ class TextToImageRequest(BaseModel):
             "own, often 5."
         ),
     )
+    guidance_end: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description=(
+            "The share of the steps that run with guidance, rounded to whole steps. Each step "
+            "after them takes about half the time."
+        ),
+    )
     width: int | None = Field(default=None, description="Pixels; null: the default size.")
     height: int | None = Field(default=None, description="Pixels; null: the default size.")
     image_size: ImageSize | SizeName | None = Field(
@@ -150,6 +184,9 @@ class TextToImageRequest(BaseModel):
             "How many images to draw, each with the next seed; the server's own limit is often 4."
         ),
     )
+    loras: LoraWeights | None = Field(
+        default=None, description="LoRAs of this server's list, several at once; null: none."
+    )
     format: ImageFormat = Field(default="jpeg", description="The image's encoding.")
     image_quality: int | None = Field(
         default=None, ge=1, le=100, description="Of jpeg and webp; null: 95 and 90."
@@ -157,7 +194,13 @@ class TextToImageRequest(BaseModel):
     sync_mode: bool = Field(
         default=False, description="Answer with a data URI where images are uploaded otherwise."
     )
-    preview: bool = Field(default=False, description="On /stream: a small picture with every step.")
+    preview: bool = Field(
+        default=False,
+        description=(
+            "On /stream: a small picture with every step. None where the images are checked by a "
+            "safety checker."
+        ),
+    )
     deadline_seconds: float | None = Field(
         default=None,
         gt=0,
@@ -179,18 +222,22 @@ class TextToImageRequest(BaseModel):
         description="The caller's name for this request, in its log lines and response headers.",
     )
 
-    # Fields of fal-ai/fast-sdxl that this model has no use for. Each accepts what asks for nothing.
     enable_safety_checker: bool = Field(
-        default=True, description="Accepted; no checker is loaded, so nothing is checked."
+        default=True,
+        description=(
+            "Whether images are checked, on a server with a safety checker: flagged ones are "
+            "black, and previews are left out. false is refused unless the server allows it."
+        ),
     )
+
+    # Fields of fal-ai/fast-sdxl that this model has no use for. Each accepts what asks for nothing.
     safety_checker_version: Literal["v1", "v2"] | None = Field(
-        default=None, description="Accepted; no checker is loaded."
+        default=None, description="Accepted; the server has one checker or none."
     )
     expand_prompt: bool = Field(default=False, description="true is refused.")
-    loras: list[Any] | None = _only_empty()
     embeddings: list[Any] | None = _only_empty()
 
-    @field_validator("expand_prompt", "loras", "embeddings")
+    @field_validator("expand_prompt", "embeddings")
     @classmethod
     def _asks_for_nothing(cls, value: Any) -> Any:
         if value:
@@ -261,6 +308,10 @@ class PromptRequest(TextToImageRequest):
     )
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 class GeneratedImage(BaseModel):
     """The image's URL, or the image as a data URI: fal's image type, and the image's seed."""
 
@@ -275,7 +326,8 @@ class GeneratedImage(BaseModel):
 
 
 class Timings(BaseModel):
-    """The stages' durations in milliseconds. A stage that did not run is null.
+    """The stages' durations in milliseconds. A stage that did not run is null; `safety_check_ms` is
+    absent then.
 
     Images may be drawn in several runs; the model's stages are then the sums over the runs, and
     `steps_ms` has the steps of each in turn.
@@ -289,6 +341,7 @@ class Timings(BaseModel):
         default=None, description="Image to image: fetching, decoding and scaling the picture."
     )
     queue_ms: float | None = None
+    lora_swap_ms: float | None = None
     text_encode_ms: float | None = None
     vae_encode_ms: float | None = Field(
         default=None, description="Image to image: encoding the picture to latents."
@@ -296,6 +349,7 @@ class Timings(BaseModel):
     denoise_ms: float | None = None
     steps_ms: list[float] = Field(default_factory=list)
     vae_decode_ms: float | None = None
+    safety_check_ms: float | None = Field(default=None, exclude_if=_is_none)
     image_encode_ms: float | None = None
     upload_ms: float | None = None
     inference: float
@@ -319,6 +373,14 @@ class TextToImageResponse(BaseModel):
     )
     prompt_tokens: int = Field(
         description="Tokens of the whole prompt, also of what the text encoders did not read."
+    )
+    has_nsfw_concepts: list[bool] | None = Field(
+        default=None,
+        exclude_if=_is_none,
+        description=(
+            "For each image whether the safety checker flagged it; it is black then. Absent where "
+            "images are not checked."
+        ),
     )
 
 

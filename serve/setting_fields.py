@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -120,6 +121,33 @@ def milliseconds_field(variable: str) -> Any:
         le=3_600_000,
         description="a whole number of milliseconds from 1 to 3600000",
     )
+
+
+@dataclass(frozen=True)
+class LoraSource:
+    """What requests call a LoRA, and where its file is (`serve.model.loras.sources`)."""
+
+    name: str
+    source: str
+
+
+LORA_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+def parse_loras(value: Any) -> Any:
+    """`NAME=SOURCE,...`. A name stands once: it is how a request chooses."""
+    if not isinstance(value, str):
+        return value
+    found: dict[str, LoraSource] = {}
+    for part in value.split(","):
+        name, equals, source = (each.strip() for each in part.partition("="))
+        if not equals or not source or not re.fullmatch(LORA_NAME, name) or name in found:
+            raise ValueError("not a list of names and sources")
+        found[name] = LoraSource(name, source)
+    return tuple(found.values())
+
+
+LoraSources = Annotated[tuple[LoraSource, ...], BeforeValidator(parse_loras), NoDecode]
 
 
 BucketBounds = Annotated[tuple[float, ...] | None, NoDecode]

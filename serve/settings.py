@@ -12,15 +12,16 @@ Nothing else in this package reads a setting from the environment.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from kernels_warmup.shapes import CompiledShape
+from kernels_warmup.shapes import MOST_CHUNKS, CompiledShape
 from metrics import buckets
 from metrics.batch_sizes import MAX_QUEUE_SIZE
 from metrics.buckets import MOST_IMAGES
@@ -35,6 +36,7 @@ from serve.otlp_checks import (
 from serve.setting_fields import (
     TRUE_OR_FALSE,
     BucketBounds,
+    LoraSources,
     bucket_bounds_field,
     seconds_field,
 )
@@ -45,6 +47,18 @@ PREFIX = "SDXL_"
 DEMO_MODEL = "demo"
 RANDOM_SDXL_BASE = "random:sdxl-base"
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+
+SchedulerName = Literal[
+    "euler",
+    "euler-trailing",
+    "euler-ancestral",
+    "euler-ancestral-trailing",
+    "ddim",
+    "ddim-trailing",
+    "lcm",
+]
+
+MOST_STEPS = 100
 
 _SECRET_FIELDS = frozenset(
     {"otlp_headers", "otlp_traces_headers", "otlp_metrics_headers", "admin_token"}
@@ -99,6 +113,14 @@ class ServeSettings(TelemetrySettings):
         default="auto", description="auto, bfloat16, float16 or float32"
     )
 
+    loras: LoraSources = Field(
+        default=(),
+        description=(
+            "a comma-separated list of NAME=SOURCE, each name once and a source a .safetensors "
+            "file, a directory, OWNER/REPO@REVISION on the hub or demo:NAME,"
+        ),
+    )
+
     # Compiling and warming up
 
     shapes: Annotated[tuple[CompiledShape, ...] | None, NoDecode] = Field(
@@ -122,9 +144,23 @@ class ServeSettings(TelemetrySettings):
         default=None, description="a folder that only this service's operators can write to"
     )
 
+    # The scheduler
+
+    scheduler: SchedulerName | None = Field(
+        default=None, description=f"one of {', '.join(get_args(SchedulerName))}"
+    )
+    timesteps: Annotated[tuple[int, ...] | None, NoDecode] = Field(
+        default=None,
+        description=(
+            f"a comma-separated list of 1 to {MOST_STEPS} whole numbers of 0 and more, descending"
+        ),
+    )
+
     # Defaults of a request (few-step checkpoints need others), and limits
 
-    steps: int = Field(default=20, ge=1, le=100, description="a whole number from 1 to 100")
+    steps: int = Field(
+        default=20, ge=1, le=MOST_STEPS, description=f"a whole number from 1 to {MOST_STEPS}"
+    )
     guidance_scale: float = Field(
         default=5.0,
         ge=0,
@@ -155,6 +191,30 @@ class ServeSettings(TelemetrySettings):
     deadline_seconds: float = Field(
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
     )
+
+    # What is read of a prompt
+
+    prompt_chunks: int = Field(
+        default=1,
+        ge=1,
+        le=MOST_CHUNKS,
+        description=f"a whole number from 1 to {MOST_CHUNKS}",
+    )
+    prompt_syntax: Literal["plain", "weighted"] = Field(
+        default="plain", description="plain or weighted"
+    )
+
+    # The check of finished images
+
+    safety_checker: str | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "a local directory with diffusers' StableDiffusionSafetyChecker, or a hub repository "
+            "as NAME/NAME or NAME/NAME@REVISION"
+        ),
+    )
+    safety_checker_optional: bool = Field(default=False, description=TRUE_OR_FALSE)
 
     # Connections. `serve.http.sockets.connections` says what each limit is for
 
@@ -261,6 +321,16 @@ class ServeSettings(TelemetrySettings):
             return tuple(dict.fromkeys(hosts))
         return value
 
+    @field_validator("timesteps", mode="before")
+    @classmethod
+    def _parse_timesteps(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = tuple(int(part) for part in value.split(","))
+            descending = all(one > next_one >= 0 for one, next_one in itertools.pairwise(value))
+            if not descending or value[0] < 0 or len(value) > MOST_STEPS:
+                raise ValueError("not descending timesteps")
+        return value
+
     @field_validator("gateway_target")
     @classmethod
     def _is_a_url_or_an_app(cls, target: str | None) -> str | None:
@@ -287,6 +357,11 @@ class ServeSettings(TelemetrySettings):
     @classmethod
     def _parse_buckets(cls, value: Any) -> Any:
         return buckets.parse(value) if isinstance(value, str) else value
+
+    @property
+    def default_steps(self) -> int:
+        """The denoising steps of a request that names none."""
+        return self.steps if self.timesteps is None else len(self.timesteps)
 
     @property
     def pushes_metrics(self) -> bool:
@@ -405,6 +480,23 @@ def _may_hold_a_secret(url: str) -> bool:
 
 
 def _refuse_contradictions(settings: ServeSettings) -> None:
+    if settings.timesteps is not None:
+        given = f"SDXL_TIMESTEPS={','.join(map(str, settings.timesteps))}"
+        if "steps" in settings.model_fields_set and settings.steps != settings.default_steps:
+            raise ConfigurationError(
+                f"{given} and SDXL_STEPS={settings.steps} contradict each other: every run has "
+                f"{settings.default_steps} steps then; leave SDXL_STEPS unset."
+            )
+        if settings.scheduler not in (None, "euler", "euler-trailing", "lcm"):
+            raise ConfigurationError(
+                f"{given} and SDXL_SCHEDULER={settings.scheduler} contradict each other: of the "
+                "schedulers, euler and lcm take timesteps."
+            )
+    if settings.loras and settings.quantize != "none":
+        raise ConfigurationError(
+            f"SDXL_LORAS and SDXL_QUANTIZE={settings.quantize} contradict each other: a LoRA is "
+            "added to weights that are not quantised."
+        )
     exporters = settings.metrics_exporter
     stated = "otlp_metrics" in settings.model_fields_set and exporters is not None
     if stated and settings.otlp_metrics != ("otlp" in (exporters or ())):

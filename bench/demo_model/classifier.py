@@ -62,7 +62,7 @@ class Reading:
 def read(pixels: Pixels) -> Reading:
     """Recognise the scene in (height, width, 3) bytes."""
     height, width, _ = pixels.shape
-    ground = _border_colour(pixels)
+    ground = border_colour(pixels)
     away = np.abs(pixels.astype(np.int16) - ground.astype(np.int16)).max(axis=2)
     found = _components(away > _CONTRAST)
     found = [mask for mask in found if mask.sum() >= _SMALLEST_OBJECT * height * width]
@@ -85,7 +85,8 @@ def nearest_colour(rgb: NDArray[np.generic]) -> str:
     return min(COLOURS, key=lambda name: math.dist(COLOURS[name], levels))
 
 
-def _border_colour(pixels: Pixels) -> NDArray[np.generic]:
+def border_colour(pixels: Pixels) -> NDArray[np.generic]:
+    """The background's (red, green, blue): the median of the two outermost rows and columns."""
     border = [pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]]
     return np.asarray(np.median(np.concatenate([side.reshape(-1, 3) for side in border]), axis=0))
 

@@ -38,6 +38,7 @@ from bench.demo_model.model_card import card
 from bench.demo_model.trainer import Trainer, say
 from bench.demo_model.training_data import (
     TrainingScenes,
+    encode_scenes,
     load_scenes,
     scenes_of_step,
     tokenizer_of,
@@ -74,22 +75,12 @@ def train_vae(
     report()
 
 
-@torch.no_grad()
-def encode_scenes(
-    pipeline: StableDiffusionXLPipeline, scenes: list[TrainingScenes], batch: int
-) -> None:
-    """Encode every scene, and scale the VAE so that its latents have unit deviation."""
-    total = squares = 0.0
-    for some in scenes:
-        parts = []
-        for start in range(0, len(some.pixels), batch):
-            pixels = some.pixels[start : start + batch].float() / 127.5 - 1
-            posterior = pipeline.vae.encode(pixels).latent_dist
-            squares += float(posterior.mean.square().sum() + posterior.var.sum())
-            total += posterior.mean.numel()
-            parts.append(torch.cat([posterior.mean, posterior.std], dim=1))
-        some.moments = torch.cat(parts)
-    scale = 1 / math.sqrt(squares / total)
+def scale_latents(pipeline: StableDiffusionXLPipeline, scenes: list[TrainingScenes]) -> None:
+    """Scale the VAE so that the latents of the encoded scenes have unit deviation."""
+    # The mean of a latent's square is its mean squared, plus its variance.
+    squares = sum(float(some.moments.square().sum()) for some in scenes)
+    latents = sum(some.moments.numel() // 2 for some in scenes)
+    scale = 1 / math.sqrt(squares / latents)
     pipeline.vae.register_to_config(scaling_factor=round(scale, 5))
 
 
@@ -155,7 +146,7 @@ def train(
     """Run all phases, from the start or from the last saved state; returns the metrics."""
     started = time.perf_counter()
     work = out / "work"
-    _claim(work, plan)
+    claim(work, asdict(plan))
     pipeline = build_pipeline(plan.seed)
     say(f"rendering {plan.scenes} scenes with {workers} workers")
     # Before CUDA is initialised, because rendering forks.
@@ -176,7 +167,8 @@ def train(
         device=device,
     )
     train_vae(pipeline, scenes, plan, vae_trainer)
-    encode_scenes(pipeline, scenes, 512 if device.type == "cuda" else 32)
+    encode_scenes(pipeline.vae, scenes, 512 if device.type == "cuda" else 32)
+    scale_latents(pipeline, scenes)
     say(f"latents cached, scaling factor {pipeline.vae.config.scaling_factor}")
     pipeline.vae.requires_grad_(False)
 
@@ -227,14 +219,14 @@ def train(
     return metrics
 
 
-def _claim(work: Path, plan: TrainingPlan) -> None:
+def claim(work: Path, plan: dict[str, Any]) -> None:
     """Make `work` and note the plan there. Exits if it holds the states of another plan."""
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"--out: {work} cannot be made: {error.strerror}") from None
     record = work / "plan.json"
-    wanted = json.dumps(asdict(plan), sort_keys=True)
+    wanted = json.dumps(plan, sort_keys=True)
     if record.exists() and record.read_text() != wanted:
         raise SystemExit(f"{work} holds the states of another plan; choose another --out")
     record.write_text(wanted)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from bench.demo_model.architecture import MAX_TOKENS
-from bench.demo_model.scenes import caption, draw_scene, render
+from bench.demo_model.scenes import Scene, caption, draw_scene, render
 from bench.demo_model.training_plan import TrainingPlan
 from serve.demo_model import DEMO_SIZES
 
@@ -23,6 +23,8 @@ _SIZE_OF_STEP = (0, 0, 1)
 """Indices into DEMO_SIZES, one a step in turn: of three batches one has the second size."""
 _CHUNK = 250
 """Scenes that one process renders at a time."""
+Restyle = Callable[[Scene], Scene]
+"""Changes how a scene is drawn, but not its captions. Other processes must be able to import it."""
 
 
 @dataclass
@@ -42,12 +44,16 @@ class TrainingScenes:
 
 
 def load_scenes(
-    plan: TrainingPlan, tokenize: Callable[[list[str]], Tensor], device: torch.device, workers: int
+    plan: TrainingPlan,
+    tokenize: Callable[[list[str]], Tensor],
+    device: torch.device,
+    workers: int,
+    restyle: Restyle | None = None,
 ) -> list[TrainingScenes]:
     """Render the scenes in `workers` processes and put them on the device; one entry a size."""
     scenes = []
     with tempfile.TemporaryDirectory() as folder:
-        for pixels, captions in render_scenes(plan, workers, Path(folder)):
+        for pixels, captions in render_scenes(plan, workers, Path(folder), restyle):
             count, height, width, _ = pixels.shape
             tokens = tokenize(captions).view(count, CAPTIONS_PER_SCENE, MAX_TOKENS)
             on_device = torch.empty((count, 3, height, width), dtype=torch.uint8, device=device)
@@ -67,10 +73,11 @@ def scenes_of_step(scenes: list[TrainingScenes], step: int) -> TrainingScenes:
 
 
 def render_scenes(
-    plan: TrainingPlan, workers: int, folder: Path
+    plan: TrainingPlan, workers: int, folder: Path, restyle: Restyle | None = None
 ) -> list[tuple[np.memmap, list[str]]]:
     """For each size all training scenes: pixels, in a file under `folder`, and captions."""
-    jobs, results = [], []
+    jobs: list[_Job] = []
+    results = []
     for index, (width, height) in enumerate(DEMO_SIZES):
         count = max(1, plan.scenes * _SIZE_OF_STEP.count(index) // len(_SIZE_OF_STEP))
         path = folder / f"{width}x{height}.npy"
@@ -78,7 +85,7 @@ def render_scenes(
         captions: list[str] = []
         results.append((pixels, captions))
         jobs += [
-            (path, start, min(_CHUNK, count - start), [plan.seed, index, start])
+            _Job(path, start, min(_CHUNK, count - start), [plan.seed, index, start], restyle)
             for start in range(0, count, _CHUNK)
         ]
     if workers <= 1:
@@ -86,31 +93,51 @@ def render_scenes(
     else:
         rendered = _render_in_processes(jobs, min(workers, len(jobs)))
     by_path = {Path(str(pixels.filename)): captions for pixels, captions in results}
-    for (path, *_), captions in zip(jobs, rendered, strict=True):
-        by_path[path] += captions
+    for job, captions in zip(jobs, rendered, strict=True):
+        by_path[job.path] += captions
     return results
 
 
-def _render_in_processes(
-    jobs: list[tuple[Path, int, int, list[int]]], workers: int
-) -> Iterator[list[str]]:
+@dataclass(frozen=True)
+class _Job:
+    """A chunk of scenes, rendered into a file."""
+
+    path: Path
+    start: int
+    count: int
+    seed: list[int]
+    restyle: Restyle | None
+
+
+def _render_in_processes(jobs: list[_Job], workers: int) -> Iterator[list[str]]:
     # Forked workers need not import torch again. Other systems than Linux cannot fork safely.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with context.Pool(workers) as pool:
         yield from pool.imap(_render_chunk, jobs)
 
 
-def _render_chunk(job: tuple[Path, int, int, list[int]]) -> list[str]:
-    path, start, count, seed = job
-    rng = np.random.default_rng(seed)
-    pixels = np.load(path, mmap_mode="r+")
+def _render_chunk(job: _Job) -> list[str]:
+    rng = np.random.default_rng(job.seed)
+    pixels = np.load(job.path, mmap_mode="r+")
     _, height, width, _ = pixels.shape
     captions = []
-    for index in range(start, start + count):
+    for index in range(job.start, job.start + job.count):
         scene = draw_scene(rng, width, height)
-        pixels[index] = render(scene)
+        pixels[index] = render(job.restyle(scene) if job.restyle else scene)
         captions += [caption(scene, rng) for _ in range(CAPTIONS_PER_SCENE)]
     return captions
+
+
+@torch.no_grad()
+def encode_scenes(vae: AutoencoderKL, scenes: list[TrainingScenes], batch: int) -> None:
+    """Encode every scene, and fill its `moments`."""
+    for some in scenes:
+        parts = []
+        for start in range(0, len(some.pixels), batch):
+            pixels = some.pixels[start : start + batch].float() / 127.5 - 1
+            posterior = vae.encode(pixels).latent_dist
+            parts.append(torch.cat([posterior.mean, posterior.std], dim=1))
+        some.moments = torch.cat(parts)
 
 
 def tokenizer_of(pipeline: StableDiffusionXLPipeline) -> Callable[[list[str]], Tensor]:

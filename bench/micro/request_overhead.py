@@ -65,13 +65,13 @@ def measure(series: int) -> list[CallTime]:
 
 
 def _tokens(model: SdxlModel, series: int) -> CallTime:
-    from serve.model.sdxl import tokenise
+    from serve.model.prompt_tokens import PromptRules, tokenise
 
     tokenizers = (model.pipeline.tokenizer, model.pipeline.tokenizer_2)
 
     def both() -> None:
         for tokenizer in tokenizers:
-            tokenise(tokenizer, list(PROMPTS))
+            tokenise(tokenizer, PromptRules().read(PROMPTS))
 
     return time_call("tokens", "a prompt and a negative one, by both tokenizers", both, series, 1)
 

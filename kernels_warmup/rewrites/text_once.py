@@ -28,14 +28,21 @@ class TextCondition:
     """Attention width -> (2 x attentions, batch x tokens, width), keys and values alternating."""
     added: torch.Tensor
     """(batch, time embedding channels): the pooled text and the image size, embedded."""
+    views: tuple[tuple[Any, torch.Tensor, torch.Tensor], ...]
+    """Each attention with its key and its value, (batch, tokens, width), views of `projected`."""
 
 
 @dataclass(frozen=True, eq=False)
 class BufferedText:
-    """One text in the buffers, as `TextOnce.prepare` put it there. Valid until the next `prepare`.
+    """One text in the buffers, as `TextOnce.prepare` put it there. Valid until the next `prepare`
+    of as many texts and tokens.
 
     It holds no tensors. Its holder may let the steps read the buffers.
     """
+
+    batch: int
+    tokens: int
+    """Tokens of a prompt in it. Each number has buffers of its own, and so graphs of its own."""
 
 
 BUFFERED_TEXT = "buffered_text"
@@ -46,7 +53,9 @@ class TextOnce:
     """Computes what depends on the prompt alone once, at the start of a run.
 
     `prepare` fills the buffers for a batch and returns what identifies the filling. The UNet's
-    attentions and its added-condition embedding read the buffers.
+    attentions and its added-condition embedding read the buffers that are attached. Each batch size
+    has buffers of its own, so the guided and the unguided steps of one run can both be prepared
+    before the run's first step.
 
     Raises:
         ValueError: the UNet's conditioning or a cross-attention is not SDXL's.
@@ -64,7 +73,7 @@ class TextOnce:
         self._weights = {width: _stack(group) for width, group in self._attentions.items()}
         self._conditions: dict[tuple[int, int], TextCondition] = {}
         self._attached: TextCondition | None = None
-        self._buffered: BufferedText | None = None
+        self._buffered: dict[tuple[int, int], BufferedText] = {}
         self._embed_added = unet.get_aug_embed
         unet.register_buffer("added_condition", None, persistent=False)
         unet.get_aug_embed = MethodType(_read_added_condition, unet)
@@ -81,14 +90,25 @@ class TextOnce:
         encoder_hidden_states: (batch, tokens, text width), the unconditional half first;
         added_cond_kwargs: `text_embeds` (batch, pooled width) and `time_ids` (batch, 6).
         """
-        self._buffered = None  # nothing is valid while the buffers are written
+        batch, tokens, _ = encoder_hidden_states.shape
+        self._buffered.pop((batch, tokens), None)  # not valid while the buffers are written
         self._fill(encoder_hidden_states, added_cond_kwargs)
-        self._buffered = BufferedText()
-        return self._buffered
+        buffered = self._buffered[batch, tokens] = BufferedText(batch, tokens)
+        return buffered
 
     def holds(self, buffered: BufferedText) -> bool:
         """Whether the buffers still hold this text."""
-        return buffered is self._buffered
+        return self._buffered.get((buffered.batch, buffered.tokens)) is buffered
+
+    def attach(self, buffered: BufferedText) -> None:
+        """Let the UNet read this text. Moves no data; takes microseconds where it is attached.
+
+        Raises:
+            RuntimeError: the buffers no longer hold this text.
+        """
+        if not self.holds(buffered):
+            raise RuntimeError("the buffers hold the text of another run")
+        self._attach(self._conditions[buffered.batch, buffered.tokens])
 
     def _fill(
         self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
@@ -97,8 +117,7 @@ class TextOnce:
         condition = self._conditions.get((batch, tokens))
         if condition is None:
             condition = self._conditions[batch, tokens] = self._allocate(batch, tokens)
-        if condition is not self._attached:
-            self._attach(condition, batch, tokens)
+        self._attach(condition)
         with torch.no_grad():
             text = encoder_hidden_states.flatten(0, 1).to(self._dtype)
             for width, projected in condition.projected.items():
@@ -119,16 +138,21 @@ class TextOnce:
                 width: weights.new_empty(len(weights), batch * tokens, width)
                 for width, weights in self._weights.items()
             }
+            views = []
+            for width, group in self._attentions.items():
+                of_group = projected[width].view(-1, batch, tokens, width).unbind()
+                views += list(zip(group, of_group[::2], of_group[1::2], strict=True))
             some = next(iter(projected.values()))
             embedding = self._unet.add_embedding.linear_2.out_features
-            return TextCondition(projected, some.new_empty(batch, embedding))
+            return TextCondition(projected, some.new_empty(batch, embedding), tuple(views))
 
-    def _attach(self, condition: TextCondition, batch: int, tokens: int) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for width, group in self._attentions.items():
-                views = condition.projected[width].view(-1, batch, tokens, width).unbind()
-                for index, attn in enumerate(group):
-                    attn.text_key, attn.text_value = views[2 * index], views[2 * index + 1]
+    def _attach(self, condition: TextCondition) -> None:
+        if condition is self._attached:
+            return
+        for attn, key, value in condition.views:
+            # What setting the attributes does in the end. SDXL has 140 of them, each checked for
+            # microseconds, and a run may attach between two steps.
+            attn._buffers.update(text_key=key, text_value=value)
         self._unet.added_condition = condition.added
         self._attached = condition
 

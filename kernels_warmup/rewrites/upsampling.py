@@ -21,6 +21,8 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from kernels_warmup.weights import Derived
+
 Upsampling = Literal["nearest", "phases", "transposed"]
 UPSAMPLINGS: tuple[Upsampling, ...] = get_args(Upsampling)
 
@@ -90,6 +92,10 @@ class Upsample(Upsample2D):  # type: ignore[misc]
         # The bias is added after interleaving, because the compiler fuses it with that copy.
         pixels = interleave(F.conv2d(hidden_states, self.summed, padding=1))
         return pixels if self.conv.bias is None else pixels + self.conv.bias[:, None, None]
+
+    def derived_tensors(self) -> dict[str, Derived]:
+        sum_kernel = phase_kernel if self.upsampling == "phases" else transposed_kernel
+        return {"conv": Derived(self.summed, lambda: sum_kernel(self.conv.weight.data))}
 
 
 def set_upsampling(module: Any, upsampling: Upsampling) -> None:

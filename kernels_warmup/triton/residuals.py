@@ -13,6 +13,7 @@ biases are left out for both halves, so the product runs on the conditional half
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels_warmup.rewrites.zero_text import ZERO_TEXT
 from kernels_warmup.triton.install import NormedTransformer, normed, refuse_masks
 from kernels_warmup.triton.layer_norm import launch, launch_for
+from kernels_warmup.weights import Derived
 
 
 @torch.library.custom_op("stepspan::add_product", mutates_args=("total",))
@@ -82,7 +84,8 @@ def _(
 def set_residual_products(unet: Any) -> None:
     """Compute the residual sums by the products.
 
-    Call it after `install.set_layer_norm`, and do not change the weights afterwards.
+    Call it after `install.set_layer_norm`, and do not change the biases afterwards. After a
+    change of a last projection's weight, its `derived_tensors` has to be computed again.
 
     Raises:
         ValueError: a transformer is not SDXL's, or `set_layer_norm` was not called across blocks.
@@ -115,12 +118,15 @@ def _carry_biases(transformer: Any) -> None:
     """Register `shifts` (sums, width), the biases that each sum lacks so far, and `output_bias`."""
     biases = torch.stack([product.bias.float() for product in _residual_products(transformer)])
     shifts = biases.cumsum(0)
-    projection = transformer.proj_out
-    output_bias = F.linear(shifts[-1], projection.weight.float(), projection.bias.float())
+    output_bias = _output_bias(shifts, transformer.proj_out)
     transformer.register_buffer("shifts", shifts, persistent=False)
-    transformer.register_buffer(
-        "output_bias", output_bias.to(projection.weight.dtype), persistent=False
-    )
+    transformer.register_buffer("output_bias", output_bias, persistent=False)
+
+
+def _output_bias(shifts: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
+    """The projection's bias and its product with the biases that the last sum lacks, (width,)."""
+    bias = F.linear(shifts[-1], projection.weight.float(), projection.bias.float())
+    return bias.to(projection.weight.dtype)
 
 
 class ResidualTransformer(NormedTransformer):
@@ -163,6 +169,10 @@ class ResidualTransformer(NormedTransformer):
         image = projected.reshape(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
         output = image + hidden_states
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def derived_tensors(self) -> dict[str, Derived]:
+        compute = partial(_output_bias, self.shifts, self.proj_out)
+        return {"proj_out": Derived(self.output_bias, compute)}
 
 
 def _shifted(

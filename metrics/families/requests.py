@@ -33,6 +33,7 @@ class RequestMetrics:
         outcomes: Sequence[str],
         error_types: Sequence[str],
         rejections: Sequence[str],
+        loras: Sequence[str] = (),
     ) -> None:
         self._count_fault = count_fault
         self._error_types = frozenset(error_types)
@@ -136,13 +137,30 @@ class RequestMetrics:
             "Images returned inline because their upload failed.",
             registry=registry,
         )
+        self._loras = labelled(
+            Counter(
+                "sdxl_lora_requests",
+                "Valid requests that asked for a LoRA, by its name.",
+                ("lora",),
+                registry=registry,
+            ),
+            loras,
+        )
         self.truncated_prompts = Counter(
             "sdxl_truncated_prompts",
             "Requests whose prompt a text encoder cut.",
             registry=registry,
         )
+        self.flagged_images = Counter(
+            "sdxl_flagged_images",
+            "Images that the safety checker flagged; they were returned black.",
+            registry=registry,
+        )
 
     def count(self, request: RequestTiming) -> None:
+        for name, _ in () if request.facts is None else request.facts.loras:
+            if name in self._loras:
+                self._loras[name].inc()
         if request.failure is not None:
             self._count_failure(request, request.failure.error_type)
         elif request.outcome == "ok" and request.runs:

@@ -36,9 +36,11 @@ class RunFlops:
 
     def of(self, run: RunTiming) -> float:
         """FLOPs of the part of the run that was done."""
-        share = run.batch_size * (1.0 if run.guidance else 0.5)
-        flops = share * self.guided_step * len(run.steps)
+        guided = sum(map(run.has_guidance, run.steps))
+        # A step without guidance is half of one with it.
+        flops = run.batch_size * self.guided_step * (guided + len(run.steps)) / 2
         if run.stage("text_encode") is not None:
+            share = run.batch_size * (1.0 if run.guidance else 0.5)
             flops += share * self.guided_text_encode
         if run.stage("vae_encode") is not None:
             flops += run.batch_size * self.vae_encode
@@ -134,18 +136,24 @@ class RunMetrics:
         observe(self._batch_sizes, run.batch_size, exemplar, self._count_fault)
         for stage in (*run.stages, *run.between_steps):
             self.observe_stage(stage.name, stage.duration_ns, exemplar)
-        batch = min(2 ** (run.batch_size - 1).bit_length(), MOST_IMAGES)
-        steps = self._step_durations.get((run.shape, run.guidance, batch))
-        if steps is None:
-            # A batch size that was not declared is not warm, whatever its shape.
-            largest = max(batch for _, _, batch in self._step_durations)
-            steps = self._step_durations[COLD_SHAPE, run.guidance, min(batch, largest)]
-        for step in run.steps:
-            observe(steps, step.duration_ns / 1e9, exemplar, self._count_fault)
+        for guidance, steps in run.steps_by_guidance.items():
+            durations = self._durations_of(run, guidance)
+            for step in steps:
+                observe(durations, step.duration_ns / 1e9, exemplar, self._count_fault)
         if run.clock != "host":
             for step in run.steps:
                 observe(self._gpu_queue, step.gpu_queue_ns / 1e9, exemplar, self._count_fault)
         self._count_flops(run)
+
+    def _durations_of(self, run: RunTiming, guidance: bool) -> Histogram:
+        """The series of a run's steps with or without guidance."""
+        batch = min(2 ** (run.batch_size - 1).bit_length(), MOST_IMAGES)
+        durations = self._step_durations.get((run.shape, guidance, batch))
+        if durations is None:
+            # A batch size that was not declared is not warm, whatever its shape.
+            largest = max(batch for _, _, batch in self._step_durations)
+            durations = self._step_durations[COLD_SHAPE, guidance, min(batch, largest)]
+        return durations
 
     def _count_flops(self, run: RunTiming) -> None:
         flops = self.flops.get(run.shape)

@@ -13,3 +13,8 @@ DEMO_SIZES: tuple[tuple[int, int], ...] = ((128, 128), (160, 96))
 def checkpoint_path() -> Path:
     """The directory that holds the demo checkpoint, in the diffusers layout."""
     return Path(__file__).resolve().parent / "checkpoint"
+
+
+def loras_path() -> Path:
+    """The directory that holds the LoRAs for the demo checkpoint, each a safetensors file."""
+    return Path(__file__).resolve().parent / "loras"

@@ -103,6 +103,7 @@ def _build_metrics(settings: ServeSettings, registry: CollectorRegistry) -> Gene
         outcomes=OUTCOMES,
         error_types=ERROR_TYPES,
         rejections=REJECTIONS,
+        loras=[each.name for each in settings.loras],
         bucket_families=bucket_families(settings),
         build={
             "version": __version__,

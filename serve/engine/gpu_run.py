@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metrics.gpu import GpuWatch
-from metrics.records import PREVIEW_DECODE, RunTiming
+from metrics.records import PREVIEW_DECODE, SAFETY_CHECK, RunTiming
 from metrics.timeline import Ranges, RunTimeline
 from serve.engine.call import Call
 from serve.engine.cancellation import Cancellations
@@ -78,11 +78,13 @@ class GeneratedPixels:
         pixels: (height, width, 3) uint8, in host memory.
         prompt_truncated: whether a text encoder cut the prompt or the negative prompt.
         prompt_tokens: how many tokens the whole prompt has.
+        flagged: whether the safety checker flagged it, and its pixels are black; None: not checked.
     """
 
     pixels: Any
     prompt_truncated: bool
     prompt_tokens: int
+    flagged: bool | None = None
 
 
 Outcome = list[GeneratedPixels] | RequestError
@@ -93,7 +95,7 @@ class GpuRun:
     """One run; made and executed once, on the GPU thread.
 
     Args:
-        parts: of one shape, step count and guidance scale; at most one of each request.
+        parts: of one `run_key`; at most one of each request.
         ranges: marks stages and steps for an attached profiler.
         gpu_watch: reads the GPU's conditions during the run.
         step_ended: called whenever a step has ended.
@@ -138,6 +140,7 @@ class GpuRun:
             call.timeline.end()
         try:
             timeline, pacer = self._begin()
+            self._use_loras(timeline)
             with timeline.stage("text_encode"):
                 conditioning = self._encode_text()
             initial = None
@@ -148,10 +151,11 @@ class GpuRun:
                 latents = self._denoise(conditioning, initial, timeline, pacer)
             with timeline.stage("vae_decode"):
                 images = self._model.decode(latents)
+            flagged = self._find_flagged(images, timeline)
             self._wait_for_pixels(timeline, pacer)
         except Exception as error:  # noqa: BLE001 - any exception fails these requests alone
             return self._fail(error)
-        return self._outcomes(images, conditioning)
+        return self._outcomes(images, conditioning, flagged)
 
     def _begin(self) -> tuple[RunTimeline, StepPacer]:
         """Start the run's clock. Raises the reason if every request was cancelled."""
@@ -163,11 +167,19 @@ class GpuRun:
             run_id=self._run_id,
             shape=str(self._planned.shape),
             guidance=self._planned.guided,
+            guided_steps=self._planned.guided_steps,
             batch_size=self._images,
             ranges=self._ranges,
         )
         report = self._step_reports.report
         return timeline, StepPacer(timeline, self._cancellations, report, self._step_ended)
+
+    def _use_loras(self, timeline: RunTimeline) -> None:
+        """Give the weights the run's LoRAs; nothing where they have them."""
+        loras = self._loaded.loras
+        if loras is not None and loras.active != self._planned.loras:
+            with timeline.stage("lora_swap"):
+                loras.use(self._planned.loras)
 
     def _encode_text(self) -> Conditioning:
         wanted = [part.planned.request for part in self._parts for _ in part.images]
@@ -176,6 +188,8 @@ class GpuRun:
             [request.negative_prompt for request in wanted],
             self._planned.guided,
             self._planned.shape,
+            self._planned.chunks,
+            self._planned.guided_steps < self._planned.steps_to_run,
         )
 
     def _encode_pictures(self) -> InitialLatents:
@@ -207,12 +221,20 @@ class GpuRun:
             shape=self._planned.shape,
             num_inference_steps=self._planned.num_inference_steps,
             guidance_scale=self._planned.guidance_scale,
+            guided_steps=self._planned.guided_steps,
             seeds=[part.planned.seed_of(image) for part in self._parts for image in part.images],
             on_loop_begins=timeline.loop_begins,
             on_step_enqueued=on_step_enqueued,
             watch_latents=self._step_reports.previews_wanted,
             initial=initial,
         )
+
+    def _find_flagged(self, images: DecodedImages, timeline: RunTimeline) -> torch.Tensor | None:
+        """Which images the safety checker flags; None if no request of the run is checked."""
+        if not any(part.planned.checked for part in self._parts):
+            return None
+        with timeline.stage(SAFETY_CHECK):
+            return self._model.find_flagged(images)
 
     def _wait_for_pixels(self, timeline: RunTimeline, pacer: StepPacer) -> None:
         """Wait for the last steps and for the copy to the host; freeze the run's timing."""
@@ -233,7 +255,9 @@ class GpuRun:
         observer = next((call for call in self._calls if not call.finished), self._calls[0])
         observer.observed_runs.add(self._run_id)
 
-    def _outcomes(self, images: DecodedImages, conditioning: Conditioning) -> list[Outcome]:
+    def _outcomes(
+        self, images: DecodedImages, conditioning: Conditioning, flagged: torch.Tensor | None
+    ) -> list[Outcome]:
         outcomes: list[Outcome] = []
         first = 0
         for part in self._parts:
@@ -243,15 +267,9 @@ class GpuRun:
             if not all(bool(images.finite[index]) for index in indices):
                 failure = NonFiniteOutput()
             if failure is None:
+                checked = flagged if part.planned.checked else None
                 outcomes.append(
-                    [
-                        GeneratedPixels(
-                            images.pixels[index].numpy(),
-                            conditioning.truncated[index],
-                            conditioning.tokens[index],
-                        )
-                        for index in indices
-                    ]
+                    [_generated(images, conditioning, checked, index) for index in indices]
                 )
             else:
                 self._fail_in_last_stage(part.call, failure)
@@ -282,6 +300,19 @@ class GpuRun:
         """Record the failure in the stage of the run that ended last."""
         stages = () if self.timing is None else self.timing.stages
         call.fail(failure, at_ns=stages[-1].end_ns if stages else None)
+
+
+def _generated(
+    images: DecodedImages, conditioning: Conditioning, flagged: torch.Tensor | None, index: int
+) -> GeneratedPixels:
+    """One image of a run. A flagged one is black from here on."""
+    pixels = images.pixels[index]
+    is_flagged = None if flagged is None else bool(flagged[index])
+    if is_flagged:
+        pixels.zero_()
+    return GeneratedPixels(
+        pixels.numpy(), conditioning.truncated[index], conditioning.tokens[index], is_flagged
+    )
 
 
 class _StepReports:

@@ -14,6 +14,7 @@ from metrics.clock import Clock
 if TYPE_CHECKING:
     from kernels_warmup.compile import CompiledModel
     from kernels_warmup.cuda_graphs import Fallbacks
+    from serve.model.loras.in_place import LorasInPlace
     from serve.model.sdxl import SdxlModel
 
 
@@ -28,6 +29,7 @@ class LoadedModel:
         kinds: the kinds of run that each shape is warmed with.
         batch_sizes: the numbers of images that a run may have, ascending. With graphs, those of
             them that are warm at a shape are in `Readiness.batch_sizes`.
+        loras: those that a run may have; None: it is served without any.
     """
 
     model: SdxlModel
@@ -36,6 +38,7 @@ class LoadedModel:
     shapes: tuple[CompiledShape, ...]
     kinds: tuple[RunKind, ...]
     batch_sizes: tuple[int, ...]
+    loras: LorasInPlace | None = None
 
     @property
     def has_graphs(self) -> bool:

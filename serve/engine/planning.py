@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
-from metrics.records import GenerationFacts
+from metrics.records import GenerationFacts, LoraSet
 from serve.errors import FieldProblem, InvalidRequest
 from serve.schema import MAX_SEED, ImageToImageRequest, TextToImageRequest
 from serve.settings import ServeSettings
+
+CountChunks = Callable[[str, str, bool], int]
+"""How many chunks of 75 tokens a run needs for a prompt and a negative prompt, with guidance or
+without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +34,28 @@ class PlannedRequest:
     num_inference_steps: int
     guidance_scale: float
     seed: int
+    loras: LoraSet = ()
+    chunks: int = 1
+    """How many chunks of 75 tokens its prompts are encoded in."""
+    checked: bool = False
+    """Whether the safety checker checks its images."""
     strength: float | None = None
     picture: Any = field(default=None, compare=False, repr=False)
 
     @property
-    def run_key(self) -> tuple[CompiledShape, int, float, int, bool]:
-        """What the images of one run have in common."""
+    def run_key(self) -> tuple[CompiledShape, int, float, int, LoraSet, int, bool, int]:
+        """What the images of one run have in common. The number of chunks is among it: padding to
+        another request's number would change the picture."""
         scale = self.guidance_scale if self.guided else 1.0
         return (
             self.shape,
             self.num_inference_steps,
             scale,
-            self.steps_to_run,
+            self.guided_steps,
+            self.loras,
+            self.chunks,
             self.from_picture,
+            self.steps_to_run,
         )
 
     @property
@@ -67,7 +80,14 @@ class PlannedRequest:
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance runs. It doubles the UNet's batch."""
-        return self.guidance_scale > 1
+        return self.guided_steps > 0
+
+    @property
+    def guided_steps(self) -> int:
+        """The first of the steps that run, which have guidance; those after them have none."""
+        if self.guidance_scale <= 1:
+            return 0
+        return int(self.request.guidance_end * self.steps_to_run + 0.5)
 
     def facts(self, model_name: str, with_prompt: bool) -> GenerationFacts:
         """What the trace and the metrics say of the request.
@@ -80,6 +100,7 @@ class PlannedRequest:
             prompt_length=len(self.request.prompt),
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            guidance_end=self.request.guidance_end,
             width=self.shape.width,
             height=self.shape.height,
             seed=self.seed,
@@ -87,6 +108,7 @@ class PlannedRequest:
             strength=self.strength,
             steps_left_out=self.num_inference_steps - self.steps_to_run,
             prompt=self.request.prompt if with_prompt else None,
+            loras=self.loras,
         )
 
 
@@ -95,11 +117,17 @@ def serves_guidance(settings: ServeSettings) -> bool:
     return settings.guidance_scale > 1
 
 
+def must_be_checked(settings: ServeSettings) -> bool:
+    """Whether every image goes through the safety checker, whatever its request says."""
+    return settings.safety_checker is not None and not settings.safety_checker_optional
+
+
 def plan_request(
     request: TextToImageRequest,
     settings: ServeSettings,
     warm_shapes: Sequence[CompiledShape],
     trained_shapes: Sequence[CompiledShape],
+    count_chunks: CountChunks = lambda *_: 1,
 ) -> PlannedRequest:
     """Fill in what a request left open.
 
@@ -107,22 +135,28 @@ def plan_request(
         warm_shapes: the shapes that are warm; the first is the default size.
         trained_shapes: the sizes that the model was trained for. With `SDXL_SERVE_COLD_SHAPES` the
             largest shape of both bounds the image's size.
+        count_chunks: called where prompts may have several chunks.
 
     Raises:
-        InvalidRequest: the size, the guidance or the number of images is not served here, or the
-            strength leaves no step to run.
+        InvalidRequest: the size, the steps, the guidance, a LoRA, the number of images or an image
+            without a safety check is not served here, or the strength leaves no step to run.
     """
     _require_images(request, settings)
     planned = PlannedRequest(
         request,
         _choose_shape(request, settings, warm_shapes, trained_shapes),
-        request.num_inference_steps or settings.steps,
+        _choose_steps(request, settings),
         _choose_guidance_scale(request, settings),
         _choose_seed(request),
+        loras=_choose_loras(request, settings),
+        checked=_choose_check(request, settings),
         strength=request.strength if isinstance(request, ImageToImageRequest) else None,
     )
     _require_a_step(planned)
-    return planned
+    if settings.prompt_chunks == 1:
+        return planned
+    chunks = count_chunks(request.prompt, request.negative_prompt, planned.guided)
+    return replace(planned, chunks=chunks)
 
 
 def _require_a_step(planned: PlannedRequest) -> None:
@@ -140,6 +174,24 @@ def _require_images(request: TextToImageRequest, settings: ServeSettings) -> Non
         raise InvalidRequest([FieldProblem(("body", "num_images"), message, "num_images")])
 
 
+def _choose_check(request: TextToImageRequest, settings: ServeSettings) -> bool:
+    if settings.safety_checker is None:
+        return False
+    if not request.enable_safety_checker and must_be_checked(settings):
+        message = "must be true: this server checks every image"
+        name = "enable_safety_checker"
+        raise InvalidRequest([FieldProblem(("body", name), message, "safety_checker")])
+    return request.enable_safety_checker
+
+
+def _choose_steps(request: TextToImageRequest, settings: ServeSettings) -> int:
+    steps = request.num_inference_steps or settings.default_steps
+    if settings.timesteps is not None and steps != settings.default_steps:
+        message = f"must be {settings.default_steps}: this model runs at fixed timesteps"
+        raise InvalidRequest([FieldProblem(("body", "num_inference_steps"), message, "steps")])
+    return steps
+
+
 def _choose_seed(request: TextToImageRequest) -> int:
     """The seed of the first image. Each further image has the next one, which must exist too."""
     largest = MAX_SEED + 1 - request.num_images
@@ -151,6 +203,19 @@ def _choose_seed(request: TextToImageRequest) -> int:
         )
         raise InvalidRequest([FieldProblem(("body", "seed"), message, "seed")])
     return request.seed
+
+
+def _choose_loras(request: TextToImageRequest, settings: ServeSettings) -> LoraSet:
+    """The LoRAs that change the picture, sorted: like sets share a run, however they were sent."""
+    names = [each.name for each in settings.loras]
+    wanted = request.loras or ()
+    for place, lora in enumerate(wanted):
+        if lora.path not in names:
+            message = "must be left out: this server has no LoRAs"
+            if names:
+                message = f"must be one of this server's LoRAs: {', '.join(names)}"
+            raise InvalidRequest([FieldProblem(("body", "loras", place, "path"), message, "lora")])
+    return tuple(sorted((lora.path, lora.scale) for lora in wanted if lora.scale != 0))
 
 
 def _choose_shape(

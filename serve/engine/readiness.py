@@ -34,7 +34,11 @@ class Readiness:
         batch_sizes: for each warm shape, the numbers of images that a run may have, ascending.
         phases_ms: duration of each finished phase of the start-up.
         compile: how the model was prepared to run, and what the compiler did.
+        scheduler: its `kind` and `spacing`, and what is `wrong` with them for this checkpoint.
         left_out: the shapes that could not be warmed, and the type of the error of each.
+        loras: the names of the LoRAs that requests may use.
+        lora_bytes: memory on the device for them, and for the weights that they change as they were
+            loaded.
         cpu_threads: describes the threads that compute on the CPU, as they are now.
     """
 
@@ -47,7 +51,10 @@ class Readiness:
     batch_sizes: dict[CompiledShape, tuple[int, ...]] = field(default_factory=dict)
     phases_ms: dict[str, float] = field(default_factory=dict)
     compile: dict[str, str | int | float] = field(default_factory=dict)
+    scheduler: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    loras: tuple[str, ...] = ()
+    lora_bytes: int = 0
     draining: bool = False
     _on_drain: list[Callable[[], object]] = field(default_factory=list, repr=False)
     cpu_threads: Callable[[], dict[str, Any]] = dict
@@ -87,5 +94,8 @@ class Readiness:
             "left_out": self.left_out,
             "warmup_ms": self.phases_ms,
             "compile": self.compile,
+            "scheduler": self.scheduler,
+            "loras": list(self.loras),
+            "lora_bytes": self.lora_bytes,
             "cpu_threads": self.cpu_threads(),
         }

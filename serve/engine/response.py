@@ -34,6 +34,7 @@ def build_response(
         trace_id=call.identity.trace_id_hex,
         prompt_truncated=any(image.prompt_truncated for image in drawn),
         prompt_tokens=drawn[0].prompt_tokens,
+        has_nsfw_concepts=[image.flagged is True for image in drawn] if planned.checked else None,
     )
 
 
@@ -46,11 +47,13 @@ def _timings(call: Call) -> Timings:
         receive_ms=call.timeline.stage_ms("receive"),
         image_decode_ms=call.timeline.stage_ms("image_decode"),
         queue_ms=call.timeline.stage_ms("queue"),
+        lora_swap_ms=runs_ms("lora_swap"),
         text_encode_ms=runs_ms("text_encode"),
         vae_encode_ms=runs_ms("vae_encode"),
         denoise_ms=runs_ms("denoise"),
         steps_ms=[step.duration_ns / 1e6 for run in call.runs for step in run.steps],
         vae_decode_ms=runs_ms("vae_decode"),
+        safety_check_ms=runs_ms("safety_check"),
         image_encode_ms=call.timeline.stage_ms("image_encode"),
         upload_ms=call.timeline.stage_ms("upload"),
         inference=sum(run.duration_ns for run in call.runs) / 1e9,

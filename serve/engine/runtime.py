@@ -171,10 +171,13 @@ class Runtime:
                 num_images=kind.images,
             ),
             shape,
-            num_inference_steps=WARMUP_STEPS,
+            # At fixed timesteps there is no other number of steps.
+            num_inference_steps=len(self.settings.timesteps or ()) or WARMUP_STEPS,
             guidance_scale=max(self.settings.guidance_scale, 2.0) if kind.guided else 1.0,
             seed=0,
-            strength=1 / WARMUP_STEPS if kind.from_picture else None,
+            chunks=kind.chunks,
+            checked=self.settings.safety_checker is not None,
+            strength=1.0 if kind.from_picture else None,
             picture=grey_picture(shape) if kind.from_picture else None,
         )
         call = Call("/", "POST", self.tracing.identify())
@@ -261,8 +264,9 @@ class Runtime:
         if (refusal := self.refusal()) is not None:
             raise refusal
         readiness = self.readiness
+        model = self.loaded.model
         planned = plan_request(
-            request, self.settings, readiness.shapes, self.loaded.model.trained_shapes
+            request, self.settings, readiness.shapes, model.trained_shapes, model.chunks_of
         )
         call.facts = planned.facts(readiness.model, with_prompt=self.settings.trace_prompts)
         return planned
@@ -314,6 +318,8 @@ class Runtime:
     ) -> QueuedRequest:
         if previews is None and planned.request.preview:
             previews = Previews()
+        if planned.checked:
+            previews = None  # they would show what the check is about to blank
         call.timeline.begin("queue")
         return self.queue.join(planned, call, on_step, self._sizes(planned), previews)
 
@@ -354,6 +360,7 @@ class Runtime:
         self.estimates.observe_answer(planned, time.perf_counter() - drawn)
         if any(image.prompt_truncated for image in images):
             self.metrics.prompt_truncated()
+        self.metrics.images_flagged(sum(image.flagged is True for image in images))
         return build_response(planned, call, urls, images)
 
     async def _put(self, data: bytes, planned: PlannedRequest) -> str:

@@ -44,6 +44,8 @@ from serve.telemetry.setup import build_budget
 if TYPE_CHECKING:
     from kernels_warmup.compile import CompiledModel
     from kernels_warmup.recipes import Mode
+    from serve.model.loras.files import Lora
+    from serve.model.loras.in_place import LorasInPlace
     from serve.model.sdxl import SdxlModel
 
 logger = logging.getLogger(__name__)
@@ -169,19 +171,36 @@ class Startup:
         self._progress("load_model")
         started_ns = self._now_ns()
         from serve.model.loading import load_model
+        from serve.model.prompt_tokens import PromptRules
+        from serve.model.safety_checker import load_safety_checker
+        from serve.model.schedulers import Schedule
 
         settings, readiness = self._settings, self._readiness
-        model = load_model(settings.model, settings.model_revision, settings.device, settings.dtype)
+        model = load_model(
+            settings.model,
+            settings.model_revision,
+            settings.device,
+            settings.dtype,
+            Schedule(settings.scheduler, settings.timesteps),
+        )
+        model.prompt_rules = PromptRules(
+            settings.prompt_chunks, weighted=settings.prompt_syntax == "weighted"
+        )
+        if settings.safety_checker is not None:
+            model.safety_checker = load_safety_checker(settings.safety_checker, model.device)
         clock = make_clock(str(model.device))
         readiness.model, readiness.device = model.name, str(model.device)
         self._attributes |= {"model.name": model.name, "device": str(model.device)}
+        self._check_scheduler(model)
         model.fit_preview()
+        loras = self._read_loras(model)
         self._end_phase("load_model", started_ns, dict(self._attributes))
 
         started_ns = self._now_ns()
         restored = self._restore(model)
         compiled = self._prepare(model)
         model.text = None if compiled is None else compiled.text
+        in_place = self._put_in_place(loras, model)
         self._report_preparation(compiled, restored)
         self._end_phase("prepare", started_ns, dict(readiness.compile))
         has_graphs = compiled is not None and compiled.has_graphs
@@ -189,7 +208,15 @@ class Startup:
         if kinds is None:
             kinds = self._kinds_to_warm(compiled)
             if has_graphs:
-                kinds = [replace(kind, images=size) for size in sizes for kind in kinds]
+                # One chunk last: an estimate begins with the last runs of the warm-up, and most
+                # prompts have one chunk.
+                chunks = range(settings.prompt_chunks, 0, -1)
+                kinds = [
+                    replace(kind, images=size, chunks=count)
+                    for size in sizes
+                    for count in chunks
+                    for kind in kinds
+                ]
             kinds = [*kinds, FROM_PICTURE]
         else:
             sizes = tuple(sorted({kind.images for kind in kinds}))
@@ -200,7 +227,44 @@ class Startup:
             shapes=settings.shapes or _default_shapes(model),
             kinds=tuple(kinds),
             batch_sizes=sizes,
+            loras=in_place,
         )
+
+    def _check_scheduler(self, model: SdxlModel) -> None:
+        from serve.model.schedulers import describe, misfit
+
+        scheduler = model.pipeline.scheduler
+        self._readiness.scheduler = describe(scheduler)
+        wrong = misfit(model.name, scheduler, self._settings)
+        if wrong is not None:
+            self._readiness.scheduler["wrong"] = wrong
+            logger.warning("pictures may be bad: %s", wrong)
+
+    def _read_loras(self, model: SdxlModel) -> list[Lora]:
+        """Read the LoRAs that requests may use, and check that they fit the model."""
+        if not self._settings.loras:
+            return []
+        self._progress("load_loras")
+        from serve.model.loras.files import read_lora
+        from serve.model.loras.naming import Names
+        from serve.model.loras.sources import find_file
+
+        names = Names(model.pipeline)
+        return [
+            read_lora(each.name, find_file(each.name, each.source), model.pipeline, names)
+            for each in self._settings.loras
+        ]
+
+    def _put_in_place(self, loras: list[Lora], model: SdxlModel) -> LorasInPlace | None:
+        """After the rewrites, which decide where a weight is read, and before any graph."""
+        if not loras:
+            return None
+        from serve.model.loras.in_place import LorasInPlace
+
+        in_place = LorasInPlace(loras, model.pipeline)
+        self._readiness.loras = in_place.names
+        self._readiness.lora_bytes = in_place.bytes_kept
+        return in_place
 
     def _batch_sizes(self, model: SdxlModel, has_graphs: bool) -> tuple[int, ...]:
         """The numbers of images that a run may have. Each costs graphs of its own, where there are

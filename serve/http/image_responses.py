@@ -46,6 +46,8 @@ def image_response(response: TextToImageResponse) -> Response:
         "x-seed": str(response.seed),
         "x-prompt-truncated": str(response.prompt_truncated).lower(),
     }
+    if response.has_nsfw_concepts is not None:
+        headers["x-has-nsfw-concepts"] = str(response.has_nsfw_concepts[0]).lower()
     return Response(data, media_type=response.image.content_type, headers=headers)
 
 

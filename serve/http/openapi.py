@@ -17,7 +17,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from kernels_warmup.shapes import LARGEST_SIDE, PIXELS_PER_LATENT, SMALLEST_SIDE
 from serve import __version__
 from serve.engine.images import CONTENT_TYPES
-from serve.engine.planning import serves_guidance
+from serve.engine.planning import must_be_checked, serves_guidance
 from serve.engine.runtime import IMAGE_TO_IMAGE, IMAGE_TO_IMAGE_STREAM, OPENAI_IMAGES
 from serve.errors import (
     BodyTooLarge,
@@ -37,7 +37,7 @@ from serve.http.openai.schema import OpenAIErrorBody
 from serve.http.openai_errors import openai_status
 from serve.http.profiling_endpoint import ProfileRequest
 from serve.http.service import Service
-from serve.schema import ErrorBody, TextToImageResponse
+from serve.schema import ErrorBody, LoraWeight, TextToImageResponse
 
 Schema = dict[str, Any]
 Errors = Iterable[type[RequestError]]
@@ -259,14 +259,19 @@ _BY_PATH: dict[str, Callable[[Schema], None]] = {
 
 
 def _restricted(document: Schema, service: Service | None) -> Schema:
-    """The document with the sizes and the guidance that are served."""
+    """The document with the sizes, the guidance, the LoRAs and the safety check that are served."""
     document = copy.deepcopy(document)
+    lora = document["components"]["schemas"].get(LoraWeight.__name__)
+    if lora is not None and service is not None and service.readiness.loras:
+        lora["properties"]["path"]["enum"] = list(service.readiness.loras)
     for schema in document["components"]["schemas"].values():
         properties = schema.get("properties", {})
         if not {"width", "height", "guidance_scale"} <= properties.keys():
             continue
         for side in ("width", "height"):
             properties[side] |= _side(side, service)
+        if service is not None and must_be_checked(service.settings):
+            properties.get("enable_safety_checker", {})["const"] = True
         if service is not None and not serves_guidance(service.settings):
             for option in properties["guidance_scale"]["anyOf"]:
                 if option["type"] == "number":

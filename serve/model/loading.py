@@ -23,6 +23,7 @@ from serve.model.hub import (
     hub_failure,
     variant_on_hub,
 )
+from serve.model.schedulers import OWN_SCHEDULE, Schedule
 from serve.model.sdxl import SdxlModel
 from serve.model.weights import non_finite_tensor
 from serve.settings import DEMO_MODEL, RANDOM_SDXL_BASE, SDXL_BASE
@@ -54,15 +55,18 @@ def load_model(
     revision: str | None = None,
     device_name: str = "auto",
     dtype_name: str = "auto",
+    schedule: Schedule = OWN_SCHEDULE,
 ) -> SdxlModel:
     """Load a model onto its device.
 
     Args:
         name: `demo`, `random:sdxl-base`, a hub repository or a local directory; None: SDXL base
             on a CUDA device, else the demo.
+        schedule: the scheduler and the timesteps, where they are not the model's own.
 
     Raises:
-        ModelError: there is no such model, or it is not a complete SDXL pipeline.
+        ModelError: there is no such model, it is not a complete SDXL pipeline, or it cannot run at
+            these timesteps.
     """
     device = choose_device(device_name)
     dtype = _DTYPES[dtype_name] if dtype_name != "auto" else _default_dtype(device)
@@ -72,10 +76,10 @@ def load_model(
     transformers_logging.disable_progress_bar()
     if name == RANDOM_SDXL_BASE:
         pipeline = _build_random(device, dtype)
-        return SdxlModel(pipeline, "sdxl-base-random", device, SDXL_SHAPES)
+        return SdxlModel(pipeline, "sdxl-base-random", device, SDXL_SHAPES, schedule)
     if name == DEMO_MODEL:
         pipeline = _on_device(name, _load_directory(checkpoint_path(), dtype), device)
-        return SdxlModel(pipeline, "demo", device, DEMO_SHAPES)
+        return SdxlModel(pipeline, "demo", device, DEMO_SHAPES, schedule)
     directory = Path(name).expanduser()
     if directory.is_dir():
         pipeline = _load_directory(directory, dtype)
@@ -89,7 +93,7 @@ def load_model(
             f"{SDXL_BASE}; `{DEMO_MODEL}` and `{RANDOM_SDXL_BASE}` need no download."
         )
     pipeline = _on_device(name, pipeline, device)
-    return SdxlModel(pipeline, label, device, _trained_shapes(pipeline))
+    return SdxlModel(pipeline, label, device, _trained_shapes(pipeline), schedule)
 
 
 def choose_device(name: str) -> torch.device:

@@ -23,7 +23,11 @@ from kernels_warmup.shapes import CompiledShape
 from serve.errors import ModelError
 from serve.model.initial_image import InitialLatents, LaterStart
 from serve.model.noise import cpu_generator
+from serve.model.prompt_tokens import PromptRules, count_chunks, tokenise
+from serve.model.prompt_weights import weigh
+from serve.model.safety_checker import SafetyChecker
 from serve.model.scheduler_watch import watch_scheduler
+from serve.model.schedulers import OWN_SCHEDULE, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class Conditioning:
     `denoise`.
 
     Attributes:
-        prompt: (images, 77, width of both encoders).
+        prompt: (images, chunks x 77, width of both encoders).
         pooled: (images, width of the second encoder).
         negative, negative_pooled: the same of the negative prompts; None without guidance.
         truncated: for each image, whether an encoder cut its prompt or its negative prompt.
@@ -50,6 +54,7 @@ class Conditioning:
         zero_negative: there is guidance and every negative embedding is zeros, as for an empty
             negative prompt. Steps may skip the attention to it.
         prepared: computed ahead where the model does that and the size was known.
+        prepared_unguided: the same of the prompts alone, for a run whose guidance ends early.
     """
 
     prompt: torch.Tensor
@@ -60,13 +65,19 @@ class Conditioning:
     tokens: tuple[int, ...]
     zero_negative: bool = False
     prepared: PreparedText | None = None
+    prepared_unguided: PreparedText | None = None
 
     def without_guidance(self) -> Conditioning:
         """The same prompts without their negative ones."""
         if self.negative is None:
             return self
         return replace(
-            self, negative=None, negative_pooled=None, zero_negative=False, prepared=None
+            self,
+            negative=None,
+            negative_pooled=None,
+            zero_negative=False,
+            prepared=self.prepared_unguided,
+            prepared_unguided=None,
         )
 
     def as_steps_read_it(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,10 +98,25 @@ class DecodedImages:
     Attributes:
         pixels: (images, height, width, 3) uint8.
         finite: (images,) bool: whether all of an image's values are finite.
+        on_device: the pixels on the model's device.
     """
 
     pixels: torch.Tensor
     finite: torch.Tensor
+    on_device: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _UnguidedSteps:
+    """What the steps after the end of guidance read.
+
+    Attributes:
+        tensors: variables of diffusers' loop, by their names, as its step callback returns them.
+        options: the steps' `cross_attention_kwargs`.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    options: dict[str, Any] | None
 
 
 class SdxlModel:
@@ -102,7 +128,10 @@ class SdxlModel:
         name: str,
         device: torch.device,
         trained_shapes: tuple[CompiledShape, ...],
+        schedule: Schedule = OWN_SCHEDULE,
     ) -> None:
+        schedule.apply(pipeline)
+        self.timesteps = schedule.timesteps
         self.name = name
         self.device = device
         self.dtype: torch.dtype = pipeline.unet.dtype
@@ -110,10 +139,22 @@ class SdxlModel:
         self.pipeline = pipeline
         self.text: TextOnce | None = None
         """Computes once a run what its steps read of the text; None: every step computes it."""
+        self.prompt_rules = PromptRules()
+        self.safety_checker: SafetyChecker | None = None
         self._loop = prepare_loop(pipeline)
         self._later_start = LaterStart(self._loop)
         self._preview_map: torch.Tensor | None = None
         pipeline.set_progress_bar_config(disable=True)
+
+    def chunks_of(self, prompt: str, negative_prompt: str, guided: bool) -> int:
+        """How many chunks a run needs to read these prompts; at most as many as the rules allow.
+
+        For any thread. Both prompts get the same number, because the UNet reads both at once.
+        """
+        texts = self.prompt_rules.read([prompt, negative_prompt] if guided else [prompt])
+        tokenizers = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
+        needed = max(count_chunks(tokenizer, texts) for tokenizer in tokenizers)
+        return min(needed, self.prompt_rules.most_chunks)
 
     @torch.no_grad()
     def encode_prompts(
@@ -122,19 +163,23 @@ class SdxlModel:
         negative_prompts: Sequence[str],
         guided: bool,
         shape: CompiledShape | None = None,
+        chunks: int = 1,
+        guidance_ends: bool = False,
     ) -> Conditioning:
         """Encode a run's prompts with both text encoders, and the negative prompts with guidance.
 
         Args:
+            chunks: every text is cut or padded to this number of chunks of 75 tokens.
             shape: the size of the run's images. With it, what the steps read of the text is
                 computed here too, if the model computes that once a run.
+            guidance_ends: the run's last steps have no guidance. What they read is computed too.
         """
         images = len(prompts)
         zeros_for_empty = self.pipeline.config.force_zeros_for_empty_prompt
         has_texts = [bool(text.strip()) or not zeros_for_empty for text in negative_prompts]
         encode_negative = guided and any(has_texts)
         texts = [*prompts, *negative_prompts] if encode_negative else [*prompts]
-        hidden, pooled, truncated, tokens = self._encode_texts(texts)
+        hidden, pooled, truncated, tokens = self._encode_texts(texts, chunks)
         prompt, pooled_prompt = hidden[:images], pooled[:images]
         negative = negative_pooled = None
         if encode_negative:
@@ -158,6 +203,9 @@ class SdxlModel:
         )
         if self.text is None or shape is None:
             return conditioning
+        if guided and guidance_ends:
+            alone = self._prepare_text(self.text, conditioning.without_guidance(), shape)
+            conditioning = replace(conditioning, prepared_unguided=alone)
         return replace(conditioning, prepared=self._prepare_text(self.text, conditioning, shape))
 
     @torch.no_grad()
@@ -199,15 +247,19 @@ class SdxlModel:
         on_loop_begins: Callable[[], None],
         on_step_enqueued: Callable[[int, torch.Tensor | None], None],
         watch_latents: bool = False,
+        guided_steps: int | None = None,
         initial: InitialLatents | None = None,
     ) -> torch.Tensor:
         """Run the denoising loop; returns latents (images, channels, height / 8, width / 8).
 
         Args:
+            num_inference_steps: as many as `timesteps`, where the model has fixed ones.
             seeds: one for each image. An image's noise does not depend on the others of the run.
             on_loop_begins: called when the loop is about to start.
             on_step_enqueued: called with the index of each step once its work is enqueued, and with
                 the step's latents if `watch_latents` is set. An exception from it ends the loop.
+            guided_steps: how many of the steps that run have guidance, if `guidance_scale` is above
+                1; the steps after them run without it. None: all of them.
             initial: for image to image, what the loop begins with, under the seeds' noise.
         """
         # Noise is drawn on the CPU, so that a seed means the same image on every device.
@@ -220,15 +272,23 @@ class SdxlModel:
             # copy from the host would be a wait inside the loop.
             generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
+        steps_to_run = num_inference_steps - (0 if initial is None else initial.first_step)
+        unguided = None
+        if guidance_scale <= 1 or guided_steps == 0:
+            guidance_scale, conditioning = 1.0, conditioning.without_guidance()
+        elif guided_steps is not None and guided_steps < steps_to_run:
+            unguided = self._unguided_steps(conditioning.without_guidance(), shape)
+
         def on_step_end(
             _pipeline: Any, index: int, _timestep: Any, tensors: dict[str, torch.Tensor]
         ) -> dict[str, torch.Tensor]:
             # The timestep is a scalar on the device: reading it would stall the loop.
             on_step_enqueued(index, tensors.get("latents"))
-            return {}
+            if index + 1 != guided_steps or unguided is None:
+                return {}
+            self._loop.end_guidance(unguided.options)
+            return dict(unguided.tensors)
 
-        if guidance_scale <= 1:
-            conditioning = conditioning.without_guidance()
         begin = nullcontext() if initial is None else self._later_start.begin_with(initial, latents)
         with begin, watch_scheduler(self._loop.scheduler, on_loop_begins):
             output = self._loop(
@@ -239,6 +299,7 @@ class SdxlModel:
                 height=shape.height,
                 width=shape.width,
                 num_inference_steps=num_inference_steps,
+                timesteps=self.timesteps,
                 guidance_scale=guidance_scale,
                 latents=latents,
                 generator=generators,
@@ -257,7 +318,14 @@ class SdxlModel:
         vae = self.pipeline.vae
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor
         decoded = vae.decode(scaled, return_dict=False)[0]
-        return DecodedImages(_to_host(to_pixels(decoded)), _to_host(all_finite(decoded)))
+        pixels = to_pixels(decoded)
+        return DecodedImages(_to_host(pixels), _to_host(all_finite(decoded)), pixels)
+
+    def find_flagged(self, images: DecodedImages) -> torch.Tensor:
+        """Which images the safety checker flags: (images,) bool in host memory, valid once the
+        device has finished the copy."""
+        assert self.safety_checker is not None, "only a service with a checker has images checked"
+        return _to_host(self.safety_checker.flagged(images.on_device))
 
     @torch.no_grad()
     def fit_preview(self) -> None:
@@ -301,18 +369,26 @@ class SdxlModel:
         return _to_host((pixels * 127.5 + 127.5).round_().clamp_(0, 255).to(torch.uint8))
 
     def _encode_texts(
-        self, texts: list[str]
+        self, texts: list[str], chunks: int
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[bool, ...], tuple[int, ...]]:
         pipeline = self.pipeline
         # Tokenise both before either encoder runs, so that the device waits for no tokenizer.
-        tokens, counts, cut = tokenise(pipeline.tokenizer, texts)
-        tokens_2, _, cut_2 = tokenise(pipeline.tokenizer_2, texts)
-        tokens, tokens_2 = _to_device(tokens, self.device), _to_device(tokens_2, self.device)
-        output = pipeline.text_encoder(tokens, output_hidden_states=True)
-        output_2 = pipeline.text_encoder_2(tokens_2, output_hidden_states=True)
-        hidden = torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], dim=-1)
-        truncated = tuple(some or other for some, other in zip(cut, cut_2, strict=True))
-        return hidden.to(self.dtype), output_2[0].to(self.dtype), truncated, counts
+        read = self.prompt_rules.read(texts)
+        tokens = tokenise(pipeline.tokenizer, read, chunks)
+        tokens_2 = tokenise(pipeline.tokenizer_2, read, chunks)
+        ids, ids_2 = _to_device(tokens.ids, self.device), _to_device(tokens_2.ids, self.device)
+        output = pipeline.text_encoder(ids, output_hidden_states=True)
+        output_2 = pipeline.text_encoder_2(ids_2, output_hidden_states=True)
+        states, states_2 = output.hidden_states[-2], output_2.hidden_states[-2]
+        if tokens.weights is not None and tokens_2.weights is not None:
+            states = weigh(states, _to_device(tokens.weights, self.device))
+            states_2 = weigh(states_2, _to_device(tokens_2.weights, self.device))
+        hidden = torch.cat([states, states_2], dim=-1)
+        # The chunks of a text are neighbours: joined, they are one longer text.
+        hidden = hidden.reshape(len(texts), -1, hidden.shape[-1]).to(self.dtype)
+        pooled = output_2[0][::chunks].to(self.dtype)  # the first chunk speaks for the text
+        truncated = tuple(one or other for one, other in zip(tokens.cut, tokens_2.cut, strict=True))
+        return hidden, pooled, truncated, tokens.counts
 
     def _prepare_text(
         self, text: TextOnce, conditioning: Conditioning, shape: CompiledShape
@@ -322,6 +398,23 @@ class SdxlModel:
         time_ids = self._loop.time_ids(shape.height, shape.width, embeddings.dtype)
         added = {"text_embeds": pooled, "time_ids": time_ids.repeat(len(embeddings), 1)}
         return PreparedText(text.prepare(embeddings, added), shape)
+
+    def _unguided_steps(self, conditioning: Conditioning, shape: CompiledShape) -> _UnguidedSteps:
+        """Prepare the steps after a run's guidance has ended, so that they begin without a wait.
+
+        Args:
+            conditioning: without guidance.
+        """
+        embeddings, pooled = conditioning.as_steps_read_it()
+        time_ids = self._loop.time_ids(shape.height, shape.width, embeddings.dtype)
+        return _UnguidedSteps(
+            {
+                "prompt_embeds": embeddings,
+                "add_text_embeds": pooled,
+                "add_time_ids": time_ids.repeat(len(embeddings), 1),
+            },
+            self._unet_options(conditioning, shape),
+        )
 
     def _unet_options(
         self, conditioning: Conditioning, shape: CompiledShape
@@ -337,25 +430,6 @@ class SdxlModel:
         if takes_zero_text(self.pipeline.unet) and conditioning.zero_negative:
             options[ZERO_TEXT] = True
         return options or None
-
-
-def tokenise(
-    tokenizer: Any, texts: list[str]
-) -> tuple[torch.Tensor, tuple[int, ...], tuple[bool, ...]]:
-    """Token ids (texts, limit) in host memory; for each text its number of tokens, and whether it
-    was cut to the limit.
-
-    The ids are those of CLIP's tokenizer with truncation and padding. Those options would not say
-    which texts were cut; finding out would take a second call.
-    """
-    limit, fill = tokenizer.model_max_length, tokenizer.pad_token_id
-    # Not verbose: the library would warn of long texts, which the result reports.
-    whole: list[list[int]] = tokenizer(texts, verbose=False).input_ids
-    # The last token marks the end of a text; it also ends a text that was cut.
-    rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in whole]
-    filled = [ids + [fill] * (limit - len(ids)) for ids in rows]
-    counts = tuple(map(len, whole))
-    return torch.tensor(filled), counts, tuple(count > limit for count in counts)
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

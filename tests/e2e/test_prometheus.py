@@ -33,8 +33,10 @@ if shutil.which("prometheus") is None or shutil.which("promtool") is None:
         allow_module_level=True,
     )
 
-# Metrics that a service on a CPU does not have, or not yet.
-NOT_LIVE = re.compile(r"sdxl_gpu_|_step_gpu_queue_|fal_app_|mean1d_past|offset 1h|compile_cache")
+# Metrics that a service on a CPU and without LoRAs does not have, or not yet.
+NOT_LIVE = re.compile(
+    r"sdxl_gpu_|_step_gpu_queue_|fal_app_|mean1d_past|offset 1h|compile_cache|sdxl_lora_requests"
+)
 
 # Histograms and counters that name a trace.
 WITH_EXEMPLARS = (

@@ -85,3 +85,16 @@ def test_it_contains_the_monitoring_files(python: Path, tmp_path: Path) -> None:
         "rules.yml",
         "rules_test.yml",
     ]
+
+
+def test_it_contains_the_demo_lora(python: Path, tmp_path: Path) -> None:
+    listing = "print(*sorted(f.name for f in loras_path().iterdir()))"
+    shown = subprocess.run(
+        [python, "-c", f"from serve.demo_model import loras_path; {listing}"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown.split() == ["night.safetensors"]

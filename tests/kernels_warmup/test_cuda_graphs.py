@@ -33,6 +33,16 @@ def test_when_frozen_a_cold_shape_runs_eagerly_and_is_counted() -> None:
     assert function.fallbacks == Fallbacks(cold=1)
 
 
+def test_each_size_of_the_buffers_that_a_function_reads_is_warmed_by_itself() -> None:
+    function = PerShape(lambda a: a + 1, RECIPES["default"], CPU)
+    function(torch.zeros(2), buffers=77)
+    function.frozen = True
+    function(torch.zeros(2), buffers=77)
+    assert function.fallbacks == Fallbacks()
+    function(torch.zeros(2), buffers=154)
+    assert function.fallbacks == Fallbacks(cold=1)
+
+
 def test_when_frozen_a_recompile_runs_eagerly_instead_and_is_counted() -> None:
     """A guard of the compiler fails though the shapes are the same: a global has changed."""
     scale = {"by": 2.0}

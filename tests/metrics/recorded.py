@@ -59,6 +59,7 @@ def declared_service(registry: CollectorRegistry) -> GenerationMetrics:
         outcomes=OUTCOMES,
         error_types=ERROR_TYPES,
         rejections=REJECTIONS,
+        loras=("ink",),
         build={"version": "1", "python": "3.11", "torch": "2.13.0", "diffusers": "0.42.1"},
     )
     gpu = FakeGpu(name="NVIDIA H100 80GB HBM3")

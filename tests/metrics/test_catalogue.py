@@ -228,13 +228,27 @@ def test_flops_and_seconds_count_the_same_runs(metrics: GenerationMetrics) -> No
     half = dataclasses.replace(run, guidance=False, stages=run.stages[:2])
     metrics.observe_request(request_timing(run=half), None)
     assert value(metrics, flops) == 1310 + 5 + 3 * 50
+    ends = dataclasses.replace(run, guided_steps=1, stages=run.stages[:2])
+    metrics.observe_request(request_timing(run=ends), None)
+    assert value(metrics, flops) == 1465 + 10 + 100 + 2 * 50
     cold = dataclasses.replace(run, shape="640x64")
     before = value(metrics, flops), value(metrics, seconds)
     metrics.observe_request(request_timing(run=cold), None)
     assert (value(metrics, flops), value(metrics, seconds)) == before
     pair = dataclasses.replace(run, batch_size=2)
     metrics.observe_request(request_timing(run=pair), None)
-    assert value(metrics, flops) == 1465 + 2 * 1310
+    assert value(metrics, flops) == 1675 + 2 * 1310
+
+
+def test_a_step_is_observed_by_its_own_guidance(metrics: GenerationMetrics) -> None:
+    metrics.set_warm_shapes(["128x96"], max_batch=1)
+    run = dataclasses.replace(run_timing(START_NS, (10, 12, 5)), guided_steps=2)
+    metrics.observe_request(request_timing(run=run), None)
+    for guidance, count, seconds in (("on", 2, 0.022), ("off", 1, 0.005)):
+        labels = {"shape": "128x96", "guidance": guidance, "batch": "1"}
+        name = "sdxl_denoise_step_duration_seconds"
+        assert value(metrics, f"{name}_count", **labels) == count
+        assert value(metrics, f"{name}_sum", **labels) == pytest.approx(seconds)
 
 
 def test_encoding_a_picture_counts_in_the_runs_that_do_it(metrics: GenerationMetrics) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from metrics.clock import CudaEventClock, HostClock, WallAnchor
-from metrics.records import GpuConditions, RequestTiming, RunTiming, StageTiming
+from metrics.records import GpuConditions, RequestTiming, RunTiming, StageTiming, StepTiming
 from metrics.slow_reason import SLOW_REASONS, slow_reason
 from metrics.timeline import RunTimeline
 from tests.metrics.test_clock import FakeDevice, Ticker
@@ -69,6 +69,21 @@ def test_one_long_stall_of_the_host_starves_it_too() -> None:
     stalled = run_on(enqueue_ms=lambda index: 300 if index == 6 else 2)
     assert stalled.step_summary().slowest_index == 6  # type: ignore[union-attr]
     assert slow_reason(request_of(stalled)) == "host_starved"
+
+
+def test_a_step_is_long_compared_with_steps_of_its_guidance() -> None:
+    """A step with guidance takes twice the median of a run that has few of them."""
+    guided, at, steps = 4, 0, []
+    for index in range(STEPS):
+        end = at + (STEP_MS if index < guided else STEP_MS // 2 - 4) * MS
+        queue_ns = 0 if index == guided else 10 * MS  # the first without guidance had no wait
+        steps.append(StepTiming(index, at, end, queue_ns))
+        at = end
+    run = replace(run_on(), steps=tuple(steps), guided_steps=guided)
+    assert slow_reason(request_of(run)) is None
+    stalled = replace(steps[guided - 1], end_ns=steps[guided - 1].end_ns + 2 * STEP_MS * MS)
+    run = replace(run, steps=(*steps[: guided - 1], stalled, *steps[guided:]))
+    assert slow_reason(request_of(run)) == "host_starved"
 
 
 def test_a_slow_step_with_a_full_queue_is_not_the_hosts_fault() -> None:

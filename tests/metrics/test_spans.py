@@ -125,6 +125,30 @@ def test_attributes_of_the_root_and_the_run() -> None:
     assert step["inference.step.gpu_ms"] == 10
 
 
+@pytest.mark.parametrize(
+    ("guidance", "guided_steps", "of_steps"),
+    [
+        (True, None, [True, True, True]),
+        (True, 3, [True, True, True]),
+        (True, 1, [True, False, False]),
+        (False, 0, [False, False, False]),
+        (False, None, [False, False, False]),
+    ],
+)
+def test_a_step_says_whether_it_had_guidance(
+    guidance: bool, guided_steps: int | None, of_steps: list[bool]
+) -> None:
+    run = dataclasses.replace(run_timing(START_NS), guidance=guidance, guided_steps=guided_steps)
+    spans = emitted(request_timing(run=run))
+    steps = [dict(span.attributes or {}) for span in spans if span.name == "denoise_step"]
+    steps.sort(key=lambda attributes: attributes["inference.step.index"])
+    assert [attributes["inference.step.guidance"] for attributes in steps] == of_steps
+    inference = dict(named(spans, "inference").attributes or {})
+    assert inference["inference.guidance"] is guidance
+    assert inference["inference.guided_steps"] == sum(of_steps)
+    assert dict(named(spans, "text-to-image").attributes or {})["guidance_end"] == 1.0
+
+
 def test_the_prompt_is_recorded_only_if_turned_on() -> None:
     facts = dataclasses.replace(FACTS, prompt="a red circle")
     root = named(emitted(request_timing(facts=facts)), "text-to-image")

@@ -16,6 +16,7 @@ from opentelemetry.util.re import parse_env_headers
 
 from kernels_warmup.shapes import CompiledShape
 from serve.errors import ConfigurationError
+from serve.setting_fields import LoraSource
 from serve.settings import ServeSettings, environment_name, load_settings
 from tests.support.certificates import client_certificate, self_signed
 from tests.support.processes import clean_environment
@@ -79,9 +80,23 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
         ("SDXL_SHAPES", "130x128", "multiple of 8"),
         ("SDXL_SHAPES", "128x128,", "WIDTHxHEIGHT"),
         ("SDXL_SHAPES", "9999999x8", "WIDTHxHEIGHT"),
+        ("SDXL_LORAS", "ink", "NAME=SOURCE"),
+        ("SDXL_LORAS", "ink=", "NAME=SOURCE"),
+        ("SDXL_LORAS", "=a/b", "NAME=SOURCE"),
+        ("SDXL_LORAS", "a/b=c", "NAME=SOURCE"),
+        ("SDXL_LORAS", "ink=a/b,ink=c/d", "each name once"),
+        ("SDXL_LORAS", "ink=a/b,", "NAME=SOURCE"),
         ("SDXL_COMPILE", "fast", "off"),
         ("SDXL_ATTENTION", "sage", "auto, cudnn, flash or xformers"),
         ("SDXL_QUANTIZE", "int3", "none, int8 or fp8"),
+        ("SDXL_SCHEDULER", "dpm++", "one of euler, euler-trailing"),
+        ("SDXL_SCHEDULER", "Euler", "one of euler, euler-trailing"),
+        ("SDXL_TIMESTEPS", "999,499.5", "descending"),
+        ("SDXL_TIMESTEPS", "999,999", "descending"),
+        ("SDXL_TIMESTEPS", "499,999", "descending"),
+        ("SDXL_TIMESTEPS", "-1", "0 and more"),
+        ("SDXL_TIMESTEPS", "999,", "a comma-separated list"),
+        ("SDXL_TIMESTEPS", ",".join(map(str, range(101, 0, -1))), "1 to 100"),
         ("SDXL_STEPS", "0", "a whole number from 1 to 100"),
         ("SDXL_GUIDANCE_SCALE", "21", "a number from 0 to 20"),
         ("SDXL_GUIDANCE_SCALE", "nan", "a number from 0 to 20"),
@@ -276,6 +291,44 @@ def test_a_misspelt_name_is_refused_in_any_case(monkeypatch: pytest.MonkeyPatch,
 def test_an_unknown_name_is_refused_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDXL_MAX_WAITNG", "3")
     with pytest.raises(ConfigurationError, match="did you mean SDXL_MAX_WAITING"):
+        load_settings()
+
+
+def test_fixed_timesteps_are_the_number_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDXL_TIMESTEPS", "999, 749,499,0")
+    assert load_settings().timesteps == (999, 749, 499, 0)
+    assert load_settings().default_steps == 4
+    monkeypatch.setenv("SDXL_STEPS", "4")
+    load_settings()
+    monkeypatch.setenv("SDXL_STEPS", "8")
+    with pytest.raises(ConfigurationError, match=r"SDXL_TIMESTEPS.*SDXL_STEPS=8 contradict"):
+        load_settings()
+    monkeypatch.delenv("SDXL_STEPS")
+    for scheduler in ("lcm", "euler", "euler-trailing"):
+        monkeypatch.setenv("SDXL_SCHEDULER", scheduler)
+        assert load_settings().scheduler == scheduler
+    for scheduler in ("ddim", "ddim-trailing", "euler-ancestral"):
+        monkeypatch.setenv("SDXL_SCHEDULER", scheduler)
+        with pytest.raises(ConfigurationError, match=f"SDXL_SCHEDULER={scheduler} contradict"):
+            load_settings()
+
+
+def test_loras_are_read_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDXL_LORAS", "ink=demo:ink, Toon_2=someone/toon@v=2,x=/a b/c.safetensors")
+    assert load_settings().loras == (
+        LoraSource("ink", "demo:ink"),
+        LoraSource("Toon_2", "someone/toon@v=2"),
+        LoraSource("x", "/a b/c.safetensors"),
+    )
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_loras_are_not_added_to_quantised_weights(
+    monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    monkeypatch.setenv("SDXL_LORAS", "ink=demo:ink")
+    monkeypatch.setenv("SDXL_QUANTIZE", quantization)
+    with pytest.raises(ConfigurationError, match=r"SDXL_LORAS.*contradict"):
         load_settings()
 
 

@@ -11,7 +11,8 @@ from metrics.records import Estimate
 from serve.engine.call import Call
 from serve.engine.planning import PlannedRequest
 from serve.engine.waiting.estimates import Estimates
-from serve.engine.waiting.request_queue import BatchSizes, QueuedRuns, RequestQueue, split
+from serve.engine.waiting.request_queue import BatchSizes, QueuedRuns, RequestQueue
+from serve.engine.waiting.run_order import split
 from serve.errors import DeadlineExceeded, Draining, QueueFull
 
 BUSY_MARGIN = 1.1

@@ -1,8 +1,8 @@
 """How long a request will take, from the times of the runs before it.
 
-Step and stage times are measured anyway. For each image size, with and without guidance, with and
-without a picture to begin with, and for each number of images, the newest runs are kept: their
-median is the estimate, their fastest the bound that decides whether a deadline can be met.
+Step and stage times are measured anyway. For each image size, with and without guidance, and for
+each number of images, the newest runs are kept: their median is the estimate, their fastest the
+bound that decides whether a deadline can be met.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from serve.engine.waiting.request_queue import (
     BatchSizes,
     QueuedRuns,
     QueueState,
-    coming_batches,
 )
+from serve.engine.waiting.run_order import coming_batches
 
 NEWEST = 16
 """How many runs of a kind count."""
@@ -44,22 +44,8 @@ class Pace:
     step: float
     after: float
 
-    def run_seconds(self, steps: int) -> float:
-        return self.before + steps * self.step + self.after
-
     def scaled(self, factor: float) -> Pace:
         return Pace(self.before * factor, self.step * factor, self.after * factor)
-
-    @classmethod
-    def of(cls, run: RunTiming) -> Pace:
-        """The pace of a run whose stages have all run."""
-        denoise = run.stage("denoise")
-        assert denoise is not None
-        return cls(
-            (denoise.start_ns - run.start_ns) / 1e9,
-            denoise.duration_ns / 1e9 / len(run.steps),
-            (run.end_ns - denoise.end_ns) / 1e9,
-        )
 
     @classmethod
     def between(cls, low: Pace, high: Pace, share: float) -> Pace:
@@ -70,15 +56,72 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
+class RunEstimate:
+    """The estimated seconds of a run before its steps, of each of its steps, and after them.
+
+    Attributes:
+        guided_step, unguided_step: one step with guidance, and one without.
+        guided_steps: how many steps have guidance; they are the first ones.
+        steps: how many steps there are.
+    """
+
+    before: float
+    guided_step: float
+    unguided_step: float
+    after: float
+    guided_steps: int
+    steps: int
+
+    @property
+    def seconds(self) -> float:
+        return self.before + self.steps_seconds(0) + self.after
+
+    def steps_seconds(self, done: int) -> float:
+        """The steps that are left when `done` have ended."""
+        guided = max(0, self.guided_steps - done)
+        unguided = self.steps - max(done, self.guided_steps)
+        return guided * self.guided_step + unguided * self.unguided_step
+
+    def step_seconds(self, index: int) -> float:
+        return self.guided_step if index < self.guided_steps else self.unguided_step
+
+
+class _Newest:
+    """The newest runs of one kind. A run whose guidance ends early shows, of the kind without
+    guidance, how long a step takes."""
+
+    def __init__(self) -> None:
+        self.before: deque[float] = deque(maxlen=NEWEST)
+        self.step: deque[float] = deque(maxlen=NEWEST)
+        self.after: deque[float] = deque(maxlen=NEWEST)
+
+    def summary(self, of: Callable[[Iterable[float]], float]) -> Pace:
+        return Pace(*(of(values or [0.0]) for values in (self.before, self.step, self.after)))
+
+
+@dataclass(frozen=True, slots=True)
 class _Seen:
-    """The newest runs of one kind, as what is asked of them."""
+    """The newest runs of one kind, as what is asked of them.
+
+    Attributes:
+        whole: whether there were runs of this kind, and not only some steps of other runs.
+    """
 
     median: Pace
     fastest: Pace
+    whole: bool
 
 
-_Kind = tuple[str, bool, bool]
-"""The image size, whether there is guidance, and whether a picture is encoded first."""
+def swap_seconds(run: RunTiming) -> float:
+    """How long the run's change of LoRAs took; 0 if it had none."""
+    swap = run.stage("lora_swap")
+    return 0.0 if swap is None else swap.duration_ns / 1e9
+
+
+def encode_seconds(run: RunTiming) -> float:
+    """How long the encoding of the run's pictures took; 0 if it had none."""
+    encode = run.stage("vae_encode")
+    return 0.0 if encode is None else encode.duration_ns / 1e9
 
 
 class Estimates:
@@ -87,14 +130,18 @@ class Estimates:
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._runs: dict[tuple[_Kind, int], deque[Pace]] = {}
-        self._seen: dict[_Kind, dict[int, _Seen]] = {}
-        self._observed_at: dict[_Kind, deque[float]] = {}
+        self._runs: dict[tuple[str, bool, int], _Newest] = {}
+        self._seen: dict[tuple[str, bool], dict[int, _Seen]] = {}
+        self._observed_at: dict[tuple[str, bool], deque[float]] = {}
         self._last_run: RunTiming | None = None
         self._last_ended_at = -math.inf
-        self._following: dict[tuple[str, bool, bool, int, int], deque[int]] = {}
+        self._following: dict[tuple[str, int, int, int], deque[int]] = {}
         """The images of the last runs of a kind that followed a run of that many images."""
         self._answers: dict[tuple[str, str, int], deque[float]] = {}
+        self._swaps: deque[float] = deque(maxlen=NEWEST)
+        """Seconds of the last changes of LoRAs."""
+        self._encodes: dict[str, deque[float]] = {}
+        """By shape, seconds for each image of the last runs that began with pictures."""
 
     # Learning
 
@@ -107,28 +154,51 @@ class Estimates:
         """
         if run.profiled or run.eager_fallback or run.between_steps or not run.steps:
             return
-        kind = _kind_of_run(run)
-        newest = self._runs.setdefault((kind, run.batch_size), deque(maxlen=NEWEST))
-        if not serving:
-            newest.clear()  # the runs before it may have compiled
-        newest.append(Pace.of(run))
-        seen = _Seen(
-            Pace(*(statistics.median(values) for values in _by_field(newest))),
-            Pace(*(min(values) for values in _by_field(newest))),
-        )
-        # A new mapping, which a reader on the other thread sees whole.
-        self._seen[kind] = {**self._seen.get(kind, {}), run.batch_size: seen}
+        if (swap := swap_seconds(run)) > 0:
+            self._swaps.append(swap)
+        if (encode := encode_seconds(run)) > 0:
+            encodes = self._encodes.setdefault(run.shape, deque(maxlen=NEWEST))
+            if not serving:
+                encodes.clear()
+            encodes.append(encode / run.batch_size)
+        kind = run.shape, run.guidance
+        for guidance in run.steps_by_guidance:
+            if not serving:
+                # The runs before it may have compiled.
+                self._runs.pop((run.shape, guidance, run.batch_size), None)
+            self._learn(run, guidance)
         if serving:
             observed = self._observed_at.setdefault(kind, deque(maxlen=EVIDENCE_RUNS))
             observed.append(self._monotonic())
             self._observe_order(run)
+
+    def _learn(self, run: RunTiming, guidance: bool) -> None:
+        """Learn from a run's steps with or without guidance, and from its other stages if it is a
+        run of that kind."""
+        denoise = run.stage("denoise")
+        assert denoise is not None
+        newest = self._runs.setdefault((run.shape, guidance, run.batch_size), _Newest())
+        steps = run.steps_by_guidance[guidance]
+        # Time between the steps counts as theirs.
+        begin = run.steps[steps[0].index - 1].end_ns if steps[0].index else denoise.start_ns
+        end = steps[-1].end_ns if steps[-1] is not run.steps[-1] else denoise.end_ns
+        newest.step.append((end - begin) / 1e9 / len(steps))
+        if guidance == run.guidance:
+            special = swap_seconds(run) + encode_seconds(run)
+            newest.before.append((denoise.start_ns - run.start_ns) / 1e9 - special)
+            newest.after.append((run.end_ns - denoise.end_ns) / 1e9)
+        seen = _Seen(newest.summary(statistics.median), newest.summary(min), bool(newest.before))
+        # A new mapping, which a reader on the other thread sees whole.
+        of_kind = self._seen.get((run.shape, guidance), {})
+        self._seen[run.shape, guidance] = {**of_kind, run.batch_size: seen}
 
     def _observe_order(self, run: RunTiming) -> None:
         """Learn how many images a run has that begins where another ends."""
         before, self._last_run = self._last_run, run
         self._last_ended_at = self._monotonic()
         if before is not None and run.start_ns - before.end_ns < BACK_TO_BACK_NS:
-            kind = *_kind_of_run(run), len(run.steps), before.batch_size
+            guided = sum(map(run.has_guidance, run.steps))
+            kind = run.shape, guided, len(run.steps), before.batch_size
             self._following.setdefault(kind, deque(maxlen=NEWEST_PAIRS)).append(run.batch_size)
 
     def observe_answer(self, planned: PlannedRequest, seconds: float) -> None:
@@ -137,15 +207,43 @@ class Estimates:
 
     # Estimating
 
-    def pace(self, planned: PlannedRequest, images: int, fastest: bool = False) -> Pace | None:
-        """The pace of a run of such requests; None if none has been measured.
+    def run_estimate(
+        self, planned: PlannedRequest, images: int, fastest: bool = False
+    ) -> RunEstimate | None:
+        """A run of such requests; None if none has been measured."""
+        shape = str(planned.shape)
+        pace = self._pace(shape, planned.guided, images, fastest)
+        if pace is None:
+            return None
+        steps, guided_steps = planned.steps_to_run, planned.guided_steps
+        before = pace.before
+        if planned.from_picture:
+            before += images * self._encode_seconds(shape, fastest)
+        unguided_step = pace.step
+        if 0 < guided_steps < steps:
+            unguided = self._pace(shape, False, images, fastest, whole=False)
+            # Half the UNet's batch, until one is measured.
+            unguided_step = pace.step / 2 if unguided is None else unguided.step
+        return RunEstimate(before, pace.step, unguided_step, pace.after, guided_steps, steps)
+
+    def _pace(
+        self, shape: str, guidance: bool, images: int, fastest: bool, whole: bool = True
+    ) -> Pace | None:
+        """The pace of runs of one kind; None if none has been measured.
 
         A number of images that has not been measured is estimated from those that have.
+
+        Args:
+            whole: of whole runs; otherwise single steps are enough, and the rest may be 0.
         """
-        seen = self._seen.get(_kind(planned)) or self._seen.get(_without_picture(planned), {})
-        if not seen:
+        seen = self._seen.get((shape, guidance), {})
+        known = {
+            count: each.fastest if fastest else each.median
+            for count, each in seen.items()
+            if each.whole or not whole
+        }
+        if not known:
             return None
-        known = {count: each.fastest if fastest else each.median for count, each in seen.items()}
         if images in known:
             return known[images]
         lower = max((count for count in known if count < images), default=None)
@@ -167,7 +265,7 @@ class Estimates:
 
     def has_evidence(self, planned: PlannedRequest) -> bool:
         """Whether enough runs of this size are recent enough to refuse a request by."""
-        observed = self._observed_at.get(_kind(planned), ())
+        observed = self._observed_at.get((str(planned.shape), planned.guided), ())
         since = self._monotonic() - EVIDENCE_SECONDS
         return sum(at >= since for at in list(observed)) >= EVIDENCE_RUNS
 
@@ -177,9 +275,23 @@ class Estimates:
         Steady clients repeat themselves: those of a run come back when it has ended, and wait
         together for the run after the next.
         """
-        kind = *_kind(planned), planned.steps_to_run, images
+        kind = str(planned.shape), planned.guided_steps, planned.steps_to_run, images
         following = list(self._following.get(kind, ()))
         return statistics.median_high(following) if following else 1
+
+    def swap_seconds(self, fastest: bool = False) -> float:
+        """Seconds of a change of LoRAs; 0 while none is measured."""
+        seen = list(self._swaps)
+        if not seen:
+            return 0.0
+        return min(seen) if fastest else statistics.median(seen)
+
+    def _encode_seconds(self, shape: str, fastest: bool) -> float:
+        """Seconds of encoding one picture; 0 while none is measured."""
+        seen = list(self._encodes.get(shape, ()))
+        if not seen:
+            return 0.0
+        return min(seen) if fastest else statistics.median(seen)
 
     # Forecasts
 
@@ -205,18 +317,22 @@ class Estimates:
         runs = [run for each in waiting for run in each.runs()]
         missing = len(target.images)
         images = self._images_before(running)
-        for batch in coming_batches(runs, lambda run: sizes(run.planned)):
+        loras = queue.loras
+        for batch in coming_batches(runs, lambda run: sizes(run.planned), loras):
             if not missing:
                 break
             planned = batch[0].planned
+            if planned.loras != loras:
+                loras = planned.loras
+                seconds += self.swap_seconds(fastest)
             # Others will join until it begins, as they did before.
             expected = 1 if fastest else self.images_after(planned, images)
             images = sum(run.next_images for run in batch)
             images = max(images, min(expected, sizes(planned)[-1]))
-            pace = self.pace(planned, images, fastest)
-            if pace is None:
+            estimate = self.run_estimate(planned, images, fastest)
+            if estimate is None:
                 return None
-            seconds += pace.run_seconds(planned.steps_to_run)
+            seconds += estimate.seconds
             missing -= sum(run.call is target.call for run in batch)
         if running is None and not queue.waiting and not fastest and target.images:
             seconds += queue.max_wait_seconds
@@ -233,35 +349,15 @@ class Estimates:
     def seconds_left(self, batch: Batch, fastest: bool = False) -> float | None:
         """Seconds until the run in progress ends; None if that is not known."""
         planned = batch.parts[0].planned
-        pace = self.pace(planned, batch.images, fastest)
-        if pace is None:
+        run = self.run_estimate(planned, batch.images, fastest)
+        if run is None:
             return None
-        steps = planned.steps_to_run
         done, since = batch.steps_done, self._monotonic() - batch.progress_at
         if done == 0:
-            least = pace.after + (steps - 1) * pace.step
-            return max(pace.run_seconds(steps) - since, least)
-        if done < steps:
-            return pace.after + (steps - done) * pace.step - min(since, pace.step)
-        return max(0.0, pace.after - since)
-
-
-def _by_field(paces: Iterable[Pace]) -> Iterable[tuple[float, ...]]:
-    return zip(*((pace.before, pace.step, pace.after) for pace in paces), strict=True)
-
-
-def _kind_of_run(run: RunTiming) -> _Kind:
-    return run.shape, run.guidance, run.stage("vae_encode") is not None
-
-
-def _kind(planned: PlannedRequest) -> _Kind:
-    return str(planned.shape), planned.guided, planned.from_picture
-
-
-def _without_picture(planned: PlannedRequest) -> _Kind:
-    """The kind that estimates a run with a picture until one has been measured: it lacks only the
-    picture's encoding."""
-    return str(planned.shape), planned.guided, False
+            return max(run.seconds - since, run.after + run.steps_seconds(1))
+        if done < run.steps:
+            return run.after + run.steps_seconds(done) - min(since, run.step_seconds(done))
+        return max(0.0, run.after - since)
 
 
 def _answer_kind(planned: PlannedRequest) -> tuple[str, str, int]:

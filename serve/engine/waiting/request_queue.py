@@ -1,8 +1,9 @@
-"""The bounded queue in front of the GPU thread, and which of its requests share a run.
+"""The bounded queue in front of the GPU thread.
 
-First come, first served: a run always takes the first request of the queue. It also takes every
-other request that has the same shape, step count and guidance scale and still fits. So a request of
-an unusual shape waits for the requests before it and for no other.
+First come, first served: a run takes the first request of the queue. It also takes every other
+request that has the same shape, step count, guidance scale and LoRAs and still fits. So a request
+of an unusual shape waits for the requests before it and for no other. The exception are requests
+that differ in their LoRAs: `run_order.first_of` groups them, within a bound.
 
 Requests join on the event loop, the GPU thread takes them, and a cancelled one leaves from any
 thread. The GPU thread never waits for the event loop.
@@ -14,71 +15,23 @@ import contextvars
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
 
+from metrics.records import LoraSet
 from serve.engine.call import Call
 from serve.engine.gpu_run import GeneratedPixels, OnStep, Outcome, Previews, RunPart
 from serve.engine.planning import PlannedRequest
+from serve.engine.waiting.run_order import begun_with, first_batch, first_of, pass_over, split
 from serve.errors import Draining, OutOfMemory, RequestError
 
 BatchSizes = Callable[[PlannedRequest], Sequence[int]]
 """The numbers of images that a run of such a request may have, ascending."""
 
-
-def split(images: int, sizes: Sequence[int]) -> list[int]:
-    """The runs of one request: one if its number of images is a size, else the largest first."""
-    runs = []
-    while images > 0:
-        runs.append(max((size for size in sizes if size <= images), default=1))
-        images -= runs[-1]
-    return runs
-
-
-class Batchable(Protocol):
-    """What decides whether requests share a run."""
-
-    @property
-    def run_key(self) -> object: ...
-    @property
-    def next_images(self) -> int:
-        """Images of its next run."""
-
-    @property
-    def alone(self) -> bool:
-        """Whether it shares no run."""
-
-
-B = TypeVar("B", bound=Batchable)
-
 RETURN_SECONDS = 0.02
 """How long the clients of a shared run take to send their next requests, all but the slowest: they
 have to receive their images first."""
-
-
-def first_batch(waiting: Iterable[B], sizes: Sequence[int]) -> list[B]:
-    """The requests of the next run: the first that waits, and those that it can share a run with.
-
-    Args:
-        sizes: the allowed numbers of images, ascending.
-    """
-    queue = iter(waiting)
-    head = next(queue)
-    batch, images = [head], head.next_images
-    if head.alone:
-        return batch
-    for other in queue:
-        if images >= sizes[-1]:
-            break
-        same = other.run_key == head.run_key and not other.alone
-        if same and images + other.next_images <= sizes[-1]:
-            batch.append(other)
-            images += other.next_images
-    while images not in sizes and len(batch) > 1:
-        images -= batch.pop().next_images
-    return batch
 
 
 @dataclass(eq=False, slots=True)
@@ -90,6 +43,7 @@ class QueuedRequest:
         future: its outcome, as `Outcome` of the whole request; raises what is no RequestError.
         alone: it shares no run, because a shared one ran out of memory.
         started: whether its first run has begun.
+        passed_over: how many runs were begun before it that came after it.
     """
 
     planned: PlannedRequest
@@ -105,10 +59,15 @@ class QueuedRequest:
     running: bool = False
     images: list[GeneratedPixels] = field(default_factory=list)
     runs_done: int = 0
+    passed_over: int = 0
 
     @property
     def run_key(self) -> object:
         return self.planned.run_key
+
+    @property
+    def loras(self) -> LoraSet:
+        return self.planned.loras
 
     @property
     def next_images(self) -> int:
@@ -152,12 +111,16 @@ class QueuedRuns:
     call: Call
     images: tuple[int, ...]
     alone: bool = False
+    passed_over: int = 0
 
     def runs(self) -> list[QueuedRun]:
-        return [QueuedRun(self.planned, self.call, images, self.alone) for images in self.images]
+        return [
+            QueuedRun(self.planned, self.call, images, self.alone, self.passed_over)
+            for images in self.images
+        ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class QueuedRun:
     """One of these runs."""
 
@@ -165,10 +128,15 @@ class QueuedRun:
     call: Call
     next_images: int
     alone: bool
+    passed_over: int = 0
 
     @property
     def run_key(self) -> object:
         return self.planned.run_key
+
+    @property
+    def loras(self) -> LoraSet:
+        return self.planned.loras
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +146,8 @@ class QueueState:
     running: Batch | None
     waiting: list[QueuedRuns]
     max_wait_seconds: float
+    loras: LoraSet = ()
+    """Of the last run that has begun: what the weights have after it."""
 
 
 class RequestQueue:
@@ -207,6 +177,8 @@ class RequestQueue:
         self._running: Batch | None = None
         self._requests_before = 1
         """How many requests shared the last run."""
+        self._loras: LoraSet = ()
+        """Of the last run."""
         self._draining = False
 
     @property
@@ -235,10 +207,16 @@ class RequestQueue:
         """A copy that does not change."""
         with self._changed:
             waiting = [
-                QueuedRuns(each.planned, each.call, tuple(map(len, each.parts)), each.alone)
+                QueuedRuns(
+                    each.planned,
+                    each.call,
+                    tuple(map(len, each.parts)),
+                    each.alone,
+                    each.passed_over,
+                )
                 for each in self._queue
             ]
-            return QueueState(self._running, waiting, self._max_wait_seconds or 0.0)
+            return QueueState(self._running, waiting, self._max_wait_seconds or 0.0, self._loras)
 
     # On the event loop
 
@@ -317,9 +295,10 @@ class RequestQueue:
         """Begin the next run; None if no request waits."""
         with self._changed:
             while self._queue:
-                head = self._queue[0]
+                place = first_of(self._queue, self._loras)
+                head = self._queue[place]
                 allowed = sizes(head.planned)
-                requests = first_batch(self._queue, allowed)
+                requests = first_batch(begun_with(self._queue, place), allowed)
                 missing = allowed[-1] - sum(each.next_images for each in requests)
                 left = self._wait_left(head, len(requests)) if missing > 0 else 0.0
                 if left <= 0:
@@ -330,6 +309,8 @@ class RequestQueue:
             batch = Batch(requests, [each.take_part() for each in requests], self._monotonic())
             self._running = batch
             self._requests_before = len(requests)
+            self._loras = head.planned.loras
+            pass_over(self._queue, place)
             self._queue = [each for each in self._queue if each.parts]
             self._report()
             return batch
@@ -410,19 +391,3 @@ class RequestQueue:
 
     def _count_not_started(self) -> int:
         return sum(not queued.started for queued in self._queue)
-
-
-def coming_batches(waiting: Iterable[B], sizes: Callable[[B], Sequence[int]]) -> Iterator[list[B]]:
-    """The runs in which the waiting requests will be drawn if no other joins them."""
-    queues: dict[object, deque[B]] = {}
-    for each in (waiting := list(waiting)):
-        queues.setdefault(each.run_key, deque()).append(each)
-    done: set[int] = set()
-    for head in waiting:
-        if id(head) in done:
-            continue
-        batch = first_batch(queues[head.run_key], sizes(head))
-        for each in batch:
-            queues[head.run_key].remove(each)
-            done.add(id(each))
-        yield batch

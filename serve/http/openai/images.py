@@ -60,10 +60,13 @@ async def create_images(runtime: Runtime, request: ImageGenerationRequest) -> Re
     if request.response_format == "url" and not runtime.uploads:
         message = "must be b64_json: this server does not upload its images"
         raise InvalidRequest([FieldProblem(("body", "response_format"), message, "no_upload")])
-    wanted = request.text_to_image(runtime.settings.steps)
+    settings = runtime.settings
+    wanted = request.text_to_image(
+        settings.default_steps, fixed_steps=settings.timesteps is not None
+    )
     call = received_call(runtime, wanted)
     if request.stream:
-        steps = wanted.num_inference_steps or runtime.settings.steps
+        steps = wanted.num_inference_steps or settings.default_steps
         previews = _previews(request, steps)
         return await stream(runtime, wanted, call, _Events(request, call), previews)
     response = await runtime.generate(wanted, call)
@@ -105,13 +108,14 @@ class _Events:
 
     def done(self, response: TextToImageResponse) -> bytes:
         usage = Usage.of_prompt(response.prompt_tokens).model_dump()
-        return b"".join(
-            event(
-                "image_generation.completed",
-                {**self._common(_base64(image), _size(image)), "usage": usage, "seed": image.seed},
-            )
-            for image in response.images
-        )
+        events = []
+        for index, image in enumerate(response.images):
+            common = self._common(_base64(image), _size(image))
+            fields = {**common, "usage": usage, "seed": image.seed}
+            if response.has_nsfw_concepts is not None:
+                fields["has_nsfw_concepts"] = [response.has_nsfw_concepts[index]]
+            events.append(event("image_generation.completed", fields))
+        return b"".join(events)
 
     def failed(self, error: RequestError) -> bytes:
         return event("error", error_body(error, self._call))
@@ -147,6 +151,7 @@ def _images(request: ImageGenerationRequest, response: TextToImageResponse) -> I
         seeds=[image.seed for image in response.images],
         trace_id=response.trace_id,
         prompt_truncated=response.prompt_truncated,
+        has_nsfw_concepts=response.has_nsfw_concepts,
     )
 
 

@@ -20,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from serve.schema import ImageFormat, TextToImageRequest
+from serve.schema import ImageFormat, LoraWeights, TextToImageRequest
 
 MOST_IMAGES = 10
 MOST_PARTIAL_IMAGES = 3
@@ -48,7 +48,7 @@ _SIZE = re.compile(r"([1-9][0-9]{1,3})x([1-9][0-9]{1,3})")
 
 
 class ImageGenerationRequest(BaseModel):
-    """`POST /v1/images/generations`: OpenAI's fields, and four of ours at the end."""
+    """`POST /v1/images/generations`: OpenAI's fields, and ours at the end."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -79,7 +79,10 @@ class ImageGenerationRequest(BaseModel):
     )
     stream: bool | None = Field(default=None, description="Server-sent events.")
     partial_images: int | None = Field(
-        default=None, ge=0, le=MOST_PARTIAL_IMAGES, description="Previews in a stream; null: none."
+        default=None,
+        ge=0,
+        le=MOST_PARTIAL_IMAGES,
+        description="Previews in a stream; null: none. With a safety checker there are none.",
     )
     user: str | None = Field(default=None, max_length=512, description="Accepted and not used.")
     safety_identifier: str | None = Field(
@@ -94,7 +97,9 @@ class ImageGenerationRequest(BaseModel):
     negative_prompt: str = Field(default="", description="What to keep out.")
     num_inference_steps: int | None = Field(default=None, description="Overrides `quality`.")
     guidance_scale: float | None = Field(default=None, description="As in `POST /`.")
+    guidance_end: float = Field(default=1.0, description="As in `POST /`.")
     seed: int | None = Field(default=None, description="Image i has this seed + i; null: drawn.")
+    loras: LoraWeights | None = Field(default=None, description="As in `POST /`.")
     decoded_partial_images: bool = Field(
         default=False,
         description="Partial images by the model's decoder; otherwise a linear map, enlarged.",
@@ -166,27 +171,30 @@ class ImageGenerationRequest(BaseModel):
     def image_format(self) -> ImageFormat:
         return self.output_format or "png"  # type: ignore[return-value]  # the others are refused
 
-    def text_to_image(self, model_steps: int) -> TextToImageRequest:
+    def text_to_image(self, model_steps: int, fixed_steps: bool = False) -> TextToImageRequest:
         """The same request in this service's own words.
 
         Args:
             model_steps: the number of denoising steps that the model takes by default.
+            fixed_steps: the model takes no other number, so `quality` does not change it.
 
         Raises:
             RequestValidationError: a value that `TextToImageRequest` does not allow.
         """
         size = None if self.size is None else _SIZE.fullmatch(self.size)
         steps = self.num_inference_steps
-        if steps is None:
+        if steps is None and not fixed_steps:
             steps = self._steps(model_steps)
         fields = {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "num_inference_steps": steps,
             "guidance_scale": self.guidance_scale,
+            "guidance_end": self.guidance_end,
             "width": int(size[1]) if size else None,
             "height": int(size[2]) if size else None,
             "seed": self.seed,
+            "loras": self.loras,
             "num_images": self.n or 1,
             "format": self.image_format,
             "image_quality": self.output_compression,
@@ -235,7 +243,7 @@ class Image(BaseModel):
 
 
 class Images(BaseModel):
-    """The response of `POST /v1/images/generations`. The last three fields are ours."""
+    """The response of `POST /v1/images/generations`. The last four fields are ours."""
 
     created: int = Field(description="Unix seconds.")
     data: list[Image]
@@ -247,6 +255,12 @@ class Images(BaseModel):
     seeds: list[int]
     trace_id: str
     prompt_truncated: bool
+    has_nsfw_concepts: list[bool] | None = Field(
+        default=None,
+        description=(
+            "With a safety checker: for each image whether it was flagged; it is black then."
+        ),
+    )
 
 
 class Model(BaseModel):

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels_warmup.compile import compile_model
@@ -17,7 +18,8 @@ from kernels_warmup.recipes import Recipe
 from kernels_warmup.rewrites.prepared_loop import SCHEDULERS, SET_BY_TIMESTEPS, prepare_loop
 from kernels_warmup.shapes import CompiledShape
 from serve.model.loading import load_model
-from serve.model.sdxl import Conditioning, SdxlModel, tokenise
+from serve.model.prompt_tokens import PromptRules, tokenise
+from serve.model.sdxl import Conditioning, SdxlModel
 from serve.model.sdxl_base import SCHEDULER_CONFIG
 
 SHAPE = CompiledShape(128, 128)
@@ -244,6 +246,48 @@ def test_nothing_waits_for_the_device_before_the_first_step(
     assert pinned == [(texts, 77), (texts, 77), (1, 4, 16, 16)]
 
 
+@pytest.mark.parametrize("name", [name for name in SERVED if name != "dpm++"])
+def test_nothing_waits_for_the_device_in_the_loop(
+    on_a_device: SdxlModel, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the scheduler's steps, nor where guidance ends."""
+    pipeline = on_a_device.pipeline
+    pipeline.scheduler = SERVED[name]
+    batches: list[int] = []
+
+    def unet(sample: torch.Tensor, timestep: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+        assert timestep.device == META
+        batches.append(len(sample))
+        return (torch.empty_like(sample),)
+
+    # The noise of a step is drawn on the device; on this one it cannot be.
+    for module in (scheduling_lcm, scheduling_euler_ancestral_discrete):
+        monkeypatch.setattr(
+            module, "randn_tensor", lambda shape, **_: torch.empty(shape, device=META)
+        )
+    pipeline.unet.forward = unet
+    model = SdxlModel(pipeline, "demo", META, (SHAPE,))
+    conditioning = model.encode_prompts(["a red circle"], ["blue"], True, SHAPE)
+
+    def run() -> None:
+        model.denoise(
+            conditioning,
+            shape=SHAPE,
+            num_inference_steps=4,
+            guidance_scale=5.0,
+            seeds=[3],
+            on_loop_begins=lambda: None,
+            on_step_enqueued=lambda *_: None,
+            guided_steps=2,
+        )
+
+    crossings(run)  # a warm-up, which fills the caches
+    batches.clear()
+    seen = crossings(run)
+    assert batches == [2, 2, 1, 1]
+    assert seen.waited == []
+
+
 def test_the_unprepared_pipeline_waits_for_each_copy(on_a_device: SdxlModel) -> None:
     """Shows that the test above can see each wait."""
     model = on_a_device
@@ -360,14 +404,14 @@ def test_texts_are_truncated_and_padded_as_diffusers_does(demo: SdxlModel) -> No
         tokenizer = copy.deepcopy(tokenizer)
         for pad in (tokenizer.pad_token, "!"):  # SDXL's second tokenizer pads with another token
             tokenizer.pad_token = pad
-            ids, counts, cut = tokenise(tokenizer, texts)
+            tokens = tokenise(tokenizer, PromptRules().read(texts))
             expected = tokenizer(
                 texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
             ).input_ids
-            assert torch.equal(ids, expected)
-            assert ids.dtype == expected.dtype
+            assert torch.equal(tokens.ids, expected)
+            assert tokens.ids.dtype == expected.dtype
     whole = demo.pipeline.tokenizer(texts, verbose=False).input_ids
-    assert counts == tuple(map(len, whole))
-    assert cut == tuple(count > 77 for count in counts)
-    assert True in cut
-    assert False in cut
+    assert tokens.counts == tuple(map(len, whole))
+    assert tokens.cut == tuple(count > 77 for count in tokens.counts)
+    assert True in tokens.cut
+    assert False in tokens.cut

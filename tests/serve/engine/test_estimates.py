@@ -15,7 +15,13 @@ from serve.engine.call import Call
 from serve.engine.gpu_run import GeneratedPixels
 from serve.engine.planning import PlannedRequest
 from serve.engine.waiting.admission import Admission
-from serve.engine.waiting.estimates import EVIDENCE_RUNS, EVIDENCE_SECONDS, NEWEST, Estimates
+from serve.engine.waiting.estimates import (
+    EVIDENCE_RUNS,
+    EVIDENCE_SECONDS,
+    NEWEST,
+    Estimates,
+    RunEstimate,
+)
 from serve.engine.waiting.request_queue import Batch, QueuedRuns, RequestQueue
 from serve.errors import DeadlineExceeded, QueueFull
 from tests.serve.conftest import request
@@ -102,7 +108,64 @@ def test_an_estimate_is_for_one_size_with_or_without_guidance() -> None:
         dataclasses.replace(planned(), shape=CompiledShape(160, 96)),
     ]
     for other in others:
-        assert server.estimates.pace(other, 1) is None
+        assert server.estimates.run_estimate(other, 1) is None
+
+
+def mixed_run_of(guided: int, steps: int, guided_ms: float, unguided_ms: float) -> RunTiming:
+    """A run whose guidance ends early, with 20 ms before its steps and 50 ms after them."""
+    at, timings = 20 * MS, []
+    for index in range(steps):
+        end = at + round(MS * (guided_ms if index < guided else unguided_ms))
+        timings.append(StepTiming(index, at, end, 0))
+        at = end
+    stages = (StageTiming("denoise", 20 * MS, at), StageTiming("vae_decode", at, at + 50 * MS))
+    return dataclasses.replace(
+        run_of(), guided_steps=guided, steps=tuple(timings), stages=stages, end_ns=at + 50 * MS
+    )
+
+
+def test_a_run_whose_guidance_ends_is_estimated_by_steps_of_both_kinds() -> None:
+    server = Server()
+    mixed = planned(guidance_end=0.6)
+
+    def seconds() -> float | None:
+        runs = QueuedRuns(mixed, new_call(), (1,))
+        return server.estimates.seconds_until_done(runs, server.queue.state(), lambda _: (1,))
+
+    server.learn(run_of(step_ms=40))
+    assert seconds() == pytest.approx(0.07 + 6 * 0.04 + 4 * 0.02)  # half, until one is measured
+    server.learn(run_of(step_ms=25, guidance=False))
+    assert seconds() == pytest.approx(0.07 + 6 * 0.04 + 4 * 0.025)
+    server.queue.join(mixed, new_call(), None, (1,))
+    batch = server.begun()
+    left = [server.estimates.seconds_left(batch)]
+    for _ in range(10):
+        server.queue.step_ended(batch)
+        left.append(server.estimates.seconds_left(batch))
+    steps = [0.04] * 6 + [0.025] * 4
+    assert left == pytest.approx(
+        [0.07 + sum(steps), *(0.05 + sum(steps[done:]) for done in range(1, 11))]
+    )
+
+
+def test_a_run_whose_guidance_ends_teaches_the_steps_of_both_kinds() -> None:
+    server = Server()
+    server.learn(mixed_run_of(guided=3, steps=5, guided_ms=40, unguided_ms=15))
+
+    def estimate(scale: float, **fields: Any) -> RunEstimate | None:
+        return server.estimates.run_estimate(planned(guidance_scale=scale, **fields), 1)
+
+    mixed, guided = estimate(5.0, guidance_end=0.5), estimate(5.0)
+    assert mixed is not None
+    assert guided is not None
+    assert mixed.seconds == pytest.approx(0.07 + 5 * 0.04 + 5 * 0.015)
+    assert guided.seconds == pytest.approx(0.07 + 10 * 0.04)
+    # Of a run without guidance it does not say how long the text takes.
+    assert estimate(1.0) is None
+    server.learn(run_of(step_ms=25, guidance=False))
+    unguided = estimate(1.0)
+    assert unguided is not None
+    assert unguided.seconds == pytest.approx(0.07 + 10 * 0.02)  # the median of 15 and 25
 
 
 def test_slow_runs_do_not_move_the_estimate_until_they_are_usual() -> None:
@@ -135,9 +198,9 @@ def test_a_number_of_images_that_was_not_measured() -> None:
         estimates.observe_run(run_of(images, step_ms), serving=True)
 
     def step_ms(images: int, fastest: bool = False) -> float:
-        pace = estimates.pace(planned(), images, fastest)
-        assert pace is not None
-        return 1e3 * pace.step
+        run = estimates.run_estimate(planned(), images, fastest)
+        assert run is not None
+        return 1e3 * run.guided_step
 
     assert [step_ms(images) for images in (1, 2, 3, 4, 8)] == pytest.approx([40, 40, 50, 60, 120])
     assert [step_ms(images, True) for images in (1, 8)] == pytest.approx([20, 60])

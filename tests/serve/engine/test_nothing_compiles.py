@@ -26,19 +26,23 @@ from kernels_warmup.warmup import compiler_counts
 from metrics.slow_reason import slow_reason
 from serve.engine.build import build_runtime
 from serve.engine.gpu_run import RunPart
+from serve.engine.planning import PlannedRequest
 from serve.engine.runtime import Runtime
 from serve.errors import InvalidRequest
+from serve.model.loading import load_model
 from serve.schema import EXAMPLE_PICTURE, ImageToImageRequest
+from serve.setting_fields import parse_loras
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels, settings
+from tests.support import loras
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own insides
 
 
 @pytest.fixture(scope="module")
 def compiled(traced: None) -> Iterator[Runtime]:
-    """The demo at both its sizes, warm."""
-    runtime = build(compile="default")
+    """The demo at both its sizes, warm. Other sizes are served too, cold."""
+    runtime = build(compile="default", serve_cold_shapes=True)
     asyncio.run(runtime.start())
     yield runtime
     runtime.close(5)
@@ -53,11 +57,12 @@ def unmeasured(model: Any) -> CompiledModel:
 
 
 @pytest.fixture(scope="module")
-def rewritten(traced: None) -> Iterator[Runtime]:
-    """The demo at one size with every rewrite, warm."""
-    runtime = build_runtime(
-        settings(shapes=(CompiledShape(128, 128),)), CollectorRegistry(), prepare=unmeasured
-    )
+def rewritten(traced: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    """The demo at one size with every rewrite, warm; it has a LoRA of every kind of weight."""
+    made = loras.as_peft(loras.make(load_model("demo", None, "cpu").pipeline))
+    file = loras.save(made, tmp_path_factory.mktemp("loras") / "ink.safetensors")
+    chosen = settings(shapes=(CompiledShape(128, 128),), loras=parse_loras(f"ink={file}"))
+    runtime = build_runtime(chosen, CollectorRegistry(), prepare=unmeasured)
     asyncio.run(runtime.start())
     yield runtime
     runtime.close(5)
@@ -66,6 +71,7 @@ def rewritten(traced: None) -> Iterator[Runtime]:
 FIELDS: dict[str, tuple[Any, ...]] = {
     "num_inference_steps": (1, 2, 3, 7),
     "guidance_scale": (0, 1.0, 1.5, 7.25, None),
+    "guidance_end": (1, 0.5, 0.9, 0, 0.8, 1.0, 0.6),
     "prompt": ("a red circle", "a " * 150, "赤い丸"),
     "negative_prompt": ("", "blue"),
     "seed": (0, 1, 2**63 - 1),
@@ -88,11 +94,22 @@ def mixed_requests(count: int) -> list[dict[str, Any]]:
     return made
 
 
+def planned_guided_steps(fields: dict[str, Any]) -> int:
+    wanted = request(**fields)
+    scale = 5.0 if wanted.guidance_scale is None else wanted.guidance_scale
+    steps = fields["num_inference_steps"]
+    return PlannedRequest(wanted, CompiledShape(128, 128), steps, scale, 0).guided_steps
+
+
 def test_the_mix_has_every_pair_of_size_and_guidance() -> None:
     mixed = mixed_requests(50)
     for name, values in FIELDS.items():
         if name != "size":
             assert {fields[name] for fields in mixed} == set(values)
+    assert (
+        sum(0 < planned_guided_steps(fields) < fields["num_inference_steps"] for fields in mixed)
+        > 8
+    )
     pairs = {(fields["width"], fields["guidance_scale"]) for fields in mixed}
     assert len(pairs) == len(FIELDS["size"]) * len(FIELDS["guidance_scale"])
 
@@ -137,9 +154,12 @@ def test_nothing_compiles_where_runs_without_negative_have_a_graph(rewritten: Ru
     served: list[PerShape] = []
     with pytest.MonkeyPatch.context() as patch:
         real = PerShape.__call__
-        patch.setattr(
-            PerShape, "__call__", lambda self, *given: (served.append(self), real(self, *given))[1]
-        )
+
+        def watched(self: PerShape, *given: Any, **options: Any) -> Any:
+            served.append(self)
+            return real(self, *given, **options)
+
+        patch.setattr(PerShape, "__call__", watched)
         for fields in mixed_requests(50):
             call = new_call(rewritten)
             generate(rewritten, call, **fields | {"width": 128, "height": 128})
@@ -148,8 +168,26 @@ def test_nothing_compiles_where_runs_without_negative_have_a_graph(rewritten: Ru
     assert compiler_counts() == before
     assert counted(rewritten, "sdxl_recompiles_total") == 0
     assert served.count(decode) == 50
-    assert served.count(short) > 20
+    assert served.count(short) > 15
     assert served.count(full) > 20
+
+
+def test_nothing_compiles_for_a_lora(rewritten: Runtime) -> None:
+    """The compiler's guards watch the weights; a change in place fails none of them."""
+    before = compiler_counts()
+    for more in ({}, {"guidance_scale": 1.0}, {"negative_prompt": "blue"}):
+        fields = {"format": "png", "num_inference_steps": 2, **more}
+        drawn = []
+        for wanted in ([], [{"path": "ink"}], [{"path": "ink", "scale": -0.5}], []):
+            call = new_call(rewritten)
+            drawn.append(pixels(generate(rewritten, call, loras=wanted, **fields)))
+            assert call.run is not None
+            assert not call.run.eager_fallback
+        assert np.array_equal(drawn[0], drawn[3])
+        assert np.abs(drawn[1].astype(int) - drawn[0]).mean() > 1
+        assert not np.array_equal(drawn[1], drawn[2])
+    assert compiler_counts() == before
+    assert counted(rewritten, "sdxl_recompiles_total") == 0
 
 
 def test_the_function_for_runs_without_negative_draws_the_same_picture(
@@ -202,6 +240,7 @@ def test_readiness_and_metrics_describe_the_start(compiled: Runtime) -> None:
     ready = compiled.readiness.as_json()
     assert ready["shapes"] == ["128x128", "160x96"]
     assert ready["left_out"] == {}
+    assert ready["batch_sizes"] == {"128x128": (1,), "160x96": (1,)}  # more where an operator asks
     # One of the UNet with guidance, one without, one of the decoder, for each size.
     assert ready["compile"]["graphs"] == 6
     assert ready["compile"]["mode"] == "default"
@@ -291,21 +330,19 @@ def test_auto_on_a_cpu_compiles_nothing_and_has_no_fallback(tmp_path: Path) -> N
         runtime.close(1)
 
 
-def test_a_cold_size_is_served_if_the_operator_allows_it(traced: None) -> None:
-    runtime = build(
-        compile="default", shapes=(CompiledShape(128, 128),), serve_cold_shapes=True, steps=1
-    )
-    asyncio.run(runtime.start())
-    before = compiler_counts()
-    call = new_call(runtime)
-    response = generate(runtime, call, width=136, height=72)
+def test_a_cold_size_is_served_if_the_operator_allows_it(compiled: Runtime) -> None:
+    def cold_runs_and_recompiles() -> tuple[float, float]:
+        names = ("sdxl_cold_shape_runs_total", "sdxl_recompiles_total")
+        return counted(compiled, names[0]), counted(compiled, names[1])
+
+    compiler, runs = compiler_counts(), cold_runs_and_recompiles()
+    call = new_call(compiled)
+    response = generate(compiled, call, width=136, height=72, num_inference_steps=1)
     assert (response.image.width, response.image.height) == (136, 72)
     assert call.run is not None
     assert call.run.eager_fallback
-    assert compiler_counts() == before
-    assert counted(runtime, "sdxl_cold_shape_runs_total") == 1
-    assert counted(runtime, "sdxl_recompiles_total") == 0
+    assert compiler_counts() == compiler
+    assert cold_runs_and_recompiles() == (runs[0] + 1, runs[1])
     for width, height in ((1024, 1024), (130, 72), (64, 32)):
-        with pytest.raises(InvalidRequest, match="one of 128x128, or any of at most 16384 pixels"):
-            generate(runtime, width=width, height=height)
-    runtime.close(1)
+        with pytest.raises(InvalidRequest, match="128x128, 160x96, or any of at most 16384 pixels"):
+            generate(compiled, width=width, height=height)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from kernels_warmup.shapes import CompiledShape
+from metrics.records import LoraSet
 from metrics.sampling import TraceIdentity
 from serve.engine.call import Call
 from serve.engine.cancellation import Cancellation
@@ -21,10 +22,8 @@ from serve.engine.waiting.request_queue import (
     Batch,
     QueuedRequest,
     RequestQueue,
-    coming_batches,
-    first_batch,
-    split,
 )
+from serve.engine.waiting.run_order import coming_batches, first_batch, split
 from serve.errors import ClientGone, DeadlineExceeded, Draining, OutOfMemory
 from tests.serve.conftest import request
 
@@ -41,6 +40,8 @@ class Waiting:
     run_key: str
     next_images: int = 1
     alone: bool = False
+    loras: LoraSet = ()
+    passed_over: int = 0
 
 
 def batch_of(*waiting: Waiting, sizes: tuple[int, ...] = ANY) -> list[int]:

@@ -47,7 +47,7 @@ def slow_model(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
         images = len(latents)
         time.sleep(0.010 + 0.005 * images)
         pixels = torch.zeros((images, 128, 128, 3), dtype=torch.uint8)
-        return DecodedImages(pixels, torch.ones(images, dtype=torch.bool))
+        return DecodedImages(pixels, torch.ones(images, dtype=torch.bool), pixels)
 
     monkeypatch.setattr(model, "denoise", denoise)
     monkeypatch.setattr(model, "decode", decode)

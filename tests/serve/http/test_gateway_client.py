@@ -147,6 +147,12 @@ def test_only_the_fields_that_the_caller_set_are_sent(image_app: ImageApp) -> No
     assert "authorization" not in headers
 
 
+def test_loras_are_passed_on_as_they_were_sent(image_app: ImageApp) -> None:
+    wanted = [{"path": "ink", "scale": 0.5}, {"path": "chalk"}]
+    assert ask(image_app, {"loras": wanted}).status_code == 200
+    assert image_app.requests[0][1]["loras"] == wanted
+
+
 def test_the_image_apps_deadline_is_the_callers_remaining_time(image_app: ImageApp) -> None:
     ask(image_app, {"deadline_seconds": 2})
     assert 1.5 < image_app.requests[0][1]["deadline_seconds"] <= 2

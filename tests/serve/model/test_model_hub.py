@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,14 +26,17 @@ pytestmark = pytest.mark.timeout(300)
 REPOSITORY = "someone/tiny-sdxl"
 
 LOAD = """
-import sys
+import json, sys
 from serve.errors import ModelError
 from serve.model.loading import load_model
-try:
-    model = load_model(sys.argv[1], sys.argv[2] or None, device_name="cpu")
-except ModelError as error:
-    sys.exit(f"ModelError: {error}")
-print(model.name, model.dtype, sum(p.numel() for p in model.pipeline.unet.parameters()))
+said = {}
+for name, revision in json.loads(sys.argv[1]):
+    try:
+        model = load_model(name, revision or None, device_name="cpu")
+        said[f"{name}@{revision}"] = f"{model.name} {model.dtype}"
+    except ModelError as error:
+        said[f"{name}@{revision}"] = f"ModelError: {error}"
+print(json.dumps(said))
 """
 
 
@@ -50,9 +55,11 @@ def revisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"main": both, "plain": plain}
 
 
-def load(hub: HubEndpoint, cache: Path, name: str = REPOSITORY, revision: str = "") -> str:
+def load(hub: HubEndpoint, cache: Path, *wanted: tuple[str, str]) -> dict[str, str]:
+    """`name@revision` -> the model's name and type, or the error. In one process of its own, which
+    takes seconds to start; each of its loads takes less than one."""
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, name, revision],
+        [sys.executable, "-c", LOAD, json.dumps(wanted)],
         env=clean_environment(
             {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
         ),
@@ -61,38 +68,62 @@ def load(hub: HubEndpoint, cache: Path, name: str = REPOSITORY, revision: str = 
         timeout=240,
         check=False,
     )
-    return done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    said: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return said
 
 
-def test_half_precision_is_fetched_if_the_repository_has_it(
-    revisions: dict[str, Path], tmp_path: Path
-) -> None:
+@dataclass(frozen=True)
+class Loaded:
+    """What loading said, and which files of which revision the hub gave."""
+
+    said: dict[str, str]
+    fetched: list[tuple[str, str]]
+    said_without_hub: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def loaded(revisions: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    cache = tmp_path_factory.mktemp("cache")
     with hub_endpoint(REPOSITORY, revisions) as hub:
-        assert "tiny-sdxl torch.float32" in load(hub, tmp_path)
-        weights = [path for _, path in hub.fetched if "safetensors" in path or ".bin" in path]
-        assert len(weights) == 4
-        assert all(".fp16.safetensors" in path for path in weights)
+        said = load(
+            hub,
+            cache,
+            (REPOSITORY, ""),
+            (REPOSITORY, "plain"),
+            (REPOSITORY, "nowhere"),
+            ("someone/else", ""),
+        )
+    # The same address, where nothing listens now.
+    return Loaded(said, hub.fetched, load(hub, cache, (REPOSITORY, "plain")))
 
 
-def test_a_revision_is_pinned_and_may_have_one_precision(
-    revisions: dict[str, Path], tmp_path: Path
-) -> None:
-    with hub_endpoint(REPOSITORY, revisions) as hub:
-        assert "tiny-sdxl torch.float32" in load(hub, tmp_path, revision="plain")
-        assert {revision for revision, _ in hub.fetched} == {"plain"}
-        assert not any(".fp16." in path for _, path in hub.fetched)
+def test_half_precision_is_fetched_if_the_repository_has_it(loaded: Loaded) -> None:
+    assert loaded.said[f"{REPOSITORY}@"] == "tiny-sdxl torch.float32"
+    fetched = [path for revision, path in loaded.fetched if revision == "main"]
+    weights = [path for path in fetched if "safetensors" in path or ".bin" in path]
+    assert len(weights) == 4
+    assert all(".fp16.safetensors" in path for path in weights)
 
 
-def test_a_missing_revision_or_repository_is_an_error(
-    revisions: dict[str, Path], tmp_path: Path
-) -> None:
-    with hub_endpoint(REPOSITORY, revisions) as hub:
-        said = load(hub, tmp_path, revision="nowhere")
-        assert "ModelError" in said
-        assert REPOSITORY in said
-        said = load(hub, tmp_path, name="someone/else")
-        assert "ModelError" in said
-        assert "someone/else" in said
+def test_a_revision_is_pinned_and_may_have_one_precision(loaded: Loaded) -> None:
+    assert loaded.said[f"{REPOSITORY}@plain"] == "tiny-sdxl torch.float32"
+    assert {revision for revision, _ in loaded.fetched} == {"main", "plain"}
+    fetched = [path for revision, path in loaded.fetched if revision == "plain"]
+    assert len([path for path in fetched if path.endswith(".safetensors")]) == 4
+    assert not any(".fp16." in path for path in fetched)
+
+
+def test_a_missing_revision_or_repository_is_an_error(loaded: Loaded) -> None:
+    for name, revision in ((REPOSITORY, "nowhere"), ("someone/else", "")):
+        said = loaded.said[f"{name}@{revision}"]
+        assert said.startswith("ModelError")
+        assert name in said
+
+
+def test_what_was_downloaded_before_is_used_without_the_hub(loaded: Loaded) -> None:
+    # A directory's name instead of the repository's would make another model of it.
+    assert loaded.said_without_hub == {f"{REPOSITORY}@plain": "tiny-sdxl torch.float32"}
 
 
 # A hub that does not answer ----------------------------------------------------------------------
@@ -148,18 +179,6 @@ def test_why_the_hub_gives_nothing_is_a_clause_without_its_address(
             variant_on_hub(REPOSITORY, "v9")
     assert "hunter2" not in str(caught.value)
     assert str(port) not in str(caught.value)
-
-
-def test_what_was_downloaded_before_is_used_without_the_hub(
-    revisions: dict[str, Path], tmp_path: Path
-) -> None:
-    with hub_endpoint(REPOSITORY, revisions) as hub:
-        assert "tiny-sdxl torch.float32" in load(hub, tmp_path, revision="plain")
-    # The same address, where nothing listens now.
-    said = load(hub, tmp_path, revision="plain")
-    assert "plain torch.float32" not in said
-    assert "tiny-sdxl torch.float32" in said
-    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(
