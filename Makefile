@@ -14,9 +14,10 @@ PORT ?= 8080
 serve: $(INSTALLED)  ## serve the model on http://HOST:PORT
 	@$(RUN) -m serve --host $(HOST) --port $(PORT)
 
-# Tests that compare durations run first and alone: two workers would slow each other unevenly. One
-# thread a process, since two processes of two threads each wait for each other on two cores.
-WORKERS ?= 2
+# Tests that compare durations run first and alone: several workers would slow each other unevenly.
+# More workers than two cores, because many tests wait for processes and time limits. One thread a
+# process, since two processes of two threads each wait for each other on two cores.
+WORKERS ?= 3
 QUICK := not gpu and not slow
 test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)  ## what CI runs

@@ -93,7 +93,7 @@ FAULTS = (
 
 REQUEST = {"prompt": "a red circle", "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 1}
 
-ROUNDS = 8
+ROUNDS = 6
 SPANS = 11
 """Of one request: ten and a step."""
 

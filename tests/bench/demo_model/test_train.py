@@ -107,6 +107,7 @@ def test_a_phase_ends_by_steps_or_by_seconds_whichever_comes_first() -> None:
     assert Limit(None, 10.0).progress(10_000, 5.0) == 0.5
 
 
+@pytest.mark.slow
 def test_processes_render_the_scenes_one_process_does(tmp_path: Path) -> None:
     # In a process of its own: forking one that holds threads warns, and warnings are errors here.
     program = """
@@ -173,6 +174,7 @@ def run(out: Path, **changes: object) -> dict[str, object]:
     )
 
 
+@pytest.mark.slow
 def test_a_whole_run_leaves_checkpoint_card_figures_grid_and_archive(trained: Path) -> None:
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["vae_steps"] == metrics["diffusion_steps"] == 2
@@ -187,6 +189,7 @@ def test_a_whole_run_leaves_checkpoint_card_figures_grid_and_archive(trained: Pa
     assert {"checkpoint/model_index.json", "checkpoint/README.md"} <= set(names)
 
 
+@pytest.mark.slow
 def test_training_moves_every_part_but_leaves_random_numbers_alone(trained: Path) -> None:
     before = torch.random.get_rng_state()
     fresh = build_pipeline(0)
@@ -196,6 +199,7 @@ def test_training_moves_every_part_but_leaves_random_numbers_alone(trained: Path
     assert not torch.equal(state["modules"][name], fresh.unet.conv_in.weight)
 
 
+@pytest.mark.slow
 def test_states_of_another_plan_are_refused(trained: Path) -> None:
     with pytest.raises(SystemExit, match="another plan"):
         run(trained, seed=1)

@@ -156,6 +156,8 @@ def test_a_start_from_the_cache_compiles_nothing(
     # Without the probes and the header that inductor would compile first.
     monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+    # Without the pool of compiling processes, which import torch for one function.
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     cold, kept = (json.loads(run(COMPILING, folder).stdout) for _ in range(2))
     assert (cold["restored"], cold["stored"]) == ("miss", "stored")
     assert cold["counters"]["fxgraph_cache_miss"] == 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -399,17 +400,21 @@ def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
     return narrow.view(torch.uint8).numpy()
 
 
-def main() -> None:
+def main(wanted: list[str]) -> None:
+    """Print the figures of the wanted element types, of `checks` and of `fp8`, as JSON."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "Triton would look for a GPU"
     found: dict[str, dict[str, float]] = {}
     with torch.no_grad(), mock.patch.object(interpreter, "_convert_float", convert_float):
-        for name, dtype in TYPES.items():
+        for name in set(wanted) & set(TYPES):
             for part in (norms, norms_fp8, attentions, self_attentions, geglus, residual):
-                found[f"{part.__name__} {name}"] = dict(part(dtype))
-        for check in (gelu, operators, flops, rows, whole, whole_fp8):
-            found[check.__name__] = dict(check())
+                found[f"{part.__name__} {name}"] = dict(part(TYPES[name]))
+        if "checks" in wanted:
+            for check in (gelu, operators, flops, rows, whole):
+                found[check.__name__] = dict(check())
+        if "fp8" in wanted:
+            found[whole_fp8.__name__] = dict(whole_fp8())
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

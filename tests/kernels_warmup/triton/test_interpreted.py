@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -22,11 +23,17 @@ ROUNDING = {"float32": 1e-6, "float16": 3e-4}
 """Relative error of one operator. Rounding an exact result to float16 alone gives 2.8e-4."""
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, dict[str, float]]:
+DTYPES = pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)]
+)
+"""The same cases in both types: float32 shows a wrong computation by far more."""
+
+
+@functools.cache
+def figures(*wanted: str) -> dict[str, dict[str, float]]:
     """Check -> case -> figure, from a separate process: Triton reads the switch at its import."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels_warmup.triton.interpreted"],
+        [sys.executable, "-m", "tests.kernels_warmup.triton.interpreted", *wanted],
         env=clean_environment({"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}),
         cwd=ROOT,
         capture_output=True,
@@ -38,7 +45,15 @@ def found() -> dict[str, dict[str, float]]:
     return result
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.fixture
+def found(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("dtype") == "float16":
+        return figures("float16")
+    return figures("float32", "checks")
+
+
+@DTYPES
 @pytest.mark.parametrize(
     ("kernel", "cases"),
     [("norms", 15), ("attentions", 11), ("self_attentions", 10), ("geglus", 3), ("residual", 12)],
@@ -55,7 +70,7 @@ def test_a_kernel_computes_what_its_reference_does(
     assert max(errors.values()) < ROUNDING[dtype], errors
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@DTYPES
 def test_a_norm_as_fp8_is_the_reference_rounded(
     dtype: str, found: dict[str, dict[str, float]]
 ) -> None:
@@ -140,10 +155,9 @@ def test_a_whole_unet_by_the_kernels_gives_the_unmodified_result(
     assert max(whole.values()) < 1e-5, whole
 
 
-def test_a_whole_unet_with_norms_as_fp8_gives_what_plain_operators_do(
-    found: dict[str, dict[str, float]],
-) -> None:
-    whole = dict(found["whole_fp8"])
+@pytest.mark.slow
+def test_a_whole_unet_with_norms_as_fp8_gives_what_plain_operators_do() -> None:
+    whole = dict(figures("fp8")["whole_fp8"])
     for way in ("by row", "static"):
         calls = {
             name.removeprefix(f"{way} stepspan."): whole.pop(name)

@@ -38,11 +38,13 @@ from tests.support import loras
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own insides
 
+SIZES = (CompiledShape(64, 64), CompiledShape(96, 64))
+
 
 @pytest.fixture(scope="module")
 def compiled(traced: None) -> Iterator[Runtime]:
-    """The demo at both its sizes, warm. Other sizes are served too, cold."""
-    runtime = build(compile="default", serve_cold_shapes=True)
+    """The demo at two sizes, warm. Other sizes are served too, cold."""
+    runtime = build(compile="default", shapes=SIZES, serve_cold_shapes=True)
     asyncio.run(runtime.start())
     yield runtime
     runtime.close(5)
@@ -61,7 +63,7 @@ def rewritten(traced: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """The demo at one size with every rewrite, warm; it has a LoRA of every kind of weight."""
     made = loras.as_peft(loras.make(load_model("demo", None, "cpu").pipeline))
     file = loras.save(made, tmp_path_factory.mktemp("loras") / "ink.safetensors")
-    chosen = settings(shapes=(CompiledShape(128, 128),), loras=parse_loras(f"ink={file}"))
+    chosen = settings(shapes=(CompiledShape(64, 64),), loras=parse_loras(f"ink={file}"))
     runtime = build_runtime(chosen, CollectorRegistry(), prepare=unmeasured)
     asyncio.run(runtime.start())
     yield runtime
@@ -76,7 +78,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "negative_prompt": ("", "blue"),
     "seed": (0, 1, 2**63 - 1),
     "format": ("jpeg", "png", "webp"),
-    "size": ((128, 128), (160, 96)),
+    "size": ((64, 64), (96, 64)),
 }
 
 
@@ -98,7 +100,7 @@ def planned_guided_steps(fields: dict[str, Any]) -> int:
     wanted = request(**fields)
     scale = 5.0 if wanted.guidance_scale is None else wanted.guidance_scale
     steps = fields["num_inference_steps"]
-    return PlannedRequest(wanted, CompiledShape(128, 128), steps, scale, 0).guided_steps
+    return PlannedRequest(wanted, CompiledShape(64, 64), steps, scale, 0).guided_steps
 
 
 def test_the_mix_has_every_pair_of_size_and_guidance() -> None:
@@ -162,7 +164,7 @@ def test_nothing_compiles_where_runs_without_negative_have_a_graph(rewritten: Ru
         patch.setattr(PerShape, "__call__", watched)
         for fields in mixed_requests(50):
             call = new_call(rewritten)
-            generate(rewritten, call, **fields | {"width": 128, "height": 128})
+            generate(rewritten, call, **fields | {"width": 64, "height": 64})
             assert call.run is not None
             assert not call.run.eager_fallback
     assert compiler_counts() == before
@@ -221,7 +223,7 @@ def test_images_of_one_run_share_what_their_negatives_allow(
 @pytest.mark.timeout(3600)
 def test_nothing_compiles_in_five_hundred_mixed_requests_of_generated_code() -> None:
     torch.compiler.reset()
-    runtime = build(compile="default")
+    runtime = build(compile="default", shapes=SIZES)
     asyncio.run(runtime.start())
     before = compiler_counts()
     assert before.graphs >= 6
@@ -238,20 +240,20 @@ def test_nothing_compiles_in_five_hundred_mixed_requests_of_generated_code() -> 
 
 def test_readiness_and_metrics_describe_the_start(compiled: Runtime) -> None:
     ready = compiled.readiness.as_json()
-    assert ready["shapes"] == ["128x128", "160x96"]
+    assert ready["shapes"] == ["64x64", "96x64"]
     assert ready["left_out"] == {}
-    assert ready["batch_sizes"] == {"128x128": (1,), "160x96": (1,)}  # more where an operator asks
+    assert ready["batch_sizes"] == {"64x64": (1,), "96x64": (1,)}  # more where an operator asks
     # One of the UNet with guidance, one without, one of the decoder, for each size.
     assert ready["compile"]["graphs"] == 6
     assert ready["compile"]["mode"] == "default"
     assert list(ready["warmup_ms"]) == [
         "load_model",
         "prepare",
-        "compile 128x128",
-        "compile 160x96",
+        "compile 64x64",
+        "compile 96x64",
         "verify",
-        "count_flops 128x128",
-        "count_flops 160x96",
+        "count_flops 64x64",
+        "count_flops 96x64",
     ]
     assert counted(compiled, "sdxl_graph_breaks") == 0
     assert counted(compiled, "sdxl_warmup_duration_seconds", phase="compile") == pytest.approx(
@@ -344,5 +346,5 @@ def test_a_cold_size_is_served_if_the_operator_allows_it(compiled: Runtime) -> N
     assert compiler_counts() == compiler
     assert cold_runs_and_recompiles() == (runs[0] + 1, runs[1])
     for width, height in ((1024, 1024), (130, 72), (64, 32)):
-        with pytest.raises(InvalidRequest, match="128x128, 160x96, or any of at most 16384 pixels"):
+        with pytest.raises(InvalidRequest, match="64x64, 96x64, or any of at most 16384 pixels"):
             generate(compiled, width=width, height=height)
