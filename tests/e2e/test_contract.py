@@ -230,10 +230,11 @@ def test_head_is_answered_like_get(server: Server, path: str) -> None:
 
 
 def test_a_third_request_is_429_with_retry_after(server: Server) -> None:
-    slow = body(num_inference_steps=60)
+    # Of different numbers of steps, so that no two share a run.
+    slow = [body(num_inference_steps=steps) for steps in (60, 61, 62)]
     # One client, because making one may take longer than the requests on a busy machine.
     with httpx.Client(timeout=300) as client, ThreadPoolExecutor(3) as threads:
-        asked = [threads.submit(client.post, server.process.url, json=slow) for _ in range(3)]
+        asked = [threads.submit(client.post, server.process.url, json=each) for each in slow]
         answers = [each.result() for each in asked]
     refused, *served = sorted(answers, key=lambda answer: -answer.status_code)
     assert [answer.status_code for answer in served] == [200, 200]
@@ -349,8 +350,11 @@ def test_a_failure_midway_is_the_streams_last_event(server: Server) -> None:
     # A deadline that passes midway, and is not so short that the request is refused at once.
     refused = server.generate(deadline_seconds=0.2, **SLOW)
     eta_ms = refused.json().get("eta_ms", 3000)
-    answer = server.generate("/stream", deadline_seconds=0.7 * eta_ms / 1000, **SLOW)
-    name, data = events(answer.text)[-1]
+    for share in (0.7, 0.5, 0.35, 0.25):  # the estimate may come from a time when all was slower
+        answer = server.generate("/stream", deadline_seconds=share * eta_ms / 1000, **SLOW)
+        name, data = events(answer.text)[-1]
+        if name == "error":
+            break
     assert (answer.status_code, name) == (200, "error")
     assert data["error_type"] == "deadline_exceeded"
 

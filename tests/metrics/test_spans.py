@@ -317,7 +317,7 @@ def requests(draw: st.DrawFn) -> RequestTiming:
 
 
 @given(requests())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_nothing_leaves_its_parent_and_siblings_never_overlap(request: RequestTiming) -> None:
     assert_nested(emitted(request))
 

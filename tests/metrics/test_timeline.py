@@ -267,7 +267,7 @@ def assert_true(script: Script) -> None:
 
 
 @given(scripts)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_the_record_of_any_run_is_true_on_either_clock(script: Script) -> None:
     assert_true(script)
 

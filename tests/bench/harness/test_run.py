@@ -226,6 +226,7 @@ def worktrees(place: Path) -> int:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_two_commits_are_timed_in_the_same_rounds(
     clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,7 @@ def decode() -> Lowered:
     return count(whole(channels_last=True), "decode")
 
 
+@pytest.mark.slow
 def test_group_norm_in_channels_last_is_read_in_short_runs(decode: Lowered) -> None:
     """This made the H200's decode slow (bench/results/notes.md)."""
     reductions = [x for x in decode.launches if x.kind == "generated: reduction"]
@@ -140,6 +141,7 @@ def test_a_summary_adds_up_and_is_bound_by_bytes_or_products() -> None:
     assert summarise(lowered, tflops=1e9, gbps=1000)["gemm"]["floor_ms"] == pytest.approx(0.02)
 
 
+@pytest.mark.slow
 def test_the_command_counts_scenarios_side_by_side(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,7 +168,7 @@ def test_kernels_of_our_own_are_not_counted_without_triton(monkeypatch: pytest.M
         count(whole(text_once=True, layer_norm=True))
 
 
-def test_torch_reports_no_gpu_afterwards(decode: Lowered) -> None:
+def test_torch_reports_no_gpu_afterwards(plain: Lowered) -> None:
     assert decode.launches
     assert torch.cuda.is_available() == (torch.cuda.device_count() > 0)
     if not torch.backends.cuda.is_built():

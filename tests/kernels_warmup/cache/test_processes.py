@@ -150,6 +150,7 @@ print(json.dumps({
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_a_start_from_the_cache_compiles_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -401,7 +401,7 @@ def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
 
 
 def main(wanted: list[str]) -> None:
-    """Print the figures of the wanted element types, of `checks` and of `fp8`, as JSON."""
+    """Print the figures of the wanted element types, of `checks` and of `whole`, as JSON."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "Triton would look for a GPU"
     found: dict[str, dict[str, float]] = {}
     with torch.no_grad(), mock.patch.object(interpreter, "_convert_float", convert_float):
@@ -409,10 +409,11 @@ def main(wanted: list[str]) -> None:
             for part in (norms, norms_fp8, attentions, self_attentions, geglus, residual):
                 found[f"{part.__name__} {name}"] = dict(part(TYPES[name]))
         if "checks" in wanted:
-            for check in (gelu, operators, flops, rows, whole):
+            for check in (gelu, operators, flops, rows):
                 found[check.__name__] = dict(check())
-        if "fp8" in wanted:
-            found[whole_fp8.__name__] = dict(whole_fp8())
+        if "whole" in wanted:
+            for check in (whole, whole_fp8):
+                found[check.__name__] = dict(check())
     print(json.dumps(found))
 
 

@@ -124,10 +124,9 @@ def test_the_bench_has_a_row_for_every_candidate(found: dict[str, dict[str, floa
     }
 
 
-def test_a_whole_unet_by_the_kernels_gives_the_unmodified_result(
-    found: dict[str, dict[str, float]],
-) -> None:
-    whole = dict(found["whole"])
+@pytest.mark.slow
+def test_a_whole_unet_by_the_kernels_gives_the_unmodified_result() -> None:
+    whole = dict(figures("whole")["whole"])
     calls = {name: whole.pop(name) for name in list(whole) if "stepspan." in name}
     in_residual = {
         name.removeprefix("residual "): calls.pop(name)
@@ -157,7 +156,7 @@ def test_a_whole_unet_by_the_kernels_gives_the_unmodified_result(
 
 @pytest.mark.slow
 def test_a_whole_unet_with_norms_as_fp8_gives_what_plain_operators_do() -> None:
-    whole = dict(figures("fp8")["whole_fp8"])
+    whole = dict(figures("whole")["whole_fp8"])
     for way in ("by row", "static"):
         calls = {
             name.removeprefix(f"{way} stepspan."): whole.pop(name)
