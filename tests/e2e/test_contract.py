@@ -151,7 +151,7 @@ JSON = {"content-type": "application/json"}
     [
         ("GET", "/xylograph", 404, "not_found"),
         ("POST", "/xylograph", 404, "not_found"),
-        ("GET", "/", 405, "method_not_allowed"),
+        ("PUT", "/", 405, "method_not_allowed"),
         ("DELETE", "/stream", 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),
         ("POST", "/", 422, "invalid_request"),
