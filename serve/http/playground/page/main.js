@@ -241,7 +241,7 @@ function drawTimeline() {
     byId("legend").hidden = false;
     byId("legend-compare").hidden = compared === null;
     byId("compare-name").textContent = compared === null ? "" : `the other, ${time(compared.duration_ms)}`;
-    byId("figures").textContent = "";
+    byId("figures").textContent = "Point at a bar, or go to the bars with Tab and the arrow keys.";
     drawWaterfall(byId("waterfall"), shown, compared, (figures) => {
       byId("figures").textContent = figures;
     });

@@ -88,7 +88,7 @@ export function drawWaterfall(place, first, second, show) {
   const width = Math.max(280, place.clientWidth);
   const narrow = width < 560;
   const names = narrow ? 112 : 150;
-  const times = narrow ? 62 : 84;
+  const times = narrow ? 70 : 84;
   const rows = merged(first, second);
   const totalMs = Math.max(first.duration_ms, second?.duration_ms ?? 0, 0.001);
   const height = HEAD + ROW * rows.length + 4;
