@@ -224,6 +224,11 @@ function showTimeline(timeline) {
   if (compared?.trace_id === timeline.trace_id) compared = null;
   shown = timeline;
   drawTimeline();
+  drawThumbnails();
+}
+
+function drawThumbnails() {
+  drawRecent(shown?.trace_id ?? "", compared?.trace_id ?? "", onShow, onCompare);
 }
 
 function drawTimeline() {
@@ -246,7 +251,6 @@ function drawTimeline() {
       byId("figures").textContent = figures;
     });
   }
-  drawRecent(shown?.trace_id ?? "", compared?.trace_id ?? "", onShow, onCompare);
 }
 
 /** @param {Kept} kept */
@@ -265,6 +269,7 @@ function onCompare(kept) {
   const again = compared?.trace_id === kept.timeline.trace_id;
   compared = again ? null : kept.timeline;
   drawTimeline();
+  drawThumbnails();
   focusThumbnail("compare", kept);
 }
 
@@ -283,6 +288,7 @@ function focusThumbnail(kind, kept) {
 byId("stop-compare").addEventListener("click", () => {
   compared = null;
   drawTimeline();
+  drawThumbnails();
   byId("waterfall").querySelector("[tabindex='0']")?.focus();
 });
 byId("copy-trace").addEventListener("click", () => copy(byId("copy-trace"), shown?.trace_id ?? ""));
@@ -334,7 +340,6 @@ document.addEventListener("visibilitychange", () => {
   if (!document.hidden) soon();
 });
 
-drawTimeline();
 const [newest] = keptRequests();
 if (newest !== undefined) showTimeline(newest.timeline);
 showButtons();
