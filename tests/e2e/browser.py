@@ -63,8 +63,10 @@ class Page:
             field.clear()
             field.send_keys(str(value))
 
-    def wait_ready(self) -> None:
-        self.until(lambda: self.text("#state") == "ready" and self.find("#generate").is_enabled())
+    def wait_ready(self, seconds: float = WAIT_SECONDS) -> None:
+        self.until(
+            lambda: self.text("#state") == "ready" and self.find("#generate").is_enabled(), seconds
+        )
 
     def generate(self, **fields: object) -> None:
         """Send a request and wait until its waterfall is there."""

@@ -144,6 +144,9 @@ def test_cancelling_stops_the_work(page: Page, server: ServerProcess) -> None:
     timeline = page.until(ended)
     assert timeline["outcome"] == "cancelled"
     assert 0 < sum(span["name"] == "denoise_step" for span in timeline["spans"]) < 100
+    # Its waterfall shows how far it came.
+    page.until(lambda: page.text("#trace-id") == timeline["trace_id"])
+    assert page.text("#time-text").startswith("Ended as cancelled.")
     page.generate(num_inference_steps=1)  # the page is ready for the next one
 
 
@@ -319,6 +322,14 @@ def violations(page: Page) -> list[str]:
     )
 
 
+WARMING = """
+return document.getElementById('state').textContent === 'warming up'
+  && !document.getElementById('warmup').hidden
+  && document.getElementById('warmup-text').textContent !== ''
+  && document.querySelector('#warmup-phases [data-state=now]') !== null
+"""
+
+
 def test_a_server_that_dies_and_returns(browser: Any, otlp: OtlpEndpoint) -> None:
     port = free_port()
     settings = environment(otlp, SDXL_SHAPES="64x64")
@@ -335,11 +346,8 @@ def test_a_server_that_dies_and_returns(browser: Any, otlp: OtlpEndpoint) -> Non
         page.until(lambda: page.text("#state").startswith("not reachable"))
         assert not page.find("#generate").is_enabled()
     with self_hosted(settings, port=port):
-        page.until(lambda: page.find("#warmup").is_displayed())
-        assert page.text("#state") == "warming up"
-        assert page.text("#warmup-text") != ""
-        assert page.all("#warmup-phases [data-state=now]")
-        page.wait_ready()
+        page.until(lambda: page.run(WARMING), START_SECONDS)
+        page.wait_ready(START_SECONDS)
         assert not page.find("#warmup").is_displayed()
         assert page.find("#prompt").get_property("value") == "a red circle"  # nothing is lost
         page.generate(num_inference_steps=1)

@@ -51,8 +51,11 @@ def warmup_progress(readiness: Readiness) -> dict[str, Any]:
     planned = [f"compile {shape}" for shape in readiness.planned_shapes]
     names = list(readiness.phases_ms)
     if readiness.state is State.STARTING:
-        known = ["load_model", *([readiness.phase] if " " not in readiness.phase else []), *planned]
-        names += [name for name in dict.fromkeys((*known, "verify")) if name not in names]
+        known = ["load_model", *planned, "verify"]
+        known += [f"count_flops {shape}" for shape in readiness.planned_shapes]
+        if readiness.phase not in known and readiness.phases_ms.get(readiness.phase) is None:
+            known.insert(1, readiness.phase)  # between loading and warming, as `prepare`
+        names += [name for name in known if name not in names]
     compiled = [readiness.phases_ms[name] for name in planned if name in readiness.phases_ms]
     eta_ms = None
     if compiled and readiness.state is State.STARTING:

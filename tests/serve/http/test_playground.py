@@ -312,6 +312,8 @@ def test_the_progress_of_the_warm_up() -> None:
     found = warmup_progress(readiness)
     assert found["phases"][0] == {"name": "load_model", "ms": None}
     assert found["eta_ms"] is None
+    readiness.phase = "prepare"
+    assert {"name": "prepare", "ms": None} in warmup_progress(readiness)["phases"]
     one, two, three = (CompiledShape(64, 64 + 32 * more) for more in range(3))
     readiness.planned_shapes = (one, two, three)
     readiness.phases_ms |= {"load_model": 1000.0, f"compile {one}": 400.0}
@@ -323,6 +325,7 @@ def test_the_progress_of_the_warm_up() -> None:
         f"compile {two}",
         f"compile {three}",
         "verify",
+        *(f"count_flops {shape}" for shape in (one, two, three)),
     ]
     assert found["eta_ms"] == 800
     readiness.state = State.READY

@@ -17,6 +17,7 @@ const STATES = /** @type {Record<string, string>} */ ({
   starting: "warming up",
   failed: "failed to start",
   draining: "shutting down",
+  unhealthy: "cannot draw",
   gone: "not reachable, trying again",
 });
 
@@ -29,7 +30,9 @@ export function showState(state, problem = "") {
   const text = STATES[state] ?? state;
   if (pill.textContent !== text) pill.textContent = text; // read out only when it changes
   pill.dataset.state = state;
-  pill.title = problem;
+  const place = byId("problem");
+  place.hidden = problem === "" || state === "starting";
+  if (place.textContent !== problem) place.textContent = problem;
 }
 
 /** @param {Stats} stats */
@@ -53,7 +56,8 @@ export function showWarmup(stats) {
 
 /** @param {string} name */
 function phaseName(name) {
-  const words = name.replaceAll("_", " ").replace(/^compile /, "warm up ");
+  const words = name.replaceAll("_", " ").replace(/^compile /, "warm up ")
+    .replace(/^count flops/, "count FLOPs of");
   return words.charAt(0).toUpperCase() + words.slice(1);
 }
 

@@ -57,10 +57,11 @@ async function generate() {
   }
   showCode();
   const controller = running = new AbortController();
+  let traceId = "";
   showButtons();
   progress("Sent.");
   try {
-    await follow(request, controller.signal);
+    await follow(request, controller.signal, (id) => { traceId = id; });
   } catch (error) {
     if (controller.signal.aborted) {
       progress("Cancelled. The server stops within two steps.");
@@ -75,6 +76,7 @@ async function generate() {
       throw error;
     }
     byId("pictures").querySelector(".preview")?.closest("figure")?.remove();
+    if (traceId !== "" && !(error instanceof ServerGone)) void showFailed(traceId);
   } finally {
     running = null;
     showButtons();
@@ -82,10 +84,20 @@ async function generate() {
 }
 
 /**
+ * Where the time went of a request that drew nothing, unless another one has been sent since.
+ * @param {string} traceId
+ */
+async function showFailed(traceId) {
+  const timeline = await readTimeline(traceId);
+  if (timeline !== null && running === null) showTimeline(timeline);
+}
+
+/**
  * @param {Record<string, any>} asked
  * @param {AbortSignal} signal
+ * @param {(traceId: string) => void} onQueued
  */
-async function follow(asked, signal) {
+async function follow(asked, signal, onQueued) {
   /** @type {number[]} */
   const stepsMs = [];
   const bars = byId("step-bars");
@@ -93,6 +105,7 @@ async function follow(asked, signal) {
   const clock = stats?.device.startsWith("cuda") ? "gpu" : "host";
   for await (const event of drawEvents(exactBody(asked), signal)) {
     if (event.type === "queued") {
+      onQueued(event.trace_id);
       byId("pictures").replaceChildren();
       const place = event.waiting === 0 ? "Next in the queue" : `${event.waiting} in the queue before this one`;
       progress(event.eta_ms === undefined ? `${place}.` : `${place}; about ${time(event.eta_ms)}.`);
@@ -234,7 +247,8 @@ function drawThumbnails() {
 function drawTimeline() {
   if (shown !== null) {
     const slow = shown.slow_reason === null ? "" : ` Slow because of: ${shown.slow_reason.replaceAll("_", " ")}.`;
-    const text = `${time(shown.duration_ms)} from the first byte to the last; ` +
+    const ended = shown.outcome === "ok" ? "" : `Ended as ${shown.outcome.replaceAll("_", " ")}. `;
+    const text = `${ended}${time(shown.duration_ms)} from the first byte to the last; ` +
       `${time(shown.unattributed_ms)} of them in no stage.${slow}`;
     byId("time-text").textContent = compared === null ? text : `${text} ${comparison(shown, compared)}`;
     byId("trace").hidden = false;
@@ -312,7 +326,7 @@ async function poll() {
   try {
     stats = await readStats();
     byId("model").textContent = stats.model === "" ? "" : `${stats.model} on ${stats.device}`;
-    showState(stats.state === "ready" && !stats.serving ? "failed" : stats.state, stats.problem);
+    showState(stats.state === "ready" && !stats.serving ? "unhealthy" : stats.state, stats.problem);
     showWarmup(stats);
     showStats(stats);
     if (stats.serving) applyLimits(stats.request, stats.model);
