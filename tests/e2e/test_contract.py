@@ -490,6 +490,14 @@ def test_openais_api_is_self_hosted_only(servers: dict[str, Server]) -> None:
     assert (found["fal"].status_code, found["fal"].json()["error"]["code"]) == (404, "not_found")
 
 
+@row("The playground")
+def test_the_playground_is_self_hosted_only(servers: dict[str, Server]) -> None:
+    for path, on_fal in (("/", 405), ("/stats", 404), ("/debug/requests", 404)):
+        statuses = [server.client.get(path).status_code for server in servers.values()]
+        assert statuses == [200, on_fal]
+    assert servers["fal"].client.get("/timeline/" + "0" * 32).status_code == 404
+
+
 @row("API pages")
 def test_fal_serves_pages_about_the_api(servers: dict[str, Server]) -> None:
     for page in ("/docs", "/redoc"):

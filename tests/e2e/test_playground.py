@@ -34,6 +34,7 @@ if CHROMIUM is None or DRIVER is None:
 
 AXE = ROOT / "tests" / "javascript" / "node_modules" / "axe-core" / "axe.min.js"
 MAX_SEED = 2**63 - 1
+TOKEN = "a-token-of-an-operator"
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,7 @@ def server(otlp: OtlpEndpoint) -> Iterator[ServerProcess]:
     settings = {
         "SDXL_TRACE_URL": "http://127.0.0.1/traces/{trace_id}",
         "SDXL_SHAPES": "64x64,96x64",
+        "SDXL_ADMIN_TOKEN": TOKEN,
     }
     with self_hosted(environment(otlp, **settings)) as process:
         process.wait_until_ready(START_SECONDS)
@@ -220,6 +222,21 @@ def test_two_requests_are_laid_over_one_another(page: Page) -> None:
     assert "the other: " not in page.text("#figures")
     page.find("#stop-compare").click()
     assert page.all("#waterfall rect.other") == []
+
+
+def test_an_operator_sees_the_requests_of_everybody(page: Page, server: ServerProcess) -> None:
+    body = {"prompt": "a red circle", "num_inference_steps": 1}
+    trace_id = httpx.post(server.url, json=body, timeout=60).json()["trace_id"]
+    page.find("#operator summary").click()
+    page.enter(token="another-token-than-that")
+    page.find("#operator-form button").click()
+    page.until(lambda: page.text("#token-error"))
+    page.enter(token=TOKEN)
+    page.find("#operator-form button").click()
+    page.until(lambda: page.all("#everybody tbody button"))
+    assert page.text("#token-error") == ""
+    page.find(f"[aria-label='Show trace {trace_id}']").click()
+    assert page.text("#trace-id") == trace_id
 
 
 ON_A_GPU = """

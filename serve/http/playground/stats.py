@@ -19,7 +19,7 @@ def stats(runtime: Runtime, recent: RecentRequests) -> dict[str, Any]:
 
     Every time is in milliseconds, memory in bytes.
     """
-    readiness, metrics = runtime.readiness, runtime.metrics
+    settings, readiness, metrics = runtime.settings, runtime.readiness, runtime.metrics
     refusal = runtime.refusal()
     last_run = recent.last_run
     return {
@@ -31,13 +31,14 @@ def stats(runtime: Runtime, recent: RecentRequests) -> dict[str, Any]:
         "warmup": warmup_progress(readiness),
         "in_flight": metrics.in_flight,
         "waiting": runtime.queue.waiting,
-        "max_waiting": runtime.settings.max_waiting,
+        "max_waiting": settings.max_waiting,
         "batch_size": None if last_run is None else last_run.batch_size,
         "steps": recent.steps(metrics.budget),
         "mfu": None if last_run is None else metrics.utilisation(last_run),
         "memory": _memory(runtime),
-        "request": request_limits(runtime.settings, readiness),
-        "trace_url": shown_trace_url(runtime.settings.trace_url),
+        "request": request_limits(settings, readiness),
+        "operator_token": settings.debug and settings.admin_token is not None,
+        "trace_url": shown_trace_url(settings.trace_url),
     }
 
 

@@ -161,6 +161,7 @@ def test_stats_tell_of_the_server_and_of_the_runs(app: FastAPI, runtime: Runtime
     assert fields["num_images"]["maximum"] == runtime.settings.max_images
     assert fields["shapes"] == [[128, 128], [160, 96]]
     assert fields["formats"] == ["jpeg", "png", "webp"]
+    assert stats["operator_token"] is False
     assert len(after.content) < 4000
 
 

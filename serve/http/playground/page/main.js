@@ -5,6 +5,7 @@ import { asCode } from "./code.js";
 import { byId, copy, element, time } from "./dom.js";
 import { applyLimits, clearErrors, fillForm, NotANumber, readForm, showErrors } from "./form.js";
 import { drawStrip, showState, showStats, showWarmup } from "./live.js";
+import { offerEverybody } from "./operator.js";
 import { drawRecent, keep, keptRequests, thumbnailOf } from "./recent.js";
 import { drawEvents, exactBody, readStats, readTimeline, RequestFailed, ServerGone } from "./server.js";
 import { comparison, drawStepBars, drawWaterfall } from "./waterfall.js";
@@ -329,6 +330,7 @@ async function poll() {
     showState(stats.state === "ready" && !stats.serving ? "unhealthy" : stats.state, stats.problem);
     showWarmup(stats);
     showStats(stats);
+    byId("operator").hidden = !stats.operator_token;
     if (stats.serving) applyLimits(stats.request, stats.model);
     else waitMs = POLL_SOON_MS;
   } catch (error) {
@@ -354,6 +356,7 @@ document.addEventListener("visibilitychange", () => {
   if (!document.hidden) soon();
 });
 
+offerEverybody(showTimeline);
 const [newest] = keptRequests();
 if (newest !== undefined) showTimeline(newest.timeline);
 showButtons();

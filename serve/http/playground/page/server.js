@@ -4,8 +4,10 @@
 /**
  * @typedef {{name: string, depth: number, clock: string, start_ms: number, ms: number,
  *   index?: number, gpu_queue_ms?: number, batch_size?: number, failed?: boolean}} Span
- * @typedef {{trace_id: string, exported: boolean, outcome: string, slow_reason: string | null,
- *   duration_ms: number, unattributed_ms: number, spans: Span[]}} Timeline
+ * @typedef {{trace_id: string, exported: boolean, endpoint: string, status: number,
+ *   outcome: string, slow_reason: string | null, started_at: number, duration_ms: number,
+ *   unattributed_ms: number, request: {width?: number, height?: number,
+ *   num_inference_steps?: number}, spans: Span[]}} Timeline
  * @typedef {{default?: number, minimum?: number, maximum?: number, maxLength?: number}} Bounds
  * @typedef {{prompt: Bounds, num_inference_steps: Bounds, guidance_scale: Bounds,
  *   num_images: Bounds, lora_scale: Bounds, seed: {minimum: string, maximum: string},
@@ -18,7 +20,7 @@
  *   warmup: Warmup, in_flight: number, waiting: number, max_waiting: number,
  *   batch_size: number | null, steps: Steps | null, mfu: number | null,
  *   memory: {resident?: number, gpu_allocated?: number, gpu_peak?: number}, request: Limits,
- *   trace_url: string | null}} Stats
+ *   operator_token: boolean, trace_url: string | null}} Stats
  * @typedef {{loc: (string | number)[], msg: string}} Problem
  */
 
@@ -92,6 +94,17 @@ export async function readStats() {
 export async function readTimeline(traceId) {
   const answer = await ask(`/timeline/${traceId}`).catch(() => null);
   return answer !== null && answer.ok ? answer.json() : null;
+}
+
+/**
+ * The last requests of everybody, the newest first. For operators.
+ * @param {string} token SDXL_ADMIN_TOKEN
+ * @returns {Promise<Timeline[]>}
+ */
+export async function readAllTimelines(token) {
+  const answer = await ask("/debug/requests", { headers: { Authorization: `Bearer ${token}` } });
+  if (!answer.ok) throw await failure(answer);
+  return (await answer.json()).requests;
 }
 
 /**
