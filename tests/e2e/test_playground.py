@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import io
+import json
 import os
+import shlex
+import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +102,7 @@ def test_steps_arrive_and_the_waterfall_has_the_exported_spans(
     seen = page.run("return window.seen")
     steps = [text.split(":")[0] for text in seen["texts"] if text.startswith("Step")]
     assert steps == [f"Step {number} of 4" for number in range(1, 5)]
+    assert any(text.startswith("Next in the queue; about") for text in seen["texts"])
     assert seen["previews"] >= 1
     assert page.run("return document.querySelector('#pictures img').naturalWidth") == 64
     assert page.text("#pictures .seed") == "seed 7"
@@ -184,6 +192,45 @@ def test_the_largest_seed_stays_exact(page: Page, server: ServerProcess) -> None
     page.enter(seed="")
     page.find("#thumbnails .show").click()
     assert page.find("#seed").get_property("value") == str(MAX_SEED)
+
+
+def test_the_code_makes_the_same_request(page: Page, tmp_path: Path) -> None:
+    prompt = 'it\'s a "red" circle \\ on white'
+    page.generate(num_inference_steps=1, seed=MAX_SEED, guidance_scale=1.5, prompt=prompt)
+    code = {}
+    for kind in ("curl", "openai", "fal"):
+        page.run(f"document.querySelector('[data-code={kind}]').click()")
+        code[kind] = page.text("#code-text")
+
+    command = shlex.split(code["curl"].replace("\\\n", ""))  # joined as a shell does
+    body = json.loads(command[command.index("-d") + 1])
+    asked = {
+        "prompt": prompt,
+        "num_inference_steps": 1,
+        "seed": MAX_SEED,
+        "guidance_scale": 1.5,
+        "width": 64,
+        "height": 64,
+        "format": "jpeg",
+    }
+    assert body == asked
+    if shutil.which("curl"):
+        subprocess.run([*command, "--output", str(tmp_path / "answer")], check=True)
+        answer = json.loads((tmp_path / "answer").read_text())
+        assert (answer["prompt"], answer["seed"]) == (prompt, MAX_SEED)
+
+    [call] = [
+        node
+        for node in ast.walk(ast.parse(code["fal"]))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "fal_client.subscribe"
+    ]
+    assert ast.literal_eval(call.keywords[0].value) == asked
+
+    variables: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code["openai"], variables)
+    assert variables["images"].seeds == [MAX_SEED]
+    variables["client"].close()
 
 
 def test_two_images_and_their_seeds(page: Page) -> None:

@@ -100,7 +100,7 @@ export function drawWaterfall(place, first, second, show) {
     "aria-label": `Waterfall of ${rows.length} rows, ${time(first.duration_ms)} in all. ` +
       "Arrow keys go from bar to bar.",
   });
-  for (const ms of ruler(totalMs, narrow ? 4 : 9)) {
+  for (const ms of ruler(totalMs, Math.max(2, (width - names - times) / 75))) {
     picture.append(
       svg("line", { class: "grid", x1: x(ms), x2: x(ms), y1: HEAD - 6, y2: height }),
       svg("text", { x: x(ms), y: 14, "text-anchor": "middle" }, `${ms} ms`),
