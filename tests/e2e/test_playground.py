@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from selenium.webdriver.common.keys import Keys
 
 from tests.e2e.browser import CHROMIUM, DRIVER, Page, chromium
 from tests.e2e.conftest import START_SECONDS, environment
+from tests.e2e.measure_playground import first_paint_ms, steps_late_ms
 from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
 from tests.support.processes import ROOT, ServerProcess, free_port
@@ -131,6 +133,10 @@ def test_steps_arrive_and_the_waterfall_has_the_exported_spans(
         )
         to_scale = bar["ms"] / whole["ms"] * whole["width"]
         assert bar["width"] == pytest.approx(max(1.5, to_scale), abs=0.01)
+
+    decode = page.find("#waterfall [data-name=vae_decode]")
+    ActionChains(page.driver).move_to_element(decode).perform()
+    assert page.text("#figures").startswith("vae_decode: ")
 
     link = page.find("#trace-link")
     assert link.is_displayed()
@@ -392,6 +398,14 @@ return document.getElementById('state').textContent === 'warming up'
   && document.getElementById('warmup-text').textContent !== ''
   && document.querySelector('#warmup-phases [data-state=now]') !== null
 """
+
+
+@pytest.mark.slow
+def test_the_page_is_quick(page: Page) -> None:
+    assert statistics.median(first_paint_ms(page) for _ in range(5)) < 300
+    page.open()
+    page.wait_ready()
+    assert statistics.median(steps_late_ms(page, previews=True)) < 50
 
 
 def test_a_server_that_dies_and_returns(browser: Any, otlp: OtlpEndpoint) -> None:
