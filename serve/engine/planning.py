@@ -83,7 +83,7 @@ class PlannedRequest:
 
     @property
     def guided_steps(self) -> int:
-        """The first steps, which run with guidance; the steps after them run without it."""
+        """The first of the steps that run, which have guidance; those after them have none."""
         if self.guidance_scale <= 1:
             return 0
         return int(self.request.guidance_end * self.steps_to_run + 0.5)

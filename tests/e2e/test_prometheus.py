@@ -33,10 +33,8 @@ if shutil.which("prometheus") is None or shutil.which("promtool") is None:
         allow_module_level=True,
     )
 
-# Metrics that a service on a CPU and without LoRAs does not have, or not yet.
-NOT_LIVE = re.compile(
-    r"sdxl_gpu_|_step_gpu_queue_|fal_app_|mean1d_past|offset 1h|compile_cache|sdxl_lora_requests"
-)
+# Metrics that a service on a CPU does not have, or not yet.
+NOT_LIVE = re.compile(r"sdxl_gpu_|_step_gpu_queue_|fal_app_|mean1d_past|offset 1h|compile_cache")
 
 # Histograms and counters that name a trace.
 WITH_EXEMPLARS = (
@@ -67,6 +65,7 @@ def service(otlp: OtlpEndpoint) -> Iterator[ServerProcess]:
         OTEL_METRIC_EXPORT_INTERVAL="1000",
         # A machine without a GPU has no rated peak; this one's does not matter.
         SDXL_PEAK_TFLOPS="1",
+        SDXL_LORAS="night=demo:night",
     )
     with self_hosted(settings) as process:
         process.wait_until_ready(START_SECONDS)

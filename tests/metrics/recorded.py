@@ -20,7 +20,7 @@ from metrics.families.budget import Budget
 from metrics.families.peaks import peak_flops
 from metrics.gpu import Gpu
 from metrics.gpu_metrics import GpuMetrics, MemoryUse
-from metrics.records import Failure
+from metrics.records import Estimate, Failure
 from serve.engine.runtime import ENDPOINTS
 from serve.errors import ERROR_TYPES, OUTCOMES, REJECTIONS
 from tests.metrics.fake_nvml import FakeGpu, FakeNvml
@@ -92,7 +92,9 @@ def observe_some(metrics: GenerationMetrics, random: Random) -> None:
         run = dataclasses.replace(run_timing(START_NS, steps), shape=SHAPE)
         request = request_timing(run=run, facts=facts)
         end_ns = request.start_ns + round(random.uniform(0.8, 3.2) * 1e9)
-        metrics.observe_request(dataclasses.replace(request, end_ns=end_ns), None)
+        estimate = Estimate(request.start_ns, random.uniform(0.5, 0.7))
+        request = dataclasses.replace(request, end_ns=end_ns, estimate=estimate)
+        metrics.observe_request(request, None)
     metrics.span_results("exported", 400)
     metrics.pushed("exported")
     for error_type, outcome in (("queue_full", "rejected"), ("client_gone", "cancelled")):

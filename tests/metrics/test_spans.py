@@ -323,6 +323,7 @@ def test_nothing_leaves_its_parent_and_siblings_never_overlap(request: RequestTi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @given(requests())
 @settings(max_examples=20_000, deadline=None)
 def test_nothing_leaves_its_parent_over_many_timings(request: RequestTiming) -> None:

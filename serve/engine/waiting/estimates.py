@@ -1,8 +1,8 @@
 """How long a request will take, from the times of the runs before it.
 
-Step and stage times are measured anyway. For each image size, with and without guidance, with and
-without a picture to begin with, and for each number of images, the newest runs are kept: their
-median is the estimate, their fastest the bound that decides whether a deadline can be met.
+Step and stage times are measured anyway. For each image size, with and without guidance, and for
+each number of images, the newest runs are kept: their median is the estimate, their fastest the
+bound that decides whether a deadline can be met.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from metrics.records import RunTiming
 from serve.engine.planning import PlannedRequest
@@ -119,20 +118,10 @@ def swap_seconds(run: RunTiming) -> float:
     return 0.0 if swap is None else swap.duration_ns / 1e9
 
 
-class _Kind(NamedTuple):
-    """What the pace of a run depends on, beside its number of images."""
-
-    shape: str
-    guidance: bool
-    from_picture: bool
-
-    @classmethod
-    def of(cls, run: RunTiming) -> _Kind:
-        return cls(run.shape, run.guidance, run.stage("vae_encode") is not None)
-
-    @classmethod
-    def wanted(cls, planned: PlannedRequest) -> _Kind:
-        return cls(str(planned.shape), planned.guided, planned.from_picture)
+def encode_seconds(run: RunTiming) -> float:
+    """How long the encoding of the run's pictures took; 0 if it had none."""
+    encode = run.stage("vae_encode")
+    return 0.0 if encode is None else encode.duration_ns / 1e9
 
 
 class Estimates:
@@ -141,16 +130,18 @@ class Estimates:
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._runs: dict[tuple[_Kind, int], _Newest] = {}
-        self._seen: dict[_Kind, dict[int, _Seen]] = {}
-        self._observed_at: dict[_Kind, deque[float]] = {}
+        self._runs: dict[tuple[str, bool, int], _Newest] = {}
+        self._seen: dict[tuple[str, bool], dict[int, _Seen]] = {}
+        self._observed_at: dict[tuple[str, bool], deque[float]] = {}
         self._last_run: RunTiming | None = None
         self._last_ended_at = -math.inf
-        self._following: dict[tuple[str, int, bool, int, int], deque[int]] = {}
+        self._following: dict[tuple[str, int, int, int], deque[int]] = {}
         """The images of the last runs of a kind that followed a run of that many images."""
         self._answers: dict[tuple[str, str, int], deque[float]] = {}
         self._swaps: deque[float] = deque(maxlen=NEWEST)
         """Seconds of the last changes of LoRAs."""
+        self._encodes: dict[str, deque[float]] = {}
+        """By shape, seconds for each image of the last runs that began with pictures."""
 
     # Learning
 
@@ -165,34 +156,41 @@ class Estimates:
             return
         if (swap := swap_seconds(run)) > 0:
             self._swaps.append(swap)
-        kind = _Kind.of(run)
+        if (encode := encode_seconds(run)) > 0:
+            encodes = self._encodes.setdefault(run.shape, deque(maxlen=NEWEST))
+            if not serving:
+                encodes.clear()
+            encodes.append(encode / run.batch_size)
+        kind = run.shape, run.guidance
         for guidance in run.steps_by_guidance:
             if not serving:
                 # The runs before it may have compiled.
-                self._runs.pop((kind._replace(guidance=guidance), run.batch_size), None)
-            self._learn(run, kind._replace(guidance=guidance))
+                self._runs.pop((run.shape, guidance, run.batch_size), None)
+            self._learn(run, guidance)
         if serving:
             observed = self._observed_at.setdefault(kind, deque(maxlen=EVIDENCE_RUNS))
             observed.append(self._monotonic())
             self._observe_order(run)
 
-    def _learn(self, run: RunTiming, kind: _Kind) -> None:
+    def _learn(self, run: RunTiming, guidance: bool) -> None:
         """Learn from a run's steps with or without guidance, and from its other stages if it is a
         run of that kind."""
         denoise = run.stage("denoise")
         assert denoise is not None
-        newest = self._runs.setdefault((kind, run.batch_size), _Newest())
-        steps = run.steps_by_guidance[kind.guidance]
+        newest = self._runs.setdefault((run.shape, guidance, run.batch_size), _Newest())
+        steps = run.steps_by_guidance[guidance]
         # Time between the steps counts as theirs.
         begin = run.steps[steps[0].index - 1].end_ns if steps[0].index else denoise.start_ns
         end = steps[-1].end_ns if steps[-1] is not run.steps[-1] else denoise.end_ns
         newest.step.append((end - begin) / 1e9 / len(steps))
-        if kind.guidance == run.guidance:
-            newest.before.append((denoise.start_ns - run.start_ns) / 1e9 - swap_seconds(run))
+        if guidance == run.guidance:
+            special = swap_seconds(run) + encode_seconds(run)
+            newest.before.append((denoise.start_ns - run.start_ns) / 1e9 - special)
             newest.after.append((run.end_ns - denoise.end_ns) / 1e9)
         seen = _Seen(newest.summary(statistics.median), newest.summary(min), bool(newest.before))
         # A new mapping, which a reader on the other thread sees whole.
-        self._seen[kind] = {**self._seen.get(kind, {}), run.batch_size: seen}
+        of_kind = self._seen.get((run.shape, guidance), {})
+        self._seen[run.shape, guidance] = {**of_kind, run.batch_size: seen}
 
     def _observe_order(self, run: RunTiming) -> None:
         """Learn how many images a run has that begins where another ends."""
@@ -200,8 +198,7 @@ class Estimates:
         self._last_ended_at = self._monotonic()
         if before is not None and run.start_ns - before.end_ns < BACK_TO_BACK_NS:
             guided = sum(map(run.has_guidance, run.steps))
-            from_picture = _Kind.of(run).from_picture
-            kind = run.shape, guided, from_picture, len(run.steps), before.batch_size
+            kind = run.shape, guided, len(run.steps), before.batch_size
             self._following.setdefault(kind, deque(maxlen=NEWEST_PAIRS)).append(run.batch_size)
 
     def observe_answer(self, planned: PlannedRequest, seconds: float) -> None:
@@ -214,19 +211,24 @@ class Estimates:
         self, planned: PlannedRequest, images: int, fastest: bool = False
     ) -> RunEstimate | None:
         """A run of such requests; None if none has been measured."""
-        kind = _Kind.wanted(planned)
-        pace = self._pace(kind, images, fastest)
+        shape = str(planned.shape)
+        pace = self._pace(shape, planned.guided, images, fastest)
         if pace is None:
             return None
         steps, guided_steps = planned.steps_to_run, planned.guided_steps
+        before = pace.before
+        if planned.from_picture:
+            before += images * self._encode_seconds(shape, fastest)
         unguided_step = pace.step
         if 0 < guided_steps < steps:
-            unguided = self._pace(kind._replace(guidance=False), images, fastest, whole=False)
+            unguided = self._pace(shape, False, images, fastest, whole=False)
             # Half the UNet's batch, until one is measured.
             unguided_step = pace.step / 2 if unguided is None else unguided.step
-        return RunEstimate(pace.before, pace.step, unguided_step, pace.after, guided_steps, steps)
+        return RunEstimate(before, pace.step, unguided_step, pace.after, guided_steps, steps)
 
-    def _pace(self, kind: _Kind, images: int, fastest: bool, whole: bool = True) -> Pace | None:
+    def _pace(
+        self, shape: str, guidance: bool, images: int, fastest: bool, whole: bool = True
+    ) -> Pace | None:
         """The pace of runs of one kind; None if none has been measured.
 
         A number of images that has not been measured is estimated from those that have.
@@ -234,8 +236,7 @@ class Estimates:
         Args:
             whole: of whole runs; otherwise single steps are enough, and the rest may be 0.
         """
-        # A run without a picture lacks only the picture's encoding.
-        seen = self._seen.get(kind) or self._seen.get(kind._replace(from_picture=False), {})
+        seen = self._seen.get((shape, guidance), {})
         known = {
             count: each.fastest if fastest else each.median
             for count, each in seen.items()
@@ -264,7 +265,7 @@ class Estimates:
 
     def has_evidence(self, planned: PlannedRequest) -> bool:
         """Whether enough runs of this size are recent enough to refuse a request by."""
-        observed = self._observed_at.get(_Kind.wanted(planned), ())
+        observed = self._observed_at.get((str(planned.shape), planned.guided), ())
         since = self._monotonic() - EVIDENCE_SECONDS
         return sum(at >= since for at in list(observed)) >= EVIDENCE_RUNS
 
@@ -274,15 +275,20 @@ class Estimates:
         Steady clients repeat themselves: those of a run come back when it has ended, and wait
         together for the run after the next.
         """
-        from_picture = planned.from_picture
-        steps = planned.guided_steps, planned.steps_to_run
-        kind = str(planned.shape), steps[0], from_picture, steps[1], images
+        kind = str(planned.shape), planned.guided_steps, planned.steps_to_run, images
         following = list(self._following.get(kind, ()))
         return statistics.median_high(following) if following else 1
 
     def swap_seconds(self, fastest: bool = False) -> float:
         """Seconds of a change of LoRAs; 0 while none is measured."""
         seen = list(self._swaps)
+        if not seen:
+            return 0.0
+        return min(seen) if fastest else statistics.median(seen)
+
+    def _encode_seconds(self, shape: str, fastest: bool) -> float:
+        """Seconds of encoding one picture; 0 while none is measured."""
+        seen = list(self._encodes.get(shape, ()))
         if not seen:
             return 0.0
         return min(seen) if fastest else statistics.median(seen)

@@ -187,6 +187,32 @@ def test_requests_with_a_picture_share_a_run_with_their_like(
     assert int(np.abs(pixels(first.image) - pixels(second.image)).max()) > 50
 
 
+def test_guidance_ends_within_the_steps_that_run(runtime: Runtime, new_call: NewCall) -> None:
+    call = new_call()
+    generate(runtime, call, guidance_end=0.5)
+    (run,) = call.runs
+    assert [run.has_guidance(step) for step in run.steps] == [True, False]
+
+
+def test_a_picture_is_part_of_the_estimate(runtime: Runtime, new_call: NewCall) -> None:
+    call, text = new_call(), new_call()
+    generate(runtime, call, strength=1)
+    asyncio.run(runtime.generate(request(num_inference_steps=4), text))
+    assert call.estimate is not None
+    assert text.estimate is not None
+    planned = runtime._plan(wanted(strength=1), new_call())
+    of_text = runtime._plan(request(num_inference_steps=4), new_call())
+    with_picture = runtime.estimates.run_estimate(planned, 1)
+    without = runtime.estimates.run_estimate(of_text, 1)
+    assert with_picture is not None
+    assert without is not None
+    assert with_picture.before > without.before
+    assert with_picture.guided_step == without.guided_step
+    half = runtime.estimates.run_estimate(runtime._plan(wanted(), new_call()), 1)
+    assert half is not None
+    assert half.steps == 2
+
+
 def test_a_strength_without_a_step_is_refused(runtime: Runtime, new_call: NewCall) -> None:
     with pytest.raises(InvalidRequest) as caught:
         generate(runtime, new_call(), strength=0.2)

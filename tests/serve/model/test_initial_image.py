@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from kernels_warmup.shapes import CompiledShape
 from serve.model.initial_image import InitialLatents
 from serve.model.loading import load_model
+from serve.model.schedulers import Schedule
 from serve.model.sdxl import Conditioning, SdxlModel
 from serve.model.sdxl_base import SCHEDULER_CONFIG
 
@@ -69,7 +70,12 @@ def denoise(
 
 
 def diffusers_own(
-    pipeline: Any, scheduler: Any, text: Conditioning, latents: torch.Tensor, strength: float
+    pipeline: Any,
+    scheduler: Any,
+    text: Conditioning,
+    latents: torch.Tensor,
+    strength: float,
+    timesteps: list[int] | None = None,
 ) -> torch.Tensor:
     """diffusers' image-to-image pipeline, given a picture's latents."""
     plain = diffusers.StableDiffusionXLImg2ImgPipeline(
@@ -84,6 +90,7 @@ def diffusers_own(
         negative_prompt_embeds=text.negative,
         negative_pooled_prompt_embeds=text.negative_pooled,
         num_inference_steps=STEPS,
+        timesteps=timesteps,
         guidance_scale=5.0,
         generator=[torch.Generator().manual_seed(3)],
         output_type="latent",
@@ -111,6 +118,22 @@ def test_every_scheduler_gives_the_result_of_diffusers_own_pipeline(
         assert indices == list(range(-1, steps))
         assert not torch.equal(result, from_text)
     assert torch.equal(denoise(model, text, None), from_text)
+
+
+def test_fixed_timesteps_give_the_result_of_diffusers_own_pipeline(
+    demo: SdxlModel, text: Conditioning, picture: np.ndarray[Any, Any]
+) -> None:
+    fixed = [999, 749, 499, 249]
+    pipeline = copy.copy(demo.pipeline)
+    pipeline.scheduler = SCHEDULERS["lcm"]
+    model = SdxlModel(
+        pipeline, "demo", torch.device("cpu"), (SHAPE,), Schedule(timesteps=tuple(fixed))
+    )
+    initial = model.initial_latents([picture], [1], 2)
+    scheduler = type(SCHEDULERS["lcm"]).from_config(SCHEDULERS["lcm"].config)
+    expected = diffusers_own(pipeline, scheduler, text, initial.latents, 0.5, fixed)
+    for _ in range(2):
+        assert torch.equal(denoise(model, text, initial), expected)
 
 
 def test_a_picture_is_encoded_to_the_mode_of_the_encoders_distribution(
