@@ -58,6 +58,7 @@ def server(otlp: OtlpEndpoint) -> Iterator[ServerProcess]:
         "SDXL_TRACE_URL": "http://127.0.0.1/traces/{trace_id}",
         "SDXL_SHAPES": "64x64,96x64",
         "SDXL_ADMIN_TOKEN": TOKEN,
+        "SDXL_LORAS": "night=demo:night",
     }
     with self_hosted(environment(otlp, **settings)) as process:
         process.wait_until_ready(START_SECONDS)
@@ -251,6 +252,20 @@ def test_two_images_and_their_seeds(page: Page) -> None:
         "stepspan-42.jpeg",
     ]
     assert all(str(link.get_attribute("href")).startswith("blob:") for link in downloads)
+
+
+def test_a_lora_and_its_scale(page: Page, server: ServerProcess) -> None:
+    page.find("[data-lora=night]").click()
+    page.enter(**{"lora-scale-0": 9})
+    page.enter(num_inference_steps=1)
+    page.find("#generate").click()
+    page.until(lambda: page.text("#loras-error"))
+    page.until(page.find("#generate").is_enabled)
+    page.enter(**{"lora-scale-0": 0.5})
+    page.generate(num_inference_steps=1)
+    timeline = httpx.get(f"{server.url}/timeline/{page.text('#trace-id')}").json()
+    assert timeline["request"]["loras"] == ["night"]
+    assert '"loras":[{"path":"night","scale":0.5}]' in page.text("#code-text")
 
 
 def test_text_is_never_read_as_html(page: Page) -> None:

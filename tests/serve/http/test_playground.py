@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from kernels_warmup.shapes import CompiledShape
+from metrics.gpu_metrics import GpuMetrics, MemoryUse
 from metrics.records import GenerationFacts, RequestTiming, RunTiming, StageTiming, StepTiming
 from metrics.sampling import TraceIdentity
 from metrics.spans import placed_spans, request_tree
@@ -171,6 +172,23 @@ def test_utilisation_is_known_with_a_peak(
     draw(app, runtime)
     monkeypatch.setattr(runtime.metrics, "_peak_flops", 1e12)
     assert 0 < ask(app, "GET", "/stats").json()["mfu"] < 1
+
+
+def test_memory_of_a_gpu(app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = GpuMetrics(None, lambda: MemoryUse(allocated=7, reserved=8, peak=9), lambda: None)
+    monkeypatch.setattr(runtime, "_gpu_metrics", gpu)
+    memory = ask(app, "GET", "/stats").json()["memory"]
+    assert (memory["gpu_allocated"], memory["gpu_peak"]) == (7, 9)
+
+
+@pytest.mark.parametrize("state", [State.DRAINING, State.FAILED])
+def test_stats_say_why_nothing_is_drawn(
+    app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, state: State
+) -> None:
+    monkeypatch.setattr(runtime.readiness, "state", state)
+    stats = ask(app, "GET", "/stats").json()
+    assert (stats["state"], stats["serving"]) == (state.value, False)
+    assert stats["problem"]
 
 
 def test_a_timeline_has_the_times_of_the_response(app: FastAPI, runtime: Runtime) -> None:
