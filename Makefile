@@ -90,4 +90,4 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 clean:  ## remove everything that was set up or built here
-	rm -rf $(VENV) .gpu-rehearsal .peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage.json
+	rm -rf $(VENV) .gpu-rehearsal .peers tests/javascript/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage.json

@@ -87,6 +87,9 @@ COMMANDS = {
     "compare": Command("stats.compare", "judge whether HEAD is faster than BASE, and by how much"),
     "show": Command("report.show", "show a result as a table, or as a page with plots"),
     "busy": Command("service.busy", "request time on a busy machine: beside endless loops"),
+    "streams": Command(
+        "service.streams", "what previews and waiting streams cost, and how late step events are"
+    ),
     "load": Command("service.load", "latency, goodput and rejections of a server under load"),
 }
 """By name, in the order of `--help`."""

@@ -32,7 +32,7 @@ from metrics.families.process import (
 )
 from metrics.families.requests import RequestMetrics
 from metrics.families.runs import RunFlops, RunMetrics
-from metrics.records import RequestTiming
+from metrics.records import RequestTiming, RunTiming
 
 __all__ = [
     "DROPPED_CONNECTIONS",
@@ -92,6 +92,7 @@ class GenerationMetrics:
     ) -> None:
         families = bucket_families or BucketFamilies()
         self._own = _OwnRegistry()
+        self._peak_flops = 0.0
         self._faults = Counter(
             "sdxl_telemetry_faults",
             "Values that telemetry left out, by reason.",
@@ -144,6 +145,23 @@ class GenerationMetrics:
     def set_peak_flops(self, flops_per_second: float) -> None:
         """Set the GPU's rated peak, dense bf16: the 100% of utilisation."""
         self._process.peak_flops(self._own).set(flops_per_second)
+        self._peak_flops = flops_per_second
+
+    @property
+    def budget(self) -> Budget | None:
+        """The latency budget; None before the model is warm."""
+        return self._requests.budget
+
+    @property
+    def in_flight(self) -> int:
+        """Requests received and not yet answered."""
+        [family] = self._requests.in_flight.collect()
+        return int(family.samples[0].value)
+
+    def utilisation(self, run: RunTiming) -> float | None:
+        """The share of the GPU's rated peak that the run's nominal FLOPs are; None: not known."""
+        flops, seconds = self._runs.flops_of(run)
+        return flops / seconds / self._peak_flops if self._peak_flops and seconds > 0 else None
 
     def show(self, collector: Collector) -> None:
         """Show the metrics of another collector of this service.

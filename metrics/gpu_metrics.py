@@ -66,6 +66,10 @@ class GpuMetrics:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def memory_use(self) -> MemoryUse | None:
+        """The allocator's use of the GPU, or None before its first use."""
+        return self._memory()
+
     def start(self) -> None:
         """Read the GPU now, and then every `SAMPLE_SECONDS` until `stop`."""
         if self._gpu is None or self._thread is not None:

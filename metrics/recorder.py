@@ -38,12 +38,18 @@ class Recorder:
         self._steps = steps
         self.left_behind = False
         """Whether a thread still works although its time at shutdown is over."""
+        self._listeners: list[Callable[[RequestTiming, TraceIdentity], None]] = []
         # One thread: spans of one request stay together, and the queue order is the export order.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
 
     def record(self, request: RequestTiming, identity: TraceIdentity) -> None:
         """Record a finished request later, on the recorder's thread; returns at once."""
         self.submit(lambda: self._record(request, identity))
+
+    def listen(self, listener: Callable[[RequestTiming, TraceIdentity], None]) -> None:
+        """Call `listener` with every recorded request, on the recorder's thread. The identity says
+        whether the request's trace was chosen for export in the end."""
+        self._listeners.append(listener)
 
     def record_warmup(self, warmup: WarmupTiming, attributes: Attributes) -> None:
         """Record a finished start-up as a trace of its own; returns at once."""
@@ -88,6 +94,8 @@ class Recorder:
         ):
             exemplar = {"trace_id": identity.trace_id_hex, "span_id": identity.span_id_hex}
         self._metrics.observe_request(request, exemplar)
+        for listener in self._listeners:
+            listener(request, decided)
 
     def submit(self, work: Callable[[], None]) -> None:
         """Run `work` on the recorder's thread. An exception is counted and logged."""

@@ -9,7 +9,7 @@ time that no child covers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opentelemetry import trace
@@ -104,6 +104,45 @@ def _emit(
         span.set_status(Status(StatusCode.ERROR, node.error))
     span.end(end_ns)
     return end_ns, clamped_ns + abs(start_ns - node.start_ns) + abs(end_ns - node.end_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedSpan:
+    """A span of a tree with the times that `emit` gives it, Unix nanoseconds.
+
+    Attributes:
+        depth: 0 for the root.
+        clock: what it was timed with, `host` or `cuda`.
+    """
+
+    node: SpanNode
+    start_ns: int
+    end_ns: int
+    depth: int
+    clock: str
+
+
+def placed_spans(root: SpanNode) -> Iterator[PlacedSpan]:
+    """All spans of a tree, clamped as `emit` clamps them; parents first, siblings by time."""
+    return _placed(root, root.start_ns, root.end_ns, 0, "host")
+
+
+def _placed(
+    node: SpanNode, lower_ns: int, upper_ns: int, depth: int, clock: str
+) -> Iterator[PlacedSpan]:
+    start_ns = min(max(node.start_ns, lower_ns), upper_ns)
+    end_ns = min(max(node.end_ns, start_ns), upper_ns)
+    yield PlacedSpan(node, start_ns, end_ns, depth, clock)
+    earliest_ns = start_ns
+    for child in sorted(node.children, key=lambda child: child.start_ns):
+        # A stage names its run's clock, which its steps share. A run, which names it too, is
+        # itself timed with the host's.
+        named = {} if "run.id" in child.attributes else child.attributes
+        of_child = str(named.get("inference.clock", clock))
+        for span in _placed(child, earliest_ns, end_ns, depth + 1, of_child):
+            yield span
+            if span.depth == depth + 1:
+                earliest_ns = span.end_ns
 
 
 # Trees -------------------------------------------------------------------------------------------

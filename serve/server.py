@@ -24,6 +24,7 @@ from serve.engine.runtime import IMAGE_TO_IMAGE, IMAGE_TO_IMAGE_STREAM, Runtime
 from serve.errors import ConfigurationError, ModelError
 from serve.http.endpoints import install, metrics_endpoint, text_to_image
 from serve.http.openai.images import install_openai
+from serve.http.playground.routes import install_playground
 from serve.http.profiling_endpoint import arm_profiling
 from serve.http.routes import add_get_route
 from serve.http.server_sent_events import text_to_image_stream
@@ -95,6 +96,8 @@ def create_app(runtime: Runtime, on_failed_start: Callable[[], None] = lambda: N
         return await metrics_endpoint(request, runtime)
 
     add_get_route(app, "/metrics", metrics)
+
+    install_playground(app, runtime)
 
     if runtime.profiling.enabled:
         # Without a folder for profiles the path does not exist.

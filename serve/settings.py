@@ -225,8 +225,10 @@ class ServeSettings(TelemetrySettings):
     keep_alive_seconds: float = seconds_field(5)
     send_seconds: float = seconds_field(30)
 
-    # Operation: logs, profiles, the operator's token
+    # Operation: the playground, logs, profiles, the operator's token
 
+    playground: bool = Field(default=True, description=TRUE_OR_FALSE)
+    debug: bool = Field(default=True, description=TRUE_OR_FALSE)
     log_format: Literal["auto", "text", "json"] = Field(
         default="auto", description="auto, text or json"
     )

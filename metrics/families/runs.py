@@ -155,12 +155,17 @@ class RunMetrics:
             durations = self._step_durations[COLD_SHAPE, guidance, min(batch, largest)]
         return durations
 
-    def _count_flops(self, run: RunTiming) -> None:
+    def flops_of(self, run: RunTiming) -> tuple[float, float]:
+        """The run's nominal FLOPs and its seconds on the GPU's clock; 0 and 0 if its shape is not
+        warm."""
         flops = self.flops.get(run.shape)
         if flops is None or not run.stages:
-            return
-        seconds = (run.stages[-1].end_ns - run.stages[0].start_ns) / 1e9
+            return 0.0, 0.0
+        return flops.of(run), (run.stages[-1].end_ns - run.stages[0].start_ns) / 1e9
+
+    def _count_flops(self, run: RunTiming) -> None:
+        flops, seconds = self.flops_of(run)
         # Both or none: utilisation divides the two sums, so they must count the same runs.
         if is_countable(seconds, self._count_fault):
-            self._flops_done.inc(flops.of(run))
+            self._flops_done.inc(flops)
             self._run_seconds.inc(seconds)

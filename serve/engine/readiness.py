@@ -31,6 +31,7 @@ class Readiness:
         phase: the start-up's phase, then `ready`, then `draining`.
         reason: why the start failed; empty if it did not.
         shapes: the shapes that are warm; the first is the default size.
+        planned_shapes: the shapes that the start-up warms; empty until the model is loaded.
         batch_sizes: for each warm shape, the numbers of images that a run may have, ascending.
         phases_ms: duration of each finished phase of the start-up.
         compile: how the model was prepared to run, and what the compiler did.
@@ -48,6 +49,7 @@ class Readiness:
     model: str = ""
     device: str = ""
     shapes: tuple[CompiledShape, ...] = ()
+    planned_shapes: tuple[CompiledShape, ...] = ()
     batch_sizes: dict[CompiledShape, tuple[int, ...]] = field(default_factory=dict)
     phases_ms: dict[str, float] = field(default_factory=dict)
     compile: dict[str, str | int | float] = field(default_factory=dict)

@@ -23,7 +23,7 @@ from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import RunKind
 from metrics.catalogue import GenerationMetrics
 from metrics.gpu import GpuWatch
-from metrics.gpu_metrics import GpuMetrics
+from metrics.gpu_metrics import GpuMetrics, MemoryUse
 from metrics.push import MetricsPush
 from metrics.recorder import Recorder
 from metrics.tracing import Tracing
@@ -204,6 +204,11 @@ class Runtime:
     def uploads(self) -> bool:
         """Whether images are stored somewhere and answered as a URL, instead of inline."""
         return self._upload is not data_uri
+
+    @property
+    def gpu_memory(self) -> MemoryUse | None:
+        """What the allocator holds on the GPU; None without a GPU."""
+        return None if self._gpu_metrics is None else self._gpu_metrics.memory_use()
 
     async def generate(
         self,

@@ -220,11 +220,12 @@ class Startup:
             kinds = [*kinds, FROM_PICTURE]
         else:
             sizes = tuple(sorted({kind.images for kind in kinds}))
+        readiness.planned_shapes = settings.shapes or _default_shapes(model)
         return LoadedModel(
             model,
             clock,
             compiled,
-            shapes=settings.shapes or _default_shapes(model),
+            shapes=readiness.planned_shapes,
             kinds=tuple(kinds),
             batch_sizes=sizes,
             loras=in_place,

@@ -28,6 +28,7 @@ from serve.errors import (
     Forbidden,
     InvalidRequest,
     ModelNotFound,
+    NotFound,
     NotReady,
     RequestError,
     UnsupportedMediaType,
@@ -99,20 +100,23 @@ def _corrected(
     for name, schema in _exact_schemas(app).items():
         schemas[name] = {**schemas.get(name, {}), **schema}
     for path, operations in document["paths"].items():
-        for operation in operations.values():
+        for method, operation in operations.items():
             responses = operation["responses"]
             responses.pop("422", None)
             openai = path.startswith(OPENAI_PREFIX)
             found: Errors = [RequestError]
-            if path in endpoints:
+            if path in endpoints and method == "post":
                 responses["200"]["headers"] = {"x-trace-id": _TRACE_ID}
                 found = [each for each in errors if openai or each is not ModelNotFound]
             elif path == _MODEL_PATH:
                 found = [RequestError, ModelNotFound]
             responses |= _error_responses(found, openai)
     for path, correct in _BY_PATH.items():
-        for operation in document["paths"].get(path, {}).values():
-            correct(operation)
+        for method, operation in document["paths"].get(path, {}).items():
+            if path not in endpoints or method == "post":
+                correct(operation)
+    if (page := document["paths"].get("/", {}).get("get")) is not None:
+        _page(page)
     return document
 
 
@@ -245,6 +249,19 @@ def _profile(operation: Schema) -> None:
     operation["responses"] |= _error_responses(PROFILE_ERRORS)
 
 
+def _page(operation: Schema) -> None:
+    operation["responses"]["200"]["content"] = {"text/html": _TEXT}
+    operation["responses"]["304"] = {"description": "The client has this version of the page."}
+
+
+def _timeline(operation: Schema) -> None:
+    operation["responses"] |= _error_responses([RequestError, NotFound])
+
+
+def _requests(operation: Schema) -> None:
+    operation["responses"] |= _error_responses([RequestError, Forbidden])
+
+
 _BY_PATH: dict[str, Callable[[Schema], None]] = {
     "/": _image,
     "/stream": _stream,
@@ -254,6 +271,8 @@ _BY_PATH: dict[str, Callable[[Schema], None]] = {
     "/metrics": _metrics,
     "/health": _health,
     "/ready": _ready,
+    "/timeline/{trace_id}": _timeline,
+    "/debug/requests": _requests,
     "/debug/profile": _profile,
 }
 

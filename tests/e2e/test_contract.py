@@ -151,7 +151,7 @@ JSON = {"content-type": "application/json"}
     [
         ("GET", "/xylograph", 404, "not_found"),
         ("POST", "/xylograph", 404, "not_found"),
-        ("GET", "/", 405, "method_not_allowed"),
+        ("PUT", "/", 405, "method_not_allowed"),
         ("DELETE", "/stream", 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),
         ("POST", "/", 422, "invalid_request"),
@@ -485,6 +485,14 @@ def test_openais_api_is_self_hosted_only(servers: dict[str, Server]) -> None:
     found = {kind: server.client.get("/v1/models") for kind, server in servers.items()}
     assert found["self-hosted"].json()["object"] == "list"
     assert (found["fal"].status_code, found["fal"].json()["error"]["code"]) == (404, "not_found")
+
+
+@row("The playground")
+def test_the_playground_is_self_hosted_only(servers: dict[str, Server]) -> None:
+    for path, on_fal in (("/", 405), ("/stats", 404), ("/debug/requests", 404)):
+        statuses = [server.client.get(path).status_code for server in servers.values()]
+        assert statuses == [200, on_fal]
+    assert servers["fal"].client.get("/timeline/" + "0" * 32).status_code == 404
 
 
 @row("API pages")

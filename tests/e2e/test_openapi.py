@@ -32,8 +32,8 @@ CHECKS = (
 )
 
 
-OPERATIONS = {"self-hosted": 11, "fal": 6}
-"""On fal metrics are on a port of their own, and there are no profiles."""
+OPERATIONS = {"self-hosted": 15, "fal": 6}
+"""On fal metrics are on a port of their own, and there are no profiles and no playground."""
 
 
 @contextmanager

@@ -51,6 +51,9 @@ def test_it_serves_from_another_directory(python: Path, tmp_path: Path) -> None:
         assert answer.status_code == 200
         assert answer.json()["image"]["url"].startswith("data:image/jpeg;base64,")
         assert httpx.get(url + "/metrics", timeout=30).status_code == 200
+        page = httpx.get(url, timeout=30)
+        assert page.headers["content-type"].startswith("text/html")
+        assert httpx.get(url + "/playground/main.js", timeout=30).status_code == 200
         assert server.terminate() < 10
         assert server.process.returncode == 0
         assert "ready at" in server.output()

@@ -136,14 +136,17 @@ def _running(
 
 @contextmanager
 def self_hosted(
-    environment: Mapping[str, str] | None = None, open_files: int | None = None
+    environment: Mapping[str, str] | None = None,
+    open_files: int | None = None,
+    port: int | None = None,
 ) -> Iterator[ServerProcess]:
-    """`python -m serve` on a free loopback port, not yet ready.
+    """`python -m serve` on a loopback port, not yet ready.
 
     Args:
+        port: None: a free one.
         open_files: how many files the process may open; None: as many as this one.
     """
-    port = free_port()
+    port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     command = ("serve", "--port", str(port))
     with _running(url, url + "/metrics", environment, *command, open_files=open_files) as server:

@@ -63,7 +63,7 @@ def check_shape(answer: httpx.Response, status: int, error_type: str) -> dict[st
     [
         ("GET", f"/{SECRET}", 404, "not_found"),
         (SECRET.upper(), f"/{SECRET}", 404, "not_found"),
-        ("GET", "/", 405, "method_not_allowed"),
+        ("PUT", "/", 405, "method_not_allowed"),
         ("OPTIONS", "/", 405, "method_not_allowed"),
         (SECRET.upper(), "/", 405, "method_not_allowed"),
         ("POST", "/metrics", 405, "method_not_allowed"),

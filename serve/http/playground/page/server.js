@@ -1,0 +1,165 @@
+// @ts-check
+/** What the page asks of the server: figures, timelines, and a picture as a stream of events. */
+
+/**
+ * @typedef {{name: string, depth: number, clock: string, start_ms: number, ms: number,
+ *   index?: number, gpu_queue_ms?: number, batch_size?: number, failed?: boolean}} Span
+ * @typedef {{trace_id: string, exported: boolean, endpoint: string, status: number,
+ *   outcome: string, slow_reason: string | null, started_at: number, duration_ms: number,
+ *   unattributed_ms: number, request: {width?: number, height?: number,
+ *   num_inference_steps?: number}, spans: Span[]}} Timeline
+ * @typedef {{default?: number, minimum?: number, maximum?: number, maxLength?: number}} Bounds
+ * @typedef {{prompt: Bounds, num_inference_steps: Bounds, guidance_scale: Bounds,
+ *   num_images: Bounds, lora_scale: Bounds, seed: {minimum: string, maximum: string},
+ *   shapes: [number, number][], loras: string[], formats: string[], previews: boolean}} Limits
+ * @typedef {{shape: string, batch_size: number, count: number, median_ms: number, p95_ms: number,
+ *   budget_ms: number | null}} Steps
+ * @typedef {{phase: string, phases: {name: string, ms: number | null}[],
+ *   eta_ms: number | null}} Warmup
+ * @typedef {{state: string, serving: boolean, problem: string, model: string, device: string,
+ *   warmup: Warmup, in_flight: number, waiting: number, max_waiting: number,
+ *   batch_size: number | null, steps: Steps | null, mfu: number | null,
+ *   memory: {resident?: number, gpu_allocated?: number, gpu_peak?: number}, request: Limits,
+ *   operator_token: boolean, trace_url: string | null}} Stats
+ * @typedef {{loc: (string | number)[], msg: string}} Problem
+ */
+
+/** A whole number too large for a JavaScript number is read as text: each seed. */
+const SEED = /"seed":\s*(-?\d+)/g;
+
+/** The server cannot be reached. */
+export class ServerGone extends Error {}
+
+/** The server refused the request, or failed at it. */
+export class RequestFailed extends Error {
+  /**
+   * @param {string} message
+   * @param {Problem[]} problems those of single fields
+   * @param {string} traceId
+   */
+  constructor(message, problems, traceId) {
+    super(message);
+    this.problems = problems;
+    this.traceId = traceId;
+  }
+}
+
+/**
+ * JSON with every seed as text. A quotation mark inside a string is escaped, so `"seed":` can only
+ * be a key.
+ * @param {string} text
+ * @returns {any}
+ */
+export function parseExact(text) {
+  return JSON.parse(text.replace(SEED, '"seed":"$1"'));
+}
+
+/**
+ * A request's body. Its seed is text with digits, and becomes a number of as many digits.
+ * @param {Record<string, unknown>} fields
+ */
+export function exactBody(fields) {
+  const { seed, ...others } = fields;
+  const text = JSON.stringify(others);
+  return seed === undefined ? text : `${text.slice(0, -1)},"seed":${BigInt(String(seed))}}`;
+}
+
+/**
+ * @param {string} path
+ * @param {RequestInit} [options]
+ */
+async function ask(path, options) {
+  try {
+    return await fetch(path, { cache: "no-store", ...options });
+  } catch (error) {
+    if (error instanceof DOMException && error.name === "AbortError") throw error;
+    throw new ServerGone();
+  }
+}
+
+/** @returns {Promise<Stats>} */
+export async function readStats() {
+  const answer = await ask("/stats", { signal: AbortSignal.timeout(5000) }).catch(() => {
+    throw new ServerGone();
+  });
+  if (!answer.ok) throw new ServerGone();
+  return answer.json();
+}
+
+/**
+ * A finished request's timeline. The server waits a moment for it; null: it is not there.
+ * @param {string} traceId
+ * @returns {Promise<Timeline | null>}
+ */
+export async function readTimeline(traceId) {
+  const answer = await ask(`/timeline/${traceId}`).catch(() => null);
+  return answer !== null && answer.ok ? answer.json() : null;
+}
+
+/**
+ * The last requests of everybody, the newest first. For operators.
+ * @param {string} token SDXL_ADMIN_TOKEN
+ * @returns {Promise<Timeline[]>}
+ */
+export async function readAllTimelines(token) {
+  const answer = await ask("/debug/requests", { headers: { Authorization: `Bearer ${token}` } });
+  if (!answer.ok) throw await failure(answer);
+  return (await answer.json()).requests;
+}
+
+/**
+ * Ask for a picture. Yields the stream's events, in order.
+ * @param {string} body
+ * @param {AbortSignal} signal aborting it ends the work
+ * @returns {AsyncGenerator<any>}
+ */
+export async function* drawEvents(body, signal) {
+  const answer = await ask("/stream", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body,
+    signal,
+  });
+  if (!answer.ok || answer.body === null) throw await failure(answer);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  let ended = false;
+  while (!ended) {
+    let part;
+    try {
+      part = await reader.read();
+    } catch (error) {
+      if (signal.aborted) throw error;
+      throw new ServerGone();
+    }
+    ended = part.done;
+    rest += part.value ?? "";
+    const blocks = rest.split("\n\n");
+    rest = blocks.pop() ?? "";
+    for (const block of blocks) {
+      const data = block.split("\n").find((line) => line.startsWith("data: "));
+      if (data === undefined) continue; // a comment that keeps the connection open
+      const event = parseExact(data.slice(6));
+      if (event.type === "error") throw failed(event);
+      yield event;
+      if (event.type === "image") return;
+    }
+  }
+  throw new ServerGone(); // the stream ended without a picture
+}
+
+/** @param {Response} answer */
+async function failure(answer) {
+  try {
+    return failed(parseExact(await answer.text()));
+  } catch {
+    return new RequestFailed(`The server answered with status ${answer.status}.`, [], "");
+  }
+}
+
+/** @param {any} body */
+function failed(body) {
+  const several = Array.isArray(body.detail);
+  const message = several ? "Some fields are not allowed as they are." : String(body.detail);
+  return new RequestFailed(message, several ? body.detail : [], String(body.trace_id ?? ""));
+}
