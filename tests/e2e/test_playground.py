@@ -423,6 +423,7 @@ def test_the_page_is_quick(page: Page) -> None:
     assert statistics.median(steps_late_ms(page, previews=True)) < 50
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_and_returns(browser: Any, otlp: OtlpEndpoint) -> None:
     port = free_port()
     settings = environment(otlp, SDXL_SHAPES="64x64")

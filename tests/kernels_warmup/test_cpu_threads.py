@@ -172,6 +172,12 @@ THREADS = "\nimport torch; print(torch.get_num_threads())"
 def test_torch_computes_with_the_chosen_number(front_door: str) -> None:
     """torch by itself computes with a thread for each core, of which there are more here."""
     assert python(CHANGED + front_door + THREADS) == "1"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cores_given() < 2, reason="torch has one thread here by itself")
+def test_torch_computes_with_the_users_number() -> None:
+    front_door = "from bench.__main__ import main\nmain(['show', 'no-such-file.json'])"
     assert python(CHANGED + front_door + THREADS, OMP_NUM_THREADS="2") == "2"
 
 

@@ -111,6 +111,7 @@ def test_one_object_is_drawn_as_prompted(
     assert min(scores.shape, scores.place) >= 0.9, scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), DEMO_SIZES)
 def test_two_objects_are_drawn_as_prompted(
     pipeline: StableDiffusionXLPipeline, width: int, height: int

@@ -55,6 +55,7 @@ def assert_lossless(plain: SdxlModel, prepared: SdxlModel, count: int) -> None:
         assert comparison.distance.maximum <= LARGEST_DISTANCE, row
 
 
+@pytest.mark.slow
 def test_the_rewrites_are_lossless(plain: SdxlModel) -> None:
     prepared = load_model("demo", device_name="cpu")
     compile_model(prepared.pipeline, recipe=REWRITES)

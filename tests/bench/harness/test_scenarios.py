@@ -26,6 +26,7 @@ from serve.settings import DEMO_MODEL
 from tests.bench import made_up
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_batch_is_warm_and_a_run_that_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tracing without code generation is enough for a shape to be cold.

@@ -169,7 +169,7 @@ def test_kernels_of_our_own_are_not_counted_without_triton(monkeypatch: pytest.M
 
 
 def test_torch_reports_no_gpu_afterwards(plain: Lowered) -> None:
-    assert decode.launches
+    assert plain.launches
     assert torch.cuda.is_available() == (torch.cuda.device_count() > 0)
     if not torch.backends.cuda.is_built():
         with pytest.raises((AssertionError, RuntimeError)):

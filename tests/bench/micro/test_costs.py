@@ -121,6 +121,7 @@ def test_a_cold_start_has_caches_of_its_own(tmp_path: Path) -> None:
     assert all(str(tmp_path) in value for value in cache_settings(tmp_path).values())
 
 
+@pytest.mark.slow
 def test_reported_and_minimal_times_are_compared_on_one_loaded_model(tmp_path: Path) -> None:
     out = tmp_path / "harness_check.json"
     command = ["bare", "--model", "demo", "--device", "cpu", "--steps", "2", "--pairs", "4"]

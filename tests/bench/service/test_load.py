@@ -379,6 +379,7 @@ def test_wrong_usage_is_status_2(arguments: list[str], said: str, capsys: Captur
 # Several clients ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clients_at_once_are_compared_with_one(capsys: Capture) -> None:
     """A server that answers any number of requests in the same time: N clients get N times as
     many images a second."""
