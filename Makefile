@@ -15,10 +15,9 @@ serve: $(INSTALLED)  ## serve the model on http://HOST:PORT
 	@$(RUN) -m serve --host $(HOST) --port $(PORT)
 
 # Tests that compare durations run first and alone: several workers would slow each other unevenly.
-# Of the other files not even the imports: they take ten seconds.
-# More workers than two cores, because many tests wait for processes and time limits. One thread a
-# process, since two processes of two threads each wait for each other on two cores.
-WORKERS ?= 3
+# Of the other files not even the imports: they take ten seconds. One thread a process, since two
+# processes of two threads each wait for each other on two cores.
+WORKERS ?= 2
 QUICK := not gpu and not slow
 test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)  ## what CI runs

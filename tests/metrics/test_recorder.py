@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,9 @@ def test_a_failure_to_record_is_counted_and_raises_nowhere(
 
     monkeypatch.setattr(GenerationMetrics, "observe_request", broken)
     rec.record(request_timing(), tracing.identify())
+    recorded = threading.Event()
+    rec.submit(recorded.set)
+    assert recorded.wait(30)
     monkeypatch.undo()
     rec.record(request_timing(), tracing.identify())  # the thread goes on
     rec.close(5)

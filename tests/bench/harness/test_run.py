@@ -166,7 +166,8 @@ def test_sigterm_keeps_what_was_measured(tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        while not out.exists():
+        # At first it is created and removed, to see whether it can be written.
+        while not out.exists() or out.stat().st_size == 0:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
