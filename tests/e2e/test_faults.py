@@ -304,6 +304,7 @@ def test_sigterm_in_mid_request_with_a_silent_backend(servers: list[Served]) -> 
 FAL_FAULTS = FAULTS[:3]  # healthy, closed and silent
 
 
+@pytest.mark.slow
 def test_under_fals_runtime() -> None:
     with ExitStack() as stack:
         table = []

@@ -201,6 +201,7 @@ def test_the_largest_seed_stays_exact(page: Page, server: ServerProcess) -> None
     assert page.find("#seed").get_property("value") == str(MAX_SEED)
 
 
+@pytest.mark.slow
 def test_the_code_makes_the_same_request(page: Page, tmp_path: Path) -> None:
     prompt = 'it\'s a "red" circle \\ on white'
     page.generate(num_inference_steps=1, seed=MAX_SEED, guidance_scale=1.5, prompt=prompt)
@@ -373,7 +374,12 @@ def test_it_works_with_the_keyboard_alone(page: Page) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "dark"), [(1200, False), (1200, True), (390, False)], ids=["wide", "dark", "phone"]
+    ("width", "dark"),
+    [
+        pytest.param(1200, False, id="wide", marks=pytest.mark.slow),
+        pytest.param(1200, True, id="dark"),
+        pytest.param(390, False, id="phone"),
+    ],
 )
 def test_it_is_readable_on_every_screen(page: Page, width: int, dark: bool) -> None:
     page.generate(num_inference_steps=2)

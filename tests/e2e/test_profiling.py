@@ -17,6 +17,7 @@ from tests.support.otlp_endpoint import otlp_endpoint
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
+@pytest.mark.slow
 def test_a_request_is_profiled_on_a_real_server(tmp_path: Path) -> None:
     with otlp_endpoint() as otlp:
         settings = environment(otlp, SDXL_PROFILE_DIR=str(tmp_path), SDXL_SHAPES="128x128")

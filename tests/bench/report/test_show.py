@@ -133,7 +133,13 @@ def test_text_from_a_file_is_escaped() -> None:
 @pytest.mark.skipif(
     CHROMIUM is None and not os.environ.get("CI"), reason="needs chromium, which is not installed"
 )
-@pytest.mark.parametrize("make", [stack, lambda: pair(1.1)], ids=["one side", "two sides"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(stack, id="one side", marks=pytest.mark.slow),
+        pytest.param(lambda: pair(1.1), id="two sides"),
+    ],
+)
 def test_a_browser_draws_every_plot(make: Callable[[], BenchResult], tmp_path: Path) -> None:
     make().write(tmp_path / "r.json")
     page = tmp_path / "page.html"

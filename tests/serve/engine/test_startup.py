@@ -178,9 +178,9 @@ Start = Callable[..., Runtime]
 @pytest.mark.parametrize(
     "scheduler",
     [
-        "EulerDiscreteScheduler",  # as Lightning's
+        pytest.param("EulerDiscreteScheduler", marks=pytest.mark.slow),  # as Lightning's
         "EulerAncestralDiscreteScheduler",  # as Turbo's: it draws noise in every step
-        "LCMScheduler",
+        pytest.param("LCMScheduler", marks=pytest.mark.slow),
         "DDIMScheduler",  # has no set_begin_index, at whose call the loop of the others begins
     ],
 )

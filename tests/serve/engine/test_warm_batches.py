@@ -106,7 +106,12 @@ def test_a_number_of_images_that_cannot_be_warmed_is_left_out(traced: None) -> N
 
 @pytest.mark.parametrize(
     ("changes", "largest"),
-    [({}, 8), ({"compile": "off"}, 8), ({"max_batch": 3}, 3), ({"max_batch": 1}, 1)],
+    [
+        ({}, 8),
+        pytest.param({"compile": "off"}, 8, marks=pytest.mark.slow),
+        ({"max_batch": 3}, 3),
+        pytest.param({"max_batch": 1}, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_without_graphs_runs_any_number(changes: dict[str, Any], largest: int) -> None:
     runtime = build(**changes)
