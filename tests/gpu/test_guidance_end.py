@@ -34,7 +34,9 @@ CAPTURED = Recipe(scope="none", replay="captured", text_once=True, zero_text=Tru
 
 
 def encode(model: SdxlModel, negative: str = "", guidance_ends: bool = True) -> Conditioning:
-    return model.encode_prompts(["a lighthouse in a storm"], [negative], True, SHAPE, guidance_ends)
+    return model.encode_prompts(
+        ["a lighthouse in a storm"], [negative], True, SHAPE, guidance_ends=guidance_ends
+    )
 
 
 def denoise(
