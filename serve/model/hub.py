@@ -10,6 +10,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+"""A repository's name, as a regular expression without groups."""
+
 HUB_SECONDS = 10.0
 """How long the hub may take for each part of its first answer. A hub that accepts a connection and
 says nothing would otherwise hold up the start for ever."""

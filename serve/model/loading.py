@@ -17,6 +17,7 @@ from kernels_warmup.shapes import DEMO_SHAPES, SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError
 from serve.model.hub import (
+    REPOSITORY,
     HubUnavailable,
     downloaded_before,
     first_line,
@@ -29,9 +30,6 @@ from serve.model.weights import non_finite_tensor
 from serve.settings import DEMO_MODEL, RANDOM_SDXL_BASE, SDXL_BASE
 
 logger = logging.getLogger(__name__)
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
 
 _PARTS = (
     "unet",
@@ -84,7 +82,7 @@ def load_model(
     if directory.is_dir():
         pipeline = _load_directory(directory, dtype)
         label = directory.resolve().name
-    elif _HUB_NAME.fullmatch(name):
+    elif re.fullmatch(REPOSITORY, name):
         pipeline = _load_hub(name, revision, dtype)
         label = name.split("/")[-1]
     else:

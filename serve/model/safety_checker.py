@@ -21,12 +21,12 @@ from torch.nn import functional
 from transformers import CLIPConfig
 
 from serve.errors import ModelError
-from serve.model.hub import HUB_SECONDS, hub_failure
+from serve.model.hub import HUB_SECONDS, REPOSITORY, hub_failure
 from serve.model.weights import non_finite_tensor
 
 logger = logging.getLogger(__name__)
 
-_HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_HUB_NAME = re.compile(rf"(?P<name>{REPOSITORY})(@(?P<revision>[\w./-]+))?")
 
 WEIGHTS = "model.safetensors"
 PREPROCESSING = "preprocessor_config.json"

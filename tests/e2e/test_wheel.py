@@ -71,17 +71,21 @@ def test_the_code_that_runs_is_the_wheels(python: Path, tmp_path: Path) -> None:
     assert shown.count(str(python.parent.parent)) == 2
 
 
-def test_it_contains_the_monitoring_files(python: Path, tmp_path: Path) -> None:
-    listing = "print(*sorted(f.name for f in (files('metrics') / 'monitoring').iterdir()))"
-    shown = subprocess.run(
-        [python, "-c", f"from importlib.resources import files; {listing}"],
-        cwd=tmp_path,
+def files_in(folder: str, python: Path, elsewhere: Path) -> list[str]:
+    """The names of an installed folder's files; `folder` is an expression of it."""
+    imports = "from importlib.resources import files; from serve.demo_model import loras_path"
+    return subprocess.run(
+        [python, "-c", f"{imports}; print(*sorted(f.name for f in {folder}.iterdir()))"],
+        cwd=elsewhere,
         env=clean_environment(),
         capture_output=True,
         text=True,
         check=True,
-    ).stdout
-    assert shown.split() == [
+    ).stdout.split()
+
+
+def test_it_contains_the_monitoring_files(python: Path, tmp_path: Path) -> None:
+    assert files_in("(files('metrics') / 'monitoring')", python, tmp_path) == [
         "dashboard.json",
         "fal.yml",
         "prometheus.yml",
@@ -91,13 +95,4 @@ def test_it_contains_the_monitoring_files(python: Path, tmp_path: Path) -> None:
 
 
 def test_it_contains_the_demo_lora(python: Path, tmp_path: Path) -> None:
-    listing = "print(*sorted(f.name for f in loras_path().iterdir()))"
-    shown = subprocess.run(
-        [python, "-c", f"from serve.demo_model import loras_path; {listing}"],
-        cwd=tmp_path,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert shown.split() == ["night.safetensors"]
+    assert files_in("loras_path()", python, tmp_path) == ["night.safetensors"]

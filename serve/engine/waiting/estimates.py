@@ -112,16 +112,18 @@ class _Seen:
     whole: bool
 
 
-def swap_seconds(run: RunTiming) -> float:
-    """How long the run's change of LoRAs took; 0 if it had none."""
-    swap = run.stage("lora_swap")
-    return 0.0 if swap is None else swap.duration_ns / 1e9
+def _stage_seconds(run: RunTiming, name: str) -> float:
+    """How long a stage took that not every run has; 0 if this one had none."""
+    stage = run.stage(name)
+    return 0.0 if stage is None else stage.duration_ns / 1e9
 
 
-def encode_seconds(run: RunTiming) -> float:
-    """How long the encoding of the run's pictures took; 0 if it had none."""
-    encode = run.stage("vae_encode")
-    return 0.0 if encode is None else encode.duration_ns / 1e9
+def _typical(seconds: Iterable[float], fastest: bool) -> float:
+    """The median, or the least; 0 while none is measured."""
+    seen = list(seconds)
+    if not seen:
+        return 0.0
+    return min(seen) if fastest else statistics.median(seen)
 
 
 class Estimates:
@@ -154,9 +156,9 @@ class Estimates:
         """
         if run.profiled or run.eager_fallback or run.between_steps or not run.steps:
             return
-        if (swap := swap_seconds(run)) > 0:
+        if (swap := _stage_seconds(run, "lora_swap")) > 0:
             self._swaps.append(swap)
-        if (encode := encode_seconds(run)) > 0:
+        if (encode := _stage_seconds(run, "vae_encode")) > 0:
             encodes = self._encodes.setdefault(run.shape, deque(maxlen=NEWEST))
             if not serving:
                 encodes.clear()
@@ -184,7 +186,7 @@ class Estimates:
         end = steps[-1].end_ns if steps[-1] is not run.steps[-1] else denoise.end_ns
         newest.step.append((end - begin) / 1e9 / len(steps))
         if guidance == run.guidance:
-            special = swap_seconds(run) + encode_seconds(run)
+            special = _stage_seconds(run, "lora_swap") + _stage_seconds(run, "vae_encode")
             newest.before.append((denoise.start_ns - run.start_ns) / 1e9 - special)
             newest.after.append((run.end_ns - denoise.end_ns) / 1e9)
         seen = _Seen(newest.summary(statistics.median), newest.summary(min), bool(newest.before))
@@ -258,10 +260,7 @@ class Estimates:
 
     def answer_seconds(self, planned: PlannedRequest, fastest: bool = False) -> float:
         """From the end of the last run until the images are stored; 0 while none is measured."""
-        seen = self._answers.get(_answer_kind(planned))
-        if not seen:
-            return 0.0
-        return min(seen) if fastest else statistics.median(seen)
+        return _typical(self._answers.get(_answer_kind(planned), ()), fastest)
 
     def has_evidence(self, planned: PlannedRequest) -> bool:
         """Whether enough runs of this size are recent enough to refuse a request by."""
@@ -281,17 +280,11 @@ class Estimates:
 
     def swap_seconds(self, fastest: bool = False) -> float:
         """Seconds of a change of LoRAs; 0 while none is measured."""
-        seen = list(self._swaps)
-        if not seen:
-            return 0.0
-        return min(seen) if fastest else statistics.median(seen)
+        return _typical(self._swaps, fastest)
 
     def _encode_seconds(self, shape: str, fastest: bool) -> float:
         """Seconds of encoding one picture; 0 while none is measured."""
-        seen = list(self._encodes.get(shape, ()))
-        if not seen:
-            return 0.0
-        return min(seen) if fastest else statistics.median(seen)
+        return _typical(self._encodes.get(shape, ()), fastest)
 
     # Forecasts
 

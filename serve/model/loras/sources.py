@@ -16,7 +16,7 @@ from pathlib import Path
 
 from serve.demo_model import loras_path
 from serve.errors import ModelError
-from serve.model.hub import HUB_SECONDS, hub_failure
+from serve.model.hub import HUB_SECONDS, REPOSITORY, hub_failure
 from serve.model.loras.files import PEFT_CONFIG
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """What diffusers and PEFT call the file. Of several files it is taken."""
 
 _HUB = re.compile(
-    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>[^@]+\.safetensors))?"
+    rf"(?P<name>{REPOSITORY})(/(?P<file>[^@]+\.safetensors))?"
     r"(@(?P<revision>[^@\s]+))?"
 )
 _MOST_SHOWN = 5

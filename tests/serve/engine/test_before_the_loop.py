@@ -20,22 +20,11 @@ from kernels_warmup.shapes import CompiledShape
 from serve.model.loading import load_model
 from serve.model.prompt_tokens import PromptRules, tokenise
 from serve.model.sdxl import Conditioning, SdxlModel
-from serve.model.sdxl_base import SCHEDULER_CONFIG
+from tests.serve.schedulers import SERVED, TRAILING
 
 SHAPE = CompiledShape(128, 128)
 WIDE = CompiledShape(160, 96)
 META = torch.device("meta")
-
-TRAILING = SCHEDULER_CONFIG | {"timestep_spacing": "trailing"}
-SERVED = {
-    "euler": diffusers.EulerDiscreteScheduler(**SCHEDULER_CONFIG),
-    "euler trailing": diffusers.EulerDiscreteScheduler(**TRAILING),
-    "euler ancestral": diffusers.EulerAncestralDiscreteScheduler.from_config(TRAILING),
-    "lcm": diffusers.LCMScheduler.from_config(TRAILING),
-    "ddim": diffusers.DDIMScheduler.from_config(TRAILING),
-    # It keeps a history of the run, so its timesteps are not cached. It is served all the same.
-    "dpm++": diffusers.DPMSolverMultistepScheduler.from_config(SCHEDULER_CONFIG),
-}
 
 
 @pytest.fixture(scope="module")

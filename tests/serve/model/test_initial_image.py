@@ -17,19 +17,10 @@ from serve.model.initial_image import InitialLatents
 from serve.model.loading import load_model
 from serve.model.schedulers import Schedule
 from serve.model.sdxl import Conditioning, SdxlModel
-from serve.model.sdxl_base import SCHEDULER_CONFIG
+from tests.serve.schedulers import SERVED
 
 SHAPE = CompiledShape(96, 64)
 STEPS = 4
-TRAILING = SCHEDULER_CONFIG | {"timestep_spacing": "trailing"}
-SCHEDULERS = {
-    "euler": diffusers.EulerDiscreteScheduler(**SCHEDULER_CONFIG),
-    "euler trailing": diffusers.EulerDiscreteScheduler(**TRAILING),
-    "euler ancestral": diffusers.EulerAncestralDiscreteScheduler.from_config(TRAILING),
-    "lcm": diffusers.LCMScheduler.from_config(TRAILING),
-    "ddim": diffusers.DDIMScheduler.from_config(TRAILING),
-    "dpm++": diffusers.DPMSolverMultistepScheduler.from_config(SCHEDULER_CONFIG),
-}
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +90,18 @@ def diffusers_own(
     return result
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", SERVED)
 def test_every_scheduler_gives_the_result_of_diffusers_own_pipeline(
     demo: SdxlModel, text: Conditioning, picture: np.ndarray[Any, Any], name: str
 ) -> None:
     """Bit for bit, also after other strengths, and without an effect on text to image."""
     pipeline = copy.copy(demo.pipeline)
-    pipeline.scheduler = SCHEDULERS[name]
+    pipeline.scheduler = SERVED[name]
     model = SdxlModel(pipeline, "demo", torch.device("cpu"), (SHAPE,))
     initial = model.initial_latents([picture], [1], 0)
     from_text = denoise(model, text, None)
     for strength, steps in ((1.0, 4), (0.5, 2), (0.3, 1), (0.5, 2)):
-        scheduler = type(SCHEDULERS[name]).from_config(SCHEDULERS[name].config)
+        scheduler = type(SERVED[name]).from_config(SERVED[name].config)
         expected = diffusers_own(pipeline, scheduler, text, initial.latents, strength)
         indices: list[int] = []
         result = denoise(model, text, replace(initial, first_step=STEPS - steps), indices=indices)
@@ -125,12 +116,12 @@ def test_fixed_timesteps_give_the_result_of_diffusers_own_pipeline(
 ) -> None:
     fixed = [999, 749, 499, 249]
     pipeline = copy.copy(demo.pipeline)
-    pipeline.scheduler = SCHEDULERS["lcm"]
+    pipeline.scheduler = SERVED["lcm"]
     model = SdxlModel(
         pipeline, "demo", torch.device("cpu"), (SHAPE,), Schedule(timesteps=tuple(fixed))
     )
     initial = model.initial_latents([picture], [1], 2)
-    scheduler = type(SCHEDULERS["lcm"]).from_config(SCHEDULERS["lcm"].config)
+    scheduler = type(SERVED["lcm"]).from_config(SERVED["lcm"].config)
     expected = diffusers_own(pipeline, scheduler, text, initial.latents, 0.5, fixed)
     for _ in range(2):
         assert torch.equal(denoise(model, text, initial), expected)
