@@ -253,7 +253,7 @@ def reachable_by(address: str) -> str | None:
     if parsed.is_loopback:
         return None
     where = "on every interface, so" if parsed.is_unspecified else "not on loopback alone, so"
-    return f"{where} other machines may reach it, and no key is asked for"
+    return f"{where} other machines may reach it"
 
 
 def run(settings: ServeSettings, host: str, port: int) -> int:
@@ -282,8 +282,14 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     )
     server = _Server(config, runtime, listener, limit)
     address, bound_port = listener.getsockname()[:2]
-    if (reach := reachable_by(address)) is not None:
-        logger.warning("listening on %s port %d: %s", address, bound_port, reach)
+    if (reach := reachable_by(address)) is not None and not settings.api_keys:
+        logger.warning(
+            "listening on %s port %d: %s, and no key is needed: all of them may draw images here. "
+            "Set SDXL_API_KEYS, or let only a proxy that checks its callers reach this port.",
+            address,
+            bound_port,
+            reach,
+        )
     shown = f"[{address}]" if ":" in address else address
 
     async def serve() -> None:
