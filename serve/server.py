@@ -256,6 +256,19 @@ def reachable_by(address: str) -> str | None:
     return f"{where} other machines may reach it"
 
 
+def warn_if_open(settings: ServeSettings, address: str, port: int) -> None:
+    """Log a warning if other machines may draw images without a key."""
+    if settings.api_keys or (reach := reachable_by(address)) is None:
+        return
+    logger.warning(
+        "listening on %s port %d: %s, and everyone there may draw images, because SDXL_API_KEYS is "
+        "not set. Set it, or let only a proxy that checks its callers reach this port.",
+        address,
+        port,
+        reach,
+    )
+
+
 def run(settings: ServeSettings, host: str, port: int) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit status: 0, or 1 if the model failed.
 
@@ -282,14 +295,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     )
     server = _Server(config, runtime, listener, limit)
     address, bound_port = listener.getsockname()[:2]
-    if (reach := reachable_by(address)) is not None and not settings.api_keys:
-        logger.warning(
-            "listening on %s port %d: %s, and no key is needed: all of them may draw images here. "
-            "Set SDXL_API_KEYS, or let only a proxy that checks its callers reach this port.",
-            address,
-            bound_port,
-            reach,
-        )
+    warn_if_open(settings, address, bound_port)
     shown = f"[{address}]" if ":" in address else address
 
     async def serve() -> None:
