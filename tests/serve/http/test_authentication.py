@@ -165,7 +165,7 @@ def test_other_forms_are_no_key(app: FastAPI, headers: list[tuple[str, Any]]) ->
 def test_what_each_path_needs(
     app: FastAPI, method: str, path: str, anyone: int, caller: int, operator: int
 ) -> None:
-    content = {"content": b"{}"} if method == "POST" else {}
+    content: dict[str, Any] = {"content": b"{}"} if method == "POST" else {}
     found = [ask(app, method, path, key, **content).status_code for key in ("", BOB, ADMIN)]
     assert found == [anyone, caller, operator]
 
@@ -329,7 +329,7 @@ def test_a_key_is_in_no_answer_metric_or_log(
     for key in (ALICE, BOB, ADMIN, ALICE + "x"):
         for method, path in (("POST", "/"), ("POST", "/stream"), ("GET", "/stats"), ("GET", "/x")):
             for headers in ({"authorization": f"Bearer {key}"}, {"x-api-key": key}):
-                content = {"json": BODY} if method == "POST" else {}
+                content: dict[str, Any] = {"json": BODY} if method == "POST" else {}
                 answer = ask(app, method, path, headers=dict(headers), **content)
                 shown += answer.text + str(answer.headers)
     for path in ("/metrics", "/debug/requests"):
@@ -433,7 +433,7 @@ def test_without_an_address_nobody_is_on_this_machine() -> None:
 def test_every_answer_has_the_security_headers(
     app: FastAPI, method: str, path: str, key: str
 ) -> None:
-    content = {"json": BODY} if method == "POST" else {}
+    content: dict[str, Any] = {"json": BODY} if method == "POST" else {}
     elsewhere = {"origin": "https://elsewhere.test"}
     headers = ask(app, method, path, key, headers=elsewhere, **content).headers
     for name in SECURITY_HEADERS:
