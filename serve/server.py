@@ -321,11 +321,12 @@ async def _announce(runtime: Runtime, address: str) -> None:
     await runtime.ready.wait()
     readiness = runtime.readiness
     shapes = ", ".join(str(shape) for shape in readiness.shapes)
+    key = ' -H "x-api-key: $SDXL_API_KEY"' if runtime.settings.api_keys else ""
     _print_now(
         f"\nstepspan is ready at {address}\n"
         f"  model {readiness.model} on {readiness.device}, shapes {shapes}\n\n"
         "Try it:\n"
-        f"  curl -s {address} -H 'content-type: application/json' \\\n"
+        f"  curl -s {address} -H 'content-type: application/json'{key} \\\n"
         """    -d '{"prompt": "a red circle on a white background", "seed": 1}'\n"""
     )
 
