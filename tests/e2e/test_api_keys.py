@@ -120,7 +120,8 @@ def test_a_streams_place_is_free_when_it_has_ended(server: ServerProcess) -> Non
     long = body(num_inference_steps=100, num_images=4)
     with httpx.Client(base_url=server.url, headers=bearer(BOB), timeout=60) as client:
         with client.stream("POST", "/stream", json=long) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # closes the stream when nothing holds it any more
+            next(lines)
             refused = client.post("/", json=body())
             assert refused.status_code == 429
             assert refused.json()["error_type"] == "key_limit_reached"

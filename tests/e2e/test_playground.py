@@ -386,6 +386,7 @@ def test_it_is_readable_on_every_screen(page: Page, width: int, dark: bool) -> N
     page.find("#generate").click()
     page.emulate(width, 900, dark)
     page.until(lambda: page.text("#progress-text").startswith("Done"))
+    page.until(page.find("#generate").is_enabled)  # the thumbnails are drawn anew before that
     assert page.run("return document.documentElement.scrollWidth") <= width
     background = page.run("return getComputedStyle(document.body).backgroundColor")
     red = int(background.split("(")[1].split(",")[0])
