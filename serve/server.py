@@ -321,7 +321,7 @@ async def _announce(runtime: Runtime, address: str) -> None:
     await runtime.ready.wait()
     readiness = runtime.readiness
     shapes = ", ".join(str(shape) for shape in readiness.shapes)
-    key = ' -H "x-api-key: $SDXL_API_KEY"' if runtime.settings.api_keys else ""
+    key = ' -H "Authorization: Bearer $SDXL_API_KEY"' if runtime.settings.api_keys else ""
     _print_now(
         f"\nstepspan is ready at {address}\n"
         f"  model {readiness.model} on {readiness.device}, shapes {shapes}\n\n"

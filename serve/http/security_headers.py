@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-POLICY = "Content-Security-Policy"
-
 SECURITY_HEADERS = {
-    POLICY: "default-src 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -18,6 +15,9 @@ SECURITY_HEADERS = {
 }
 """What every answer has that does not set its own. No answer has a CORS header: no page from
 elsewhere may read one."""
+
+_POLICY = b"content-security-policy"
+_RAW = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
 
 
 class SecurityHeaders:
@@ -33,13 +33,12 @@ class SecurityHeaders:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message.setdefault("headers", [])
-                headers = MutableHeaders(scope=message)
-                # The playground has a policy of its own; fal's pages need other sites' scripts.
-                html = headers.get("content-type", "").startswith("text/html")
-                for name, value in SECURITY_HEADERS.items():
-                    if not (html and name == POLICY):
-                        headers.setdefault(name, value)
+                headers = list(message.get("headers", []))
+                has = dict(headers)
+                if has.get(b"content-type", b"").startswith(b"text/html"):
+                    # The playground has a policy of its own; fal's pages need others' scripts.
+                    has.setdefault(_POLICY, b"")
+                message["headers"] = headers + [item for item in _RAW if item[0] not in has]
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -18,6 +18,7 @@ from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
 from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
 from tests.support.processes import ServerProcess
+from tests.support.raw_client import connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -147,6 +148,17 @@ def test_the_load_test_reads_its_key_from_the_environment(
     [level] = json.loads(shown.out)["levels"]
     assert level["ok"] == level["sent"] == 3
     assert ALICE[:6] not in shown.out + shown.err
+
+
+def test_who_has_no_key_need_not_send_a_body(server: ServerProcess) -> None:
+    for path in ("/", "/image-to-image", "/v1/images/generations", "/nothing"):
+        with connected(server.url) as client:
+            client.send(post(path, b"", "Expect: 100-continue", length=50_000))
+            answer = client.answer()
+            assert answer.status == 401
+            assert answer.headers["connection"] == "close"
+            assert answer.headers["www-authenticate"] == "bearer"  # read in lower case
+            assert client.is_closed()
 
 
 def test_a_browser_that_asks_first_is_told_no(server: ServerProcess) -> None:
