@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import fal_client
@@ -15,9 +18,10 @@ import pytest
 from bench.__main__ import main as bench
 from tests.e2e.browser import CHROMIUM, DRIVER, Page, chromium, violations
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
+from tests.e2e.test_openapi import CHECKS
 from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
-from tests.support.processes import ServerProcess
+from tests.support.processes import ROOT, ServerProcess
 from tests.support.raw_client import connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -170,6 +174,23 @@ def test_a_browser_that_asks_first_is_told_no(server: ServerProcess) -> None:
     answer = httpx.options(server.url, headers=asked)
     assert answer.status_code in (401, 405)
     assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+@pytest.mark.slow
+def test_every_answer_is_as_the_document_says(server: ServerProcess, tmp_path: Path) -> None:
+    config = tmp_path / "schemathesis.toml"
+    config.write_text(
+        '[checks.negative_data_rejection]\nexpected-statuses = ["400", "413", "415", "422"]\n'
+    )
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"]
+    command += [server.url + "/openapi.json", "--header", f"x-api-key: {ALICE}", "--no-color"]
+    command += ["--phases", "examples,coverage,fuzzing", "--max-examples", "12", "--seed", "1"]
+    command += ["--checks", ",".join(CHECKS)]
+    hooks = {"PYTHONPATH": str(ROOT), "SCHEMATHESIS_HOOKS": "tests.support.schemathesis_hooks"}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | hooks, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 # The page
