@@ -42,6 +42,7 @@ def otlp() -> Iterator[OtlpEndpoint]:
 def server(otlp: OtlpEndpoint) -> Iterator[ServerProcess]:
     settings = {
         "SDXL_SHAPES": "64x64",
+        "SDXL_STEPS": "1",
         "SDXL_API_KEYS": f"alice={ALICE},alice={ALICES_NEXT},bob:1={BOB}",
         "SDXL_ADMIN_TOKEN": ADMIN,
     }
@@ -177,6 +178,7 @@ def test_a_browser_that_asks_first_is_told_no(server: ServerProcess) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_answer_is_as_the_document_says(server: ServerProcess, tmp_path: Path) -> None:
     config = tmp_path / "schemathesis.toml"
     config.write_text(
