@@ -72,6 +72,7 @@ class GenerationMetrics:
         endpoints, outcomes, error_types: the closed sets of label values the server uses.
         rejections: the error types that refuse a request before any work is done for it.
         loras: the names of the LoRAs that requests may use.
+        api_keys: the names of the callers' keys.
         build: labels of `sdxl_build_info`.
 
     Attributes:
@@ -87,6 +88,7 @@ class GenerationMetrics:
         error_types: Sequence[str],
         rejections: Sequence[str] = (),
         loras: Sequence[str] = (),
+        api_keys: Sequence[str] = (),
         build: Mapping[str, str],
         bucket_families: BucketFamilies | None = None,
     ) -> None:
@@ -100,7 +102,15 @@ class GenerationMetrics:
             registry=self._own,
         )
         self._requests = RequestMetrics(
-            self._own, families, self.fault, endpoints, outcomes, error_types, rejections, loras
+            self._own,
+            families,
+            self.fault,
+            endpoints,
+            outcomes,
+            error_types,
+            rejections,
+            loras,
+            api_keys,
         )
         self._runs = RunMetrics(self._own, families, self.fault)
         self._process = ProcessMetrics(self._own, build)
@@ -204,6 +214,10 @@ class GenerationMetrics:
 
     def request_answered(self) -> None:
         self._requests.in_flight.dec()
+
+    def set_key_in_flight(self, name: str, count: int) -> None:
+        """`name` is one of `api_keys`; any other is left out."""
+        self._requests.set_key_in_flight(name, count)
 
     def set_waiting(self, count: int) -> None:
         self._requests.waiting.set(count)

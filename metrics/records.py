@@ -249,6 +249,8 @@ class RequestTiming:
     """Size of each encoded image, once there are images."""
     estimate: Estimate | None = None
     """Made when the request was queued; None if the service had measured too little."""
+    api_key: str | None = None
+    """The name of the caller's key, of a closed set; never the key."""
 
     @property
     def duration_ns(self) -> int:

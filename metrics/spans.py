@@ -305,6 +305,8 @@ def _root_attributes(request: RequestTiming) -> dict[str, AttributeValue]:
         "http.response.status_code": request.status_code,
         "request.outcome": request.outcome,
     }
+    if request.api_key is not None:
+        attributes["enduser.id"] = request.api_key
     facts = request.facts
     if facts is not None:
         attributes |= {

@@ -251,6 +251,7 @@ class RequestTimeline:
         failure: Failure | None = None,
         image_bytes: Sequence[int] = (),
         estimate: Estimate | None = None,
+        api_key: str | None = None,
     ) -> RequestTiming:
         """Close the open stage and freeze the request's timing, which ends now."""
         self.end()
@@ -268,4 +269,5 @@ class RequestTimeline:
             failure=failure,
             image_bytes=tuple(image_bytes),
             estimate=estimate,
+            api_key=api_key,
         )

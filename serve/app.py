@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from serve.errors import RequestError
     from serve.http.service import Service
     from serve.schema import ImageFormat
+    from serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
 
         require_our_handlers(self._installed)
         settings = load_settings()
+        refuse_api_keys(settings)
 
         from prometheus_client import CollectorRegistry
 
@@ -188,6 +190,22 @@ def require_our_handlers(installed: bool) -> None:
         raise RuntimeError(
             "this version of fal no longer calls _add_extra_routes, so requests would meet "
             "fal's error handlers instead of ours; see tests/serve/test_app.py"
+        )
+
+
+def refuse_api_keys(settings: ServeSettings) -> None:
+    """Refuse keys of our own beside fal's: a request has one `Authorization` header, and fal's
+    gateway reads it.
+
+    Raises:
+        ConfigurationError: there are keys.
+    """
+    from serve.errors import ConfigurationError
+
+    if settings.api_keys:
+        raise ConfigurationError(
+            "SDXL_API_KEYS and SDXL_API_KEYS_FILE are for the self-hosted server: fal checks the "
+            "callers of an app by itself, by `auth` in pyproject.toml."
         )
 
 

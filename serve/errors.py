@@ -11,6 +11,8 @@
         ├── BodyTooSlow         408
         ├── UnsupportedMediaType 415
         ├── TooManyConnections  503
+        ├── Unauthorized        401
+        ├── KeyLimitReached     429
         ├── QueueFull           429
         ├── DeadlineExceeded    504
         ├── ClientGone          499, in logs and metrics only
@@ -187,6 +189,38 @@ class NotAcceptable(RequestError):
         )
 
 
+class Unauthorized(RequestError):
+    """The request has none of the API keys. Its message never says whether a key was given."""
+
+    status = 401
+    error_type = "unauthorized"
+    # Not "rejected": what scanners send is not for the service's error rate.
+    outcome = "invalid"
+
+    def __init__(
+        self,
+        message: str = (
+            "A key is needed, as `Authorization: Bearer KEY`, `Authorization: Key KEY` or "
+            "`x-api-key: KEY`."
+        ),
+    ) -> None:
+        super().__init__(message, {"WWW-Authenticate": "Bearer"})
+
+
+class KeyLimitReached(RequestError):
+    status = 429
+    error_type = "key_limit_reached"
+    # The caller's own limit: the service could serve the request.
+    outcome = "invalid"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"{limit} requests with this key's name are in progress, which is all that may be; "
+            "try again when one has ended.",
+            {"Retry-After": "1"},
+        )
+
+
 class QueueFull(RequestError):
     # Not 503: fal replaces a runner that responds with 503.
     status = 429
@@ -352,6 +386,8 @@ REQUEST_ERRORS: tuple[type[RequestError], ...] = (
     NotAcceptable,
     UnsupportedMediaType,
     TooManyConnections,
+    Unauthorized,
+    KeyLimitReached,
     QueueFull,
     DeadlineExceeded,
     ClientGone,
@@ -380,7 +416,8 @@ ERROR_TYPES = (*(error.error_type for error in REQUEST_ERRORS), "internal")
 REJECTIONS = tuple(
     error.error_type
     for error in REQUEST_ERRORS
-    if error.outcome == "rejected" or error in (DeadlineExceeded, DeviceLost)
+    if error.outcome == "rejected"
+    or error in (Unauthorized, KeyLimitReached, DeadlineExceeded, DeviceLost)
 )
 """The error types that may end a request before any work is done for it: the closed set of `reason`
 label values."""

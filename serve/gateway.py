@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 
 import fal
 
-from serve.app import replace_fals_handlers, require_our_handlers, show_on_metrics_port
+from serve.app import (
+    refuse_api_keys,
+    replace_fals_handlers,
+    require_our_handlers,
+    show_on_metrics_port,
+)
 from serve.schema import PromptRequest, TextToImageResponse
 
 if TYPE_CHECKING:
@@ -33,6 +38,7 @@ class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not follow
 
         require_our_handlers(self._installed)
         settings = load_settings()
+        refuse_api_keys(settings)
 
         from fal.auth import key_credentials
         from fal.flags import FAL_RUN_HOST

@@ -253,7 +253,20 @@ def reachable_by(address: str) -> str | None:
     if parsed.is_loopback:
         return None
     where = "on every interface, so" if parsed.is_unspecified else "not on loopback alone, so"
-    return f"{where} other machines may reach it, and no key is asked for"
+    return f"{where} other machines may reach it"
+
+
+def warn_if_open(settings: ServeSettings, address: str, port: int) -> None:
+    """Log a warning if other machines may draw images without a key."""
+    if settings.api_keys or (reach := reachable_by(address)) is None:
+        return
+    logger.warning(
+        "listening on %s port %d: %s, and everyone there may draw images, because SDXL_API_KEYS is "
+        "not set. Set it, or let only a proxy that checks its callers reach this port.",
+        address,
+        port,
+        reach,
+    )
 
 
 def run(settings: ServeSettings, host: str, port: int) -> int:
@@ -282,8 +295,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     )
     server = _Server(config, runtime, listener, limit)
     address, bound_port = listener.getsockname()[:2]
-    if (reach := reachable_by(address)) is not None:
-        logger.warning("listening on %s port %d: %s", address, bound_port, reach)
+    warn_if_open(settings, address, bound_port)
     shown = f"[{address}]" if ":" in address else address
 
     async def serve() -> None:
@@ -309,11 +321,12 @@ async def _announce(runtime: Runtime, address: str) -> None:
     await runtime.ready.wait()
     readiness = runtime.readiness
     shapes = ", ".join(str(shape) for shape in readiness.shapes)
+    key = ' -H "Authorization: Bearer $SDXL_API_KEY"' if runtime.settings.api_keys else ""
     _print_now(
         f"\nstepspan is ready at {address}\n"
         f"  model {readiness.model} on {readiness.device}, shapes {shapes}\n\n"
         "Try it:\n"
-        f"  curl -s {address} -H 'content-type: application/json' \\\n"
+        f"  curl -s {address} -H 'content-type: application/json'{key} \\\n"
         """    -d '{"prompt": "a red circle on a white background", "seed": 1}'\n"""
     )
 

@@ -26,6 +26,7 @@ from metrics import buckets
 from metrics.batch_sizes import MAX_QUEUE_SIZE
 from metrics.buckets import MOST_IMAGES
 from serve import otel_variables
+from serve.api_keys import ALLOWED, ApiKeys, is_same, parse_api_keys
 from serve.errors import ConfigurationError
 from serve.otlp_checks import (
     is_http_url,
@@ -61,7 +62,7 @@ SchedulerName = Literal[
 MOST_STEPS = 100
 
 _SECRET_FIELDS = frozenset(
-    {"otlp_headers", "otlp_traces_headers", "otlp_metrics_headers", "admin_token"}
+    {"otlp_headers", "otlp_traces_headers", "otlp_metrics_headers", "admin_token", "api_keys"}
 )
 """Fields whose value no error message shows."""
 
@@ -225,7 +226,7 @@ class ServeSettings(TelemetrySettings):
     keep_alive_seconds: float = seconds_field(5)
     send_seconds: float = seconds_field(30)
 
-    # Operation: the playground, logs, profiles, the operator's token
+    # Operation: the playground, logs, profiles, the operator's token, callers' keys
 
     playground: bool = Field(default=True, description=TRUE_OR_FALSE)
     debug: bool = Field(default=True, description=TRUE_OR_FALSE)
@@ -239,6 +240,8 @@ class ServeSettings(TelemetrySettings):
         min_length=16,
         description="a token of at least 16 characters, printable and without spaces,",
     )
+    api_keys: ApiKeys = Field(default=(), description=ALLOWED)
+    api_keys_file: Path | None = Field(default=None, description="a file with callers' keys")
 
     # fal: the gateway's image app, billing
 
@@ -385,6 +388,8 @@ def load_settings() -> ServeSettings:
         settings = ServeSettings()
     except ValidationError as error:
         raise ConfigurationError(_sentence(error)) from None
+    if (path := settings.api_keys_file) is not None:
+        settings = settings.model_copy(update={"api_keys": _keys_of_file(path, settings)})
     _refuse_contradictions(settings)
     for name, headers in (
         ("OTEL_EXPORTER_OTLP_HEADERS", settings.otlp_headers),
@@ -481,7 +486,33 @@ def _may_hold_a_secret(url: str) -> bool:
     return bool(re.search(r"[@?#]|[^/:.]{16}", url.partition("://")[2] or url))
 
 
+def _keys_of_file(path: Path, settings: ServeSettings) -> ApiKeys:
+    if settings.api_keys:
+        raise ConfigurationError(
+            "SDXL_API_KEYS and SDXL_API_KEYS_FILE contradict each other: set one of them."
+        )
+    try:
+        keys: ApiKeys = parse_api_keys(path.read_text(encoding="ascii"))
+    except OSError as error:
+        raise ConfigurationError(
+            f"SDXL_API_KEYS_FILE={str(path)!r} cannot be read: {error.strerror}."
+        ) from None
+    except ValueError:
+        raise ConfigurationError(
+            f"SDXL_API_KEYS_FILE={str(path)!r} has something else in it (it is not shown): "
+            f"{ALLOWED} is allowed."
+        ) from None
+    return keys
+
+
 def _refuse_contradictions(settings: ServeSettings) -> None:
+    token = settings.admin_token
+    if token is not None and any(
+        is_same(token.get_secret_value(), key.digest) for key in settings.api_keys
+    ):
+        raise ConfigurationError(
+            "SDXL_ADMIN_TOKEN is one of the API keys as well: a caller would be an operator."
+        )
     if settings.timesteps is not None:
         given = f"SDXL_TIMESTEPS={','.join(map(str, settings.timesteps))}"
         if "steps" in settings.model_fields_set and settings.steps != settings.default_steps:

@@ -17,6 +17,9 @@ and how good the server's estimates were (closed loop).
 
 If the server serves /metrics, its own histogram is compared with what the client measured.
 
+A server with SDXL_API_KEYS gets the key in SDXL_API_KEY, which other users cannot see, as they can
+see a command line.
+
 Exit status: 0 measured; 1 measured, but the server's histogram disagrees; 2 wrong usage, or a
 server that cannot be reached or that refuses the requests.
 """
@@ -28,6 +31,8 @@ import asyncio
 import ipaddress
 import json
 import math
+import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
@@ -44,6 +49,8 @@ from bench.service.closed_loop import ClosedLoop
 from bench.service.load_report import NO_IMAGE, Level, Report, RequestOutcome, knee, level
 from bench.service.processes import holds_image
 from bench.service.server_histograms import Check, Histogram, check, parse
+
+KEY_VARIABLE = "SDXL_API_KEY"
 
 SWEEP = (0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)
 """Rates to try, as shares of what sequential requests reach."""
@@ -216,7 +223,31 @@ def _is_this_machine(host: str) -> bool:
 def _client(url: str, options: argparse.Namespace) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     # trust_env=False: without the proxies that the environment names.
-    return httpx.AsyncClient(base_url=url, timeout=options.timeout, limits=limits, trust_env=False)
+    return httpx.AsyncClient(
+        base_url=url,
+        timeout=options.timeout,
+        limits=limits,
+        trust_env=False,
+        auth=key_for(httpx.URL(url), os.environ.get(KEY_VARIABLE, "")),
+    )
+
+
+def key_for(server: httpx.URL, key: str) -> Callable[[httpx.Request], httpx.Request]:
+    """Adds a key to requests to this server, and to no other one, as that of the metrics.
+
+    Raises:
+        BenchError: the key does not fit into a header.
+    """
+    if not re.fullmatch(r"[!-~]*", key):
+        raise BenchError(f"{KEY_VARIABLE} is not allowed as it is (its value is not shown)")
+
+    def add(request: httpx.Request) -> httpx.Request:
+        url = request.url
+        if key and (url.scheme, url.host, url.port) == (server.scheme, server.host, server.port):
+            request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
+    return add
 
 
 async def _compare(url: str, mix: Mix, options: argparse.Namespace) -> ClosedLoop:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 Exemplar = dict[str, str] | None
 CountFault = Callable[[str], None]
 """Counts one of `catalogue.FAULTS`."""
 
-Labelled = TypeVar("Labelled", Counter, Histogram)
+Labelled = TypeVar("Labelled", Counter, Gauge, Histogram)
 
 
 def labelled(metric: Labelled, values: Iterable[str]) -> dict[str, Labelled]:

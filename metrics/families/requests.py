@@ -34,6 +34,7 @@ class RequestMetrics:
         error_types: Sequence[str],
         rejections: Sequence[str],
         loras: Sequence[str] = (),
+        api_keys: Sequence[str] = (),
     ) -> None:
         self._count_fault = count_fault
         self._error_types = frozenset(error_types)
@@ -146,6 +147,26 @@ class RequestMetrics:
             ),
             loras,
         )
+        by_key = Counter(
+            "sdxl_api_key_requests",
+            "Requests with an API key, by the key's name and by how they ended.",
+            ("api_key", "outcome"),
+            registry=registry,
+        )
+        self._by_key = {
+            (name, outcome): by_key.labels(name, outcome)
+            for name in dict.fromkeys(api_keys)
+            for outcome in outcomes
+        }
+        self._in_flight_by_key = labelled(
+            Gauge(
+                "sdxl_api_key_requests_in_flight",
+                "Requests with an API key received and not yet answered, by the key's name.",
+                ("api_key",),
+                registry=registry,
+            ),
+            api_keys,
+        )
         self.truncated_prompts = Counter(
             "sdxl_truncated_prompts",
             "Requests whose prompt a text encoder cut.",
@@ -157,7 +178,14 @@ class RequestMetrics:
             registry=registry,
         )
 
+    def set_key_in_flight(self, name: str, count: int) -> None:
+        if name in self._in_flight_by_key:
+            self._in_flight_by_key[name].set(count)
+
     def count(self, request: RequestTiming) -> None:
+        by_key = self._by_key.get((request.api_key or "", request.outcome))
+        if by_key is not None:
+            by_key.inc()
         for name, _ in () if request.facts is None else request.facts.loras:
             if name in self._loras:
                 self._loras[name].inc()

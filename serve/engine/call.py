@@ -30,6 +30,8 @@ class Call:
     identity: TraceIdentity
     accept: str = ""
     """The request's Accept header."""
+    api_key: str | None = None
+    """The name of its caller's key; None if no key is needed, or none was right."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     timeline: RequestTimeline = field(default_factory=RequestTimeline)
     cancellation: Cancellation = field(default_factory=Cancellation)
@@ -98,6 +100,7 @@ class Call:
             failure=self.failure,
             image_bytes=self.image_bytes,
             estimate=self.estimate,
+            api_key=self.api_key,
         )
 
 

@@ -23,6 +23,7 @@ from serve.http.middleware import RequestMiddleware
 from serve.http.openapi import install_document
 from serve.http.responses import json_response
 from serve.http.routes import add_get_route
+from serve.http.security_headers import SecurityHeaders
 from serve.http.service import Service, received_call
 from serve.http.sockets.early_answers import EarlyAnswers
 from serve.schema import TextToImageRequest
@@ -44,6 +45,7 @@ def install(
     """
     app.add_middleware(RequestMiddleware, service=service, endpoints=endpoints)
     app.add_middleware(EarlyAnswers, service=service)  # around the other
+    app.add_middleware(SecurityHeaders)  # around both
     # A redirect would lead to the address in the request's Host header, and from https to http.
     app.router.redirect_slashes = False
     add_exception_handlers(app)

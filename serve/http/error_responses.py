@@ -27,6 +27,7 @@ from serve.errors import (
     RequestError,
 )
 from serve.http.openai_errors import openai_error_body, openai_headers, openai_status
+from serve.http.security_headers import SECURITY_HEADERS
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def response_outside_the_app(error: RequestError) -> JSONResponse:
     """
     trace_id = drawn_identity().trace_id_hex
     logger.info("%d %s", error.status, error.error_type, extra={"trace_id": trace_id})
-    headers = {**error.headers, "x-trace-id": trace_id}
+    headers = {**SECURITY_HEADERS, **error.headers, "x-trace-id": trace_id}
     return JSONResponse(_body(error, trace_id), error.status, headers=headers)
 
 

@@ -30,7 +30,9 @@ from serve.errors import (
     QueueFull,
     RequestError,
     TooManyConnections,
+    Unauthorized,
 )
+from serve.http.authentication import Authentication
 from serve.http.error_responses import error_response
 from serve.http.request_body import (
     MAX_BODY_BYTES,
@@ -70,6 +72,7 @@ class RequestMiddleware:
         self._app = app
         self._service = service
         self._endpoints = endpoints
+        self._authentication = Authentication()
         self._pictures = 0
         """Requests in progress whose body may hold a picture."""
 
@@ -86,7 +89,7 @@ class RequestMiddleware:
             if service is not None and generates:
                 await self._generate(service, call, scope, receive, send)
             else:
-                await self._answer(call, scope, receive, send)
+                await self._answer(service, call, scope, receive, send)
         finally:
             current_call.reset(token)
 
@@ -97,10 +100,13 @@ class RequestMiddleware:
         response = _ResponseWatch(send, call, service.settings)
         service.metrics.request_received()
         try:
-            if call.endpoint in _WITH_PICTURES:
-                await self._serve_picture(scope, receive, response.send, call, service)
-            else:
-                await self._serve(scope, receive, response.send, call, service)
+            with self._authentication.admitted(service, call, scope):
+                if call.endpoint in _WITH_PICTURES:
+                    await self._serve_picture(scope, receive, response.send, call, service)
+                else:
+                    await self._serve(scope, receive, response.send, call, service)
+        except RequestError as refused:
+            await error_response(refused, call)(scope, receive, response.send)
         except Exception as error:
             # The framework's handler for these runs outside of here, without the current call.
             failure = GenerationFailed(type(error).__name__)
@@ -124,7 +130,9 @@ class RequestMiddleware:
             finally:
                 _finish(service, call, response)
 
-    async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(
+        self, service: Service | None, call: Call, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         """Serve any other request. Only an error has a trace id, because only then the log has it
         too."""
         status: int | None = None
@@ -142,7 +150,10 @@ class RequestMiddleware:
             await send(message)
 
         try:
+            self._authentication.check(service, call, scope)
             await self._app(scope, receive, watched)
+        except Unauthorized as refused:
+            await error_response(refused, call)(scope, receive, watched)
         except Exception as error:
             if status is not None:
                 raise
@@ -151,10 +162,11 @@ class RequestMiddleware:
         if status is not None and status >= 400:
             # An unknown method or path is the client's text, and so it is not logged.
             route = scope.get("route")
+            unrouted = "(refused)" if status == Unauthorized.status else "(unknown path)"
             logger.info(
                 "%s %s %d",
                 call.method if call.method in _METHODS else "(other method)",
-                "(unknown path)" if route is None else route.path,
+                unrouted if route is None else route.path,
                 status,
                 extra={"trace_id": call.identity.trace_id_hex, "request_id": call.request_id},
             )
@@ -334,6 +346,8 @@ def _finish(service: Service, call: Call, response: _ResponseWatch) -> None:
 
 def _log_fields(call: Call, trace_url: str | None) -> dict[str, str]:
     fields = {"trace_id": call.identity.trace_id_hex, "request_id": call.request_id}
+    if call.api_key is not None:
+        fields["api_key"] = call.api_key
     if trace_url is not None and call.identity.exported:
         fields["trace_url"] = trace_url.replace("{trace_id}", call.identity.trace_id_hex)
     return fields

@@ -31,8 +31,10 @@ from serve.errors import (
     NotFound,
     NotReady,
     RequestError,
+    Unauthorized,
     UnsupportedMediaType,
 )
+from serve.http.authentication import is_open
 from serve.http.error_responses import OPENAI_PREFIX
 from serve.http.openai.schema import OpenAIErrorBody
 from serve.http.openai_errors import openai_status
@@ -160,6 +162,8 @@ def _error_response(status: int, error_types: Sequence[str], openai: bool) -> Sc
     headers = {"x-trace-id": _TRACE_ID}
     if status == 429:
         headers["Retry-After"] = {**_RETRY_AFTER, "required": True}
+    if status == 401:
+        headers["WWW-Authenticate"] = {**_TEXT, "required": True}
     if status == 503:
         headers["Retry-After"] = _RETRY_AFTER
     if openai:
@@ -280,6 +284,8 @@ _BY_PATH: dict[str, Callable[[Schema], None]] = {
 def _restricted(document: Schema, service: Service | None) -> Schema:
     """The document with the sizes, the guidance, the LoRAs and the safety check that are served."""
     document = copy.deepcopy(document)
+    if service is not None and service.settings.api_keys:
+        _with_keys(document)
     lora = document["components"]["schemas"].get(LoraWeight.__name__)
     if lora is not None and service is not None and service.readiness.loras:
         lora["properties"]["path"]["enum"] = list(service.readiness.loras)
@@ -296,6 +302,22 @@ def _restricted(document: Schema, service: Service | None) -> Schema:
                 if option["type"] == "number":
                     option["maximum"] = 1
     return document
+
+
+def _with_keys(document: Schema) -> None:
+    """Add how a key is sent, which operations need one, and what is answered without."""
+    document["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    document["security"] = [{"bearer": []}, {"x-api-key": []}]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if is_open(path, method.upper()):
+                operation["security"] = []
+            else:
+                openai = path.startswith(OPENAI_PREFIX)
+                operation["responses"] |= _error_responses([Unauthorized], openai)
 
 
 def _side(side: str, service: Service | None) -> Schema:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
-from ipaddress import ip_address
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve.engine.runtime import Runtime
 from serve.errors import Forbidden, InvalidRequest
+from serve.http.authentication import is_operator
 from serve.http.error_responses import field_problems
 from serve.http.request_body import json_object, read_body
 from serve.telemetry.profiling import MAX_PROFILES
@@ -19,16 +18,6 @@ from serve.telemetry.profiling import MAX_PROFILES
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1024
-
-# Headers by which a proxy names its client, or a browser the page that a request comes from.
-_FORWARDING_HEADERS = (
-    "forwarded",
-    "x-forwarded-for",
-    "x-real-ip",
-    "via",
-    "origin",
-    "sec-fetch-site",
-)
 
 
 class ProfileRequest(BaseModel):
@@ -44,7 +33,7 @@ async def arm_profiling(runtime: Runtime, request: Request) -> Response:
 
     The body is read after that check, and limited to `MAX_BODY_BYTES`.
     """
-    if not is_operator(request, runtime.settings.admin_token):
+    if not is_operator(request.scope, runtime.settings.admin_token):
         raise Forbidden(
             "Profiling is for this machine itself, or with SDXL_ADMIN_TOKEN as bearer token."
         )
@@ -59,21 +48,3 @@ async def arm_profiling(runtime: Runtime, request: Request) -> Response:
     return JSONResponse(
         {"armed": runtime.profiling.armed, "profiles": runtime.profiling.profiles()}
     )
-
-
-def is_operator(request: Request, token: SecretStr | None) -> bool:
-    """Whether a request has the admin token, or comes from this machine directly.
-
-    A request that a proxy on this machine forwards, or that a page in a browser on it makes, comes
-    from elsewhere.
-    """
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if token is not None and scheme.lower() == "bearer":
-        expected = token.get_secret_value().encode()
-        return hmac.compare_digest(given.strip().encode(), expected)
-    if any(name in request.headers for name in _FORWARDING_HEADERS):
-        return False
-    try:
-        return request.client is not None and ip_address(request.client.host).is_loopback
-    except ValueError:
-        return False

@@ -9,16 +9,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
+
+from tests.support.processes import ROOT
 
 T = TypeVar("T")
 
 CHROMIUM = shutil.which("chromium")
 DRIVER = shutil.which("chromedriver")
 WAIT_SECONDS = 40.0
+AXE = ROOT / "tests" / "javascript" / "node_modules" / "axe-core" / "axe.min.js"
 
 
 class Page:
@@ -106,3 +110,18 @@ def chromium() -> Iterator[webdriver.Chrome]:
         yield driver
     finally:
         driver.quit()
+
+
+def violations(page: Page) -> list[str]:
+    """What axe finds against WCAG 2.2 A and AA. Without its npm package nothing is checked."""
+    if not AXE.exists():
+        if os.environ.get("CI") == "true":
+            raise RuntimeError("CI must have the packages of tests/javascript; see .ci/run")
+        pytest.skip("axe is not installed (npm ci --prefix tests/javascript)")
+    page.run(AXE.read_text())
+    return page.driver.execute_async_script(  # type: ignore[no-any-return, no-untyped-call]
+        "const done = arguments[0];"
+        "axe.run({runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa',"
+        " 'best-practice']}).then((found) => done(found.violations.map("
+        "(each) => each.id + ': ' + each.nodes.map((node) => node.html).join(' | '))))"
+    )

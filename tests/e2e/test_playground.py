@@ -21,19 +21,17 @@ import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from tests.e2e.browser import CHROMIUM, DRIVER, Page, chromium
+from tests.e2e.browser import CHROMIUM, DRIVER, Page, chromium, violations
 from tests.e2e.conftest import START_SECONDS, environment
 from tests.e2e.measure_playground import first_paint_ms, steps_late_ms
 from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
-from tests.support.processes import ROOT, ServerProcess, free_port
+from tests.support.processes import ServerProcess, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-CI = os.environ.get("CI") == "true"
-
 if CHROMIUM is None or DRIVER is None:
-    if CI:
+    if os.environ.get("CI") == "true":
         raise RuntimeError("CI must have Debian's chromium and chromium-driver; see .ci/run")
     pytest.skip(
         "Debian's chromium and its driver are not installed "
@@ -41,7 +39,6 @@ if CHROMIUM is None or DRIVER is None:
         allow_module_level=True,
     )
 
-AXE = ROOT / "tests" / "javascript" / "node_modules" / "axe-core" / "axe.min.js"
 MAX_SEED = 2**63 - 1
 TOKEN = "a-token-of-an-operator"
 
@@ -389,6 +386,7 @@ def test_it_is_readable_on_every_screen(page: Page, width: int, dark: bool) -> N
     page.find("#generate").click()
     page.emulate(width, 900, dark)
     page.until(lambda: page.text("#progress-text").startswith("Done"))
+    page.until(page.find("#generate").is_enabled)  # the thumbnails are drawn anew before that
     assert page.run("return document.documentElement.scrollWidth") <= width
     background = page.run("return getComputedStyle(document.body).backgroundColor")
     red = int(background.split("(")[1].split(",")[0])
@@ -396,21 +394,6 @@ def test_it_is_readable_on_every_screen(page: Page, width: int, dark: bool) -> N
     for field in page.all("input, select, textarea, button"):
         assert field.accessible_name or not field.is_displayed()
     assert violations(page) == []
-
-
-def violations(page: Page) -> list[str]:
-    """What axe finds against WCAG 2.2 A and AA. Without its npm package nothing is checked."""
-    if not AXE.exists():
-        if CI:
-            raise RuntimeError("CI must have the packages of tests/javascript; see .ci/run")
-        pytest.skip("axe is not installed (npm ci --prefix tests/javascript)")
-    page.run(Path(AXE).read_text())
-    return page.driver.execute_async_script(  # type: ignore[no-any-return, no-untyped-call]
-        "const done = arguments[0];"
-        "axe.run({runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa',"
-        " 'best-practice']}).then((found) => done(found.violations.map("
-        "(each) => each.id + ': ' + each.nodes.map((node) => node.html).join(' | '))))"
-    )
 
 
 WARMING = """

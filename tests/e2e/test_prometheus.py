@@ -46,6 +46,8 @@ WITH_EXEMPLARS = (
     "sdxl_request_budget_total",
 )
 
+KEY = "Wm4tZc8NvR2qLx6Y"
+
 # The recorded samples end so long ago that Prometheus has closed their blocks.
 RECORDED_END = int(time.time()) // 3600 * 3600 - 12 * 3600
 RECORDED_MINUTES = 150
@@ -66,6 +68,7 @@ def service(otlp: OtlpEndpoint) -> Iterator[ServerProcess]:
         # A machine without a GPU has no rated peak; this one's does not matter.
         SDXL_PEAK_TFLOPS="1",
         SDXL_LORAS="night=demo:night",
+        SDXL_API_KEYS=f"alice={KEY}",
     )
     with self_hosted(settings) as process:
         process.wait_until_ready(START_SECONDS)
@@ -80,11 +83,12 @@ def running(
     folder = tmp_path_factory.mktemp("prometheus")
     recorded.write(folder / "recorded.txt", RECORDED_END, RECORDED_MINUTES)
     target = service.url.removeprefix("http://")
+    keyed = {"x-api-key": KEY}
     with prometheus(target, folder, folder / "recorded.txt") as running:
         wait_until(lambda: running.values('up{job="sdxl"}') == [1.0])
         for fields in (body(), body(guidance_scale=0.0), body(width=160, height=96), {}):
-            httpx.post(service.url, json=fields, timeout=ANSWER_SECONDS)
-        httpx.post(service.url + "/stream", json=body(), timeout=ANSWER_SECONDS)
+            httpx.post(service.url, json=fields, timeout=ANSWER_SECONDS, headers=keyed)
+        httpx.post(service.url + "/stream", json=body(), timeout=ANSWER_SECONDS, headers=keyed)
         wait_until(lambda: running.values('sdxl_images_total{job="sdxl"}') == [4.0])
         yield running
 

@@ -60,6 +60,7 @@ def declared_service(registry: CollectorRegistry) -> GenerationMetrics:
         error_types=ERROR_TYPES,
         rejections=REJECTIONS,
         loras=("ink",),
+        api_keys=("alice",),
         build={"version": "1", "python": "3.11", "torch": "2.13.0", "diffusers": "0.42.1"},
     )
     gpu = FakeGpu(name="NVIDIA H100 80GB HBM3")

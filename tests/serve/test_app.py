@@ -45,6 +45,7 @@ from serve.errors import (
     RequestError,
 )
 from serve.http.middleware import RequestMiddleware
+from serve.http.security_headers import SecurityHeaders
 from serve.http.sockets.early_answers import EarlyAnswers
 from serve.schema import EXAMPLE_PICTURE, GeneratedImage, ImageFormat
 from serve.server import FLUSH_SECONDS
@@ -73,8 +74,8 @@ def test_our_handlers_routes_and_middleware_win_over_fals(app: SdxlApp) -> None:
     assert hasattr(fal.App, "_add_extra_routes"), "fal has no _add_extra_routes any more"
     built = app._build_app()
 
-    outermost = [added.cls for added in built.user_middleware[:2]]
-    assert outermost == [EarlyAnswers, RequestMiddleware], "ours must be outermost"
+    outermost = [added.cls for added in built.user_middleware[:3]]
+    assert outermost == [SecurityHeaders, EarlyAnswers, RequestMiddleware], "ours must be outermost"
     assert CORSMiddleware not in [added.cls for added in built.user_middleware]
     for error, handler in built.exception_handlers.items():
         if error in (RequestError, Exception) or getattr(error, "__name__", "") in (
@@ -107,6 +108,10 @@ def test_a_wrong_setting_stops_setup_with_its_sentence(
     app._build_app()
     monkeypatch.setenv("SDXL_MAX_WAITNG", "1")
     with pytest.raises(ConfigurationError, match="did you mean SDXL_MAX_WAITING"):
+        asyncio.run(app.setup())
+    monkeypatch.delenv("SDXL_MAX_WAITNG")
+    monkeypatch.setenv("SDXL_API_KEYS", "alice=Wm4tZc8NvR2qLx6Y")
+    with pytest.raises(ConfigurationError, match=r"SDXL_API_KEYS.*self-hosted"):
         asyncio.run(app.setup())
 
 

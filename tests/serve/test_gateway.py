@@ -23,6 +23,7 @@ from serve.errors import ConfigurationError
 from serve.gateway import PromptGateway
 from serve.http.gateway.client import ANSWER_SECONDS, MAX_CALLS, ImageAppAddress
 from serve.http.middleware import RequestMiddleware
+from serve.http.security_headers import SecurityHeaders
 from serve.http.sockets.early_answers import EarlyAnswers
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
@@ -150,7 +151,8 @@ def gateway() -> PromptGateway:
 
 def test_our_handlers_win_over_fals(gateway: PromptGateway) -> None:
     built = gateway._build_app()
-    assert [a.cls for a in built.user_middleware[:2]] == [EarlyAnswers, RequestMiddleware]
+    outermost = [added.cls for added in built.user_middleware[:3]]
+    assert outermost == [SecurityHeaders, EarlyAnswers, RequestMiddleware]
     schema = gateway.openapi()["paths"]["/"]["post"]
     assert schema["requestBody"]["content"]["application/json"]["schema"] == {
         "$ref": "#/components/schemas/PromptRequest"
@@ -165,6 +167,16 @@ def test_it_refuses_to_start_without_our_handlers(gateway: PromptGateway) -> Non
 def test_exit_before_setup_is_no_error(gateway: PromptGateway) -> None:
     gateway.handle_exit()
     asyncio.run(gateway.teardown())
+
+
+def test_keys_beside_fals_own_are_refused(
+    gateway: PromptGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway._build_app()
+    monkeypatch.setenv("SDXL_GATEWAY_TARGET", "http://127.0.0.1:9")
+    monkeypatch.setenv("SDXL_API_KEYS", "alice=Wm4tZc8NvR2qLx6Y")
+    with pytest.raises(ConfigurationError, match=r"SDXL_API_KEYS.*self-hosted"):
+        asyncio.run(gateway.setup())
 
 
 def test_setup_drain_and_teardown(gateway: PromptGateway, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -659,5 +659,13 @@ def test_a_missing_model_library_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         ("fe80::1%eth0", True),
     ],
 )
-def test_who_reaches_an_address_is_known(address: str, reached: bool) -> None:
+def test_who_reaches_an_address_is_known(
+    caplog: pytest.LogCaptureFixture, address: str, reached: bool
+) -> None:
     assert (server.reachable_by(address) is not None) == reached
+    server.warn_if_open(ServeSettings(), address, 8080)
+    assert ("SDXL_API_KEYS" in caplog.text) == reached
+    caplog.clear()
+    keyed = ServeSettings(api_keys="alice=Wm4tZc8NvR2qLx6Y")  # type: ignore[arg-type]
+    server.warn_if_open(keyed, address, 8080)
+    assert caplog.text == ""

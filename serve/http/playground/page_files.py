@@ -17,7 +17,7 @@ CONTENT_TYPES = {
 
 INDEX = "index.html"
 
-SECURITY_HEADERS = {
+PAGE_HEADERS = {
     # Scripts and styles come from this server's own files only, images also from data URIs (this
     # server stores none) and from copies that the page keeps.
     "Content-Security-Policy": (
@@ -25,11 +25,9 @@ SECURITY_HEADERS = {
         "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
 }
+"""What the page's files have in place of, and beside, the headers of every answer."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class PageFile:
         `no-cache`: a browser keeps the file and asks each time whether it is still the same, so a
         new version of the service never runs with old files.
         """
-        headers = {**SECURITY_HEADERS, "Cache-Control": "no-cache", "ETag": self.etag}
+        headers = {**PAGE_HEADERS, "Cache-Control": "no-cache", "ETag": self.etag}
         known = [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]
         if "*" in known or self.etag in [tag.removeprefix("W/") for tag in known]:
             return Response(status_code=304, headers=headers)

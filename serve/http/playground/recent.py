@@ -18,6 +18,7 @@ from metrics.records import RequestTiming, RunTiming
 from metrics.sampling import TraceIdentity
 from metrics.slow_reason import slow_reason
 from metrics.spans import placed_spans, request_tree
+from serve.errors import Unauthorized
 
 MOST_REQUESTS = 50
 """How many finished requests are kept."""
@@ -36,7 +37,12 @@ class RecentRequests:
         self._runs: deque[tuple[float, RunTiming]] = deque(maxlen=MOST_RUNS)
 
     def add(self, request: RequestTiming, identity: TraceIdentity) -> None:
-        """Keep a finished request. Its identity says whether its trace is exported."""
+        """Keep a finished request. Its identity says whether its trace is exported.
+
+        One without a key is not kept: whoever sends many of them would displace all others.
+        """
+        if request.failure is not None and request.failure.error_type == Unauthorized.error_type:
+            return
         now = self._monotonic()
         with self._lock:
             self._requests.append((request, identity))

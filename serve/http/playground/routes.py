@@ -12,18 +12,16 @@ from fastapi.responses import JSONResponse
 
 from serve.engine.runtime import Runtime
 from serve.errors import Forbidden, NotFound
+from serve.http.authentication import is_operator
 from serve.http.playground.page_files import INDEX, PageFile, page_files
 from serve.http.playground.recent import RecentRequests
 from serve.http.playground.stats import stats
-from serve.http.profiling_endpoint import is_operator
 from serve.http.routes import add_get_route
 
 TIMELINE_SECONDS = 0.5
 """How long `/timeline` waits. A request is recorded after its client has read the last byte."""
 
 _TRACE_ID = re.compile("[0-9a-f]{32}")
-
-DATA_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 def install_playground(app: FastAPI, runtime: Runtime) -> None:
@@ -55,7 +53,7 @@ def _install_page(app: FastAPI, runtime: Runtime, recent: RecentRequests) -> Non
 
     async def show_stats() -> Response:
         """The figures that the playground shows."""
-        return JSONResponse(stats(runtime, recent), headers=DATA_HEADERS)
+        return JSONResponse(stats(runtime, recent))
 
     async def show_timeline(trace_id: str) -> Response:
         """The timeline of one of the last requests, for who knows its trace id: the client that
@@ -65,7 +63,7 @@ def _install_page(app: FastAPI, runtime: Runtime, recent: RecentRequests) -> Non
             if time.monotonic() > end or not _TRACE_ID.fullmatch(trace_id):
                 raise NotFound
             await asyncio.sleep(0.02)
-        return JSONResponse(found, headers=DATA_HEADERS)
+        return JSONResponse(found)
 
     add_get_route(app, "/stats", show_stats)
     add_get_route(app, "/timeline/{trace_id}", show_timeline)
@@ -74,12 +72,12 @@ def _install_page(app: FastAPI, runtime: Runtime, recent: RecentRequests) -> Non
 def _install_debug(app: FastAPI, runtime: Runtime, recent: RecentRequests) -> None:
     async def requests(request: Request) -> Response:
         """The timelines of the last requests, the newest first. For an operator only."""
-        if not is_operator(request, runtime.settings.admin_token):
+        if not is_operator(request.scope, runtime.settings.admin_token):
             raise Forbidden(
                 "The requests of others are for this machine itself, or with SDXL_ADMIN_TOKEN as "
                 "bearer token."
             )
-        return JSONResponse({"requests": recent.timelines()}, headers=DATA_HEADERS)
+        return JSONResponse({"requests": recent.timelines()})
 
     add_get_route(app, "/debug/requests", requests)
 

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import uvicorn
@@ -25,7 +26,7 @@ from bench.errors import BenchError
 from bench.service import loopback
 from bench.service.arrivals import Mix, arrivals
 from bench.service.closed_loop import _parse_estimates
-from bench.service.load import UNLOADED, _sweep, checked_url
+from bench.service.load import KEY_VARIABLE, UNLOADED, _sweep, checked_url, key_for
 from bench.service.load_report import Level, RequestOutcome, knee, level
 from bench.service.loopback import LoopbackHandler
 from bench.service.processes import holds_image
@@ -429,3 +430,30 @@ def test_the_servers_estimates_are_read_from_its_histogram() -> None:
         ratio.observe(actual)
     assert _parse_estimates(generate_latest(registry).decode()) == (3, 5)
     assert _parse_estimates("") is None
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("http://127.0.0.1:8080/", True),
+        ("http://127.0.0.1:8080/metrics", True),
+        ("http://127.0.0.1:9090/metrics", False),
+        ("https://127.0.0.1:8080/", False),
+        ("http://elsewhere.test:8080/", False),
+    ],
+)
+def test_a_key_goes_to_its_server_only(url: str, sent: bool) -> None:
+    add = key_for(httpx.URL("http://127.0.0.1:8080"), "a-key-of-a-caller")
+    assert ("authorization" in add(httpx.Request("GET", url)).headers) == sent
+    without = key_for(httpx.URL("http://127.0.0.1:8080"), "")
+    assert "authorization" not in without(httpx.Request("GET", url)).headers
+
+
+def test_a_key_that_no_header_carries_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "hunter2\nhunter2")
+    assert main(["load", "--url", f"http://127.0.0.1:{free_port()}"]) == 2
+    said = capsys.readouterr().err
+    assert KEY_VARIABLE in said
+    assert "hunter2" not in said

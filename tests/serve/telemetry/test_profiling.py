@@ -66,7 +66,7 @@ def ask(
 ) -> httpx.Response:
     async def once() -> httpx.Response:
         transport = httpx.ASGITransport(app, client=(client, 50000))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
             named = {name.replace("_", "-"): value for name, value in headers.items()}
             return await http.post(path, json=body, headers=named)
 
@@ -219,6 +219,8 @@ BEARER = {"authorization": f"Bearer {TOKEN}"}
         # A proxy on this machine forwards for others, and a page in a browser acts for its author.
         ("127.0.0.1", {"x_forwarded_for": "192.0.2.7"}, 403),
         ("127.0.0.1", {"forwarded": "for=192.0.2.7"}, 403),
+        ("127.0.0.1", {"x_real_ip": "127.0.0.1"}, 403),
+        ("127.0.0.1", {"via": "1.1 proxy"}, 403),
         ("127.0.0.1", {"origin": "https://elsewhere.test"}, 403),
         ("127.0.0.1", {"origin": "https://elsewhere.test", **BEARER}, 200),
     ],
@@ -257,7 +259,7 @@ def test_a_malformed_body_is_refused(profiled_runtime: Runtime, body: bytes, sta
 
     async def once(client: str) -> httpx.Response:
         transport = httpx.ASGITransport(app, client=(client, 50000))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
             return await http.post(
                 "/debug/profile", content=body, headers={"content-type": "application/json"}
             )

@@ -13,21 +13,24 @@ function python(value) {
  * @param {Record<string, any>} fields the request, its seed as text
  * @param {string} kind curl, openai or fal
  * @param {string} origin the server's
+ * @param {boolean} keyed whether the server needs a key; the code reads it from a variable
  * @returns {string}
  */
-export function asCode(fields, kind, origin) {
+export function asCode(fields, kind, origin, keyed) {
   const { preview, ...asked } = fields;
-  if (kind === "openai") return openai(asked, origin);
+  if (kind === "openai") return openai(asked, origin, keyed);
   if (kind === "fal") return fal(asked);
   const body = exactBody(asked).replaceAll("'", "'\\''");
-  return `curl -s ${origin}/ -H 'content-type: application/json' \\\n  -d '${body}'`;
+  const key = keyed ? ' \\\n  -H "Authorization: Bearer $SDXL_API_KEY"' : "";
+  return `curl -s ${origin}/ -H 'content-type: application/json'${key} \\\n  -d '${body}'`;
 }
 
 /**
  * @param {Record<string, any>} asked
  * @param {string} origin
+ * @param {boolean} keyed
  */
-function openai(asked, origin) {
+function openai(asked, origin, keyed) {
   const { prompt, width, height, num_images: count, format, seed, ...own } = asked;
   const extra = Object.entries(own).map(([name, value]) => `"${name}": ${python(value)}`);
   if (seed !== undefined) extra.push(`"seed": ${seed}`);
@@ -39,9 +42,10 @@ function openai(asked, origin) {
   ];
   if (extra.length > 0) lines.push(`    extra_body={${extra.join(", ")}},`);
   return [
+    ...(keyed ? ["import os", ""] : []),
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url="${origin}/v1", api_key="unused")`,
+    `client = OpenAI(base_url="${origin}/v1", api_key=${keyed ? 'os.environ["SDXL_API_KEY"]' : '"unused"'})`,
     "images = client.images.generate(",
     ...lines,
     ")",

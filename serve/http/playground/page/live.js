@@ -19,6 +19,7 @@ const STATES = /** @type {Record<string, string>} */ ({
   draining: "shutting down",
   unhealthy: "cannot draw",
   gone: "not reachable, trying again",
+  locked: "needs a key",
 });
 
 /**

@@ -4,10 +4,13 @@
 import { asCode } from "./code.js";
 import { byId, copy, element, time } from "./dom.js";
 import { applyLimits, clearErrors, fillForm, NotANumber, readForm, showErrors } from "./form.js";
+import { askForKey, keyIsRight, offerKey } from "./key.js";
 import { drawStrip, showState, showStats, showWarmup } from "./live.js";
 import { offerEverybody } from "./operator.js";
 import { drawRecent, keep, keptRequests, thumbnailOf } from "./recent.js";
-import { drawEvents, exactBody, readStats, readTimeline, RequestFailed, ServerGone } from "./server.js";
+import {
+  drawEvents, exactBody, KeyNeeded, keptKey, readStats, readTimeline, RequestFailed, ServerGone,
+} from "./server.js";
 import { comparison, drawStepBars, drawWaterfall } from "./waterfall.js";
 
 /**
@@ -69,6 +72,9 @@ async function generate() {
     } else if (error instanceof RequestFailed) {
       progress("No picture.");
       showErrors(error.message, error.problems);
+    } else if (error instanceof KeyNeeded) {
+      progress("No picture: the server needs a key.");
+      withoutKey();
     } else if (error instanceof ServerGone) {
       progress("No picture: the connection to the server was lost.");
       showState("gone");
@@ -228,7 +234,7 @@ function showCode() {
       return; // a field is wrong
     }
   }
-  byId("code-text").textContent = asCode(fields, codeKind, location.origin);
+  byId("code-text").textContent = asCode(fields, codeKind, location.origin, keptKey() !== "");
 }
 
 // Where the time went
@@ -323,9 +329,11 @@ new ResizeObserver(() => {
 let next;
 
 async function poll() {
+  /** @type {number | null} */
   let waitMs = POLL_MS;
   try {
     stats = await readStats();
+    keyIsRight();
     byId("model").textContent = stats.model === "" ? "" : `${stats.model} on ${stats.device}`;
     showState(stats.state === "ready" && !stats.serving ? "unhealthy" : stats.state, stats.problem);
     showWarmup(stats);
@@ -334,16 +342,28 @@ async function poll() {
     if (stats.serving) applyLimits(stats.request, stats.model);
     else waitMs = POLL_SOON_MS;
   } catch (error) {
-    if (!(error instanceof ServerGone)) throw error;
-    if (stats !== null) stats = { ...stats, serving: false };
-    showState("gone");
-    waitMs = POLL_SOON_MS;
+    if (error instanceof KeyNeeded) {
+      withoutKey();
+      waitMs = null; // nothing to ask until there is another key
+    } else if (error instanceof ServerGone) {
+      if (stats !== null) stats = { ...stats, serving: false };
+      showState("gone");
+      waitMs = POLL_SOON_MS;
+    } else {
+      throw error;
+    }
   } finally {
     showButtons();
     clearTimeout(next);
     // A page that nobody sees asks nothing.
-    if (!document.hidden) next = setTimeout(poll, waitMs);
+    if (!document.hidden && waitMs !== null) next = setTimeout(poll, waitMs);
   }
+}
+
+function withoutKey() {
+  if (stats !== null) stats = { ...stats, serving: false };
+  showState("locked");
+  askForKey();
 }
 
 /** Ask again at once. */
@@ -357,6 +377,10 @@ document.addEventListener("visibilitychange", () => {
 });
 
 offerEverybody(showTimeline);
+offerKey(() => {
+  showCode();
+  soon();
+});
 const [newest] = keptRequests();
 if (newest !== undefined) showTimeline(newest.timeline);
 showButtons();

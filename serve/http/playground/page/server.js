@@ -24,11 +24,16 @@
  * @typedef {{loc: (string | number)[], msg: string}} Problem
  */
 
+const KEY = "stepspan.key";
+
 /** A whole number too large for a JavaScript number is read as text: each seed. */
 const SEED = /"seed":\s*(-?\d+)/g;
 
 /** The server cannot be reached. */
 export class ServerGone extends Error {}
+
+/** The server needs a key, and has none from here or another one. */
+export class KeyNeeded extends Error {}
 
 /** The server refused the request, or failed at it. */
 export class RequestFailed extends Error {
@@ -64,14 +69,31 @@ export function exactBody(fields) {
   return seed === undefined ? text : `${text.slice(0, -1)},"seed":${BigInt(String(seed))}}`;
 }
 
+/** The key that requests are sent with; "": none. This tab's session keeps it, nothing else. */
+export function keptKey() {
+  return sessionStorage.getItem(KEY) ?? "";
+}
+
+/** @param {string} key "": forget it */
+export function keepKey(key) {
+  if (key === "") sessionStorage.removeItem(KEY);
+  else sessionStorage.setItem(KEY, key);
+}
+
 /**
  * @param {string} path
  * @param {RequestInit} [options]
  */
 async function ask(path, options) {
+  const key = keptKey();
+  const headers = new Headers(options?.headers);
+  if (key !== "" && !headers.has("Authorization")) headers.set("Authorization", `Bearer ${key}`);
   try {
-    return await fetch(path, { cache: "no-store", ...options });
+    const answer = await fetch(path, { cache: "no-store", ...options, headers });
+    if (answer.status === 401) throw new KeyNeeded();
+    return answer;
   } catch (error) {
+    if (error instanceof KeyNeeded) throw error;
     if (error instanceof DOMException && error.name === "AbortError") throw error;
     throw new ServerGone();
   }
@@ -79,8 +101,8 @@ async function ask(path, options) {
 
 /** @returns {Promise<Stats>} */
 export async function readStats() {
-  const answer = await ask("/stats", { signal: AbortSignal.timeout(5000) }).catch(() => {
-    throw new ServerGone();
+  const answer = await ask("/stats", { signal: AbortSignal.timeout(5000) }).catch((error) => {
+    throw error instanceof KeyNeeded ? error : new ServerGone();
   });
   if (!answer.ok) throw new ServerGone();
   return answer.json();
