@@ -136,6 +136,15 @@ def _running(
 
 
 @contextmanager
+def program(
+    module: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[ServerProcess]:
+    """`python -m MODULE ARGUMENTS` of a program that is no server: it has no URL."""
+    with _running("", "", environment, module, *arguments) as process:
+        yield process
+
+
+@contextmanager
 def self_hosted(
     environment: Mapping[str, str] | None = None,
     open_files: int | None = None,
@@ -186,7 +195,7 @@ def main() -> None:
     import structlog  # noqa: F401
     import torch  # noqa: F401
 
-    import kernels_warmup.compile
+    import kernels_warmup.compile  # noqa: F401
     import serve.model.sdxl
     import serve.server
     import serve.telemetry.logs  # noqa: F401
