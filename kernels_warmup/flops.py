@@ -110,12 +110,13 @@ def count_encode(vae_config: Mapping[str, Any], shape: CompiledShape, *, images:
 def count_text_encoder(encoder: nn.Module, *, guidance: bool = True, images: int = 1) -> int:
     """FLOPs of encoding the prompts, and the negative prompts if there is guidance."""
     batch = images * (2 if guidance else 1)
+    config: Any = encoder.config
 
     def prepare() -> Prepared:
         tokens = torch.zeros(batch, TEXT_TOKENS, dtype=torch.long)
-        return type(encoder)(encoder.config), {"input_ids": tokens}
+        return type(encoder)(config), {"input_ids": tokens}
 
-    return _count((type(encoder), _text(encoder.config.to_dict()), batch), prepare)
+    return _count((type(encoder), _text(config.to_dict()), batch), prepare)
 
 
 Prepared = tuple[Any, dict[str, Any]]
