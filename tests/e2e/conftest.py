@@ -43,7 +43,7 @@ class Server:
         return self.client.post(path, json=body(**fields))
 
     def metrics(self, accept: str = "") -> str:
-        return httpx.get(self.process.metrics_url, headers={"accept": accept}, timeout=60).text
+        return self.client.get(self.process.metrics_url, headers={"accept": accept}).text
 
 
 def body(**fields: Any) -> dict[str, Any]:
