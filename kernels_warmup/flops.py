@@ -3,12 +3,13 @@
 The count is nominal: it is that of the unmodified model, also where an optimisation computes the
 same result with fewer operations. A product of (m, k) and (k, n) counts 2mkn; activations, norms
 and additions count nothing. Counting runs the model on the meta device, where a full-size model
-takes seconds and no memory.
+takes seconds and no memory. A process counts each configuration once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +61,10 @@ def count_step(
 ) -> int:
     """FLOPs of one denoising step: one UNet forward, over both halves of the guidance if there is
     guidance."""
-    with META:
-        unet = UNet2DConditionModel.from_config(dict(unet_config)).eval()
-        batch = images * (2 if guidance else 1)
+    batch = images * (2 if guidance else 1)
+
+    def prepare() -> Prepared:
+        unet = UNet2DConditionModel.from_config(dict(unet_config))
         pooled = unet.config.projection_class_embeddings_input_dim
         pooled -= 6 * unet.config.addition_time_embed_dim
         arguments = {
@@ -76,37 +78,63 @@ def count_step(
                 "time_ids": torch.empty(batch, 6),
             },
         }
-    return _count(unet, arguments)
+        return unet, arguments
+
+    return _count(("step", _text(unet_config), shape, batch), prepare)
 
 
 def count_decode(vae_config: Mapping[str, Any], shape: CompiledShape, *, images: int = 1) -> int:
     """FLOPs of decoding the images' latents."""
-    with META:
-        vae = AutoencoderKL.from_config(dict(vae_config)).eval()
+
+    def prepare() -> Prepared:
+        vae = AutoencoderKL.from_config(dict(vae_config))
         latents = torch.empty(images, vae.config.latent_channels, *shape.latent)
         vae.forward = vae.decode  # count through forward, whose own version also encodes
-    return _count(vae, {"z": latents})
+        return vae, {"z": latents}
+
+    return _count(("decode", _text(vae_config), shape, images), prepare)
 
 
 def count_encode(vae_config: Mapping[str, Any], shape: CompiledShape, *, images: int = 1) -> int:
     """FLOPs of encoding pictures to latents, as image to image does."""
-    with META:
-        vae = AutoencoderKL.from_config(dict(vae_config)).eval()
+
+    def prepare() -> Prepared:
+        vae = AutoencoderKL.from_config(dict(vae_config))
         pictures = torch.empty(images, vae.config.in_channels, shape.height, shape.width)
         vae.forward = vae.encode
-    return _count(vae, {"x": pictures})
+        return vae, {"x": pictures}
+
+    return _count(("encode", _text(vae_config), shape, images), prepare)
 
 
 def count_text_encoder(encoder: nn.Module, *, guidance: bool = True, images: int = 1) -> int:
     """FLOPs of encoding the prompts, and the negative prompts if there is guidance."""
     batch = images * (2 if guidance else 1)
-    with META:
-        twin = type(encoder)(encoder.config).eval()
+    config: Any = encoder.config
+
+    def prepare() -> Prepared:
         tokens = torch.zeros(batch, TEXT_TOKENS, dtype=torch.long)
-    return _count(twin, {"input_ids": tokens})
+        return type(encoder)(config), {"input_ids": tokens}
+
+    return _count((type(encoder), _text(config.to_dict()), batch), prepare)
 
 
-def _count(module: Any, arguments: dict[str, Any]) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(**arguments)
-    return int(counter.get_total_flops())
+Prepared = tuple[Any, dict[str, Any]]
+"""A module and the arguments of its forward."""
+
+_counted: dict[tuple[object, ...], int] = {}
+
+
+def _count(key: tuple[object, ...], prepare: Callable[[], Prepared]) -> int:
+    """Count one forward on the meta device, or return what was counted under this key."""
+    if key not in _counted:
+        with META:
+            module, arguments = prepare()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module.eval()(**arguments)
+        _counted[key] = int(counter.get_total_flops())
+    return _counted[key]
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(dict(config), sort_keys=True, default=str)

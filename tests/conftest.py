@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -15,6 +17,26 @@ TOGETHER = {
     "tests/e2e/test_openai.py": "servers",
 }
 """Files whose tests share the servers of tests/e2e: one worker starts them and runs all."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Seek no garbage while libraries and tests are imported: a fourth of that time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop() -> Generator[None, object, object]:
+    """Seek none among what was imported: a tenth of the tests' time."""
+    gc.freeze()
+    try:
+        return (yield)
+    finally:
+        gc.unfreeze()
 
 
 @pytest.hookimpl(optionalhook=True)

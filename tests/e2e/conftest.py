@@ -27,7 +27,7 @@ COMMANDS: dict[str, Start] = {
 """Started as an operator starts them."""
 
 STARTS: dict[str, Start] = {"self-hosted": forked.self_hosted, "fal": forked.fal_local}
-"""The same, without the seconds of imports: for tests that need a server of their own."""
+"""The same, without the seconds of imports."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Server:
         return self.client.post(path, json=body(**fields))
 
     def metrics(self, accept: str = "") -> str:
-        return httpx.get(self.process.metrics_url, headers={"accept": accept}, timeout=60).text
+        return self.client.get(self.process.metrics_url, headers={"accept": accept}).text
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -67,7 +67,8 @@ def servers() -> Iterator[dict[str, Server]]:
     """Both, started side by side. One request may wait, so that a third is refused."""
     with ExitStack() as stack:
         started = {}
-        for kind, start in COMMANDS.items():
+        # As an operator starts it fal is started here, and the self-hosted one in test_wheel.py.
+        for kind, start in (STARTS | {"fal": COMMANDS["fal"]}).items():
             otlp = stack.enter_context(otlp_endpoint())
             process = stack.enter_context(start(environment(otlp, SDXL_MAX_WAITING="1")))
             client = stack.enter_context(httpx.Client(base_url=process.url, timeout=ANSWER_SECONDS))

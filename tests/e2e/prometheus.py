@@ -68,10 +68,10 @@ def rules(kind: str) -> dict[str, str]:
 class Prometheus:
     """A running Prometheus, queried over its API."""
 
-    url: str
+    client: httpx.Client
 
     def get(self, path: str, **parameters: Any) -> Any:
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=30)
+        answer = self.client.get(f"/api/v1/{path}", params=parameters)
         body = answer.json()
         assert body["status"] == "success", (path, parameters, body)
         return body["data"]
@@ -127,17 +127,18 @@ def prometheus(target: str, folder: Path, recorded: Path) -> Iterator[Prometheus
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 60
-        while True:
-            try:
-                if httpx.get(url + "/-/ready", timeout=5).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            said = (folder / "log").read_text()
-            assert process.poll() is None, said
-            assert time.monotonic() < deadline, said
-            time.sleep(0.05)
-        yield Prometheus(url)
+        with httpx.Client(base_url=url, timeout=30) as client:
+            while True:
+                try:
+                    if client.get("/-/ready").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                said = (folder / "log").read_text()
+                assert process.poll() is None, said
+                assert time.monotonic() < deadline, said
+                time.sleep(0.05)
+            yield Prometheus(client)
     finally:
         process.terminate()
         process.wait(30)

@@ -18,7 +18,7 @@ import pytest
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
 from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import otlp_endpoint
-from tests.support.processes import ServerProcess
+from tests.support.processes import ServerProcess, read
 
 pytestmark = pytest.mark.e2e
 
@@ -110,7 +110,7 @@ def at_rest(server: ServerProcess) -> str:
     """The metrics once nothing is in flight; fails if that does not come about."""
     deadline = time.monotonic() + 60
     while True:
-        text = httpx.get(server.metrics_url, timeout=60).text
+        text = read(server.metrics_url)
         names = ("sdxl_requests_in_flight", "sdxl_requests_waiting")
         if all(gauge(text, name) == 0 for name in names):
             return text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from kernels_warmup.cache.working_directory import WORKING_PREFIX
 from serve.demo_model import checkpoint_path
 from tests.support import forked, processes
 from tests.support.processes import ServerProcess, free_port
@@ -114,18 +112,3 @@ def test_a_folder_of_compiled_code_that_others_can_write_to(variable: str, tmp_p
         (said,) = server.output().strip().splitlines()
     assert server.process.returncode == 2
     assert said.startswith(f"stepspan: {shared} ")
-
-
-def test_a_server_leaves_no_compiled_code_behind(tmp_path: Path) -> None:
-    """Not with the temporary files, nor where another user could have put some."""
-    guessed = tmp_path / f"torchinductor_{getpass.getuser()}"
-    guessed.mkdir(mode=0o777)
-    settings = SMALL | {"SDXL_MODEL": "demo", "TMPDIR": str(tmp_path), "SDXL_COMPILE": "off"}
-    with processes.self_hosted(settings) as server:
-        server.wait_until_ready(SECONDS)
-        (private,) = set(tmp_path.iterdir()) - {guessed}
-        assert private.name.startswith(WORKING_PREFIX)
-        assert private.stat().st_mode & 0o777 == 0o700
-        server.terminate()
-    assert list(tmp_path.iterdir()) == [guessed]
-    assert list(guessed.iterdir()) == []

@@ -18,7 +18,7 @@ import pytest
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, environment
 from tests.support.forked import fal_local, forked_servers
 from tests.support.otlp_endpoint import Answer, OtlpEndpoint, otlp_endpoint
-from tests.support.processes import ROOT, ServerProcess, free_port
+from tests.support.processes import ROOT, ServerProcess, free_port, read
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -131,7 +131,7 @@ class SpanCounts:
 
     @classmethod
     def read(cls, process: ServerProcess) -> SpanCounts:
-        text = httpx.get(process.metrics_url, timeout=60).text
+        text = read(process.metrics_url)
 
         def value(name: str) -> int:
             found = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)

@@ -17,7 +17,7 @@ from serve.app import UPLOAD_SECONDS
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, STARTS, body, environment
 from tests.e2e.differences import ROWS, documented_rows, row
 from tests.support.otlp_endpoint import otlp_endpoint, tree
-from tests.support.processes import ServerProcess
+from tests.support.processes import ServerProcess, read
 from tests.support.raw_client import Answer, connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -101,7 +101,7 @@ def test_sigterm_in_mid_request(kind: str) -> None:
             while next(lines) != "event: step":
                 pass
             waiter.start()
-            while "\nsdxl_requests_waiting 1.0\n" not in httpx.get(process.metrics_url).text:
+            while "\nsdxl_requests_waiting 1.0\n" not in read(process.metrics_url):
                 time.sleep(0.02)
             signalled = time.monotonic()
             process.process.terminate()
@@ -167,7 +167,7 @@ def test_billing_a_silent_cdn_and_sigterm_at_rest(kind: str) -> None:
             with connected(process.url) as reading:
                 reading.send(post(content=b"{", length=1000))
                 in_flight = "\nsdxl_requests_in_flight 1.0\n"
-                while in_flight not in httpx.get(process.metrics_url, timeout=30).text:
+                while in_flight not in read(process.metrics_url):
                     time.sleep(0.02)
                 assert process.terminate(GRACE_SECONDS) < ENDING_SECONDS
                 half_sent = Answer.parse(reading.read())

@@ -201,20 +201,11 @@ REFUSED = {
 @pytest.mark.parametrize("command", ["run", "doctor"])
 def test_a_secret_that_http_cannot_carry_stops_the_start(command: str) -> None:
     """The server and the doctor refuse it with one sentence, which names the variable only."""
-    started = []
     for name, value in REFUSED.items():
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serve", command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env=clean_environment({name: value}),
-        )
-        started.append((name, process))
-    for name, process in started:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 2, output
+        with forked.program("serve", command, environment={name: value}) as started:
+            started.process.wait(120)
+            output = started.output()
+        assert started.process.returncode == 2, output
         assert name in output
         assert len(output.splitlines()) == 1, output
         assert not leaks(output), output

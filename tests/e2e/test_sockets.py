@@ -21,7 +21,7 @@ from serve.http.sockets.listener import OTHER_DESCRIPTORS
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body
 from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import otlp_endpoint
-from tests.support.processes import ServerProcess
+from tests.support.processes import ServerProcess, read
 from tests.support.raw_client import GET_HEALTH, PATIENCE, Answer, Client, connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -52,7 +52,7 @@ def client(server: ServerProcess, receive_buffer: int | None = None) -> Iterator
 
 
 def value(server: ServerProcess, sample: str) -> float:
-    for line in httpx.get(server.metrics_url, timeout=60).text.splitlines():
+    for line in read(server.metrics_url).splitlines():
         if line.startswith(sample + " "):
             return float(line.rsplit(" ", 1)[1])
     raise AssertionError(f"{sample} is not in the metrics")

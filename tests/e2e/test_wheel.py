@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kernels_warmup.cache.working_directory import WORKING_PREFIX
 from tests.support.processes import ROOT, clean_environment, free_port, running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+REQUEST = {"prompt": "a red circle", "num_inference_steps": 2, "seed": 1}
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +45,25 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment / "bin" / "python"
 
 
-def test_it_serves_from_another_directory(python: Path, tmp_path: Path) -> None:
+def test_it_serves_from_another_directory_and_leaves_no_compiled_code_behind(
+    python: Path, tmp_path: Path
+) -> None:
+    """No code with the temporary files, nor where another user could have put some."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [str(python), "-m", "serve", "--port", str(port)]
-    with running(command, url, {"SDXL_MODEL": "demo"}, cwd=tmp_path) as server:
+    elsewhere, temporary = tmp_path / "elsewhere", tmp_path / "temporary"
+    guessed = temporary / f"torchinductor_{getpass.getuser()}"
+    elsewhere.mkdir()
+    guessed.mkdir(mode=0o777, parents=True)
+    settings = {"SDXL_MODEL": "demo", "SDXL_SHAPES": "64x64", "SDXL_COMPILE": "off"}
+    settings |= {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    with running(command, url, settings, cwd=elsewhere) as server:
         server.wait_until_ready(240)
-        answer = httpx.post(url, json={"prompt": "a red circle", "seed": 1}, timeout=120)
+        (private,) = set(temporary.iterdir()) - {guessed}
+        assert private.name.startswith(WORKING_PREFIX)
+        assert private.stat().st_mode & 0o777 == 0o700
+        answer = httpx.post(url, json=REQUEST, timeout=120)
         assert answer.status_code == 200
         assert answer.json()["image"]["url"].startswith("data:image/jpeg;base64,")
         assert httpx.get(url + "/metrics", timeout=30).status_code == 200
@@ -57,6 +73,8 @@ def test_it_serves_from_another_directory(python: Path, tmp_path: Path) -> None:
         assert server.terminate() < 10
         assert server.process.returncode == 0
         assert "ready at" in server.output()
+    assert list(temporary.iterdir()) == [guessed]
+    assert list(guessed.iterdir()) == []
 
 
 def test_the_code_that_runs_is_the_wheels(python: Path, tmp_path: Path) -> None:

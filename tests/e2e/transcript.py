@@ -10,8 +10,9 @@ import re
 
 import httpx
 
+from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import ReceivedSpan, otlp_endpoint
-from tests.support.processes import ROOT, self_hosted
+from tests.support.processes import ROOT
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- transcript: begin -->", "<!-- transcript: end -->"

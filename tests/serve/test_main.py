@@ -10,20 +10,19 @@ from pathlib import Path
 import pytest
 
 from serve.server import bind
+from tests.support import forked
 from tests.support.processes import ROOT, clean_environment
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
 
 
-def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "serve", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=clean_environment(environment),
-        check=False,
-    )
+def refused(*arguments: str, status: int = 2, **environment: str) -> str:
+    """What `python -m serve` writes where it does not start."""
+    with forked.program("serve", *arguments, environment=environment) as started:
+        started.process.wait(60)
+        assert started.process.returncode == status, started.output()
+        assert "Traceback" not in started.output()
+        return started.output()
 
 
 def imported_by(code: str) -> set[str]:
@@ -36,7 +35,14 @@ def imported_by(code: str) -> set[str]:
 
 def test_help_answers_without_a_model_library() -> None:
     start = time.monotonic()
-    result = serve("--help")
+    result = subprocess.run(
+        [sys.executable, "-m", "serve", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=clean_environment(),
+        check=False,
+    )
     seconds = time.monotonic() - start
     assert result.returncode == 0
     assert "--port" in result.stdout
@@ -66,20 +72,16 @@ def test_servers_are_imported_without_a_model_library(module: str) -> None:
 def test_a_wrong_setting_stops_the_start_with_a_sentence(
     environment: dict[str, str], said: str
 ) -> None:
-    result = serve(**environment)
-    assert result.returncode == 2
-    assert said in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    assert "Traceback" not in result.stderr
+    output = refused(**environment)
+    assert said in output
+    assert len(output.splitlines()) == 1
 
 
 def test_a_busy_port_is_an_error() -> None:
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
-        result = serve("--port", str(taken.getsockname()[1]))
-    assert result.returncode == 2
-    assert "cannot listen on 127.0.0.1" in result.stderr
-    assert "Traceback" not in result.stderr
+        output = refused("--port", str(taken.getsockname()[1]))
+    assert "cannot listen on 127.0.0.1" in output
 
 
 def test_the_address_may_precede_or_follow_the_command() -> None:
@@ -87,23 +89,21 @@ def test_the_address_may_precede_or_follow_the_command() -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         for arguments in (("--port", port, "run"), ("run", "--port", port)):
-            assert f"port {port}" in serve(*arguments).stderr
+            assert f"port {port}" in refused(*arguments)
 
 
 @pytest.mark.e2e
 def test_a_model_that_is_not_there_ends_the_process() -> None:
-    result = serve("--port", "0", SDXL_MODEL="./nowhere")
-    assert result.returncode == 1
-    assert "neither a directory here nor a hub repository" in result.stderr
+    output = refused("--port", "0", SDXL_MODEL="./nowhere", status=1)
+    assert "neither a directory here nor a hub repository" in output
 
 
 @pytest.mark.parametrize("host", ["", " ", "a..b", "a" * 300])
 def test_a_host_that_is_no_address_is_refused(host: str) -> None:
     """An empty one would be every interface."""
-    result = serve("--port", "0", "--host", host)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("stepspan: ")
+    output = refused("--port", "0", "--host", host)
+    assert len(output.splitlines()) == 1
+    assert output.startswith("stepspan: ")
 
 
 PACKAGES = ("bench", "kernels_warmup", "metrics", "serve")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import queue
@@ -135,6 +136,15 @@ def _running(
 
 
 @contextmanager
+def program(
+    module: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[ServerProcess]:
+    """`python -m MODULE ARGUMENTS` of a program that is no server: it has no URL."""
+    with _running("", "", environment, module, *arguments) as process:
+        yield process
+
+
+@contextmanager
 def self_hosted(
     environment: Mapping[str, str] | None = None,
     open_files: int | None = None,
@@ -181,11 +191,17 @@ def main() -> None:
     At the end of the input all that still run are killed.
     """
     import diffusers  # noqa: F401
+    import pydantic.v1  # noqa: F401
+    import structlog  # noqa: F401
     import torch  # noqa: F401
 
+    import kernels_warmup.compile  # noqa: F401
     import serve.model.sdxl
-    import serve.server  # noqa: F401
+    import serve.server
+    import serve.telemetry.logs  # noqa: F401
 
+    _count_flops()
+    gc.freeze()  # else each server's first collection copies the pages of all that is imported
     running: set[int] = set()
 
     def reap(*_: object) -> None:
@@ -209,6 +225,18 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for pid in running:
         os.kill(pid, signal.SIGKILL)
+
+
+def _count_flops() -> None:
+    """Count the demo model's FLOPs, which a process counts once: half of the rest of a start."""
+    from kernels_warmup.flops import count_encode, count_run
+    from kernels_warmup.shapes import DEMO_SHAPES, CompiledShape
+    from serve.model.loading import load_model
+
+    pipeline = load_model("demo", device_name="cpu").pipeline
+    for shape in (*DEMO_SHAPES, CompiledShape(64, 64)):
+        count_run(pipeline, shape)
+        count_encode(pipeline.vae.config, shape)
 
 
 def _say(what: str, pid: int, status: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from bench.harness.device_lock import only_bench_on
 from bench.harness.environment import ROOT
 from bench.harness.result_file import BenchResult
 from bench.harness.worktree import worktree
+from tests.support import forked
 
 SMALL = ["--model", "demo", "--device", "cpu", "--steps", "2"]
 
@@ -157,23 +157,14 @@ def test_the_lock_of_a_dead_process_is_released() -> None:
 def test_sigterm_keeps_what_was_measured(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = ["run", "--scenario", "served", *SMALL, "--requests", "2000", "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench", *command],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    own_locks = {"XDG_RUNTIME_DIR": os.environ["XDG_RUNTIME_DIR"]}
+    with forked.program("bench", *command, environment=own_locks) as bench:
         # At first it is created and removed, to see whether it can be written.
         while not out.exists() or out.stat().st_size == 0:
-            assert process.poll() is None
+            assert bench.process.poll() is None, bench.output()
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 143
-    finally:
-        process.kill()
+        bench.terminate(20)
+        assert bench.process.returncode == 143
     result = BenchResult.read(out)
     assert result.partial
     assert result.scenarios[0].requests

@@ -27,8 +27,19 @@ SHAPE = CompiledShape(128, 128)
 SMALL = ["--model", "demo", "--shape", "64x64", "--top", "3"]
 
 
-def count(scenario: Scenario, part: str = "step") -> Lowered:
+SMALLER = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1),
+    "attention_head_dim": (2, 4),
+}
+"""Than `tiny_unet`: every kind of block once, for tests that count nothing."""
+
+
+def count(scenario: Scenario, part: str = "step", **smaller: object) -> Lowered:
     unet, vae = (dict(module.config) for module in (tiny_unet(), tiny_vae()))
+    unet |= smaller
     return lower_part(scenario, part, CountedModel(unet, vae, SHAPE, images=1))
 
 
@@ -168,8 +179,10 @@ def test_kernels_of_our_own_are_not_counted_without_triton(monkeypatch: pytest.M
         count(whole(text_once=True, layer_norm=True))
 
 
-def test_torch_reports_no_gpu_afterwards(plain: Lowered) -> None:
-    assert plain.launches
+def test_torch_reports_no_gpu_afterwards() -> None:
+    lowered = count(whole(), **SMALLER)
+    assert {"attention", "conv", "gemm"} <= set(lowered.flops)
+    assert lowered.launches
     assert torch.cuda.is_available() == (torch.cuda.device_count() > 0)
     if not torch.backends.cuda.is_built():
         with pytest.raises((AssertionError, RuntimeError)):
