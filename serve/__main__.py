@@ -105,6 +105,8 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
         ("--max-replicas", int, "the most replicas, by load (default: as many as --replicas)"),
         ("--run-seconds", float, "how long a run takes, as measured"),
         ("--wait-seconds", float, "how long requests may wait before a replica is added"),
+        ("--upscale-seconds", float, "how long there must be too many requests to add a replica"),
+        ("--downscale-seconds", float, "how long there must be too few to remove one"),
         ("--metrics-targets", str, "a folder for the files that tell Prometheus of the replicas"),
     ):
         parser.add_argument(name, type=kind, default=argparse.SUPPRESS, help=text)

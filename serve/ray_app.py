@@ -58,13 +58,6 @@ DRAIN_CHECK_SECONDS = 0.5
 
 HEALTH_CHECK_SECONDS = 5.0
 
-UPSCALE_SECONDS = 10.0
-"""How long too many requests must be there before a replica is added; a start takes minutes."""
-
-DOWNSCALE_SECONDS = 300.0
-"""How long too few must be there before one is removed; five idle minutes cost about what a start
-does."""
-
 LOCAL_OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Of the cluster on this machine. Requests and answers do not go through it."""
 
@@ -83,6 +76,12 @@ class RayOptions(BaseModel):
     """How long a run of `SDXL_MAX_BATCH` images takes, as measured."""
     wait_seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """How long requests may wait on average before a replica is added; None: for one run."""
+    upscale_seconds: float = Field(default=10.0, gt=0)
+    """How long there must be too many requests before a replica is added, which takes minutes to
+    start."""
+    downscale_seconds: float = Field(default=300.0, gt=0)
+    """How long there must be too few before one is removed. Five idle minutes cost about what a
+    start does."""
     cpus: float = Field(default=1.0, gt=0)
     """What a replica takes of its node's CPUs."""
     metrics_host: str | None = None
@@ -144,9 +143,9 @@ def app(arguments: dict[str, Any]) -> ray_serve.Application:
                 "min_replicas": options.replicas,
                 "max_replicas": most,
                 "target_ongoing_requests": target,
-                "look_back_period_s": UPSCALE_SECONDS,
-                "upscale_delay_s": UPSCALE_SECONDS,
-                "downscale_delay_s": DOWNSCALE_SECONDS,
+                "look_back_period_s": options.upscale_seconds,
+                "upscale_delay_s": options.upscale_seconds,
+                "downscale_delay_s": options.downscale_seconds,
             }
         }
     deployment = ray_serve.deployment(
