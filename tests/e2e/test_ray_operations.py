@@ -1,4 +1,4 @@
-"""Two replicas on Ray Serve in operation: killed, updated, scaled, compiled, and seen by Prometheus.
+"""Two replicas on Ray Serve: killed, updated, scaled, compiled, and seen by Prometheus.
 
 `pytest -s` prints what is measured.
 """
@@ -85,7 +85,7 @@ def test_one_prometheus_sees_every_replica(two: RayService, tmp_path: Path) -> N
 
         queries = {panel.where: panel.filled("30s") for panel in panels()}
         empty = {name for name, query in queries.items() if not NOT_LIVE.search(query)}
-        assert len(empty) > 60
+        assert len(empty) >= 60
 
         def all_have_data() -> bool:
             empty.difference_update([n for n in empty if has_data(running_, queries[n])])
@@ -121,17 +121,17 @@ def test_requests_land_where_their_lora_is_in_use(two: RayService) -> None:
         before = swaps(two)
 
         def client(lora: str) -> None:
-            headers = {"ray_serve_multiplexed_model_id": lora} if routed else {}
+            headers = {"serve-multiplexed-model-id": lora} if routed else {}
             for _ in range(count):
                 answer = two.post(headers, loras=[{"path": lora}])
                 assert answer.status_code == 200
 
-        with ThreadPoolExecutor(2) as clients:
-            list(clients.map(client, ("night", "dusk")))
+        with ThreadPoolExecutor(4) as clients:
+            list(clients.map(client, ("night", "dusk") * 2))
         return swaps(two) - before
 
-    free, routed = send(20, routed=False), send(20, routed=True)
-    print(f"\nof 40 requests of two LoRAs, {free:.0f} changed the weights; routed, {routed:.0f}")
+    free, routed = send(15, routed=False), send(15, routed=True)
+    print(f"\nof 60 requests of two LoRAs, {free:.0f} changed the weights; routed, {routed:.0f}")
     assert routed <= 6
     assert free > 2 * routed
 
@@ -140,21 +140,19 @@ def test_a_replica_that_is_killed_loses_only_what_it_had(two: RayService) -> Non
     before = two.replicas()
     answers: dict[int, httpx.Response] = {}
 
+    def busy() -> list[Replica]:
+        return [r for r in before if r.value("sdxl_requests_in_flight") > 0]
+
     def send(number: int) -> None:
         answers[number] = two.post(num_inference_steps=100)
 
     threads = [threading.Thread(target=send, args=(number,)) for number in range(2)]
-    owners: list[Replica] = []
-    for thread in threads:  # one after the other, so that each goes to an idle replica
-        thread.start()
-
-        def one_more() -> list[Replica]:
-            busy = [r for r in before if r.value("sdxl_requests_in_flight") > 0]
-            return [replica for replica in busy if replica not in owners]
-
-        wait_until(one_more, 30)
-        owners += one_more()
-    victim = owners[1]
+    for number, thread in enumerate(threads):
+        thread.start()  # the second goes to the replica that is idle
+        wait_until(lambda wanted=number + 1: len(busy()) == wanted, 30)
+        if number == 0:
+            [survivor] = busy()
+    [victim] = [replica for replica in busy() if replica != survivor]
     with load(two.url, 2) as others:
         time.sleep(0.5)
         os.kill(victim.pid, signal.SIGKILL)
@@ -170,7 +168,7 @@ def test_a_replica_that_is_killed_loses_only_what_it_had(two: RayService) -> Non
     assert set(others.statuses) <= {200, 500}
     assert others.statuses[500] <= 2
     assert others.statuses[200] > 0
-    assert {r.name for r in two.replicas()} & {r.name for r in before} == {owners[0].name}
+    assert {r.name for r in two.replicas()} & {r.name for r in before} == {survivor.name}
 
 
 def test_a_rolling_update_under_load_fails_no_request(two: RayService) -> None:
@@ -205,9 +203,8 @@ def test_replicas_follow_a_ramp_and_fail_no_request() -> None:
             start = time.monotonic()
             with load(service.url, 5, num_inference_steps=10) as high:
                 wait_until(lambda: len(service.replicas()) == 2)
+                wait_until(lambda: all(r.value(SERVED) > 0 for r in service.replicas()))
                 up = time.monotonic() - start
-                wait_until(lambda: service.replicas()[-1].value(SERVED) > 3)
-                wait_until(lambda: service.replicas()[0].value(SERVED) > 3)
             start = time.monotonic()
             wait_until(lambda: len(service.replicas()) == 1)
             down = time.monotonic() - start
