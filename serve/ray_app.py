@@ -74,7 +74,7 @@ class RayOptions(BaseModel):
     """How many there may be; None: as many as `replicas`."""
     run_seconds: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """How long a run of `SDXL_MAX_BATCH` images takes, as measured."""
-    wait_seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    wait_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """How long requests may wait on average before a replica is added; None: for one run."""
     upscale_seconds: float = Field(default=10.0, gt=0)
     """How long there must be too many requests before a replica is added, which takes minutes to
@@ -119,10 +119,13 @@ def read_options(arguments: dict[str, Any]) -> RayOptions:
 def target_ongoing_requests(batch: int, run_seconds: float, wait_seconds: float) -> float:
     """How many requests a replica has while its callers wait `wait_seconds` on average.
 
-    It serves `batch` requests in `run_seconds`, and each of them is there for its own run and for
-    the wait before it. By Little's law they are the product of that rate and that time.
+    For random arrivals and runs of equal length the wait says how busy the replica is (Pollaczek
+    and Khinchine). Its requests are then the rate at which it serves them, times how long each is
+    there (Little). With several images a run this holds for runs, which is on the safe side.
     """
-    return batch * (1 + wait_seconds / run_seconds)
+    runs_waited = wait_seconds / run_seconds
+    utilisation = 2 * runs_waited / (1 + 2 * runs_waited)
+    return batch * utilisation * (1 + runs_waited)
 
 
 def app(arguments: dict[str, Any]) -> ray_serve.Application:

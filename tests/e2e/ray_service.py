@@ -121,7 +121,9 @@ def processes_of(temporary: str) -> list[psutil.Process]:
 
 
 @contextmanager
-def ray_service(*arguments: str, **settings: str) -> Iterator[RayService]:
+def ray_service(
+    *arguments: str, start_seconds: float = START_SECONDS, **settings: str
+) -> Iterator[RayService]:
     """Run one until the block ends, ready. Nothing of it is left then."""
     with ExitStack() as stack:
         otlp = stack.enter_context(otlp_endpoint())
@@ -141,7 +143,7 @@ def ray_service(*arguments: str, **settings: str) -> Iterator[RayService]:
                 ROOT,
             )
         )
-        wait_for_text(process, "stepspan is ready")
+        wait_for_text(process, "stepspan is ready", start_seconds)
         yield RayService(process, otlp, targets, variables)
 
 
@@ -155,8 +157,8 @@ def ray_environment(temporary: str) -> dict[str, str]:
     }
 
 
-def wait_for_text(process: ServerProcess, text: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
+def wait_for_text(process: ServerProcess, text: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while text not in process.output():
         assert process.process.poll() is None, process.output()
         assert time.monotonic() < deadline, process.output()

@@ -233,13 +233,13 @@ def test_two_replicas_serve_more_than_one() -> None:
 
 def test_the_second_replica_starts_from_the_first_ones_kernels(tmp_path: Path) -> None:
     settings = {
-        "SDXL_COMPILE": "default",
+        "SDXL_COMPILE": "regional",
         "SDXL_SHAPES": "128x128",
         "SDXL_MAX_BATCH": "1",
         "SDXL_CACHE_DIR": str(tmp_path / "kept"),
     }
     arguments = ("--replicas", "1", "--max-replicas", "2", "--upscale-seconds", "3")
-    with ray_service(*arguments, **settings) as service:
+    with ray_service(*arguments, start_seconds=1000, **settings) as service:
         [first] = service.replicas()
         with load(service.url, 6):
             wait_until(lambda: len(service.replicas()) == 2, 600)
