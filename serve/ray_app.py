@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import ray
+from opentelemetry import trace
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve as ray_serve
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -223,7 +224,7 @@ class ReplicaApp:
         await self._note_loras()
         self._requests += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(_below_rays_span(scope), receive, send)
         except Exception as error:  # Ray would log its text, and pass it on
             logger.exception("a response was cut off")
             raise GenerationFailed(type(error).__name__) from None
@@ -252,6 +253,16 @@ class ReplicaApp:
                 while self._requests:
                     await asyncio.sleep(0.02)
         return not self._requests
+
+
+def _below_rays_span(scope: Scope) -> Scope:
+    """With Ray's own tracing on, its span is the parent of ours, and the caller's is that one's."""
+    context = trace.get_current_span().get_span_context()
+    if not context.trace_flags.sampled:
+        return scope  # off, or not one that Ray exports
+    ids = f"{trace.format_trace_id(context.trace_id)}-{trace.format_span_id(context.span_id)}"
+    headers = [header for header in scope["headers"] if header[0] != b"traceparent"]
+    return {**scope, "headers": [*headers, (b"traceparent", f"00-{ids}-01".encode())]}
 
 
 async def _same(names: str) -> str:

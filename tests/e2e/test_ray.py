@@ -28,7 +28,7 @@ REQUESTS = 8
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[RayService]:
-    with ray_service("--replicas", "2", SDXL_LORAS="night=demo:night") as running:
+    with ray_service("--replicas", "2", SDXL_SHAPES="128x128") as running:
         yield running
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -253,6 +254,34 @@ def test_the_second_replica_starts_from_the_first_ones_kernels(tmp_path: Path) -
         ]
         print(f"\ncompiled in {seconds[0]:.0f} s, from the cache in {seconds[1]:.0f} s")
         assert seconds[1] < seconds[0] / 2
+
+
+def test_with_rays_own_tracing_its_spans_are_between_the_callers_and_ours() -> None:
+    tracing = {
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": (
+            "ray.serve._private.tracing_utils:default_tracing_exporter"
+        ),
+        "RAY_SERVE_TRACING_SAMPLING_RATIO": "1.0",
+    }
+    with ray_service("--replicas", "1", SDXL_SHAPES="128x128", **tracing) as service:
+        trace_id, caller = "ab" * 16, "cd" * 8
+        service.post({"traceparent": f"00-{trace_id}-{caller}-01"})
+        spans = service.otlp.wait_for_trace(trace_id)
+        [root] = [span for span in spans if span.name == "text-to-image"]
+        parents: dict[str, str] = {}
+
+        def written() -> bool:
+            """Ray has written its spans, as indented JSON one after the other."""
+            text = "".join(f.read_text() for f in service.logs() if "tracing" in f.name)
+            ids = re.findall(r'"span_id": "0x(\w+)".*?"parent_id": "0x(\w+)"', text, re.DOTALL)
+            parents.update(ids)
+            return caller in parents.values() and root.parent_span_id in parents
+
+        wait_until(written, 30)
+        span = root.parent_span_id
+        while span in parents:
+            span = parents[span]
+        assert span == caller
 
 
 CONFIGURATION = ROOT / "docs" / "deploy" / "ray" / "serve.yaml"
