@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from serve.server import (
     GRACE_SECONDS,
     bind,
     create_app,
+    reachable_by,
     refuse_without_model_libraries,
 )
 from serve.settings import ServeSettings, load_settings
@@ -181,14 +181,13 @@ class Sdxl:
     """A replica, as far as Ray calls it beside its app."""
 
     app: ReplicaApp  # from the class that Ray derives
+    _target: ScrapeTarget | None = None
 
     def __init__(self, options: RayOptions) -> None:
-        replica = ray_serve.get_replica_context().replica_id.unique_id
-        # In traces, in pushed metrics and, as `replica`, in scraped ones. The last attribute holds.
-        attributes = (os.environ.get("OTEL_RESOURCE_ATTRIBUTES"), f"service.instance.id={replica}")
-        os.environ["OTEL_RESOURCE_ATTRIBUTES"] = ",".join(filter(None, attributes))
         host = options.metrics_host or ray.util.get_node_ip_address()
-        self._target = ScrapeTarget(host, options.metrics_port, options.metrics_targets, replica)
+        self._target = ScrapeTarget(
+            host, options.metrics_port, options.metrics_targets, _replica_id()
+        )
 
     def check_health(self) -> None:
         """Called by Ray, which replaces a replica that fails this."""
@@ -201,7 +200,8 @@ class Sdxl:
 
     def __del__(self) -> None:
         # Ray ends the process without its exit handlers.
-        self._target.close()
+        if self._target is not None:
+            self._target.close()
         remove_process_directory()
 
 
@@ -225,7 +225,7 @@ class ReplicaApp:
         self._requests += 1
         try:
             await self._app(_below_rays_span(scope), receive, send)
-        except Exception as error:  # Ray would log its text, and pass it on
+        except Exception as error:  # Ray would log its text
             logger.exception("a response was cut off")
             raise GenerationFailed(type(error).__name__) from None
         finally:
@@ -277,8 +277,15 @@ def _build_app() -> ReplicaApp:
     """Build the app of this process, a replica. Called by Ray, after `Sdxl.__init__`."""
     settings = load_settings()
     _configure_logging(settings)
+    # The id of its traces and pushed metrics is the label `replica` of the scraped ones.
+    attributes = {**settings.resource_attributes, "service.instance.id": _replica_id()}
+    settings = settings.model_copy(update={"resource_attributes": attributes})
     runtime = build_runtime(settings)
     return ReplicaApp(runtime, create_app(runtime, _give_up, ready_first=True))
+
+
+def _replica_id() -> str:
+    return str(ray_serve.get_replica_context().replica_id.unique_id)
 
 
 def _give_up() -> NoReturn:
@@ -313,7 +320,9 @@ def run(settings: ServeSettings, host: str, port: int, arguments: dict[str, Any]
     options = read_options(arguments)
     most = options.max_replicas or options.replicas
     with bind(host, port) as free:  # Ray opens it again, but would not say what is wrong with it
-        port = free.getsockname()[1]
+        address, port = free.getsockname()[:2]
+    if (reach := reachable_by(address)) is not None:
+        logger.warning("listening on %s port %d: %s", address, port, reach)
     if options.metrics_targets is not None:
         targets = options.metrics_targets.absolute()  # replicas work elsewhere
         options = options.model_copy(update={"metrics_targets": targets})
@@ -330,6 +339,7 @@ def run(settings: ServeSettings, host: str, port: int, arguments: dict[str, Any]
             http_options={"host": host, "port": port, "keep_alive_timeout_s": keep_alive},
             logging_config={"enable_access_log": False},
         )
+        replicas = None
         try:
             with _signals_raise():
                 served = app(options.model_dump() | {"cpus": cpus})
@@ -337,14 +347,22 @@ def run(settings: ServeSettings, host: str, port: int, arguments: dict[str, Any]
                 _announce(host, port, options)
                 while True:
                     signal.pause()
-        except RuntimeError as error:  # of `ray_serve.run`, with Ray's account of what failed
-            logger.error("the application could not be started: %s", error)
+        except RuntimeError:  # of `ray_serve.run`
+            logger.error("the application could not be started; a replica's log says why")
             return 1
         except _Stopped:
-            with contextlib.suppress(UnboundLocalError):
-                replicas.broadcast("drain").results()
+            if replicas is not None:
+                _drain(replicas, settings.deadline_seconds + GRACE_SECONDS + 2 * CUT_OFF_SECONDS)
             ray_serve.shutdown()
     return 0
+
+
+def _drain(replicas: Any, seconds: float) -> None:
+    """Drain all replicas, for at most `seconds`."""
+    try:
+        replicas.broadcast("drain").results(timeout_s=seconds)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with one, all have to end
+        logger.warning("not every replica has drained: %s", type(error).__name__)
 
 
 def _announce(host: str, port: int, options: RayOptions) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
+from serve.errors import ConfigurationError
+
 
 class ScrapeTarget:
     """Listens until it is closed.
@@ -22,6 +24,9 @@ class ScrapeTarget:
         port: 0 takes a free one.
         folder: where the file is written, if at all. Prometheus reads all files of it.
         replica: the name that the file gives this process, as the label `replica`.
+
+    Raises:
+        ConfigurationError: the address cannot be used.
     """
 
     def __init__(
@@ -32,7 +37,12 @@ class ScrapeTarget:
         replica: str,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        self._server, _ = start_http_server(port, host, registry)
+        try:
+            self._server, _ = start_http_server(port, host, registry)
+        except OSError as error:
+            raise ConfigurationError(
+                f"metrics cannot be served on {host} port {port}: {error}. Port 0 takes a free one."
+            ) from None
         self.address = f"{host}:{self._server.server_port}"
         self._file: Path | None = None
         if folder is not None:

@@ -30,9 +30,11 @@ from tests.e2e.ray_service import (
     Replica,
     end_all,
     load,
+    processes_of,
     ray_environment,
     ray_service,
     require_ray,
+    wait_for_text,
 )
 from tests.metrics import recorded
 from tests.support.otlp_endpoint import otlp_endpoint
@@ -282,6 +284,29 @@ def test_with_rays_own_tracing_its_spans_are_between_the_callers_and_ours() -> N
         while span in parents:
             span = parents[span]
         assert span == caller
+
+
+@pytest.mark.parametrize("end", ["a model that is not there", "SIGTERM"])
+def test_a_start_that_does_not_succeed(end: str, tmp_path: Path) -> None:
+    """Status 1 and the reason, or 0; and no process is left."""
+    temporary = tempfile.mkdtemp(prefix="ray-")
+    with otlp_endpoint() as otlp:
+        settings = {"SDXL_MODEL": str(tmp_path)} if end != "SIGTERM" else {}
+        variables = environment(otlp, **settings) | ray_environment(temporary)
+        command = [sys.executable, "-m", "serve", "ray", "--port", "0"]
+        try:
+            with running(command, "", variables, ROOT) as process:
+                if end == "SIGTERM":
+                    wait_for_text(process, "start-up: load_model", START_SECONDS)
+                    process.process.terminate()
+                process.process.wait(START_SECONDS)
+                assert process.process.returncode == (0 if end == "SIGTERM" else 1)
+                if end != "SIGTERM":
+                    assert str(tmp_path) in process.output()
+            wait_until(lambda: not processes_of(temporary), 30)
+        finally:
+            end_all(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 CONFIGURATION = ROOT / "docs" / "deploy" / "ray" / "serve.yaml"

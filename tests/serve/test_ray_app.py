@@ -28,10 +28,12 @@ with_ray = pytest.mark.skipif(
 )
 
 SCRIPT = """
-import json, sys, yaml
+import json, os, sys, yaml
+from types import SimpleNamespace
+import ray
 from ray.serve.schema import ServeDeploySchema
 from serve.errors import ConfigurationError
-from serve.ray_app import app, read_options, target_ongoing_requests
+from serve.ray_app import Sdxl, app, read_options, target_ongoing_requests
 
 def refusal(**arguments):
     try:
@@ -43,9 +45,26 @@ def config(**arguments):
     made = app(arguments)._bound_deployment
     return made._deployment_config.model_dump(mode="json") | {"actor": made.ray_actor_options}
 
+def fails_its_check(healthy):
+    replica = Sdxl.__new__(Sdxl)
+    replica.app = SimpleNamespace(runtime=SimpleNamespace(healthy=healthy))
+    try:
+        replica.check_health()
+    except RuntimeError:
+        return True
+    return False
+
 file = yaml.safe_load(open(sys.argv[1]))
 ServeDeploySchema.model_validate(file)
 (application,) = file["applications"]
+
+def gpus():
+    ray.cluster_resources = lambda: {"CPU": 8.0, "GPU": 2.0}
+    def each(device):
+        os.environ["SDXL_DEVICE"] = device
+        return config()["actor"]["num_gpus"]
+    return {device: each(device) for device in ("cpu", "cuda", "auto")}
+
 print(json.dumps({
     "targets": [target_ongoing_requests(b, t, w) for b, t, w in json.loads(sys.argv[2])],
     "refusals": [
@@ -55,6 +74,8 @@ print(json.dumps({
     "fixed": config(replicas="2"),
     "scaled": config(replicas=1, max_replicas=4, run_seconds=2, wait_seconds=4),
     "shipped": config(**application["args"]),
+    "fails_its_check": [fails_its_check(True), fails_its_check(False)],
+    "gpus": gpus(),
 }))
 """
 
@@ -126,6 +147,16 @@ def test_rays_options_follow_from_the_settings(found: dict[str, Any]) -> None:
     assert (scaling["min_replicas"], scaling["max_replicas"]) == (1, 4)
     assert scaling["target_ongoing_requests"] == pytest.approx(0.8 * 3)
     assert found["shipped"]["autoscaling_config"]["max_replicas"] == 4
+
+
+@with_ray
+def test_each_replica_has_a_gpu_where_there_are_some(found: dict[str, Any]) -> None:
+    assert found["gpus"] == {"cpu": 0, "cuda": 1, "auto": 1}
+
+
+@with_ray
+def test_ray_replaces_a_replica_that_is_unhealthy(found: dict[str, Any]) -> None:
+    assert found["fails_its_check"] == [False, True]
 
 
 def test_the_shipped_files_agree_and_name_settings_that_exist() -> None:
