@@ -80,11 +80,16 @@ def _doctor(settings: ServeSettings, options: argparse.Namespace) -> int:
 
 
 def _ray(settings: ServeSettings, options: argparse.Namespace) -> int:
+    import secrets
+
     # Read when Ray is imported. Without them its daemons listen on every interface, it reports its
     # use to its makers, and it shows similar lines of two replicas as one.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    if not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        # Ray's own would be in a file that other users may be able to read.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         from serve.ray_app import RayOptions, run
     except ModuleNotFoundError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,9 @@ def ray_environment(temporary: str) -> dict[str, str]:
         "PYTHONPATH": path,
         "RAY_TMPDIR": temporary,
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Known to the operator's commands too, and in no file of the user's.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
 
