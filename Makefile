@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 HOST ?= 127.0.0.1
 PORT ?= 8080
 
-.PHONY: serve test test-parallel test-slow test-gpu check docs-check measure bench bench-gpu peers-env gpu-rehearsal gpu-pins clean
+.PHONY: serve test test-parallel test-slow test-gpu check docs-check measure bench bench-gpu peers-env ray-env gpu-rehearsal gpu-pins clean
 
 serve: $(INSTALLED)  ## serve the model on http://HOST:PORT
 	@$(RUN) -m serve --host $(HOST) --port $(PORT)
@@ -30,7 +30,7 @@ test-parallel: $(INSTALLED)
 	  -m pytest -m "not timing and $(QUICK)" --numprocesses $(WORKERS)
 	$(RUN) -m slipcover --merge .coverage.json --out .coverage.json --skip-covered --fail-under 85
 
-test-slow: $(INSTALLED) peers-env  ## soaks, long fuzzing, compile matrix: minutes to hours
+test-slow: $(INSTALLED) peers-env ray-env  ## soaks, long fuzzing, compile matrix: minutes to hours
 	$(RUN) -m pytest -m "slow and not gpu" --timeout=3600
 
 test-gpu:  ## on a machine with a CUDA device, with that machine's own python and packages
@@ -74,6 +74,14 @@ bench-gpu:  ## everything the targets need, measured on one GPU in resumable pie
 peers-env: $(INSTALLED)  ## BentoML and LitServe for bench peers, into .peers/: 50 MB, seconds
 	$(RUN) -m bench.peers.environments
 
+# The service's own pins and these, which are found first: so that the plain install is what is
+# tested without Ray, and uvicorn does not find Ray's uvloop.
+ray-env: .ray/.installed  ## Ray Serve for docs/ray.md, into .ray/: 290 MB, half a minute
+.ray/.installed: requirements-ray.lock $(INSTALLED)
+	rm -rf .ray
+	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps --target .ray -r $<
+	@touch $@
+
 PYTHON312 ?= python3.12
 gpu-rehearsal:  ## the measurement session on a GPU machine's packages, on the CPU: 5 GB, an hour
 	$(PYTHON) -m bench.gpu_machine.rehearsal --python $(PYTHON312)
@@ -90,4 +98,4 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 clean:  ## remove everything that was set up or built here
-	rm -rf $(VENV) .gpu-rehearsal .peers tests/javascript/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage.json
+	rm -rf $(VENV) .gpu-rehearsal .peers .ray tests/javascript/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage.json

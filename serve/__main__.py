@@ -21,10 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     as_module = os.path.basename(sys.argv[0]) == "__main__.py"
     program = "python -m serve" if as_module else "stepspan"
     parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION)
-    commands = parser.add_subparsers(dest="command", metavar="run|doctor")
+    commands = parser.add_subparsers(dest="command", metavar="run|ray|doctor")
     _add_address(parser, host="127.0.0.1", port=8080)
     # Without defaults of its own: they would overwrite options given before the command.
     _add_address(commands.add_parser("run", help="serve (the default)"))
+    _add_ray(
+        commands.add_parser("ray", help="serve with replicas, on a Ray cluster of this machine")
+    )
     doctor = commands.add_parser("doctor", help="check the telemetry settings and send a trace")
     doctor.add_argument("--no-send", action="store_true", help="check the settings only")
     doctor.add_argument(
@@ -44,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         from serve.telemetry.logs import configure_logging
 
         configure_logging(settings.log_format, current_call.get)
+        if options.command == "ray":
+            return _ray(settings, options)
         from serve.server import run
 
         return run(settings, options.host, options.port)
@@ -72,6 +77,44 @@ def _doctor(settings: ServeSettings, options: argparse.Namespace) -> int:
             raise ConfigurationError(f"--backend {options.backend!r} is not known: {names} are.")
     width = min(100, shutil.get_terminal_size().columns)
     return run(settings, print, sends=not options.no_send, treat_as=backend, width=width)
+
+
+def _ray(settings: ServeSettings, options: argparse.Namespace) -> int:
+    import secrets
+
+    # Read when Ray is imported. Without them its daemons listen on every interface, it reports its
+    # use to its makers, and it shows similar lines of two replicas as one.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    if not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        # Ray's own would be in a file that other users may be able to read.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    try:
+        from serve.ray_app import RayOptions, run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "ray":
+            raise
+        raise ConfigurationError(
+            "ray is not installed: `pip install 'stepspan[ray,model]'` installs it."
+        ) from None
+    given = {name: getattr(options, name) for name in RayOptions.model_fields if name in options}
+    return run(settings, options.host, options.port, given)
+
+
+def _add_ray(parser: argparse.ArgumentParser) -> None:
+    _add_address(parser)
+    # Without defaults: those of `serve.ray_app.RayOptions` hold.
+    for name, kind, text in (
+        ("--replicas", int, "how many replicas, or the fewest (default: 1)"),
+        ("--max-replicas", int, "the most replicas, by load (default: as many as --replicas)"),
+        ("--run-seconds", float, "how long a run takes, as measured"),
+        ("--wait-seconds", float, "how long requests may wait before a replica is added"),
+        ("--upscale-seconds", float, "how long there must be too many requests to add a replica"),
+        ("--downscale-seconds", float, "how long there must be too few to remove one"),
+        ("--metrics-targets", str, "a folder for the files that tell Prometheus of the replicas"),
+    ):
+        parser.add_argument(name, type=kind, default=argparse.SUPPRESS, help=text)
 
 
 def _plain(name: str) -> str:

@@ -49,11 +49,16 @@ SIGTERM, half a second before a platform that allows 5 would kill it. The rest o
 the signal, closing, and the interpreter's own end, which take longer on a busy machine."""
 
 
-def create_app(runtime: Runtime, on_failed_start: Callable[[], None] = lambda: None) -> FastAPI:
+def create_app(
+    runtime: Runtime,
+    on_failed_start: Callable[[], None] = lambda: None,
+    ready_first: bool = False,
+) -> FastAPI:
     """The app of the self-hosted server. Its lifespan starts and closes the runtime.
 
     Args:
         on_failed_start: called when the model could not be started, so nothing can be served.
+        ready_first: the lifespan's start-up ends when the model is ready, and not at once.
     """
 
     @asynccontextmanager
@@ -61,6 +66,8 @@ def create_app(runtime: Runtime, on_failed_start: Callable[[], None] = lambda: N
         # In the background, so that /health and /ready respond while the model loads.
         starting = asyncio.create_task(_start(runtime, on_failed_start))
         try:
+            if ready_first:
+                await starting
             yield
         finally:
             starting.cancel()
@@ -269,18 +276,23 @@ def warn_if_open(settings: ServeSettings, address: str, port: int) -> None:
     )
 
 
-def run(settings: ServeSettings, host: str, port: int) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit status: 0, or 1 if the model failed.
-
-    Raises:
-        ConfigurationError: a library is missing, or the address cannot be used.
-    """
+def refuse_without_model_libraries() -> None:
+    """Raises `ConfigurationError` if a library that draws images is missing."""
     missing = [name for name in ("torch", "diffusers", "transformers") if find_spec(name) is None]
     if missing:
         raise ConfigurationError(
             f"{', '.join(missing)} not installed: `pip install 'stepspan[model]'` installs what "
             "draws images."
         )
+
+
+def run(settings: ServeSettings, host: str, port: int) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit status: 0, or 1 if the model failed.
+
+    Raises:
+        ConfigurationError: a library is missing, or the address cannot be used.
+    """
+    refuse_without_model_libraries()
     limit = connection_limit(settings.max_connections)
     listener = bind(host, port)
     runtime = build_runtime(settings)

@@ -91,17 +91,21 @@ class Prometheus:
 
 
 @contextmanager
-def prometheus(target: str, folder: Path, recorded: Path) -> Iterator[Prometheus]:
+def prometheus(target: str | Path, folder: Path, recorded: Path) -> Iterator[Prometheus]:
     """Run one with the shipped `prometheus.yml`, but with this target and a shorter interval.
 
     Args:
-        target: host and port of the service to scrape.
+        target: host and port of the service to scrape, or the folder of files that name them.
         recorded: OpenMetrics with timestamps, readable from the start.
     """
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     [job] = config["scrape_configs"]
-    job["static_configs"] = [{"targets": [target]}]
+    if isinstance(target, Path):
+        del job["static_configs"]
+        job["file_sd_configs"] = [{"files": [f"{target}/*.json"]}]
+    else:
+        job["static_configs"] = [{"targets": [target]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     shutil.copy(MONITORING / "rules.yml", folder)
     data = folder / "data"

@@ -382,6 +382,7 @@ def test_no_other_module_reads_a_setting_from_the_environment() -> None:
     assert reading <= {
         "serve/settings.py",
         "serve/telemetry/logs.py",  # writes a variable for transformers
+        "serve/__main__.py",  # writes variables for Ray
         "serve/model/loading.py",  # writes a variable for huggingface_hub
         "metrics/gpu.py",  # the CUDA driver's own variable
         "metrics/tracing.py",  # switches the SDK's own metrics on, which has no other switch
