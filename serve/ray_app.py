@@ -37,8 +37,8 @@ from serve.server import (
     GRACE_SECONDS,
     bind,
     create_app,
-    reachable_by,
     refuse_without_model_libraries,
+    warn_if_open,
 )
 from serve.settings import ServeSettings, load_settings
 from serve.telemetry.logs import configure_logging
@@ -321,8 +321,7 @@ def run(settings: ServeSettings, host: str, port: int, arguments: dict[str, Any]
     most = options.max_replicas or options.replicas
     with bind(host, port) as free:  # Ray opens it again, but would not say what is wrong with it
         address, port = free.getsockname()[:2]
-    if (reach := reachable_by(address)) is not None:
-        logger.warning("listening on %s port %d: %s", address, port, reach)
+    warn_if_open(settings, address, port)
     if options.metrics_targets is not None:
         targets = options.metrics_targets.absolute()  # replicas work elsewhere
         options = options.model_copy(update={"metrics_targets": targets})

@@ -1,4 +1,4 @@
-"""A port of its own for a replica's metrics, and the file that tells Prometheus of it.
+"""A port of its own for a replica's metrics, and the file by which Prometheus finds it.
 
 Behind a proxy that chooses the replica, `/metrics` answers for any of them. So each replica also
 serves its metrics itself. The file is one of Prometheus's `file_sd_configs`.
