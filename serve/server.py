@@ -277,6 +277,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
         log_config=None,
         access_log=False,
         ws="none",
+        workers=1,  # uvicorn would read WEB_CONCURRENCY; one process owns the GPU
         # Server and version in every response would only help a scanner.
         server_header=False,
     )
