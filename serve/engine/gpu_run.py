@@ -7,6 +7,7 @@ both in `runtime.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from serve.model.initial_image import InitialLatents
     from serve.model.sdxl import Conditioning, DecodedImages, SdxlModel
+
+logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, float, Any], None]
 """Called on the GPU thread with `(index, gpu_ms, preview pixels or None)` of each step once it has
@@ -285,6 +288,7 @@ class GpuRun:
             failure = part.call.cancellation.reason
             if not all(bool(images.finite[index]) for index in indices):
                 failure = NonFiniteOutput()
+                logger.error("a run drew pixels that are not finite")
             if failure is None:
                 checked = flagged if part.planned.checked else None
                 outcomes.append(

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.support.faults import Faults, install
 from tests.support.processes import ROOT, ServerProcess, clean_environment, free_port
 
 
@@ -112,6 +113,9 @@ def _running(
     module: str,
     *arguments: str,
     open_files: int | None = None,
+    faults: Faults | None = None,
+    silence_seconds: float | None = None,
+    output_to: str | None = None,
 ) -> Iterator[ServerProcess]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
@@ -119,10 +123,12 @@ def _running(
         process = parent().fork(
             {
                 "environment": dict(environment or {}),
-                "output": str(output),
+                "output": output_to or str(output),
                 "module": module,
                 "arguments": arguments,
                 "open_files": open_files,
+                "faults": None if faults is None else str(faults.folder),
+                "silence_seconds": silence_seconds,
             }
         )
         try:
@@ -139,17 +145,32 @@ def self_hosted(
     environment: Mapping[str, str] | None = None,
     open_files: int | None = None,
     port: int | None = None,
+    faults: Faults | None = None,
+    silence_seconds: float | None = None,
+    output_to: str | None = None,
 ) -> Iterator[ServerProcess]:
     """`python -m serve` on a loopback port, not yet ready.
 
     Args:
         port: None: a free one.
         open_files: how many files the process may open; None: as many as this one.
+        faults: switches faults in it.
+        silence_seconds: with `faults`: after which a run counts as hung; None: as in the product.
+        output_to: the file of its output; None: one that goes with it.
     """
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     command = ("serve", "--port", str(port))
-    with _running(url, url + "/metrics", environment, *command, open_files=open_files) as server:
+    with _running(
+        url,
+        url + "/metrics",
+        environment,
+        *command,
+        open_files=open_files,
+        faults=faults,
+        silence_seconds=silence_seconds,
+        output_to=output_to,
+    ) as server:
         yield server
 
 
@@ -229,6 +250,8 @@ def _serve(order: Mapping[str, Any]) -> None:
         os.environ.update(order["environment"])
         if (files := order["open_files"]) is not None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        if order["faults"] is not None:
+            install(Path(order["faults"]), order["silence_seconds"])
         sys.argv = [order["module"], *order["arguments"]]
         runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
         status = 0
