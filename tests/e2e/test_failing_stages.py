@@ -66,14 +66,15 @@ class Faulty:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
-    faults = Faults(tmp_path_factory.mktemp("faults"))
+    faults = Faults(tmp_path_factory.mktemp("faults"), SILENCE_SECONDS)
     checker = tiny_checker.save(tiny_checker.tiny_checker(), tmp_path_factory.mktemp("checker"))
     with (
         otlp_endpoint() as otlp,
         forked.self_hosted(
-            environment(otlp, SDXL_SHAPES="64x64", SDXL_SAFETY_CHECKER=str(checker)),
+            environment(
+                otlp, SDXL_SHAPES="64x64", SDXL_SAFETY_CHECKER=str(checker), WEB_CONCURRENCY="four"
+            ),
             faults=faults,
-            silence_seconds=SILENCE_SECONDS,
         ) as process,
     ):
         process.wait_until_ready(START_SECONDS)

@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ PLACES = {
 """Where a fault can be: each the function that is wrapped."""
 
 SECRET = ("ze", "bra")
-"""An exception's text, as if it quoted a prompt. In parts, because a traceback quotes the source."""
+"""An exception's text, as if it quoted a prompt; in parts, for a traceback quotes the source."""
 
 STEP = 2
 """The step whose callback has the fault `step`."""
@@ -51,9 +51,21 @@ class Faults:
 
     Args:
         folder: an empty one.
+        silence_seconds: after which a run counts as hung, and after half of it for a cancelled
+            request; None: as in the product.
+        eager: `torch.compile` traces the model but generates no code, only a file in its place.
     """
 
     folder: Path
+    silence_seconds: float | None = None
+    eager: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "folder": str(self.folder)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Faults:
+        return cls(**{**fields, "folder": Path(fields["folder"])})
 
     def on(self, place: str, kind: str) -> None:
         """Args:
@@ -84,13 +96,8 @@ def stored(data: bytes, image_format: Any) -> str:
     return data_uri(data, image_format)
 
 
-def install(folder: Path, silence_seconds: float | None = None) -> None:
-    """Wrap every place. For the process that becomes the server.
-
-    Args:
-        silence_seconds: after which a run counts as hung, and after half of it for a cancelled
-            request; None: as in the product.
-    """
+def install(faults: Faults) -> None:
+    """Wrap every place. For the process that becomes the server."""
     import serve.engine.watchdog
     import serve.server
 
@@ -100,16 +107,32 @@ def install(folder: Path, silence_seconds: float | None = None) -> None:
         *path, last = name.split(".")
         for part in path:
             owner = getattr(owner, part)
-        setattr(owner, last, _wrapped(place, getattr(owner, last), folder))
-    _step_the_clock(folder)
+        setattr(owner, last, _wrapped(place, getattr(owner, last), faults.folder))
+    _step_the_clock(faults.folder)
     # The self-hosted server stores nothing by itself.
     build = serve.server.build_runtime
     serve.server.build_runtime = lambda settings: build(
         settings, upload=lambda data, image_format: stored(data, image_format)
     )
-    if silence_seconds is not None:
-        serve.engine.watchdog.SILENCE_LIMIT_SECONDS = silence_seconds
-        serve.engine.watchdog.GIVE_UP_SECONDS = silence_seconds / 2
+    if faults.silence_seconds is not None:
+        serve.engine.watchdog.SILENCE_LIMIT_SECONDS = faults.silence_seconds
+        serve.engine.watchdog.GIVE_UP_SECONDS = faults.silence_seconds / 2
+    if faults.eager:
+        _compile_nothing()
+
+
+def _compile_nothing() -> None:
+    import torch
+
+    real = torch.compile
+
+    def traced(function: Any, **_: Any) -> Any:
+        code = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], "ab", "cab.so")
+        code.parent.mkdir(exist_ok=True)
+        code.write_bytes(b"machine code")
+        return real(function, backend="eager", fullgraph=True, dynamic=False)
+
+    torch.compile = traced
 
 
 def _wrapped(place: str, real: Callable[..., Any], folder: Path) -> Callable[..., Any]:

@@ -114,8 +114,6 @@ def _running(
     *arguments: str,
     open_files: int | None = None,
     faults: Faults | None = None,
-    silence_seconds: float | None = None,
-    output_to: str | None = None,
 ) -> Iterator[ServerProcess]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
@@ -123,12 +121,13 @@ def _running(
         process = parent().fork(
             {
                 "environment": dict(environment or {}),
-                "output": output_to or str(output),
+                "output": str(output),
                 "module": module,
                 "arguments": arguments,
                 "open_files": open_files,
-                "faults": None if faults is None else str(faults.folder),
-                "silence_seconds": silence_seconds,
+                "faults": None
+                if faults is None
+                else {**asdict(faults), "folder": str(faults.folder)},
             }
         )
         try:
@@ -146,8 +145,6 @@ def self_hosted(
     open_files: int | None = None,
     port: int | None = None,
     faults: Faults | None = None,
-    silence_seconds: float | None = None,
-    output_to: str | None = None,
 ) -> Iterator[ServerProcess]:
     """`python -m serve` on a loopback port, not yet ready.
 
@@ -155,8 +152,6 @@ def self_hosted(
         port: None: a free one.
         open_files: how many files the process may open; None: as many as this one.
         faults: switches faults in it.
-        silence_seconds: with `faults`: after which a run counts as hung; None: as in the product.
-        output_to: the file of its output; None: one that goes with it.
     """
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
@@ -168,8 +163,6 @@ def self_hosted(
         *command,
         open_files=open_files,
         faults=faults,
-        silence_seconds=silence_seconds,
-        output_to=output_to,
     ) as server:
         yield server
 
@@ -251,7 +244,7 @@ def _serve(order: Mapping[str, Any]) -> None:
         if (files := order["open_files"]) is not None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         if order["faults"] is not None:
-            install(Path(order["faults"]), order["silence_seconds"])
+            install(Faults.from_json(order["faults"]))
         sys.argv = [order["module"], *order["arguments"]]
         runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
         status = 0
