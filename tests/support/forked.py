@@ -125,9 +125,7 @@ def _running(
                 "module": module,
                 "arguments": arguments,
                 "open_files": open_files,
-                "faults": None
-                if faults is None
-                else {**asdict(faults), "folder": str(faults.folder)},
+                "faults": None if faults is None else faults.as_json(),
             }
         )
         try:
