@@ -124,10 +124,8 @@ def test_the_variable_of_uvicorns_workers_has_no_effect() -> None:
             assert answer.status_code == 200
 
 
-@pytest.mark.parametrize(
-    "arguments", [["serve.server:app"], ["--factory", "serve.server:create_app"]]
-)
-def test_uvicorn_with_workers_starts_nothing(arguments: list[str]) -> None:
+@pytest.mark.parametrize("app", ["serve.server:app", "--factory serve.server:create_app"])
+def test_uvicorn_with_workers_starts_nothing(app: str) -> None:
     """There is no app to import, because importing one would not load a model. uvicorn says so."""
     command = [sys.executable, "-m", "uvicorn", "--workers", "2", "--port", str(free_port())]
     done = subprocess.run(
