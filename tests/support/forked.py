@@ -239,6 +239,7 @@ def _serve(order: Mapping[str, Any]) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ.update(order["environment"])
+        tempfile.tempdir = None  # TMPDIR may name another folder than this process's parent has
         if (files := order["open_files"]) is not None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         if order["faults"] is not None:
