@@ -208,9 +208,9 @@ def check_tree(spans: list[ReceivedSpan]) -> None:
 @pytest.mark.parametrize(
     ("place", "stage", "step"),
     [
-        ("text_encode", "text_encode", None),
+        pytest.param("text_encode", "text_encode", None, marks=pytest.mark.slow),
         ("step", "denoise", STEP),
-        ("vae_decode", "vae_decode", None),
+        pytest.param("vae_decode", "vae_decode", None, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_hangs(server: Faulty, place: str, stage: str, step: int | None) -> None:

@@ -238,8 +238,10 @@ def _serve(order: Mapping[str, Any]) -> None:
         output = os.open(order["output"], os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        # What the parent's imports have set from its own TMPDIR.
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        tempfile.tempdir = None
         os.environ.update(order["environment"])
-        tempfile.tempdir = None  # TMPDIR may name another folder than this process's parent has
         if (files := order["open_files"]) is not None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         if order["faults"] is not None:
