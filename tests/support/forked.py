@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kernels_warmup.cache.working_directory import remove_process_directory
 from tests.support.faults import Faults, install
 from tests.support.processes import ROOT, ServerProcess, clean_environment, free_port
 
@@ -257,6 +258,7 @@ def _serve(order: Mapping[str, Any]) -> None:
     finally:
         # Exit as the interpreter does, but without returning into the parent's main.
         threading._shutdown()
+        remove_process_directory()
         sys.stdout.flush()
         os._exit(status)
 
