@@ -127,7 +127,8 @@ def _compile_nothing() -> None:
     def uncompiled(function: Any, **_: Any) -> Any:
         code = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], "ab", "cab.so")
         code.parent.mkdir(exist_ok=True)
-        code.write_bytes(b"machine code")
+        if not code.exists():  # restored from the archive
+            code.write_bytes(b"machine code")
         return function
 
     torch.compile = uncompiled
