@@ -224,7 +224,7 @@ def test_a_run_that_hangs(server: Faulty, place: str, stage: str, step: int | No
     seconds = time.monotonic() - begin
     assert (hung.status_code, hung.json()["error_type"]) == (504, "deadline_exceeded")
     assert hung.headers["x-fal-needs-retry"] == "0"
-    assert DEADLINE_SECONDS <= seconds < DEADLINE_SECONDS + 2
+    assert DEADLINE_SECONDS <= seconds < DEADLINE_SECONDS + 3
     print(f"hung in {stage}: answered after {seconds:.2f} s")
 
     # The next waits behind it, until the watchdog finds the hang.
@@ -270,7 +270,7 @@ def test_a_hung_stream_ends_at_its_deadline(server: Faulty) -> None:
     server.faults.off("step")
     last = answer.text.strip().split("\n\n")[-1].splitlines()
     assert json.loads(last[1].removeprefix("data: "))["error_type"] == "deadline_exceeded"
-    assert DEADLINE_SECONDS <= seconds < DEADLINE_SECONDS + 2
+    assert DEADLINE_SECONDS <= seconds < DEADLINE_SECONDS + 3
     deadline = time.monotonic() + 20
     while not server.serves():
         assert time.monotonic() < deadline
