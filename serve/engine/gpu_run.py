@@ -135,6 +135,11 @@ class GpuRun:
         """Whether every stage has run."""
 
     @property
+    def trace_id(self) -> str:
+        """That of its first request."""
+        return self._calls[0].identity.trace_id_hex
+
+    @property
     def position(self) -> tuple[str, int | None]:
         """The stage that the run is in, and in `denoise` the step. Other threads read it.
 

@@ -65,7 +65,8 @@ class Watchdog:
         silent_seconds = self._gpu.silent_seconds()
         if silent_seconds < SILENCE_LIMIT_SECONDS:
             return None
-        stage, step = ("", None) if self.run is None else self.run.position
+        run = self.run
+        stage, step = ("", None) if run is None else run.position
         return Hang(stage, step, silent_seconds)
 
     def answer_if_cancelled(self, queued: QueuedRequest) -> None:
@@ -93,7 +94,12 @@ class Watchdog:
         while not self._closed.wait(CHECK_SECONDS):
             hang = self.hang
             if hang is not None and not hung:
-                logger.error("a run hangs %s: the process is unhealthy, its requests fail", hang)
+                run = self.run
+                logger.error(
+                    "a run hangs %s: the process is unhealthy, its requests fail",
+                    hang,
+                    extra=None if run is None else {"trace_id": run.trace_id},
+                )
                 self._queue.give_up_all(DeviceLost(hang))
             elif hang is None and hung:
                 logger.warning("the run that hung goes on, or has ended")

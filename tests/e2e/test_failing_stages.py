@@ -248,6 +248,7 @@ def test_a_run_that_hangs(server: Faulty, place: str, stage: str, step: int | No
     lines = [line for line in server.new_lines() if line["level"] == "error"]
     assert len(lines) == 1
     assert stage in lines[0]["event"]
+    assert lines[0]["trace_id"] == hung.json()["trace_id"]
 
     server.faults.off(place)
     deadline = time.monotonic() + 20
