@@ -257,6 +257,28 @@ def test_a_cache_folder_that_cannot_be_written(ground: Ground, kind: str) -> Non
     assert list(ground.kept.iterdir()) == []
 
 
+def test_sigterm_while_an_image_is_stored_for_ever(ground: Ground) -> None:
+    """The request fails as `draining` at the end of the grace period, and its thread is left."""
+    for stage in ("image_encode", "upload"):
+        with (
+            otlp_endpoint() as otlp,
+            ground.server(otlp, SDXL_DEADLINE_SECONDS=str(DEADLINE_SECONDS)) as process,
+        ):
+            process.wait_until_ready(START_SECONDS)
+            ground.faults.on(stage, "hold")
+            running = Client(process.url)
+            ground.faults.wait_until_held(stage)
+            seconds = process.terminate()
+            print(f"SIGTERM, held for ever in {stage}: gone after {seconds:.2f} s")
+            assert running.outcome() == "draining"
+            assert process.process.returncode == 0, process.output()
+            assert seconds < DEADLINE_SECONDS + GRACE_SECONDS + FLUSH_SECONDS + 5
+            assert running.answer is not None
+            otlp.wait_for_trace(running.answer.headers["x-trace-id"])
+            ground.faults.off(stage)
+        assert ground.leftovers() == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_under_load_with_a_full_queue(ground: Ground, number: signal.Signals) -> None:
     waiting = 6
