@@ -61,12 +61,15 @@ class RunTimeline:
         self._step_starts: list[Mark] = []
         self._step_ends: list[Mark] = []
         self._between_steps: list[tuple[str, Mark, Mark]] = []
+        self.stage_begun = ""
+        """The last stage that has begun."""
         self._start_ns = monotonic()
         clock.begin()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the enclosed work as a stage. A stage that raises is kept and ends there."""
+        self.stage_begun = name
         start = self._clock.mark()
         try:
             with self._ranges.stage(name) if self._ranges else nullcontext():
@@ -107,6 +110,10 @@ class RunTimeline:
     def step_has_ended(self, index: int) -> bool:
         """Whether step `index` has ended on the device; never blocks."""
         return self._clock.poll(self._step_ends[index]) is not None
+
+    @property
+    def loop_begun(self) -> bool:
+        return bool(self._step_starts)
 
     @property
     def steps_enqueued(self) -> int:

@@ -304,15 +304,43 @@ class GenerationFailed(RequestError):
         self.cause_type = exception_type
 
 
+@dataclass(frozen=True, slots=True)
+class Hang:
+    """Where a run hangs.
+
+    Attributes:
+        stage: the run's stage; empty before its first.
+        step: the denoising step that has not ended, from 0; None outside of `denoise`.
+        silent_seconds: since the run's last sign of life.
+    """
+
+    stage: str
+    step: int | None
+    silent_seconds: float
+
+    def __str__(self) -> str:
+        if not self.stage:
+            return "before its first stage"
+        return f"in {self.stage}" if self.step is None else f"in {self.stage}, step {self.step}"
+
+
 class DeviceLost(RequestError):
+    """The device fails every call, or a run hangs on it."""
+
     status = 503
     error_type = "device_lost"
 
-    def __init__(self) -> None:
+    def __init__(self, hang: Hang | None = None) -> None:
+        why = "The device no longer answers"
+        if hang is not None:
+            why = (
+                f"A run hangs {hang}, without a sign of life for {hang.silent_seconds:.0f} seconds"
+            )
         super().__init__(
-            "The device no longer answers; this process cannot recover.",
+            f"{why}; this process cannot recover.",
             {"x-fal-stop-runner": "1"},
         )
+        self.hang = hang
 
 
 class InternalError(RequestError):

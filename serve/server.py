@@ -8,9 +8,11 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
 from importlib.util import find_spec
 from ipaddress import IPv6Address, ip_address
 from types import FrameType
@@ -42,6 +44,12 @@ a deadline that has passed is still sent."""
 
 CUT_OFF_SECONDS = 1.0
 """How long a request that is cut off may take to answer so: two steps, usually."""
+
+THREADS = "worker"
+"""How the names of the threads of `asyncio.to_thread` begin."""
+
+THREADS_SECONDS = 0.2
+"""How long they may take to end, after all requests have."""
 
 FLUSH_SECONDS = 3.0
 """Time limit for exporting the last spans. A process without running requests ends within 4.5 s of
@@ -302,6 +310,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
         log_config=None,
         access_log=False,
         ws="none",
+        workers=1,  # uvicorn would read WEB_CONCURRENCY; one process owns the GPU
         # Server and version in every response would only help a scanner.
         server_header=False,
     )
@@ -310,22 +319,36 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     warn_if_open(settings, address, bound_port)
     shown = f"[{address}]" if ":" in address else address
 
-    async def serve() -> None:
+    async def serve() -> int:
+        threads = ThreadPoolExecutor(thread_name_prefix=THREADS)
+        asyncio.get_running_loop().set_default_executor(threads)
         announcing = asyncio.create_task(_announce(runtime, f"http://{shown}:{bound_port}"))
         try:
             await server.serve()
         finally:
             announcing.cancel()
+        status = 1 if runtime.failed else 0
+        threads.shutdown(wait=False, cancel_futures=True)
+        if runtime.work_left_behind or not _threads_end():
+            # Finalising the interpreter while a thread is in native code would abort the process,
+            # and asyncio would wait without a limit for a thread that encodes or stores an image.
+            logging.shutdown()
+            with suppress(OSError):  # a full disk
+                sys.stdout.flush()
+            remove_process_directory()
+            os._exit(status)
+        return status
 
-    asyncio.run(serve())
-    status = 1 if runtime.failed else 0
-    if runtime.work_left_behind:
-        # Finalising the interpreter while a thread is in native code would abort the process.
-        logging.shutdown()
-        sys.stdout.flush()
-        remove_process_directory()
-        os._exit(status)
-    return status
+    return asyncio.run(serve())
+
+
+def _threads_end() -> bool:
+    """Whether the threads of `asyncio.to_thread` end within a moment."""
+    end = time.monotonic() + THREADS_SECONDS
+    threads = [each for each in threading.enumerate() if each.name.startswith(THREADS)]
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
 
 
 async def _announce(runtime: Runtime, address: str) -> None:

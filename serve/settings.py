@@ -384,6 +384,7 @@ def load_settings() -> ServeSettings:
     otel_variables.refuse(os.environ, _standard_names())
     _refuse_proxies()
     _refuse_keys()
+    _refuse_several_processes()
     try:
         settings = ServeSettings()
     except ValidationError as error:
@@ -400,6 +401,16 @@ def load_settings() -> ServeSettings:
     files = (field for field in ServeSettings.model_fields if field.endswith(_FILES))
     refuse_unusable_certificates({environment_name(f): getattr(settings, f) for f in files})
     return settings
+
+
+def _refuse_several_processes() -> None:
+    """prometheus_client would keep its values in files, and drop every exemplar."""
+    for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
+        if name in os.environ:
+            raise ConfigurationError(
+                f"{name} is not allowed: it is for the metrics of several processes, which have no "
+                "exemplars. One process serves a GPU; unset it."
+            )
 
 
 def variables_without_effect() -> list[tuple[str, str]]:

@@ -91,8 +91,10 @@ def _process_directory() -> Path:
         try:
             _directory = WorkingDirectory.create()
         except OSError as error:
+            # None: none of the folders for temporary files can be written.
+            where = f"in {tempfile.tempdir}" if tempfile.tempdir else "anywhere"
             raise UntrustedFolder(
-                f"no private folder for compiled code can be made in {tempfile.gettempdir()} "
+                f"no private folder for compiled code can be made {where} "
                 f"({error.strerror}): set TMPDIR to a folder that can be written."
             ) from None
     return _directory.path

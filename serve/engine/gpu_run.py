@@ -7,6 +7,7 @@ both in `runtime.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from serve.model.initial_image import InitialLatents
     from serve.model.sdxl import Conditioning, DecodedImages, SdxlModel
+
+logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, float, Any], None]
 """Called on the GPU thread with `(index, gpu_ms, preview pixels or None)` of each step once it has
@@ -121,7 +124,8 @@ class GpuRun:
         self._run_id = run_id
         self._ranges = ranges
         self._gpu_watch = gpu_watch
-        self._step_ended = step_ended
+        self._on_step_ended = step_ended
+        self._steps_ended = 0
         self._step_reports = _StepReports(loaded.model, parts)
         self._fallbacks_before = loaded.fallbacks
         self._timeline: RunTimeline | None = None
@@ -129,6 +133,25 @@ class GpuRun:
         """Set at the end, unless it failed before its first stage."""
         self.completed = False
         """Whether every stage has run."""
+
+    @property
+    def trace_id(self) -> str:
+        """That of its first request."""
+        return self._calls[0].identity.trace_id_hex
+
+    @property
+    def position(self) -> tuple[str, int | None]:
+        """The stage that the run is in, and in `denoise` the step. Other threads read it.
+
+        The device is behind the host, so the run is in `denoise` until its last step has ended,
+        whatever the host has enqueued since. A text that still is encoded counts as step 0.
+        """
+        timeline = self._timeline
+        if timeline is None:
+            return "", None
+        if timeline.loop_begun and self._steps_ended < self._planned.steps_to_run:
+            return "denoise", self._steps_ended
+        return timeline.stage_begun, None
 
     def execute(self) -> list[Outcome]:
         """Run every stage. Returns an outcome for each part, in their order.
@@ -173,6 +196,10 @@ class GpuRun:
         )
         report = self._step_reports.report
         return timeline, StepPacer(timeline, self._cancellations, report, self._step_ended)
+
+    def _step_ended(self) -> None:
+        self._steps_ended += 1
+        self._on_step_ended()
 
     def _use_loras(self, timeline: RunTimeline) -> None:
         """Give the weights the run's LoRAs; nothing where they have them."""
@@ -266,6 +293,7 @@ class GpuRun:
             failure = part.call.cancellation.reason
             if not all(bool(images.finite[index]) for index in indices):
                 failure = NonFiniteOutput()
+                logger.error("a run drew pixels that are not finite")
             if failure is None:
                 checked = flagged if part.planned.checked else None
                 outcomes.append(

@@ -41,6 +41,7 @@ from serve.engine.startup import Startup
 from serve.engine.waiting.admission import Admission
 from serve.engine.waiting.estimates import Estimates
 from serve.engine.waiting.request_queue import Batch, QueuedRequest, RequestQueue
+from serve.engine.watchdog import Watchdog
 from serve.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -68,10 +69,6 @@ ENDPOINTS = ("/", "/stream", IMAGE_TO_IMAGE, IMAGE_TO_IMAGE_STREAM, OPENAI_IMAGE
 """The endpoints that generate: traced, counted, and the values of the `endpoint` label."""
 
 WARMUP_STEPS = 2
-SILENCE_LIMIT_SECONDS = 120.0
-"""A run that shows no sign of life for this long hangs. The slowest step and decode of a full-size
-model on a CPU stay well below it."""
-
 PROFILE_SECONDS = 0.2
 """How long the end of the process waits for a profile that is being written. A large one takes
 seconds, and the process does not have them."""
@@ -124,6 +121,7 @@ class Runtime:
         self._cpu_threads = cpu_threads
         self._loaded: LoadedModel | None = None
         self._device_lost = False
+        self._watchdog = Watchdog(gpu_thread, self.queue, readiness, self._show_readiness)
 
     # Starting
 
@@ -140,6 +138,7 @@ class Runtime:
             self._gpu_metrics.start()
         if self._push is not None:
             self._push.start()
+        self._watchdog.start()
         starting = self._starting = asyncio.create_task(self._load_and_warm(on_progress))
         ready = asyncio.create_task(self.ready.wait())
         try:
@@ -326,7 +325,9 @@ class Runtime:
         if planned.checked:
             previews = None  # they would show what the check is about to blank
         call.timeline.begin("queue")
-        return self.queue.join(planned, call, on_step, self._sizes(planned), previews)
+        queued = self.queue.join(planned, call, on_step, self._sizes(planned), previews)
+        self._watchdog.answer_if_cancelled(queued)
+        return queued
 
     def _wake(self, queued: QueuedRequest) -> None:
         """Make the GPU thread take a batch for each of the request's runs."""
@@ -449,9 +450,14 @@ class Runtime:
             gpu_watch=self._gpu_watch,
             step_ended=step_ended,
         )
-        outcomes = run.execute()
+        self._watchdog.run = run
+        try:
+            outcomes = run.execute()
+        finally:
+            self._watchdog.run = None
         if any(isinstance(outcome, DeviceLost) for outcome in outcomes):
             self._device_lost = True
+            self._show_readiness()
         if run.completed and loaded.recompiles > recompiles_before:
             self.metrics.recompiled()
         if run.completed and run.timing is not None:
@@ -470,11 +476,8 @@ class Runtime:
     @property
     def healthy(self) -> bool:
         """False once the device is lost, the start has failed or a run hangs."""
-        if self._device_lost or self.readiness.state is State.FAILED:
-            return False
-        if self.readiness.state is State.STARTING:
-            return True  # the platform's own limit on start-up applies
-        return self._gpu.silent_seconds() < SILENCE_LIMIT_SECONDS
+        lost = self._device_lost or self.readiness.state is State.FAILED
+        return not lost and self._watchdog.hang is None
 
     def refusal(self) -> RequestError | None:
         """The error that every request gets now, or None if requests are served."""
@@ -485,9 +488,15 @@ class Runtime:
             return Draining()
         if readiness.state is State.FAILED:
             return NotReady(f"The model could not be started: {readiness.reason}.")
-        if not self.healthy:
-            return DeviceLost()  # nothing queued behind a run that hangs would ever start
+        if self._device_lost:
+            return DeviceLost()
+        if (hang := self._watchdog.hang) is not None:
+            return DeviceLost(hang)  # nothing queued behind it would ever start
         return None
+
+    def _show_readiness(self) -> None:
+        """After a failure of the device, or its end."""
+        self.metrics.set_ready(self.refusal() is None)
 
     def begin_drain(self) -> None:
         """Start no new work; what runs may finish. May be called more than once."""
@@ -503,6 +512,7 @@ class Runtime:
     def close(self, budget_seconds: float) -> int:
         """Export what is left, for at most `budget_seconds`; returns how many spans were lost."""
         self.begin_drain()
+        self._watchdog.close()
         # A compile cannot be interrupted and may take minutes; a run that hangs never ends.
         self.work_left_behind = not self._gpu.stop(timeout_seconds=0.1)
         self.queue.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
@@ -56,7 +57,9 @@ def install(
         if current is None or current.healthy:
             return JSONResponse({"status": "ok"})
         error = current.refusal() or DeviceLost()
-        return error_response(error, the_call(), {"status": "unhealthy"})
+        hang = error.hang if isinstance(error, DeviceLost) else None
+        where = {} if hang is None else {"hang": asdict(hang)}
+        return error_response(error, the_call(), {"status": "unhealthy", **where})
 
     async def ready() -> Response:
         """200 when the model is warm and can serve; until then 503 with the start-up's progress."""

@@ -338,7 +338,7 @@ def _finish(service: Service, call: Call, response: _ResponseWatch) -> None:
         call.method,
         call.endpoint,
         timing.status_code,
-        timing.outcome,
+        timing.outcome + ("" if timing.failure is None else f" ({timing.failure.error_type})"),
         timing.duration_ns / 1e6,
         extra=_log_fields(call, service.settings.trace_url),
     )

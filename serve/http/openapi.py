@@ -225,6 +225,13 @@ def _metrics(operation: Schema) -> None:
 
 def _health(operation: Schema) -> None:
     _state(operation, "status", {"200": ["ok"], "503": ["unhealthy"]})
+    hang = _object(
+        stage={"type": "string"},
+        step={"type": ["integer", "null"]},
+        silent_seconds={"type": "number"},
+    )
+    unhealthy = operation["responses"]["503"]["content"]["application/json"]["schema"]
+    unhealthy["allOf"][-1]["properties"]["hang"] = hang  # of a run, if one does
 
 
 def _ready(operation: Schema) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from serve.demo_model import checkpoint_path
 from tests.support import forked, processes
+from tests.support.otlp_endpoint import otlp_endpoint
 from tests.support.processes import ServerProcess, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -88,16 +90,25 @@ def test_a_model_that_cannot_draw(
 
 
 @pytest.mark.slow  # tests/serve/model/test_model_hub.py has each reason in process
-def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
-    hub = {
-        "SDXL_MODEL": "someone/tiny-sdxl",
-        "HF_ENDPOINT": f"http://user:{PASSWORD}@127.0.0.1:{free_port()}",
-        "HF_TOKEN": f"hf_{PASSWORD}",
-        "HF_HOME": str(tmp_path),
-    }
-    with processes.self_hosted(SMALL | hub) as server:
-        said = sentence(server, status=1)
-        assert PASSWORD not in server.output()
+@pytest.mark.parametrize("why", ["refuses", "its name does not resolve", "its certificate"])
+def test_a_hub_that_cannot_be_reached(why: str, tmp_path: Path) -> None:
+    with otlp_endpoint(tls=True) as untrusted:
+        addresses = {
+            "refuses": f"http://user:{PASSWORD}@127.0.0.1:{free_port()}",
+            "its name does not resolve": f"http://user:{PASSWORD}@hub.invalid",
+            "its certificate": untrusted.url,
+        }
+        hub = {
+            "SDXL_MODEL": "someone/tiny-sdxl",
+            "HF_ENDPOINT": addresses[why],
+            "HF_TOKEN": f"hf_{PASSWORD}",
+            "HF_HOME": str(tmp_path),
+        }
+        start = time.monotonic()
+        with processes.self_hosted(SMALL | hub) as server:
+            said = sentence(server, status=1)
+            assert PASSWORD not in server.output()
+        print(f"a hub, {why}: ended after {time.monotonic() - start:.1f} s")
     assert "someone/tiny-sdxl" in said
     assert "hub cannot be reached" in said
 

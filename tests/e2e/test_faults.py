@@ -186,23 +186,24 @@ def backend(stack: ExitStack, fault: Fault) -> tuple[OtlpEndpoint, str]:
     return otlp, otlp.url
 
 
+PUSHING = {"SDXL_OTLP_METRICS": "true", "OTEL_METRIC_EXPORT_INTERVAL": "1000"}
+"""The metrics are pushed to the same backend."""
+
 SILENT = next(fault for fault in FAULTS if fault.backend == "accepts and never answers")
 
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[list[Served]]:
-    """A ready server for every fault, and one more whose backend is silent."""
+    """A ready server for every fault, and one more whose backend of both signals is silent."""
     with ExitStack() as stack:
         faults = (*FAULTS, SILENT)
         backends = [backend(stack, fault) for fault in faults]
-        processes = stack.enter_context(
-            forked_servers(
-                [
-                    environment(otlp, SDXL_SHAPES="64x64", OTEL_EXPORTER_OTLP_ENDPOINT=url)
-                    for otlp, url in backends
-                ]
-            )
-        )
+        settings = [
+            environment(otlp, SDXL_SHAPES="64x64", OTEL_EXPORTER_OTLP_ENDPOINT=url)
+            for otlp, url in backends
+        ]
+        settings[-1] |= PUSHING
+        processes = stack.enter_context(forked_servers(settings))
         started = [
             Served(fault, otlp, process)
             for fault, (otlp, _), process in zip(faults, backends, processes, strict=True)
@@ -297,8 +298,36 @@ def test_sigterm_in_mid_request_with_a_silent_backend(servers: list[Served]) -> 
         assert "event: image" in list(lines)
         answered = time.monotonic()
     process.process.wait(60)
-    assert time.monotonic() - answered < EXIT_SECONDS
+    seconds = time.monotonic() - answered
+    print(f"traces' and metrics' backends silent: gone {seconds:.2f} s after the answer")
+    assert seconds < EXIT_SECONDS
     assert process.process.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS[1:3], ids=lambda fault: fault.backend)
+def test_sigterm_with_both_backends_dead(fault: Fault) -> None:
+    """The last spans and the last push are given up side by side, within the same time limit."""
+    with ExitStack() as stack:
+        otlp, url = backend(stack, fault)
+        settings = environment(otlp, SDXL_SHAPES="64x64", OTEL_EXPORTER_OTLP_ENDPOINT=url)
+        (process,) = stack.enter_context(forked_servers([settings | PUSHING]))
+        process.wait_until_ready(START_SECONDS)
+        served = Served(fault, otlp, process)
+        for _ in range(ROUNDS):
+            served.request()
+        pushes = re.compile(r'^sdxl_otlp_pushes_total\{result="failed"\} [1-9]', re.MULTILINE)
+        deadline = time.monotonic() + 30
+        while not pushes.search(httpx.get(process.metrics_url, timeout=60).text):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        seconds = process.terminate()
+        print(f"{fault.backend}: gone after {seconds:.2f} s")
+        assert seconds < EXIT_SECONDS
+        assert process.process.returncode == 0
+        output = process.output()
+        assert len(re.findall(r"spans were not exported within the", output)) == 1
+        assert "Traceback" not in output
 
 
 FAL_FAULTS = FAULTS[:3]  # healthy, closed and silent

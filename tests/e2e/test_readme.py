@@ -106,3 +106,11 @@ def anchors(markdown: str) -> set[str]:
     text = re.sub(r"```.*?```", "", markdown, flags=re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_test_that_the_reliability_page_names_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (DOCS / "reliability.md").read_text()))
+    sources = (path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    defined = {name for text in sources for name in re.findall(r"^def (test_\w+)", text, re.M)}
+    assert len(named) > 20
+    assert named - defined == set()

@@ -67,6 +67,7 @@ def test_servers_are_imported_without_a_model_library(module: str) -> None:
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:99999"}, "with a host"),
         ({"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "abc"}, "a whole number from 0"),
         ({"OTEL_PROPAGATORS": "no-such-propagator"}, "tracecontext"),
+        ({"PROMETHEUS_MULTIPROC_DIR": "/nowhere"}, "PROMETHEUS_MULTIPROC_DIR is not allowed"),
     ],
 )
 def test_a_wrong_setting_stops_the_start_with_a_sentence(

@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kernels_warmup.cache.working_directory import remove_process_directory
+from tests.support.faults import Faults, install
 from tests.support.processes import ROOT, ServerProcess, clean_environment, free_port
 
 
@@ -113,6 +115,7 @@ def _running(
     module: str,
     *arguments: str,
     open_files: int | None = None,
+    faults: Faults | None = None,
 ) -> Iterator[ServerProcess]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
@@ -124,6 +127,7 @@ def _running(
                 "module": module,
                 "arguments": arguments,
                 "open_files": open_files,
+                "faults": None if faults is None else faults.as_json(),
             }
         )
         try:
@@ -149,17 +153,26 @@ def self_hosted(
     environment: Mapping[str, str] | None = None,
     open_files: int | None = None,
     port: int | None = None,
+    faults: Faults | None = None,
 ) -> Iterator[ServerProcess]:
     """`python -m serve` on a loopback port, not yet ready.
 
     Args:
         port: None: a free one.
         open_files: how many files the process may open; None: as many as this one.
+        faults: switches faults in it.
     """
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     command = ("serve", "--port", str(port))
-    with _running(url, url + "/metrics", environment, *command, open_files=open_files) as server:
+    with _running(
+        url,
+        url + "/metrics",
+        environment,
+        *command,
+        open_files=open_files,
+        faults=faults,
+    ) as server:
         yield server
 
 
@@ -254,9 +267,14 @@ def _serve(order: Mapping[str, Any]) -> None:
         output = os.open(order["output"], os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        # What the parent's imports have set from its own TMPDIR.
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        tempfile.tempdir = None
         os.environ.update(order["environment"])
         if (files := order["open_files"]) is not None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        if order["faults"] is not None:
+            install(Faults.from_json(order["faults"]))
         sys.argv = [order["module"], *order["arguments"]]
         runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
         status = 0
@@ -268,6 +286,7 @@ def _serve(order: Mapping[str, Any]) -> None:
     finally:
         # Exit as the interpreter does, but without returning into the parent's main.
         threading._shutdown()
+        remove_process_directory()
         sys.stdout.flush()
         os._exit(status)
 

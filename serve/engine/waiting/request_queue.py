@@ -250,11 +250,27 @@ class RequestQueue:
 
     def cancel_all(self) -> None:
         """Cancel every request, also those whose run has begun."""
+        for each in self._every():
+            each.call.cancellation.cancel(Draining())
+
+    def give_up_all(self, reason: RequestError) -> None:
+        """Fail every request now, also those whose run has begun and hangs."""
+        for each in self._every():
+            each.call.cancellation.cancel(reason)
+            self.give_up(each)
+
+    def give_up(self, queued: QueuedRequest) -> None:
+        """Fail a cancelled request without the end of its run."""
+        with self._changed:
+            reason = queued.call.cancellation.reason
+            assert reason is not None
+            if not queued.future.done():
+                queued.future.set_result(reason.with_traceback(None))
+
+    def _every(self) -> list[QueuedRequest]:
         with self._changed:
             running = () if self._running is None else self._running.requests
-            calls = [each.call for each in (*running, *self._queue)]
-        for call in calls:
-            call.cancellation.cancel(Draining())
+            return [*running, *self._queue]
 
     def drain(self) -> None:
         """Cancel the requests that have not started. The others may finish."""
@@ -347,7 +363,8 @@ class RequestQueue:
                 queued.running = False
                 if queued in self._queue:
                     self._queue.remove(queued)
-                queued.future.set_exception(error)
+                if not queued.future.done():  # it may have been given up
+                    queued.future.set_exception(error)
             self._report()
 
     def _try_again(self, queued: QueuedRequest, part: RunPart) -> int:
@@ -373,7 +390,8 @@ class RequestQueue:
             if queued in self._queue:
                 self._queue.remove(queued)
             queued.parts.clear()
-            queued.future.set_result(reason.with_traceback(None))
+            if not queued.future.done():  # it may have been given up
+                queued.future.set_result(reason.with_traceback(None))
         elif queued.parts:
             queued.call.timeline.begin("queue")
         else:
