@@ -1,14 +1,14 @@
 # syntax=docker/dockerfile:1.7
-# The self-hosted server in a container: docs/containers.md says how to build and run it.
+# The self-hosted server in a container: docs/deploy.md says how to build and run it.
 #
 #   docker build --tag stepspan:cuda .                          on a machine with an NVIDIA GPU
 #   docker build --tag stepspan:cpu --build-arg VARIANT=cpu .   the demo model, on any machine
 #
 # A build that must give the same image again names the base by its digest:
-#   --build-arg PYTHON_IMAGE=docker.io/library/python:3.11.14-slim-bookworm@sha256:...
+#   --build-arg PYTHON_IMAGE=python:3.11.14-slim-bookworm@sha256:...
 # Packages come from pip's default index. A pip configuration of yours (a mirror, an index with CPU
 # wheels of torch) is read during the build, and is in no layer: --secret id=pip,src=pip.conf
-ARG PYTHON_IMAGE=docker.io/library/python:3.11.14-slim-bookworm
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 ARG VARIANT=cuda
 
 # hadolint ignore=DL3006
@@ -85,4 +85,6 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=15s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health', timeout=4)"]
 # Every interface of the container's own network; what of it the host publishes is the host's choice.
-ENTRYPOINT ["stepspan", "--host", "0.0.0.0", "--port", "8080"]
+# `docker run stepspan:cpu doctor` runs another command of the program.
+ENTRYPOINT ["stepspan"]
+CMD ["--host", "0.0.0.0", "--port", "8080"]
