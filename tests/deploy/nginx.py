@@ -62,7 +62,9 @@ def configuration(ports: Sequence[int], port: int, log: Path) -> str:
     """The shipped file with other ports and another log. Nothing else of it changes."""
     text = SHIPPED.read_text()
     servers = "\n".join(f"    server 127.0.0.1:{each} max_fails=0;" for each in ports)
-    text, count = re.subn(r"(?m)(^    server 127\.0\.0\.1:\d+ max_fails=0;\n?)+", servers + "\n", text)
+    text, count = re.subn(
+        r"(?m)(^    server 127\.0\.0\.1:\d+ max_fails=0;\n?)+", servers + "\n", text
+    )
     assert count == 1
     for shipped, here in (
         ("listen 127.0.0.1:8000;", f"listen 127.0.0.1:{port};"),

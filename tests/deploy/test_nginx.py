@@ -1,4 +1,4 @@
-"""Two real servers behind a real nginx with the shipped configuration, as on a machine with two GPUs."""
+"""Two real servers behind a real nginx with the shipped configuration, one process a GPU."""
 
 from __future__ import annotations
 
@@ -123,7 +123,9 @@ def test_a_full_servers_requests_go_to_the_other(pair: tuple[Nginx, list[ServerP
         assert running.result().status_code == 200
     passed_on = [attempts for attempts in front.attempts()[seen:] if len(attempts) > 1]
     assert passed_on
-    assert {tuple(attempts) for attempts in passed_on} == {((port(full), 429), (port(servers[1]), 200))}
+    assert {tuple(attempts) for attempts in passed_on} == {
+        ((port(full), 429), (port(servers[1]), 200))
+    }
 
 
 def test_a_stream_arrives_event_by_event(pair: tuple[Nginx, list[ServerProcess]]) -> None:
