@@ -5,8 +5,8 @@
 
 Requests arrive at random (Poisson, seeded). Each answer says how long its run took, so the service
 times are those of this very load. With them, as many requests are simulated at the same rate, many
-times over: what was seen should lie in the range of nineteen of twenty simulations. SDXL_MAX_BATCH=1
-is needed, as the answers do not say who shared a run.
+times over: what was seen should lie in the range of nineteen of twenty simulations. The service
+needs SDXL_MAX_BATCH=1, because the answers do not say who shared a run.
 
 Exit status: 0 the seen p50 and p95 are in their ranges; 1 one is not; 2 wrong usage, or no service.
 """
