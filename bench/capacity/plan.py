@@ -60,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to which replica a request goes: the one with the fewest, one at random, or the next "
         "that is free, from one queue (default: least)",
     )
+    add(
+        "--most-busy",
+        type=_share,
+        default=0.9,
+        help="replicas that are busier are too few: their queues grow for longer than is "
+        "simulated, and a rise of the rate has no room (default: 0.9)",
+    )
     add("--replicas", type=_count, nargs="+", help="show these numbers, and search for none")
     add("--price-per-hour", type=_positive, metavar="X", help="of one replica's machine")
     add("--sample-rate", type=_share, default=1.0, help="as OTEL_SAMPLE_RATE (default: 1)")
@@ -70,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2.0,
         help="with --cold-start: how many times the rate comes at once (default: 2)",
     )
-    add("--requests", type=_count, default=4000, help="of a simulation, at least (default: 4000)")
+    add("--requests", type=_count, default=10000, help="of a simulation, at least (default: 10000)")
     add("--json", action="store_true", help="print JSON")
     add("--out", type=output_file, metavar="FILE", help="also write the JSON to this file")
 
@@ -233,11 +240,15 @@ def _overloaded(times: ServiceTimes, replicas: int, options: argparse.Namespace)
 def _fewest(times: ServiceTimes, rate: float, options: argparse.Namespace, tried: Any) -> int:
     """The fewest replicas that are enough; more are assumed to be no worse."""
 
+    one = times.images_per_second(options.max_batch)
+
     def enough(replicas: int) -> bool:
+        if rate > options.most_busy * replicas * one:
+            return False
         row: Replicas = tried(replicas)
         return row.p95 <= options.p95 and row.refused <= MOST_REFUSED
 
-    low = math.floor(rate / times.images_per_second(options.max_batch))  # too few
+    low = math.floor(rate / one)  # too few
     high = low + 1
     while not enough(high):
         low, high = high, max(high + 1, math.ceil(1.2 * high))
