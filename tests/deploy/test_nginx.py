@@ -21,7 +21,7 @@ from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body
 from tests.support.forked import forked_servers
 from tests.support.processes import ServerProcess
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 
 if NGINX is None:
     if os.environ.get("CI") == "true":
@@ -103,11 +103,11 @@ def events(url: str, arrived: list[tuple[float, dict[str, Any]]], **fields: Any)
 def test_requests_spread_to_the_server_with_fewest(pair: tuple[Nginx, list[ServerProcess]]) -> None:
     front, servers = pair
     before = [images(server) for server in servers]
-    for _ in range(4):
-        with in_background(*[lambda: post(front.url, num_inference_steps=8)] * 2) as answers:
+    for _ in range(2):
+        with in_background(*[lambda: post(front.url, num_inference_steps=20)] * 2) as answers:
             assert [answer.result().status_code for answer in answers] == [200, 200]
-    wait_until(lambda: sum(map(images, servers)) == sum(before) + 8)
-    assert [images(server) - was for server, was in zip(servers, before, strict=True)] == [4, 4]
+    wait_until(lambda: sum(map(images, servers)) == sum(before) + 4)
+    assert [images(server) - was for server, was in zip(servers, before, strict=True)] == [2, 2]
 
 
 def test_a_full_servers_requests_go_to_the_other(pair: tuple[Nginx, list[ServerProcess]]) -> None:
@@ -131,9 +131,9 @@ def test_a_full_servers_requests_go_to_the_other(pair: tuple[Nginx, list[ServerP
 def test_a_stream_arrives_event_by_event(pair: tuple[Nginx, list[ServerProcess]]) -> None:
     front, _ = pair
     arrived: list[tuple[float, dict[str, Any]]] = []
-    events(front.url, arrived, num_inference_steps=40)
+    events(front.url, arrived, num_inference_steps=20)
     steps = [(at, data) for at, data in arrived if data["type"] == "step"]
-    assert [data["index"] for _, data in steps] == list(range(40))
+    assert [data["index"] for _, data in steps] == list(range(20))
     assert arrived[-1][1]["type"] == "image"
     drawing = sum(data["gpu_ms"] for _, data in steps) / 1000
     # Held back, they would all arrive at the end.
@@ -170,7 +170,6 @@ def test_the_server_says_that_a_body_is_too_large(pair: tuple[Nginx, list[Server
         assert answer.json()["error_type"] == "body_too_large"
 
 
-@pytest.mark.slow
 def test_a_draining_servers_waiting_requests_go_to_the_other(tmp_path: Path) -> None:
     with two_servers(tmp_path) as (front, (ending, other)):
         # Its one run is taken, so what nginx sends there waits.
@@ -188,7 +187,6 @@ def test_a_draining_servers_waiting_requests_go_to_the_other(tmp_path: Path) -> 
         assert all(post(front.url).status_code == 200 for _ in range(3))
 
 
-@pytest.mark.slow
 def test_a_killed_servers_requests_are_drawn_by_the_other(tmp_path: Path) -> None:
     with two_servers(tmp_path) as (front, (killed, other)):
         with in_background(*[lambda: post(front.url, seed=7, **LONG)] * 2) as sent:
@@ -202,7 +200,6 @@ def test_a_killed_servers_requests_are_drawn_by_the_other(tmp_path: Path) -> Non
         assert all(post(front.url).status_code == 200 for _ in range(3))
 
 
-@pytest.mark.slow
 def test_a_killed_servers_streams_break_off(tmp_path: Path) -> None:
     with two_servers(tmp_path) as (front, (killed, _)):
         arrived: list[list[tuple[float, dict[str, Any]]]] = [[], []]
