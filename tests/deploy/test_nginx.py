@@ -100,7 +100,7 @@ def events(url: str, arrived: list[tuple[float, dict[str, Any]]], **fields: Any)
                 arrived.append((time.monotonic(), json.loads(line.removeprefix("data: "))))
 
 
-def test_requests_spread_to_the_server_with_fewest(pair: tuple[Nginx, list[ServerProcess]]) -> None:
+def test_requests_spread(pair: tuple[Nginx, list[ServerProcess]]) -> None:
     front, servers = pair
     before = [images(server) for server in servers]
     for _ in range(2):
@@ -108,6 +108,19 @@ def test_requests_spread_to_the_server_with_fewest(pair: tuple[Nginx, list[Serve
             assert [answer.result().status_code for answer in answers] == [200, 200]
     wait_until(lambda: sum(map(images, servers)) == sum(before) + 4)
     assert [images(server) - was for server, was in zip(servers, before, strict=True)] == [2, 2]
+
+
+def test_a_request_goes_to_the_server_with_fewest(pair: tuple[Nginx, list[ServerProcess]]) -> None:
+    front, servers = pair
+    seen = len(front.attempts())
+    with in_background(lambda: post(front.url, **LONG)) as [running]:
+        wait_until(lambda: any(metric(each, "sdxl_requests_in_flight") == 1 for each in servers))
+        [idle] = [each for each in servers if metric(each, "sdxl_requests_in_flight") == 0]
+        for _ in range(3):
+            assert post(front.url, num_inference_steps=1).status_code == 200
+        assert not running.done(), "the other was not busy for as long as this needs"
+    # In turn, one of the three would have come to the busy server, and been refused.
+    assert front.attempts()[seen : seen + 3] == [[(port(idle), 200)]] * 3
 
 
 def test_a_full_servers_requests_go_to_the_other(pair: tuple[Nginx, list[ServerProcess]]) -> None:

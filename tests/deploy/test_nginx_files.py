@@ -1,4 +1,4 @@
-"""nginx's configuration and the systemd unit agree with the code. Their behaviour: test_nginx.py."""
+"""nginx's configuration and the systemd unit agree with the code; test_nginx.py runs them."""
 
 from __future__ import annotations
 
