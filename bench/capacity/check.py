@@ -5,8 +5,10 @@
 
 Requests arrive at random (Poisson, seeded). Each answer says how long its run took, so the service
 times are those of this very load. With them, as many requests are simulated at the same rate, many
-times over: what was seen should lie in the range of nineteen of twenty simulations. The service
-needs SDXL_MAX_BATCH=1, because the answers do not say who shared a run.
+times over: what was seen should lie in the range of nineteen of twenty simulations. They draw the
+service times independently; the figure `replayed` keeps each request's own time and arrival, so on
+a machine that is slow for a while it shows the queues alone. The service needs SDXL_MAX_BATCH=1,
+because the answers do not say who shared a run.
 
 Exit status: 0 the seen p50 and p95 are in their ranges; 1 one is not; 2 wrong usage, or no service.
 """
@@ -18,6 +20,7 @@ import asyncio
 import json
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,7 +29,7 @@ import numpy as np
 from bench.capacity.plan import _count, _positive
 from bench.capacity.queueing import MDc
 from bench.capacity.service_times import MODEL_STAGES, ServiceTimes
-from bench.capacity.simulation import simulate
+from bench.capacity.simulation import replay, simulate
 from bench.errors import BenchError
 from bench.outputs import output_file, write_json
 from bench.service.arrivals import Arrival, Mix, arrivals
@@ -39,8 +42,9 @@ TIMEOUT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Seen:
-    """One answered request; seconds. The latency counts from when it should have been sent."""
+    """One answered request; seconds. Its latency counts from `at`, when it should have been sent."""
 
+    at: float
     latency: float
     run: float
     queue: float
@@ -48,7 +52,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A percentile of the latencies: as seen, and of the simulations their median and range."""
+    """A percentile of the latencies: as seen, and of the simulations their median and range.
+
+    Attributes:
+        mdc: of a steady state with one queue and constant service times; None beyond saturation.
+        replayed: of one simulation with the very arrivals and service times.
+    """
 
     percent: int
     seen: float
@@ -56,11 +65,77 @@ class Predicted:
     low: float
     high: float
     mdc: float | None
-    """Of a steady state with one queue and constant service times; None beyond saturation."""
+    replayed: float
 
     @property
     def agrees(self) -> bool:
         return self.low <= self.seen <= self.high
+
+
+@dataclass(frozen=True)
+class Load:
+    """An open-loop load on a number of replicas, and what it saw."""
+
+    rate: float
+    replicas: int
+    steps: int
+    seen: tuple[Seen, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Load:
+        """A load that `--out` wrote."""
+        found = json.loads(path.read_text())
+        seen = tuple(Seen(**each) for each in found["seen"])
+        return cls(found["rate"], found["replicas"], found["steps"], seen)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def mean_run(self) -> float:
+        return float(np.mean([each.run for each in self.seen]))
+
+    @property
+    def utilisation(self) -> float:
+        return self.rate * self.mean_run / self.replicas
+
+    def predicted(self, percent: int) -> Predicted:
+        seen = self.seen
+        times = ServiceTimes(
+            "seen", "", "", self.steps,
+            {1: np.sort([each.run for each in seen])},
+            np.sort([max(0.0, each.latency - each.run - each.queue) for each in seen]),
+        )  # fmt: skip
+        found = [
+            simulate(
+                times,
+                self.rate,
+                self.replicas,
+                requests=len(seen),
+                max_waiting=len(seen),  # nothing is refused, as nothing was
+                leave_out=0,
+                seed=seed,
+            ).percentile(percent)
+            for seed in range(SIMULATIONS)
+        ]
+        low, high = np.percentile(found, RANGE)
+        waits = replay([each.at for each in seen], [each.run for each in seen], self.replicas)
+        replayed = waits + [each.latency - each.queue for each in seen]
+        return Predicted(
+            percent,
+            float(np.percentile([each.latency for each in seen], percent)),
+            float(np.median(found)),
+            float(low),
+            float(high),
+            self._mdc(times, percent),
+            float(np.percentile(replayed, percent)),
+        )
+
+    def _mdc(self, times: ServiceTimes, percent: int) -> float | None:
+        if self.utilisation >= 1:
+            return None
+        wait = MDc(self.rate, self.mean_run, self.replicas).wait_percentile(percent)
+        return wait + self.mean_run + times.outside_seconds(0.5)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,60 +151,27 @@ def main(arguments: list[str] | None = None) -> int:
     add("--requests", type=_count, default=200, help="how many are sent (default: 200)")
     add("--steps", type=_count, default=20, help="denoising steps of each (default: 20)")
     add("--seed", type=int, default=0, help="seed of the arrivals (default: 0)")
-    add("--out", type=output_file, metavar="FILE", help="also write the figures as JSON")
+    add("--out", type=output_file, metavar="FILE", help="also write what was seen, as JSON")
     options = parser.parse_args(arguments)
     try:
         url = checked_url(options.url, anywhere=False)
         mix = Mix.of([], [(str(options.steps), 1.0)])
         planned = arrivals(mix, options.rate, float("inf"), options.requests, options.seed)
         seen = asyncio.run(_send(url, planned))
+        load = Load(options.rate, options.replicas, options.steps, tuple(seen))
+        if options.out is not None:
+            write_json(options.out, load.as_json())
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    times = ServiceTimes(
-        "seen", "", "", options.steps,
-        {1: np.sort([each.run for each in seen])},
-        np.sort([max(0.0, each.latency - each.run - each.queue) for each in seen]),
-    )  # fmt: skip
-    predicted = [
-        _predicted(times, options.rate, options.replicas, percent, seen) for percent in (50, 95)
-    ]
-    document: dict[str, Any] = {
-        "rate": options.rate,
-        "replicas": options.replicas,
-        "requests": len(seen),
-        "run_mean_seconds": times.mean_run(),
-        "utilisation": options.rate * times.mean_run() / options.replicas,
+    predicted = [load.predicted(percent) for percent in (50, 95)]
+    figures = {
+        "mean_run": load.mean_run,
+        "utilisation": load.utilisation,
         "percentiles": [asdict(each) | {"agrees": each.agrees} for each in predicted],
     }
-    if options.out is not None:
-        write_json(options.out, document | {"seen": [asdict(each) for each in seen]})
-    print(json.dumps(document, indent=1))
+    print(json.dumps(figures, indent=1))
     return 0 if all(each.agrees for each in predicted) else 1
-
-
-def _predicted(
-    times: ServiceTimes, rate: float, replicas: int, percent: int, seen: list[Seen]
-) -> Predicted:
-    found = [
-        simulate(
-            times,
-            rate,
-            replicas,
-            requests=len(seen),
-            max_waiting=len(seen),  # nothing is refused, as nothing was
-            leave_out=0,
-            seed=seed,
-        ).percentile(percent)
-        for seed in range(SIMULATIONS)
-    ]
-    low, high = np.percentile(found, RANGE)
-    service, mdc = times.mean_run(), None
-    if rate * service < replicas:
-        wait = MDc(rate, service, replicas).wait_percentile(percent)
-        mdc = wait + service + times.outside_seconds(0.5)
-    latency = float(np.percentile([each.latency for each in seen], percent))
-    return Predicted(percent, latency, float(np.median(found)), float(low), float(high), mdc)
 
 
 async def _send(url: str, planned: list[Arrival]) -> list[Seen]:
@@ -156,7 +198,7 @@ async def _send(url: str, planned: list[Arrival]) -> list[Seen]:
                 raise BenchError(f"{url} answered {answer.status_code} to a request")
             timings = answer.json()["timings"]
             run = sum(timings.get(f"{stage}_ms") or 0.0 for stage in MODEL_STAGES)
-            return Seen(latency, run / 1000, timings["queue_ms"] / 1000)
+            return Seen(arrival.at, latency, run / 1000, timings["queue_ms"] / 1000)
 
         return list(await asyncio.gather(*(one(arrival) for arrival in planned)))
 

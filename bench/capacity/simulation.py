@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,68 +73,126 @@ def simulate(
     arrivals = np.cumsum(generator.exponential(1 / rate, requests))
     run_shares, outside_shares = generator.random(requests), generator.random(requests)
     chosen = generator.integers(0, replicas, requests) if routing == "random" else None
-    shared = routing == "shared"
-    queues: list[deque[int]] = [deque() for _ in range(1 if shared else replicas)]
-    outstanding = np.zeros(replicas, dtype=np.int64)
-    running: list[list[int]] = [[] for _ in range(replicas)]
-    idle = list(range(replicas))  # for `shared` only
-    ends: list[tuple[float, int]] = []
-    began, ended = np.full(requests, np.nan), np.full(requests, np.nan)
-    room = max_waiting * (replicas if shared else 1)
-    busy, runs, refused = 0.0, 0, []
-
-    def begin(replica: int, now: float) -> None:
-        nonlocal busy, runs
-        queue = queues[0 if shared else replica]
-        taken = [queue.popleft() for _ in range(min(most_images, len(queue)))]
-        seconds = times.run_seconds(len(taken), run_shares[taken[0]])
-        began[taken] = now
-        running[replica] = taken
-        busy, runs = busy + seconds, runs + 1
-        heapq.heappush(ends, (now + seconds, replica))
-
-    def end(now: float, replica: int) -> None:
-        for request in running[replica]:
-            ended[request] = now
-        outstanding[replica] -= len(running[replica])
-        running[replica] = []
-        if queues[0 if shared else replica]:
-            begin(replica, now)
-        elif shared:
-            idle.append(replica)
-
-    for request, now in enumerate(arrivals.tolist()):
-        while ends and ends[0][0] <= now:
-            end(*heapq.heappop(ends))
-        if shared:
-            if len(queues[0]) >= room:
-                refused.append(request)
-                continue
-            queues[0].append(request)
-            if idle:
-                begin(idle.pop(), now)
-            continue
-        replica = int(chosen[request]) if chosen is not None else int(np.argmin(outstanding))
-        if running[replica] and len(queues[replica]) >= max_waiting:
-            replica = int(np.argmin(outstanding))
-            if running[replica] and len(queues[replica]) >= max_waiting:
-                refused.append(request)
-                continue
-        queues[replica].append(request)
-        outstanding[replica] += 1
-        if not running[replica]:
-            begin(replica, now)
-    while ends:
-        end(*heapq.heappop(ends))
-
+    fleet = _Fleet(
+        requests,
+        replicas,
+        lambda taken: times.run_seconds(len(taken), run_shares[taken[0]]),
+        most_images,
+        max_waiting,
+        shared=routing == "shared",
+    )
+    fleet.serve(arrivals, chosen)
     first = int(leave_out * requests)
-    served = ~np.isnan(ended)
+    served = ~np.isnan(fleet.ended)
     served[:first] = False
     outside = np.array([times.outside_seconds(share) for share in outside_shares[served]])
     return Simulated(
-        latencies=ended[served] - arrivals[served] + outside,
-        waits=began[served] - arrivals[served],
-        refused=sum(request >= first for request in refused) / (requests - first),
-        busy=busy / (replicas * float(np.nanmax(ended))),
-        images_a_run=(requests - len(refused)) / runs,
+        latencies=fleet.ended[served] - arrivals[served] + outside,
+        waits=fleet.began[served] - arrivals[served],
+        refused=sum(request >= first for request in fleet.refused) / (requests - first),
+        busy=fleet.busy / (replicas * float(np.nanmax(fleet.ended))),
+        images_a_run=(requests - len(fleet.refused)) / fleet.runs,
     )
+
+
+def replay(arrivals: Sequence[float], runs: Sequence[float], replicas: int) -> NDArray[np.float64]:
+    """Waits of requests that arrived at these times and whose runs took these seconds, one image a
+    run, each sent to the replica with the fewest. Unlike in `simulate`, slow runs that came one
+    after the other still do."""
+    fleet = _Fleet(len(arrivals), replicas, lambda taken: runs[taken[0]], 1, len(arrivals))
+    at = np.array(arrivals, dtype=np.float64)
+    fleet.serve(at, None)
+    waits: NDArray[np.float64] = fleet.began - at
+    return waits
+
+
+class _Fleet:
+    """Replicas and their queues; requests are numbered in the order of their arrival.
+
+    Args:
+        run_seconds: of a run of these requests.
+        shared: one queue for all replicas.
+
+    Attributes:
+        began, ended: when each request's run did; not a number for those refused.
+        busy: seconds of all runs.
+    """
+
+    def __init__(
+        self,
+        requests: int,
+        replicas: int,
+        run_seconds: Callable[[list[int]], float],
+        most_images: int,
+        max_waiting: int,
+        *,
+        shared: bool = False,
+    ) -> None:
+        self.began, self.ended = np.full(requests, np.nan), np.full(requests, np.nan)
+        self.busy, self.runs = 0.0, 0
+        self.refused: list[int] = []
+        self._run_seconds = run_seconds
+        self._most_images = most_images
+        self._shared = shared
+        self._room = max_waiting * (replicas if shared else 1)
+        self._queues: list[deque[int]] = [deque() for _ in range(1 if shared else replicas)]
+        self._outstanding = np.zeros(replicas, dtype=np.int64)
+        self._running: list[list[int]] = [[] for _ in range(replicas)]
+        self._idle = list(range(replicas))  # for a shared queue only
+        self._ends: list[tuple[float, int]] = []
+
+    def serve(self, arrivals: NDArray[np.float64], chosen: NDArray[np.int64] | None) -> None:
+        """Serve every request.
+
+        Args:
+            chosen: each one's replica; without, the one with the fewest outstanding.
+        """
+        for request, now in enumerate(arrivals.tolist()):
+            while self._ends and self._ends[0][0] <= now:
+                self._end(*heapq.heappop(self._ends))
+            if self._shared:
+                self._offer_to_all(request, now)
+            else:
+                self._offer(request, now, None if chosen is None else int(chosen[request]))
+        while self._ends:
+            self._end(*heapq.heappop(self._ends))
+
+    def _offer_to_all(self, request: int, now: float) -> None:
+        if len(self._queues[0]) >= self._room:
+            self.refused.append(request)
+            return
+        self._queues[0].append(request)
+        if self._idle:
+            self._begin(self._idle.pop(), now)
+
+    def _offer(self, request: int, now: float, replica: int | None) -> None:
+        if replica is None or self._full(replica):
+            replica = int(np.argmin(self._outstanding))
+            if self._full(replica):
+                self.refused.append(request)
+                return
+        self._queues[replica].append(request)
+        self._outstanding[replica] += 1
+        if not self._running[replica]:
+            self._begin(replica, now)
+
+    def _full(self, replica: int) -> bool:
+        return bool(self._running[replica]) and len(self._queues[replica]) >= self._room
+
+    def _begin(self, replica: int, now: float) -> None:
+        queue = self._queues[0 if self._shared else replica]
+        taken = [queue.popleft() for _ in range(min(self._most_images, len(queue)))]
+        seconds = self._run_seconds(taken)
+        self.began[taken] = now
+        self._running[replica] = taken
+        self.busy, self.runs = self.busy + seconds, self.runs + 1
+        heapq.heappush(self._ends, (now + seconds, replica))
+
+    def _end(self, now: float, replica: int) -> None:
+        self.ended[self._running[replica]] = now
+        self._outstanding[replica] -= len(self._running[replica])
+        self._running[replica] = []
+        if self._queues[0 if self._shared else replica]:
+            self._begin(replica, now)
+        elif self._shared:
+            self._idle.append(replica)

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, from the recorded requests of the H200.
+"""The tables of docs/scaling.md, from recorded requests of the H200 and recorded loads.
 
 python -m bench.capacity.tables    prints them: a minute
 """
@@ -8,12 +8,18 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from bench.capacity.check import Load
 from bench.capacity.queueing import MDc
 from bench.capacity.service_times import ServiceTimes, read
 from bench.capacity.simulation import Routing, simulate
 from bench.capacity.trace_volume import trace_volume
 
 RESULTS = Path(__file__).parents[1] / "results" / "h200-2026-11-22-requests.json"
+CHECKS = (
+    "cpu-2026-11-26-capacity-one-server.json",
+    "cpu-2026-11-26-capacity-two-servers.json",
+    "cpu-2026-11-26-capacity-overload.json",
+)
 REPLICAS = (1, 2, 4, 8, 16, 64)
 BUSY = (0.5, 0.7, 0.8, 0.9)
 RATES = (1, 10, 100, 1000)
@@ -82,6 +88,25 @@ def spans(steps: int) -> str:
     return "\n".join(lines)
 
 
+def checks() -> str:
+    """Predicted and seen p50 and p95 of the recorded loads."""
+    lines = [
+        "| servers | requests a second | busy | | seen | simulated (19 of 20) | M/D/c | replayed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for file in CHECKS:
+        load = Load.read(RESULTS.with_name(file))
+        for percent in (50, 95):
+            found = load.predicted(percent)
+            exact = "-" if found.mdc is None else f"{found.mdc:.3g} s"
+            lines.append(
+                f"| {load.replicas} | {load.rate:.2g} | {100 * load.utilisation:.0f}% | p{percent} "
+                f"| {found.seen:.3g} s | {found.median:.3g} s ({found.low:.3g} to "
+                f"{found.high:.3g}) | {exact} | {found.replayed:.3g} s |"
+            )
+    return "\n".join(lines)
+
+
 def _short(value: float) -> str:
     """Three digits, with M, G or T for millions, billions and trillions."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
@@ -92,7 +117,7 @@ def _short(value: float) -> str:
 
 def main() -> None:
     times = read(RESULTS)
-    print(queueing(times), spans(times.steps), sep="\n\n")
+    print(queueing(times), checks(), spans(times.steps), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ def test_the_table_of_spans_is_the_exporters() -> None:
     assert f"a span is {trace_volume(steps).span_bytes:.0f} bytes" in PAGE.read_text()
 
 
+def test_the_table_of_predicted_and_seen_is_that_of_the_recorded_loads() -> None:
+    assert between("check table") == tables.checks()
+
+
 @pytest.mark.slow
 def test_the_table_of_queues_is_the_simulations() -> None:
     assert between("queueing table") == tables.queueing(read(tables.RESULTS))

@@ -7,7 +7,7 @@ import pytest
 
 from bench.capacity.queueing import MDc, mmc_mean_wait
 from bench.capacity.service_times import ServiceTimes
-from bench.capacity.simulation import simulate
+from bench.capacity.simulation import replay, simulate
 
 REQUESTS = 30_000
 
@@ -98,6 +98,16 @@ def test_every_request_is_served_once_and_the_rest_of_it_is_added() -> None:
     found = simulate(quick, 1.0, 3, requests=1000)
     assert len(found.latencies) == 900
     assert np.allclose(found.latencies - found.waits, 0.501)
+
+
+def test_a_replay_has_each_requests_own_time() -> None:
+    # The second waits for the first, the third for nobody, on one replica; on two, nobody waits.
+    arrivals, runs = [0.0, 1.0, 10.0, 10.5], [3.0, 1.0, 0.5, 0.25]
+    assert replay(arrivals, runs, 1).tolist() == [0.0, 2.0, 0.0, 0.0]
+    assert replay(arrivals, runs, 2).tolist() == [0.0, 0.0, 0.0, 0.0]
+    # Each goes where the fewest are: the third behind the first, the fourth behind the second.
+    together = replay([0.0, 0.1, 0.2, 0.3], [4.0, 1.0, 1.0, 1.0], 2)
+    assert together == pytest.approx([0.0, 0.0, 3.8, 0.8])
 
 
 def test_the_same_arguments_give_the_same_result() -> None:
