@@ -42,7 +42,7 @@ TIMEOUT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Seen:
-    """One answered request; seconds. Its latency counts from `at`, when it should have been sent."""
+    """One answered request; seconds. Its latency counts from `at`, when it was to be sent."""
 
     at: float
     latency: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -81,7 +82,7 @@ def nginx(ports: Sequence[int], folder: Path) -> Iterator[Nginx]:
     assert NGINX is not None
     port, log = free_port(), folder / "log"
     # As root its worker would become another user, who may not enter the folder.
-    user = "user root;" if Path("/").owner() == folder.owner() else ""
+    user = "user root;" if os.geteuid() == 0 else ""
     shipped = configuration(ports, port, log)
     (folder / "nginx.conf").write_text(MAIN.format(folder=folder, shipped=shipped, user=user))
     command = [NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")]
