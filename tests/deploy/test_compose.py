@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,6 +92,20 @@ def test_prometheus_scrapes_the_service_with_our_rules_and_keeps_exemplars() -> 
     flags = dict(flag.split("=", 1) for flag in SERVICES["prometheus"]["command"])
     assert files[flags["--config.file"]] == "docs/deploy/compose/prometheus.yml"
     assert flags["--enable-feature"] == "exemplar-storage"
+
+
+def test_prometheus_accepts_its_configuration(tmp_path: Path) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("Debian's prometheus package is not installed (apt-get install prometheus)")
+    for target, file in mounted("prometheus").items():
+        shutil.copy(ROOT / file, tmp_path / Path(target).name)
+    found = subprocess.run(
+        ["promtool", "check", "config", tmp_path / "prometheus.yml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_spans_pass_through_the_collector_undecided() -> None:
