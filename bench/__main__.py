@@ -91,6 +91,9 @@ COMMANDS = {
         "service.streams", "what previews and waiting streams cost, and how late step events are"
     ),
     "load": Command("service.load", "latency, goodput and rejections of a server under load"),
+    "capacity": Command(
+        "capacity.plan", "how many replicas a rate needs for a p95, what they cost, and their spans"
+    ),
 }
 """By name, in the order of `--help`."""
 

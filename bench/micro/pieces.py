@@ -82,7 +82,7 @@ def measure(device: str, series: int) -> list[CallTime]:
     runtimes = [_runtime(_shapes(count)) for count in SHAPES_KEPT_WARM]
     try:
         runtime = runtimes[0]
-        request = _request(_shapes(1)[0])
+        request = recorded_request(_shapes(1)[0])
         for count, one in zip(SHAPES_KEPT_WARM, runtimes, strict=True):
             _fill_labels(one, _shapes(count))
 
@@ -285,18 +285,20 @@ def _shapes(count: int) -> list[str]:
     return [str(shape) for shape in SDXL_SHAPES[:count]]
 
 
-def _request(shape: str, guidance: bool = True, endpoint: str = "/") -> RequestTiming:
+def recorded_request(
+    shape: str, guidance: bool = True, endpoint: str = "/", steps: int = STEPS
+) -> RequestTiming:
     """A finished request as the middleware passes it on, with made-up times."""
     from metrics.records import GenerationFacts, RequestTiming, RunTiming, StageTiming, StepTiming
 
     ms = 1_000_000
     start = 1_700_000_000 * 1000 * ms
     begin = start + 3 * ms
-    steps = tuple(
+    step_timings = tuple(
         StepTiming(i, begin + (20 + 30 * i) * ms, begin + (50 + 30 * i) * ms, 60 * ms)
-        for i in range(STEPS)
+        for i in range(steps)
     )
-    denoised = steps[-1].end_ns
+    denoised = step_timings[-1].end_ns
     stages = (
         StageTiming("text_encode", begin, begin + 19 * ms),
         StageTiming("denoise", begin + 20 * ms, denoised),
@@ -310,9 +312,9 @@ def _request(shape: str, guidance: bool = True, endpoint: str = "/") -> RequestT
         StageTiming("upload", end + 11 * ms, end + 13 * ms),
         StageTiming("respond", end + 13 * ms, end + 15 * ms),
     )
-    run = RunTiming("0" * 32, "cuda", shape, guidance, 1, begin, end, stages, steps)
+    run = RunTiming("0" * 32, "cuda", shape, guidance, 1, begin, end, stages, step_timings)
     width, height = map(int, shape.split("x"))
-    facts = GenerationFacts("sdxl-base", 80, STEPS, 5.0, width, height, 1)
+    facts = GenerationFacts("sdxl-base", 80, steps, 5.0, width, height, 1)
     last = end + 15 * ms
     return RequestTiming(endpoint, "POST", 200, "ok", start, last, own, (run,), (run,), facts)
 
@@ -326,8 +328,10 @@ def _fill_labels(runtime: Runtime, shapes: Sequence[str]) -> None:
 
     for shape in (*shapes, "64x64"):
         for guidance in (True, False):
-            runtime.metrics.observe_request(_request(shape, guidance), {"trace_id": "1" * 32})
+            runtime.metrics.observe_request(
+                recorded_request(shape, guidance), {"trace_id": "1" * 32}
+            )
     for endpoint in ENDPOINTS:
         for outcome in OUTCOMES:
-            request = replace(_request(shapes[0]), endpoint=endpoint, outcome=outcome)
+            request = replace(recorded_request(shapes[0]), endpoint=endpoint, outcome=outcome)
             runtime.metrics.observe_request(request, None)
