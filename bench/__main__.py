@@ -91,6 +91,12 @@ COMMANDS = {
         "service.streams", "what previews and waiting streams cost, and how late step events are"
     ),
     "load": Command("service.load", "latency, goodput and rejections of a server under load"),
+    "overload": Command(
+        "endurance.overload", "half to four times the load that a server can serve: does it hold?"
+    ),
+    "soak": Command(
+        "endurance.soak", "thousands of requests of every kind: does the process grow?"
+    ),
 }
 """By name, in the order of `--help`."""
 

@@ -1,10 +1,23 @@
-"""How `make test` divides the tests between its workers."""
+"""How `make test` divides the tests between its workers, and how many cases a parser is tested with."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Without a time limit a case: a busy machine takes many times as long.
+settings.register_profile("quick", deadline=None)
+settings.load_profile("quick")
+# `make test-slow`: pytest -m parser --hypothesis-profile=long
+settings.register_profile(
+    "long",
+    max_examples=50_000,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 
 TOGETHER = {
     "tests/e2e/test_contract.py": "servers",
