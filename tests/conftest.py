@@ -1,4 +1,4 @@
-"""How `make test` divides the tests between its workers, and how many cases a parser is tested with."""
+"""How the tests are divided between workers, and how many cases a parser is tested with."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""Half to four times the load that a server can serve: what is answered, how late, and at what cost.
+"""Half to four times the load that a server can serve: what is answered, and how late.
 
     python -m bench overload
     python -m bench overload --batch 1 8 --seconds 30 --out overload.json
 
 A self-hosted server of the demo model on the CPU is started for each largest batch. Its capacity is
-measured with enough clients that the queue is never empty. Then requests arrive at random (open loop,
-Poisson, seeded) at 4, 0.5, 0.9, 1.5 and again 4 times that capacity. One request in four carries a
-deadline of half the time that a full queue takes.
+measured with enough clients that the queue is never empty. Then requests arrive at random (open
+loop, Poisson, seeded) at 4, 0.5, 0.9, 1.5 and again 4 times that capacity. One request in four
+carries a deadline of half the time that a full queue takes.
 
 What is checked:
 - every answer is 200, 429 with Retry-After, or 504;
-- the 99th percentile of the latency of those with an image is at most the time of a full queue: the
-  waiting requests, and two runs of the largest batch (one that was on the GPU already, and its own),
-  each at the phase's own GPU time of an image;
+- the 99th percentile of the latency of those with an image is at most the time of a full queue:
+  the waiting requests, and two runs of the largest batch (the one that was on the GPU already, and
+  its own), each at the phase's own GPU time of an image;
 - goodput at 4 times the capacity is at least 95% of the highest goodput of any phase;
 - the GPU thread is busy for at least 97% of the time in which requests wait: image encoding and
   upload overlap the next run. Busy is the sum of the runs' stages, as the answers' `timings` have
@@ -280,7 +280,7 @@ def _phase(
 
 
 def busy_share(answered: Sequence[Answered], seconds: float) -> float:
-    """The sum of the runs' stages over the time in which they ran, while the queue was not empty."""
+    """The sum of the runs' stages over the time they took, while the queue was not empty."""
     ends: dict[tuple[float, ...], float] = {}
     for each in answered:
         if RAMP_SECONDS <= each.ended <= seconds:

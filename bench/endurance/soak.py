@@ -3,14 +3,14 @@
     python -m bench soak
     python -m bench soak --requests 5000 --out soak.json
 
-A self-hosted server of the demo model on the CPU, with batches, serves several clients at once. Each
-request is of a random kind (seeded): text to image in several sizes, steps and guidances, batches of
-images, streams with previews, image to image, OpenAI's API, clients that leave, deadlines that pass,
-bodies that are refused, and the pages that an operator reads. Spans go to a receiver on loopback. Each kind has the answers that it may
-get; any other ends the soak as failed.
+A self-hosted server of the demo model on the CPU, with batches, serves several clients at once.
+Each request is of a random kind (seeded): text to image in several sizes, steps and guidances,
+batches of images, streams with previews, image to image, OpenAI's API, clients that leave,
+deadlines that pass, bodies that are refused, and the pages that an operator reads. Spans go to a
+receiver on loopback. Each kind has the answers that it may get; any other fails the soak.
 
-Between the requests the process is measured: resident memory, threads, open files, and the series in
-its metrics. The growth of each is a slope in 1,000 requests with its 95% interval
+Between the requests the process is measured: resident memory, threads, open files, and the series
+in its metrics. The growth of each is a slope in 1,000 requests with its 95% interval
 (`bench.endurance.growth`).
 
 Exit status: 0 all four are flat and every answer was a right one; 1 not; 2 wrong usage.
@@ -338,17 +338,14 @@ def report(soak: Soak) -> str:
     ]
     rate = soak.requests / soak.seconds if soak.seconds else 0
     lines: Sequence[str] = [
-        f"{soak.requests} requests of {soak.clients} clients in {soak.seconds:.0f} s "
-        f"({rate:.1f} a second)",
+        f"{soak.requests} requests of {soak.clients} clients in {soak.seconds:.0f} s, {rate:.1f}/s",
         "",
         table(("kind", "requests", "outcomes"), kinds),
         "",
-        table(
-            ("held", "first", "last", "growth in 1,000 requests", "allowed", "verdict"), grown
-        ),
+        table(("held", "first", "last", "growth in 1,000 requests", "allowed", "verdict"), grown),
         "",
-        f"answers that were not expected: {', '.join(soak.wrong) or 'none'}; requests left in "
-        f"flight: {soak.in_flight:g}; tracebacks in the log: {soak.tracebacks}",
+        f"answers that were not expected: {', '.join(soak.wrong) or 'none'}",
+        f"left in flight: {soak.in_flight:g}; tracebacks in the log: {soak.tracebacks}",
         "it holds" if soak.holds else "it does not hold",
     ]
     return "\n".join(lines)

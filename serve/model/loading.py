@@ -78,8 +78,9 @@ def load_model(
     if name == DEMO_MODEL:
         pipeline = _on_device(name, _load_directory(checkpoint_path(), dtype), device)
         return SdxlModel(pipeline, "demo", device, DEMO_SHAPES, schedule)
-    directory = Path(name).expanduser()
-    if directory.is_dir():
+    # Of os.path, which raise for no text: a user that is not there, a name that is too long.
+    directory = Path(os.path.expanduser(name))
+    if os.path.isdir(directory):
         pipeline = _load_directory(directory, dtype)
         label = directory.resolve().name
     elif re.fullmatch(REPOSITORY, name):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +103,9 @@ def load_safety_checker(name: str, device: torch.device) -> SafetyChecker:
     Raises:
         ModelError: there is no such checker, or it is not diffusers' with safetensors weights.
     """
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
+    # Of os.path, which raise for no text: a user that is not there, a name that is too long.
+    directory = Path(os.path.expanduser(name))
+    if not os.path.isdir(directory):
         directory = _download(name)
     config = _config(name, directory)
     preprocessing = _preprocessing(name, directory)

@@ -10,6 +10,7 @@ A source is one of:
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,10 +44,11 @@ def find_file(name: str, source: str) -> Path:
     """
     if source.startswith(DEMO):
         return _shipped(name, source.removeprefix(DEMO))
-    path = Path(source).expanduser()
-    if path.is_file():
+    # Of os.path, which raise for no text: a user that is not there, a name that is too long.
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path):
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted(each.name for each in path.glob("*.safetensors"))
         return path / _only(name, f"the directory {source}", files, f"{source}/FILE")
     hub = _HUB.fullmatch(source)

@@ -1,5 +1,5 @@
-"""Every parser of what a client sends: any input gives a value or the documented error, and no error
-repeats the input."""
+"""Every parser of what a client sends: any input gives a value or the documented error, and no
+error repeats the input."""
 
 from __future__ import annotations
 
@@ -68,8 +68,10 @@ def bodies(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
     names = st.sampled_from([*model.model_fields, "nonsense"])
     good = {"prompt": "a circle", "image_url": "data:"}
     return st.tuples(st.dictionaries(names, VALUES, max_size=4), st.booleans()).map(
-        lambda drawn: ({k: v for k, v in good.items() if k in model.model_fields} if drawn[1] else {})
-        | drawn[0]
+        lambda drawn: (
+            ({k: v for k, v in good.items() if k in model.model_fields} if drawn[1] else {})
+            | drawn[0]
+        )
     )
 
 
@@ -110,7 +112,18 @@ def test_any_fields_of_openais_api_are_a_request_or_an_error_without_their_value
 # Headers
 
 TYPES = st.sampled_from(
-    ["image/png", "image/*", "IMAGE/WebP", "application/json", "*/*", "q=0", ";q=0.0", ",", "; ", "="]
+    [
+        "image/png",
+        "image/*",
+        "IMAGE/WebP",
+        "application/json",
+        "*/*",
+        "q=0",
+        ";q=0.0",
+        ",",
+        "; ",
+        "=",
+    ]
 )
 ACCEPT = st.lists(TYPES | st.text(max_size=5), max_size=6).map("".join)
 
@@ -139,9 +152,22 @@ def test_any_trace_headers_are_a_carrier(pairs: list[tuple[str, str]]) -> None:
 PIECES = st.sampled_from(
     [
         *(b"GET ", b"POST ", b"/", b" HTTP/1.1", b" HTTP/1.0", b" HTTP/2", b"\r\n", b"\n", b"\r"),
-        *(b"Host: x\r\n", b"Content-Length: ", b"Transfer-Encoding: chunked\r\n", b"0", b"5", b"-1"),
+        *(
+            b"Host: x\r\n",
+            b"Content-Length: ",
+            b"Transfer-Encoding: chunked\r\n",
+            b"0",
+            b"5",
+            b"-1",
+        ),
         *(b"\r\n\r\n", b"ffffffffffffffffff", b";a=b", b" ", b"\t", b"\0", b"\xff", b"X: "),
-        *(MARK.encode(), b"Expect: 100-continue\r\n", b"hello", b"Connection: close\r\n", b"A" * 9000),
+        *(
+            MARK.encode(),
+            b"Expect: 100-continue\r\n",
+            b"hello",
+            b"Connection: close\r\n",
+            b"A" * 9000,
+        ),
     ]
 )
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
