@@ -43,8 +43,8 @@ def test_the_service_is_measured_and_its_histogram_agrees(server: Server, tmp_pa
 
 
 def waits(stack: ExitStack, server: Server, event: str) -> httpx.Response:
-    """A client of a long stream that has come to an event. Each has its own number of steps, so that
-    no two share a run."""
+    """A client of a long stream that has come to an event. Each has its own number of steps: no two
+    share a run."""
     steps = next(NUMBERS_OF_STEPS)
     wanted = body(num_inference_steps=steps)
     answer = stack.enter_context(server.client.stream("POST", "/stream", json=wanted))
