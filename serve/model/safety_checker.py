@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import CLIPConfig
 
 from serve.errors import ModelError
-from serve.model.hub import HUB_SECONDS, REPOSITORY, hub_failure
+from serve.model.hub import HUB_SECONDS, REPOSITORY, hub_failure, say_commit
 from serve.model.weights import non_finite_tensor
 
 logger = logging.getLogger(__name__)
@@ -162,6 +162,7 @@ def _download(name: str) -> Path:
         raise ModelError(f"the safety checker {name!r} could not be loaded: {why}.") from None
     if offline:
         logger.warning("%s: %s; what was downloaded before is used", name, why_unavailable)
+    say_commit(f"SDXL_SAFETY_CHECKER={repository}@", Path(directory), revision)
     return Path(directory)
 
 
