@@ -88,8 +88,8 @@ def test_every_answer_is_as_the_document_says(tmp_path: Path) -> None:
 
 
 MOST_MIB = 2048
-"""Of one run below. What schemathesis holds grows with each case: one run of 1,000 for all operations
-took 5.5 GB. So each operation has runs of its own."""
+"""Of one run below. What schemathesis holds grows with each case: one run of 1,000 for all
+operations took 5.5 GB. So each operation has runs of its own."""
 RUNS, EXAMPLES = 4, 250
 
 
