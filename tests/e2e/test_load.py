@@ -7,7 +7,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,33 +42,33 @@ def test_the_service_is_measured_and_its_histogram_agrees(server: Server, tmp_pa
     assert status == 0
 
 
-def waits(stack: ExitStack, server: Server, event: str) -> httpx.Response:
-    """A client of a long stream that has come to an event. Each has its own number of steps: no two
-    share a run."""
-    steps = next(NUMBERS_OF_STEPS)
-    wanted = body(num_inference_steps=steps)
-    answer = stack.enter_context(server.client.stream("POST", "/stream", json=wanted))
-    if answer.status_code == 200:
-        lines = answer.iter_lines()
-        while next(lines) != f"event: {event}":
-            pass
-    return answer
+NUMBERS_OF_STEPS = iter(range(99, 1, -1))
 
 
-NUMBERS_OF_STEPS: Iterator[int] = iter(range(99, 1, -1))
+@contextmanager
+def waiting_for(server: Server, event: str) -> Iterator[int]:
+    """A client of a long stream that has come to an event or was refused; gives its status. Each
+    has its own number of steps, so that no two share a run."""
+    wanted = body(num_inference_steps=next(NUMBERS_OF_STEPS))
+    with server.client.stream("POST", "/stream", json=wanted) as answer:
+        lines = answer.iter_lines()  # the client stays for as long as these are kept
+        if answer.status_code == 200:
+            while next(lines) != f"event: {event}":
+                pass
+        yield answer.status_code
 
 
 def test_a_client_that_leaves_the_queue_frees_its_place_at_once(server: Server) -> None:
-    with ExitStack() as running, ExitStack() as others:
-        waits(running, server, "step")
-        with ExitStack() as leaving:
-            waits(leaving, server, "queued")
+    with waiting_for(server, "step"):
+        with waiting_for(server, "queued"):
             assert server.generate(num_inference_steps=1).status_code == 429
         left = time.monotonic()
-        while waits(others, server, "queued").status_code == 429:
+        refused = True
+        while refused:
             # The server learns of it from the closed connection; a busy machine takes its time.
             assert time.monotonic() - left < 2
-            time.sleep(0.02)
+            with waiting_for(server, "queued") as status:
+                refused = status == 429
 
 
 # Floods
