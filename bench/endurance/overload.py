@@ -141,6 +141,7 @@ def run(options: argparse.Namespace) -> int:
         raise BenchError(f"--seconds: {3 * RAMP_SECONDS:g} and more; --steps and --batch: 1")
     from bench.harness.environment import where
 
+    described = where("cpu")  # now: the checkout may be another at the end
     results = []
     for batch in options.batch:
         settings = {
@@ -155,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
             results.append(asyncio.run(_measure(server, batch, options)))
         print(report(results[-1]), flush=True)
     if options.out:
-        write_json(options.out, where("cpu") | {"servers": [asdict(each) for each in results]})
+        write_json(options.out, described | {"servers": [asdict(each) for each in results]})
     return 1 if any(result.problems() for result in results) else 0
 
 

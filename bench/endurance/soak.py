@@ -248,6 +248,7 @@ def run(options: argparse.Namespace) -> int:
         raise BenchError(f"--requests: {2 * BLOCKS} and more are allowed")
     from bench.harness.environment import where
 
+    described = where("cpu")  # now: the checkout may be another at the end
     with (
         running("the OTLP receiver", ["bench.service.otlp_receiver"]) as receiver,
         running(
@@ -260,7 +261,7 @@ def run(options: argparse.Namespace) -> int:
     print(report(soak))
     if options.out:
         judged = [asdict(each) | {"verdict": each.verdict} for each in soak.growths()]
-        write_json(options.out, where("cpu") | asdict(soak) | {"judged": judged})
+        write_json(options.out, described | asdict(soak) | {"judged": judged})
     return 0 if soak.holds else 1
 
 
