@@ -18,7 +18,7 @@ from tests.support.forked import self_hosted
 from tests.support.processes import ServerProcess
 from tests.support.raw_client import GET_HEALTH, PATIENCE, Answer, Client, connected, post
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 TEXT = "Zq7pXw"
 """A part of every body here."""

@@ -18,7 +18,7 @@ from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
 from tests.support.processes import ServerProcess
 from tests.support.raw_client import connected
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 PROMPTS = {"prompt": "Vc1nHs7F", "negative prompt": "Kd9wTb3X"}
 
