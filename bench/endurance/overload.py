@@ -14,7 +14,7 @@ What is checked:
   the waiting requests, and two runs of the largest batch (the one that was on the GPU already, and
   its own), each at the phase's own GPU time of an image;
 - goodput at 4 times the capacity is at least 95% of the highest goodput of any phase;
-- the GPU thread is busy for at least 97% of the time in which requests wait: image encoding and
+- at 4 times the capacity the GPU thread is busy for at least 97% of the time: image encoding and
   upload overlap the next run. Busy is the sum of the runs' stages, as the answers' `timings` have
   them (answers of one run have the same), over the time from the end of the first run to the end of
   the last. So what is lost between runs counts, and a stage that encoding slows down does not;
@@ -86,7 +86,7 @@ class Phase:
     bound_seconds: float
     """The time of a full queue."""
     busy: float | None
-    """The GPU thread's busy share while requests wait; None below the capacity."""
+    """The GPU thread's busy share while requests wait; None where the queue may be empty."""
     memory_mib: float
     threads: int
     """Both after the phase."""
@@ -273,7 +273,7 @@ def _phase(
         _rate([each.ended for each in ok], seconds),
         float(np.percentile([each.ended - each.sent for each in ok], 99)),
         (WAITING + 2 * batch) * gpu_seconds,
-        busy_share(ok, seconds) if multiple > 1 else None,
+        busy_share(ok, seconds) if multiple == max(MULTIPLES) else None,
         now.memory_mib,
         now.threads,
         most_threads,
