@@ -32,6 +32,7 @@ test-parallel: $(INSTALLED)
 
 test-slow: $(INSTALLED) peers-env ray-env  ## soaks, long fuzzing, compile matrix: minutes to hours
 	$(RUN) -m pytest -m "slow and not gpu" --timeout=3600
+	$(RUN) -m pytest -m parser --hypothesis-profile=long --timeout=3600
 
 test-gpu:  ## on a machine with a CUDA device, with that machine's own python and packages
 	$(PYTHON) -m pytest -m gpu --timeout=900 -p no:cacheprovider tests/gpu

@@ -94,6 +94,12 @@ COMMANDS = {
     "capacity": Command(
         "capacity.plan", "how many replicas a rate needs for a p95, what they cost, and their spans"
     ),
+    "overload": Command(
+        "endurance.overload", "half to four times the load that a server can serve: does it hold?"
+    ),
+    "soak": Command(
+        "endurance.soak", "thousands of requests of every kind: does the process grow?"
+    ),
 }
 """By name, in the order of `--help`."""
 

@@ -66,9 +66,13 @@ def seconds_field(default: float) -> Any:
     )
 
 
+# repr=False: a printed settings object, as in a traceback, shows no key.
+
+
 def otlp_url_field(variable: str, description: str) -> Any:
     return Field(
         default=None,
+        repr=False,
         validation_alias=variable,
         description=f"an http:// or https:// URL with a host{description}",
     )
@@ -77,6 +81,7 @@ def otlp_url_field(variable: str, description: str) -> Any:
 def otlp_headers_field(variable: str) -> Any:
     return Field(
         default=None,
+        repr=False,
         validation_alias=variable,
         pattern=_HEADERS,
         description="a comma-separated list of NAME=VALUE, values percent-encoded",

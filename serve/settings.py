@@ -247,6 +247,7 @@ class ServeSettings(TelemetrySettings):
 
     gateway_target: str | None = Field(
         default=None,
+        repr=False,
         pattern=r"^(https?://[^\s]+|[\w.-]+(/[\w.-]+)+)$",
         description="an http:// or https:// URL, or OWNER/APP on fal,",
     )
@@ -294,6 +295,7 @@ class ServeSettings(TelemetrySettings):
     trace_prompts: bool = Field(default=False, description=TRUE_OR_FALSE)
     trace_url: str | None = Field(
         default=None,
+        repr=False,
         pattern=r"^https?://[^\s{}]*\{trace_id\}[^\s{}]*$",
         description="an http:// or https:// URL with {trace_id} in it",
     )

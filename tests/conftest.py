@@ -1,4 +1,4 @@
-"""How `make test` divides the tests between its workers."""
+"""How the tests are divided between workers, and how many cases a parser is tested with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Without a time limit a case: a busy machine takes many times as long.
+settings.register_profile("quick", deadline=None)
+settings.load_profile("quick")
+# `make test-slow`: pytest -m parser --hypothesis-profile=long
+settings.register_profile(
+    "long",
+    max_examples=50_000,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 
 TOGETHER = {
     "tests/e2e/test_contract.py": "servers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,10 @@ class Mix:
     @classmethod
     def of(cls, shapes: Sequence[tuple[str, float]], steps: Sequence[tuple[str, float]]) -> Mix:
         for shape, _ in shapes:
-            if not all(part.isdigit() for part in shape.split("x")) or shape.count("x") != 1:
+            if not re.fullmatch("[0-9]{1,6}x[0-9]{1,6}", shape):
                 raise BenchError(f"--shape {shape} is not allowed; WIDTHxHEIGHT is")
         for count, _ in steps:
-            if not count.isdigit() or int(count) < 1:
+            if not re.fullmatch("[0-9]{1,6}", count) or int(count) < 1:
                 raise BenchError(f"--steps {count} is not allowed; a whole number above 0 is")
         return cls(tuple(shapes), tuple((int(count), share) for count, share in steps))
 

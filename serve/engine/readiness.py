@@ -28,6 +28,7 @@ class Readiness:
     With `SDXL_READY_EARLY` the start-up adds shapes while requests are served.
 
     Attributes:
+        model_commit: the commit of the hub's repository; None: the model is not from the hub.
         phase: the start-up's phase, then `ready`, then `draining`.
         reason: why the start failed; empty if it did not.
         shapes: the shapes that are warm; the first is the default size.
@@ -47,6 +48,7 @@ class Readiness:
     phase: str = "not started"
     reason: str = ""
     model: str = ""
+    model_commit: str | None = None
     device: str = ""
     shapes: tuple[CompiledShape, ...] = ()
     planned_shapes: tuple[CompiledShape, ...] = ()
@@ -90,6 +92,7 @@ class Readiness:
             "phase": self.phase,
             "reason": self.reason,
             "model": self.model,
+            "model_commit": self.model_commit,
             "device": self.device,
             "shapes": [str(shape) for shape in self.shapes],
             "batch_sizes": {str(shape): sizes for shape, sizes in self.batch_sizes.items()},

@@ -191,6 +191,8 @@ class Startup:
         clock = make_clock(str(model.device))
         readiness.model, readiness.device = model.name, str(model.device)
         self._attributes |= {"model.name": model.name, "device": str(model.device)}
+        if model.commit is not None:
+            readiness.model_commit = self._attributes["model.commit"] = model.commit
         self._check_scheduler(model)
         model.fit_preview()
         loras = self._read_loras(model)

@@ -6,9 +6,12 @@ signature.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 """A repository's name, as a regular expression without groups."""
@@ -83,6 +86,26 @@ def downloaded_before(name: str, revision: str | None) -> Path | None:
 
     index = try_to_load_from_cache(name, "model_index.json", revision=revision)
     return Path(index).parent if isinstance(index, str) else None
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit of a file or folder in the hub's cache, which names its folders by it; None: it is
+    somewhere else."""
+    parts = path.parts
+    if "snapshots" not in parts[:-1]:
+        return None
+    commit = parts[parts.index("snapshots") + 1]
+    return commit if re.fullmatch("[0-9a-f]{40}", commit) else None
+
+
+def say_commit(setting: str, path: Path, revision: str | None) -> str | None:
+    """Log which commit a download is, and how to pin it where the setting did not. Returns it."""
+    commit = commit_of(path)
+    if commit is not None:
+        pinned = commit == revision
+        advice = "" if pinned else f"; what the hub says may change, {setting}{commit} pins it"
+        logger.info("loaded commit %s of the hub's repository%s", commit, advice)
+    return commit
 
 
 def first_line(error: Exception) -> str:

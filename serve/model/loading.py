@@ -22,6 +22,7 @@ from serve.model.hub import (
     downloaded_before,
     first_line,
     hub_failure,
+    say_commit,
     variant_on_hub,
 )
 from serve.model.schedulers import OWN_SCHEDULE, Schedule
@@ -78,20 +79,26 @@ def load_model(
     if name == DEMO_MODEL:
         pipeline = _on_device(name, _load_directory(checkpoint_path(), dtype), device)
         return SdxlModel(pipeline, "demo", device, DEMO_SHAPES, schedule)
-    directory = Path(name).expanduser()
-    if directory.is_dir():
+    # Of os.path, which raise for no text: a user that is not there, a name that is too long.
+    directory = Path(os.path.expanduser(name))
+    commit = None
+    if os.path.isdir(directory):
         pipeline = _load_directory(directory, dtype)
         label = directory.resolve().name
     elif re.fullmatch(REPOSITORY, name):
         pipeline = _load_hub(name, revision, dtype)
         label = name.split("/")[-1]
+        if (downloaded := downloaded_before(name, revision)) is not None:
+            commit = say_commit("SDXL_MODEL_REVISION=", downloaded, revision)
     else:
         raise ModelError(
             f"SDXL_MODEL={name!r} is neither a directory here nor a hub repository like "
             f"{SDXL_BASE}; `{DEMO_MODEL}` and `{RANDOM_SDXL_BASE}` need no download."
         )
     pipeline = _on_device(name, pipeline, device)
-    return SdxlModel(pipeline, label, device, _trained_shapes(pipeline), schedule)
+    model = SdxlModel(pipeline, label, device, _trained_shapes(pipeline), schedule)
+    model.commit = commit
+    return model
 
 
 def choose_device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.nn import functional
 from transformers import CLIPConfig
 
 from serve.errors import ModelError
-from serve.model.hub import HUB_SECONDS, REPOSITORY, hub_failure
+from serve.model.hub import HUB_SECONDS, REPOSITORY, hub_failure, say_commit
 from serve.model.weights import non_finite_tensor
 
 logger = logging.getLogger(__name__)
@@ -102,8 +103,9 @@ def load_safety_checker(name: str, device: torch.device) -> SafetyChecker:
     Raises:
         ModelError: there is no such checker, or it is not diffusers' with safetensors weights.
     """
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
+    # Of os.path, which raise for no text: a user that is not there, a name that is too long.
+    directory = Path(os.path.expanduser(name))
+    if not os.path.isdir(directory):
         directory = _download(name)
     config = _config(name, directory)
     preprocessing = _preprocessing(name, directory)
@@ -160,6 +162,7 @@ def _download(name: str) -> Path:
         raise ModelError(f"the safety checker {name!r} could not be loaded: {why}.") from None
     if offline:
         logger.warning("%s: %s; what was downloaded before is used", name, why_unavailable)
+    say_commit(f"SDXL_SAFETY_CHECKER={repository}@", Path(directory), revision)
     return Path(directory)
 
 

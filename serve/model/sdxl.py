@@ -141,6 +141,8 @@ class SdxlModel:
         """Computes once a run what its steps read of the text; None: every step computes it."""
         self.prompt_rules = PromptRules()
         self.safety_checker: SafetyChecker | None = None
+        self.commit: str | None = None
+        """Of the hub's repository that it was loaded from."""
         self._loop = prepare_loop(pipeline)
         self._later_start = LaterStart(self._loop)
         self._preview_map: torch.Tensor | None = None

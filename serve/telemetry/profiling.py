@@ -217,7 +217,7 @@ class Ranges:
 
 
 def _writable(folder: Path) -> Path:
-    folder = folder.expanduser().resolve()
+    folder = Path(os.path.abspath(os.path.expanduser(folder)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         allowed = os.access(folder, os.W_OK | os.X_OK)

@@ -104,6 +104,7 @@ def test_an_unsampled_callers_decision_is_followed() -> None:
     assert counts == {}
 
 
+@pytest.mark.parser
 @given(st.text(max_size=80))
 def test_a_malformed_context_is_ignored(text: str) -> None:
     pipeline, _ = tracing(None)

@@ -92,12 +92,14 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.parser
 @given(json_values)
 def test_a_malformed_trace_context_is_ignored_never_an_error(value: object) -> None:
     request = TextToImageRequest.model_validate({"prompt": "x", "trace_context": value})
     assert request.trace_context is None
 
 
+@pytest.mark.parser
 @given(st.dictionaries(st.sampled_from(["traceparent", "tracestate"]), json_values))
 def test_a_malformed_trace_context_of_the_right_form_is_ignored(value: object) -> None:
     request = TextToImageRequest.model_validate({"prompt": "x", "trace_context": value})

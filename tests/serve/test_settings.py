@@ -254,7 +254,8 @@ def test_what_http_can_use_is_allowed(
     load_settings()
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parser
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.text(max_size=12), value=st.text(max_size=20))
 def test_a_header_that_is_allowed_is_one_that_http_carries(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str

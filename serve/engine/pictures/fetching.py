@@ -68,7 +68,10 @@ def _require_allowed(url: str, hosts: Collection[str]) -> None:
 async def _get(url: str) -> bytes:
     async with (
         httpx.AsyncClient(
-            headers=_HEADERS, verify=_trusted(), timeout=None, follow_redirects=False
+            headers=_HEADERS,
+            verify=_trusted(),
+            timeout=None,  # noqa: S113 - the caller limits the whole fetch
+            follow_redirects=False,
         ) as client,
         client.stream("GET", url) as response,
     ):

@@ -48,7 +48,8 @@ class ImageAppBusy(RequestError):
     outcome = "rejected"
 
     def __init__(self, retry_after: str) -> None:
-        headers = {"Retry-After": retry_after} if retry_after.isdigit() else {}
+        # Not isdigit: "²" is a digit too, and no number.
+        headers = {"Retry-After": retry_after} if re.fullmatch("[0-9]+", retry_after) else {}
         super().__init__("The image app takes no more requests at the moment.", headers)
 
 

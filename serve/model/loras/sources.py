@@ -10,13 +10,14 @@ A source is one of:
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from serve.demo_model import loras_path
 from serve.errors import ModelError
-from serve.model.hub import HUB_SECONDS, REPOSITORY, hub_failure
+from serve.model.hub import HUB_SECONDS, REPOSITORY, hub_failure, say_commit
 from serve.model.loras.files import PEFT_CONFIG
 
 logger = logging.getLogger(__name__)
@@ -43,15 +44,18 @@ def find_file(name: str, source: str) -> Path:
     """
     if source.startswith(DEMO):
         return _shipped(name, source.removeprefix(DEMO))
-    path = Path(source).expanduser()
-    if path.is_file():
+    # Of os.path, which raise for no text: a user that is not there, a name that is too long.
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path):
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted(each.name for each in path.glob("*.safetensors"))
         return path / _only(name, f"the directory {source}", files, f"{source}/FILE")
     hub = _HUB.fullmatch(source)
-    if hub is not None:
-        return _download(name, hub["name"], hub["file"], hub["revision"])
+    if hub is not None and ".." not in (hub["file"] or "").split("/"):
+        found = _download(name, hub["name"], hub["file"], hub["revision"])
+        say_commit(f"SDXL_LORAS={name}={source.partition('@')[0]}@", found, hub["revision"])
+        return found
     raise ModelError(
         f"SDXL_LORAS: {name}={source} is neither a file or directory here nor a hub repository "
         "like OWNER/REPO@REVISION."

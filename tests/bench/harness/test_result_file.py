@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -131,8 +131,8 @@ JSON_VALUES = st.recursive(
 )
 
 
+@pytest.mark.parser
 @given(data=st.data())
-@settings(max_examples=75, deadline=None)
 def test_any_value_anywhere_is_read_or_refused_with_a_sentence(data: st.DataObject) -> None:
     """One node of a valid file is replaced by any value, and the digest is made again."""
     document = json.loads(result(scenario("a", [25.0, 26.0])).to_json())

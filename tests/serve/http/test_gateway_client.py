@@ -227,6 +227,7 @@ def _span_context(carrier: dict[str, str]) -> SpanContext:
     return get_current_span(context).get_span_context()
 
 
+@pytest.mark.parser
 @given(st.floats(1e-9, 1))
 def test_a_probability_survives_its_encoding_in_tracestate(probability: float) -> None:
     state = {"traceparent": "00-" + "1" * 32 + "-" + "2" * 16 + "-01"}

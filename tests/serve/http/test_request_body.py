@@ -6,7 +6,7 @@ import contextlib
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.errors import (
@@ -99,13 +99,14 @@ finite = st.recursive(
 )
 
 
-@settings(max_examples=50)
+@pytest.mark.parser
 @given(st.dictionaries(st.text(), finite, max_size=4), st.booleans())
 def test_all_other_json_is_read_as_it_is(value: dict[str, object], marked: bool) -> None:
     body = json.dumps(value).encode("utf-8-sig" if marked else "utf-8")
     assert json_object(JSON, body) == value
 
 
+@pytest.mark.parser
 @given(st.binary(max_size=200))
 def test_no_bytes_are_an_unforeseen_error(body: bytes) -> None:
     with contextlib.suppress(InvalidRequest):

@@ -41,6 +41,7 @@ def test_a_long_prompt_is_cut_at_the_end_of_a_word(text: str, limit: int, cut: s
     assert tidy_prompt(text, limit) == cut
 
 
+@pytest.mark.parser
 @given(st.text(max_size=200), st.integers(1, 60))
 def test_tidying_a_tidy_prompt_changes_nothing(text: str, limit: int) -> None:
     tidy = tidy_prompt(text, limit)

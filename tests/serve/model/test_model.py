@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -112,6 +113,31 @@ def test_pickled_weights_are_not_run(tmp_path: Path) -> None:
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ModelError, match="could not be loaded"):
         load_model(str(directory), device_name="cpu")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer"])
+def test_code_in_a_checkpoint_is_not_run(part: str, tmp_path: Path) -> None:
+    """Neither a part's own class, in a file of the checkpoint, nor a pipeline of its own."""
+    directory = copy_of_demo(tmp_path)
+    ran = tmp_path / "ran"
+    code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nclass Own: pass\n"
+    for folder in (directory, directory / part):
+        for name in ("own", "pipeline"):
+            (folder / f"{name}.py").write_text(code)
+    config = directory / part / "config.json"
+    if config.is_file():
+        content = json.loads(config.read_text())
+        content["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel"), "own.Own")
+        config.write_text(json.dumps(content))
+    load_model(str(directory), device_name="cpu")
+    index = directory / "model_index.json"
+    for changes in ({part: ["own", "Own"]}, {"_class_name": ["pipeline", "Own"]}):
+        index_before = index.read_text()
+        index.write_text(json.dumps(json.loads(index_before) | changes))
+        with contextlib.suppress(ModelError):
+            load_model(str(directory), device_name="cpu")
+        index.write_text(index_before)
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("content", ["{", '{"in_channels": "four"}', "[]"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.service.loopback import LoopbackHandler, serving
 from serve.demo_model import checkpoint_path
-from serve.model.hub import HubUnavailable, first_line, variant_on_hub
+from serve.model.hub import HubUnavailable, commit_of, first_line, variant_on_hub
 from tests.support.hub_endpoint import HubEndpoint, hub_endpoint
 from tests.support.processes import clean_environment, free_port
 
@@ -34,6 +35,7 @@ for name, revision in json.loads(sys.argv[1]):
     try:
         model = load_model(name, revision or None, device_name="cpu")
         said[f"{name}@{revision}"] = f"{model.name} {model.dtype}"
+        said[f"commit of {name}@{revision}"] = model.commit
     except ModelError as error:
         said[f"{name}@{revision}"] = f"ModelError: {error}"
 print(json.dumps(said))
@@ -123,7 +125,29 @@ def test_a_missing_revision_or_repository_is_an_error(loaded: Loaded) -> None:
 
 def test_what_was_downloaded_before_is_used_without_the_hub(loaded: Loaded) -> None:
     # A directory's name instead of the repository's would make another model of it.
-    assert loaded.said_without_hub == {f"{REPOSITORY}@plain": "tiny-sdxl torch.float32"}
+    plain = f"{REPOSITORY}@plain"
+    assert loaded.said_without_hub[plain] == "tiny-sdxl torch.float32"
+    assert loaded.said_without_hub[f"commit of {plain}"] == loaded.said[f"commit of {plain}"]
+
+
+def test_the_commit_of_a_revision_is_known(loaded: Loaded) -> None:
+    commits = [loaded.said[f"commit of {REPOSITORY}@{revision}"] for revision in ("", "plain")]
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits)
+    assert len(set(commits)) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "commit"),
+    [
+        (f"/hub/models--a--b/snapshots/{'0a' * 20}", "0a" * 20),
+        (f"/hub/models--a--b/snapshots/{'0a' * 20}/unet/x.safetensors", "0a" * 20),
+        ("/hub/models--a--b/snapshots/main", None),
+        ("/models/snapshots", None),
+        ("/models/sdxl", None),
+    ],
+)
+def test_the_commit_is_read_from_the_hubs_cache_only(path: str, commit: str | None) -> None:
+    assert commit_of(Path(path)) == commit
 
 
 # A hub that does not answer ----------------------------------------------------------------------

@@ -80,6 +80,7 @@ def test_weights_may_be_nested_deeply() -> None:
 SYNTAX = st.text(st.sampled_from("ab :.()\\0129é"), max_size=40)
 
 
+@pytest.mark.parser
 @given(SYNTAX)
 def test_every_text_is_parsed_and_loses_nothing_but_syntax(text: str) -> None:
     parsed = parse(text)
@@ -89,6 +90,7 @@ def test_every_text_is_parsed_and_loses_nothing_but_syntax(text: str) -> None:
     assert "".join(each for each in parsed.text if each in "abé") == letters
 
 
+@pytest.mark.parser
 @given(SYNTAX.filter(lambda text: not text.endswith("\\")), st.sampled_from([0.0, 0.5, 1.3, 2.0]))
 def test_an_escaped_text_is_itself_and_may_have_a_weight(text: str, weight: float) -> None:
     escaped = text.replace("(", "\\(").replace(")", "\\)")

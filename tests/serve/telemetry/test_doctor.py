@@ -165,7 +165,8 @@ SOME_HEADERS = st.dictionaries(
 )
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parser
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(endpoint=ENDPOINTS, headers=SOME_HEADERS, traces=st.booleans())
 def test_any_settings_are_checked_or_refused_and_no_key_is_shown(
     monkeypatch: pytest.MonkeyPatch, endpoint: str, headers: dict[str, str], traces: bool

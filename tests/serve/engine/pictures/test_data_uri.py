@@ -6,7 +6,7 @@ import base64
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.engine.pictures.reading import data_uri_bytes
@@ -26,14 +26,14 @@ def refused(uri: str) -> str:
     return problem.kind
 
 
-@settings(max_examples=50)
+@pytest.mark.parser
 @given(st.binary(max_size=200), TYPES, PARAMETERS)
 def test_the_bytes_of_a_data_uri_are_read(data: bytes, media_type: str, parameters: str) -> None:
     encoded = base64.b64encode(data).decode()
     assert data_uri_bytes(f"data:{media_type}{parameters};base64,{encoded}") == data
 
 
-@settings(max_examples=50)
+@pytest.mark.parser
 @given(st.sampled_from(["", "data:", "data:image/png;base64,"]), st.text(max_size=80))
 def test_any_other_text_is_refused_and_not_repeated(head: str, text: str) -> None:
     message = ""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -195,7 +195,7 @@ def test_other_formats_are_refused(data: bytes) -> None:
     assert refused(data) == "not_an_image"
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parser
 @given(st.data())
 def test_damaged_files_are_decoded_or_refused(data: st.DataObject) -> None:
     """Whatever Pillow raises, the caller gets pixels or a sentence."""

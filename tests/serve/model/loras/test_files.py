@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serve.errors import ModelError
-from serve.model.loras.files import Lora, read_lora
+from serve.model.loras.files import Lora, _Config, _DoesNotFit, read_lora
 from serve.model.loras.naming import Target
 from serve.model.sdxl import SdxlModel
 from tests.support import loras
@@ -116,3 +119,52 @@ def test_what_is_no_safetensors_is_refused(plain: SdxlModel, tmp_path: Path) -> 
     torch.save({"unet.conv_in.lora_A.weight": torch.ones(1)}, file)
     with pytest.raises(ModelError, match="safetensors"):
         read_lora("ink", file, plain.pipeline)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=4,
+)
+FIELDS = ("unet.lora_alpha", "unet.alpha_pattern", "unet.use_rslora", "unet.bias", "unet.use_dora")
+
+
+@pytest.mark.parser
+@given(
+    st.text(max_size=20)
+    | JSON_VALUES.map(json.dumps)
+    | st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES).map(json.dumps)
+)
+def test_any_metadata_gives_a_scale_or_is_refused(metadata: str) -> None:
+    try:
+        config = _Config.of(Path("ink.safetensors"), {"lora_adapter_metadata": metadata})
+        scale = config.scale(Target("unet", TO_Q), 4, None)
+    except _DoesNotFit:
+        return
+    assert math.isfinite(scale)
+
+
+@pytest.mark.parser
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused(
+    plain: SdxlModel, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Bytes of a LoRA of one module changed, lost and doubled."""
+    made = loras.make(plain.pipeline, chosen=lambda part, name: name == TO_Q)
+    file = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    whole = bytearray(loras.save(loras.as_peft(made), file).read_bytes())
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, min(header, len(whole)) - 1))
+        match data.draw(st.integers(0, 2)):
+            case 0:
+                whole[at] = data.draw(st.integers(0, 255))
+            case 1:
+                del whole[at : at + data.draw(st.integers(1, 20))]
+            case _:
+                whole[at:at] = whole[at : at + data.draw(st.integers(1, 20))]
+    file.write_bytes(whole)
+    try:
+        read_lora("ink", file, plain.pipeline)
+    except ModelError as error:
+        assert "\n" not in str(error)

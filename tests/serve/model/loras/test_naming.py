@@ -9,6 +9,8 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serve.model.loras.naming import Names, Target, other_kind, sgm_name
 from serve.model.sdxl_base import UNET_CONFIG
@@ -68,3 +70,55 @@ def test_other_kinds_are_known_by_name(key: str, kind: str) -> None:
     found = other_kind(key)
     assert found is not None
     assert kind in found
+
+
+KEY_PARTS = st.sampled_from(
+    [
+        *(
+            "unet",
+            "text_encoder",
+            "text_encoder_2",
+            "base_model",
+            "model",
+            "processor",
+            "to_out",
+            "0",
+        ),
+        *(
+            "conv_in",
+            "mid_block",
+            "attentions",
+            "to_q",
+            "self_attn",
+            "text_model",
+            "lora_unet_",
+            ".",
+        ),
+        *(
+            ".lora_A",
+            ".lora_B.",
+            ".weight",
+            ".lora.down",
+            ".lora_up",
+            ".alpha",
+            "_lora",
+            "lora_te1_",
+        ),
+        *(".hada_w1", ".dora_scale", ".diff", ".on_input", ".oft_", "..", "/", "\n", "\0"),
+    ]
+)
+
+
+@pytest.mark.parser
+@given(st.lists(KEY_PARTS | st.text(max_size=4), max_size=10).map("".join))
+def test_any_key_is_a_module_of_the_model_or_none(key: str) -> None:
+    pipeline = SimpleNamespace(
+        unet=torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(1, 1, 1)}),
+        text_encoder=torch.nn.Module(),
+        text_encoder_2=torch.nn.Module(),
+    )
+    pipeline.unet.config = {"layers_per_block": 2, "up_block_types": []}
+    found = Names(pipeline).find(key)
+    assert found is None or found[0] == Target("unet", "conv_in")
+    kind = other_kind(key)
+    assert kind is None or key not in kind

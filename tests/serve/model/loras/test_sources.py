@@ -62,7 +62,12 @@ def test_a_file_and_a_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["/nowhere/ink.safetensors", "ink", "https://example.com/ink.safetensors", "a/b@c@d"]
+    "source",
+    [
+        *("/nowhere/ink.safetensors", "ink", "https://example.com/ink.safetensors", "a/b@c@d"),
+        *("a/b/../../ink.safetensors", "a/b/../c.safetensors@v1", "../b", "a/.."),
+        *("~nobody-here/ink.safetensors", "x" * 5000),
+    ],
 )
 def test_what_is_nowhere_is_refused(source: str) -> None:
     with pytest.raises(ModelError, match="SDXL_LORAS: ink="):

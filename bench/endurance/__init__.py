@@ -1,0 +1,1 @@
+"""Whether a server holds out: under more load than it can serve, and over thousands of requests."""

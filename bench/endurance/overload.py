@@ -1,0 +1,327 @@
+"""Half to four times the load that a server can serve: what is answered, and how late.
+
+    python -m bench overload
+    python -m bench overload --batch 1 8 --seconds 30 --out overload.json
+
+A self-hosted server of the demo model on the CPU is started for each largest batch. Its capacity is
+measured with enough clients that the queue is never empty. Then requests arrive at random (open
+loop, Poisson, seeded) at 4, 0.5, 0.9, 1.5 and again 4 times that capacity. One request in four
+carries a deadline of half the time that a full queue takes.
+
+What is checked:
+- every answer is 200, 429 with Retry-After, or 504;
+- the 99th percentile of the latency of those with an image is at most the time of a full queue:
+  the waiting requests, and two runs of the largest batch (the one that was on the GPU already, and
+  its own), each at the phase's own GPU time of an image;
+- goodput at 4 times the capacity is at least 95% of the highest goodput of any phase;
+- at 4 times the capacity the GPU thread is busy for at least 97% of the time: image encoding and
+  upload overlap the next run. Busy is the sum of the runs' stages, as the answers' `timings` have
+  them (answers of one run have the same), over the time from the end of the first run to the end of
+  the last. So what is lost between runs counts, and a stage that encoding slows down does not;
+- memory and threads after the second phase at 4 times are those after the first: within 2%, and no
+  thread more.
+
+Exit status: 0 all of it holds; 1 not; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+
+from bench.endurance.growth import held
+from bench.errors import BenchError
+from bench.outputs import output_file, write_json
+from bench.service.arrivals import Arrival, Mix, arrivals
+from bench.service.processes import Server, running
+from bench.terminal import table
+
+MULTIPLES = (4.0, 0.5, 0.9, 1.5, 4.0)
+"""Of the capacity. The first phase fills every pool and buffer; the last is compared with it."""
+SHAPE = "128x128"
+WAITING = 16
+"""How many requests may wait."""
+RAMP_SECONDS = 2.0
+"""The start of a phase, in which the queue fills. Rates are those of the rest."""
+SHORT_DEADLINES = 4
+"""One request in so many has a deadline that a full queue cannot meet."""
+
+ALLOWED = frozenset({"200", "429", "504"})
+LEAST_GOODPUT = 0.95
+LEAST_BUSY = 0.97
+MOST_MEMORY = 1.02
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One request; times in seconds from the start of its phase."""
+
+    sent: float
+    ended: float
+    outcome: str
+    """The status, or why there is none. A 429 without Retry-After is not `429`."""
+    run_ms: tuple[float, ...] = ()
+    """Text encoding, denoising and decoding of its run: the same for all requests of a run."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one rate gave."""
+
+    multiple: float
+    rate: float
+    outcomes: dict[str, int]
+    goodput: float
+    """Images a second."""
+    p99_seconds: float
+    bound_seconds: float
+    """The time of a full queue."""
+    busy: float | None
+    """The GPU thread's busy share while requests wait; None where the queue may be empty."""
+    memory_mib: float
+    threads: int
+    """Both after the phase."""
+    most_threads: int
+
+
+@dataclass(frozen=True)
+class Overload:
+    """All phases of one server."""
+
+    batch: int
+    capacity: float
+    phases: tuple[Phase, ...]
+
+    def problems(self) -> list[str]:
+        """What does not hold; empty: all does."""
+        found = []
+        peak = max(phase.goodput for phase in self.phases)
+        for phase in self.phases:
+            name = f"at {phase.multiple:g} times the capacity"
+            if wrong := set(phase.outcomes) - ALLOWED:
+                found.append(f"{name} some were answered {', '.join(sorted(wrong))}")
+            if phase.p99_seconds > phase.bound_seconds:
+                found.append(
+                    f"{name} p99 was {phase.p99_seconds:.2f} s, a full queue takes "
+                    f"{phase.bound_seconds:.2f} s"
+                )
+            if phase.busy is not None and phase.busy < LEAST_BUSY:
+                found.append(f"{name} the GPU thread was busy {100 * phase.busy:.1f}% of the time")
+            if phase.multiple == max(MULTIPLES) and phase.goodput < LEAST_GOODPUT * peak:
+                found.append(f"{name} goodput was {100 * phase.goodput / peak:.0f}% of the highest")
+        first, last = self.phases[0], self.phases[-1]
+        if last.memory_mib > MOST_MEMORY * first.memory_mib:
+            found.append(f"memory grew from {first.memory_mib:.0f} to {last.memory_mib:.0f} MiB")
+        if last.threads > first.threads:
+            found.append(f"threads grew from {first.threads} to {last.threads}")
+        return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--batch", type=int, nargs="+", default=[1, 8], help="SDXL_MAX_BATCH (default: 1 8)")
+    add("--seconds", type=float, default=30.0, help="of each phase (default: 30)")
+    add("--steps", type=int, default=8, help="denoising steps (default: 8)")
+    add("--seed", type=int, default=0, help="seed of the arrivals (default: 0)")
+    add("--out", type=output_file, help="also write it here, as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit status. Raises BenchError."""
+    if options.seconds < 3 * RAMP_SECONDS or options.steps < 1 or min(options.batch) < 1:
+        raise BenchError(f"--seconds: {3 * RAMP_SECONDS:g} and more; --steps and --batch: 1")
+    from bench.harness.environment import where
+
+    described = where("cpu")  # now: the checkout may be another at the end
+    results = []
+    for batch in options.batch:
+        settings = {
+            "SDXL_MODEL": "demo",
+            "SDXL_DEVICE": "cpu",
+            "SDXL_SHAPES": SHAPE,
+            "SDXL_MAX_BATCH": str(batch),
+            "SDXL_MAX_WAITING": str(WAITING),
+            "OMP_NUM_THREADS": "1",
+        }
+        with running("the server", ["serve", "--port", "0"], settings) as server:
+            results.append(asyncio.run(_measure(server, batch, options)))
+        print(report(results[-1]), flush=True)
+    if options.out:
+        write_json(options.out, described | {"servers": [asdict(each) for each in results]})
+    return 1 if any(result.problems() for result in results) else 0
+
+
+# Measuring ---------------------------------------------------------------------------------------
+
+
+async def _measure(server: Server, batch: int, options: argparse.Namespace) -> Overload:
+    mix = Mix((), ((options.steps, 1.0),))
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(
+        base_url=server.address, timeout=120, limits=limits, trust_env=False
+    ) as client:
+        capacity = await _capacity(client, mix, batch, options.seconds / 2)
+        full_queue = (WAITING + 2 * batch) / capacity
+        phases = []
+        for number, multiple in enumerate(MULTIPLES):
+            rate = multiple * capacity
+            most = round(2 * rate * options.seconds) + 20
+            planned = arrivals(mix, rate, options.seconds, most, options.seed + number)
+            for arrival in planned[::SHORT_DEADLINES]:
+                arrival.body["deadline_seconds"] = full_queue / 2
+            watch = asyncio.create_task(_most_threads(server.process.pid))
+            answered = await _send(client, planned)
+            watch.cancel()
+            phases.append(
+                _phase(multiple, rate, options.seconds, batch, answered, server, await watch)
+            )
+            print(f"{multiple:g} times {capacity:.2f} a second: done", file=sys.stderr, flush=True)
+        return Overload(batch, capacity, tuple(phases))
+
+
+async def _capacity(client: httpx.AsyncClient, mix: Mix, batch: int, seconds: float) -> float:
+    """Images a second while more requests wait than a run can have."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    ends: list[float] = []
+    ((body, _),) = mix.bodies()
+
+    async def one_client(seed: int) -> None:
+        while loop.time() < start + seconds:
+            answered = await _one(client, body | {"seed": seed}, start)
+            if answered.outcome != "200":
+                raise BenchError(f"a request within the capacity was answered {answered.outcome}")
+            ends.append(answered.ended)
+
+    await asyncio.gather(*(one_client(number) for number in range(min(2 * batch + 2, WAITING))))
+    return _rate(ends, seconds)
+
+
+def _rate(ends: Sequence[float], seconds: float) -> float:
+    """How many a second ended, from the end of the ramp to the end of the arrivals."""
+    return sum(RAMP_SECONDS <= end <= seconds for end in ends) / (seconds - RAMP_SECONDS)
+
+
+async def _send(client: httpx.AsyncClient, planned: Sequence[Arrival]) -> list[Answered]:
+    """Send every request at its time, whether or not earlier ones have been answered."""
+    loop = asyncio.get_running_loop()
+    start = loop.time() + 0.05
+
+    async def one(arrival: Arrival) -> Answered:
+        await asyncio.sleep(start + arrival.at - loop.time())
+        return await _one(client, arrival.body, start)
+
+    return list(await asyncio.gather(*(one(arrival) for arrival in planned)))
+
+
+async def _one(client: httpx.AsyncClient, body: dict[str, Any], start: float) -> Answered:
+    loop = asyncio.get_running_loop()
+    sent = loop.time() - start
+    try:
+        answer = await client.post("/", json=body)
+    except httpx.TransportError as error:
+        return Answered(sent, loop.time() - start, type(error).__name__)
+    ended = loop.time() - start
+    outcome = str(answer.status_code)
+    if outcome == "429" and "retry-after" not in answer.headers:
+        outcome = "429 without Retry-After"
+    if outcome != "200":
+        return Answered(sent, ended, outcome)
+    timings = answer.json()["timings"]
+    stages = tuple(timings[f"{name}_ms"] for name in ("text_encode", "denoise", "vae_decode"))
+    return Answered(sent, ended, outcome, stages)
+
+
+async def _most_threads(pid: int) -> int:
+    """The most threads that the process has, until this is cancelled."""
+    most = 0
+    with suppress(asyncio.CancelledError):
+        while True:
+            most = max(most, held(pid, 0, "").threads)
+            await asyncio.sleep(0.25)
+    return most
+
+
+def _phase(
+    multiple: float,
+    rate: float,
+    seconds: float,
+    batch: int,
+    answered: Sequence[Answered],
+    server: Server,
+    most_threads: int,
+) -> Phase:
+    ok = [each for each in answered if each.outcome == "200"]
+    if not ok:
+        raise BenchError(f"no request was answered with an image at {rate:.2f} a second")
+    runs = Counter(each.run_ms for each in ok)
+    gpu_seconds = sum(map(sum, runs)) / 1000 / len(ok)
+    now = held(server.process.pid, 0, "")
+    return Phase(
+        multiple,
+        rate,
+        dict(Counter(each.outcome for each in answered)),
+        _rate([each.ended for each in ok], seconds),
+        float(np.percentile([each.ended - each.sent for each in ok], 99)),
+        (WAITING + 2 * batch) * gpu_seconds,
+        busy_share(ok, seconds) if multiple == max(MULTIPLES) else None,
+        now.memory_mib,
+        now.threads,
+        most_threads,
+    )
+
+
+def busy_share(answered: Sequence[Answered], seconds: float) -> float:
+    """The sum of the runs' stages over the time they took, while the queue was not empty."""
+    ends: dict[tuple[float, ...], float] = {}
+    for each in answered:
+        if RAMP_SECONDS <= each.ended <= seconds:
+            ends[each.run_ms] = min(each.ended, ends.get(each.run_ms, each.ended))
+    runs = sorted(ends, key=ends.__getitem__)
+    if len(runs) < 2:
+        raise BenchError("too few runs: a longer phase is needed (--seconds)")
+    busy = sum(map(sum, runs[1:])) / 1000
+    return busy / (ends[runs[-1]] - ends[runs[0]])
+
+
+# Reporting ---------------------------------------------------------------------------------------
+
+
+def report(result: Overload) -> str:
+    header = ("load", "rate/s", "goodput/s", "p99 s", "full queue s", "GPU busy", "MiB", "threads",
+              "most", "answers")  # fmt: skip
+    rows = [
+        (
+            f"{phase.multiple:g}x",
+            f"{phase.rate:.2f}",
+            f"{phase.goodput:.2f}",
+            f"{phase.p99_seconds:.2f}",
+            f"{phase.bound_seconds:.2f}",
+            "" if phase.busy is None else f"{100 * phase.busy:.1f}%",
+            f"{phase.memory_mib:.0f}",
+            str(phase.threads),
+            str(phase.most_threads),
+            ", ".join(f"{count} x {name}" for name, count in sorted(phase.outcomes.items())),
+        )
+        for phase in result.phases
+    ]
+    problems = result.problems()
+    return "\n".join(
+        [
+            f"batches of up to {result.batch}: capacity {result.capacity:.2f} images a second",
+            "",
+            table(header, rows),
+            "",
+            *(problems or ["it holds"]),
+            "",
+        ]
+    )

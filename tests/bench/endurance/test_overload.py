@@ -1,0 +1,78 @@
+"""The verdicts of `bench overload` and `bench soak`, on made-up outcomes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bench.endurance.growth import Held
+from bench.endurance.overload import Answered, Overload, Phase, busy_share
+from bench.endurance.soak import KINDS, Soak
+
+PHASE = Phase(4.0, 12.0, {"200": 90, "429": 300, "504": 9}, 3.0, 4.0, 6.0, 0.98, 600.0, 12, 14)
+PHASES = (
+    PHASE,
+    replace(PHASE, multiple=0.5, rate=1.5, goodput=1.5, busy=None),
+    replace(PHASE, multiple=1.5, rate=4.5, goodput=3.1),
+    PHASE,
+)
+
+
+def problems(*phases: Phase) -> list[str]:
+    return Overload(1, 3.0, phases).problems()
+
+
+def test_a_server_that_holds_has_no_problems() -> None:
+    assert not problems(*PHASES)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(PHASE, outcomes={"200": 1, "500": 1}),
+        replace(PHASE, outcomes={"200": 1, "429 without Retry-After": 1}),
+        replace(PHASE, outcomes={"200": 1, "ReadTimeout": 1}),
+        replace(PHASE, p99_seconds=6.1),
+        replace(PHASE, goodput=2.9),
+        replace(PHASE, busy=0.96),
+        replace(PHASE, memory_mib=613.0),
+        replace(PHASE, threads=13),
+    ],
+)
+def test_each_thing_that_does_not_hold_is_a_problem(changed: Phase) -> None:
+    assert len(problems(*PHASES[:-1], changed)) == 1
+
+
+def answers(run_seconds: float, gap_seconds: float, batch: int = 2) -> list[Answered]:
+    """Runs one after the other, with a gap; both answers of a run have its times."""
+    made = []
+    for run in range(20):
+        end = 2.0 + (run + 1) * (run_seconds + gap_seconds)
+        stages = (0.1, 1000 * run_seconds - 0.2 + run * 1e-6, 0.1)
+        made += [Answered(0.0, end + late / 1000, "200", stages) for late in range(batch)]
+    return made
+
+
+def test_the_busy_share_counts_each_run_once_and_the_gaps_between_them() -> None:
+    assert busy_share(answers(0.5, 0.0), 30) == pytest.approx(1, abs=1e-4)
+    assert busy_share(answers(0.5, 0.05), 30) == pytest.approx(0.5 / 0.55, abs=1e-4)
+
+
+def soak(**changed: object) -> Soak:
+    samples = [Held(number, 600.0, 13, 17, 2000) for number in range(0, 1000, 10)]
+    return replace(Soak(1000, 8, {}, {"text": {"200": 9}}, samples), **changed)  # type: ignore[arg-type]
+
+
+def test_a_soak_holds_without_wrong_answers_growth_or_anything_left() -> None:
+    assert soak().holds
+    assert not soak(outcomes={"text": {"200": 9, "500": 1}}).holds
+    assert not soak(in_flight=1.0).holds
+    assert not soak(tracebacks=1).holds
+    leaking = [replace(each, files=17 + each.requests // 100) for each in soak().samples]
+    assert not soak(samples=leaking).holds
+
+
+def test_no_kind_may_be_answered_with_a_server_error() -> None:
+    allowed = {outcome for kind in KINDS.values() for outcome in kind.allowed}
+    assert {each for each in allowed if each.startswith("5")} == {"504"}

@@ -1,0 +1,250 @@
+"""Every parser of what a client sends: any input gives a value or the documented error, and no
+error repeats the input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import h11
+import httpx
+import pytest
+from fastapi.exceptions import RequestValidationError
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from metrics.tracing import drawn_identity
+from serve.engine.call import Call
+from serve.errors import InvalidRequest, RequestError
+from serve.http.error_responses import error_body, field_problems
+from serve.http.gateway.image_app_errors import error_type_of, explain
+from serve.http.image_responses import as_image_request, wants_image
+from serve.http.middleware import _trace_carrier
+from serve.http.openai.schema import ImageGenerationRequest
+from serve.http.sockets.connections import MAX_HEAD_BYTES, _CheckedParser
+from serve.schema import ImageToImageRequest, PromptRequest, TextToImageRequest
+
+pytestmark = pytest.mark.parser
+
+MARK = "Zq7pXw"
+"""In every value that is sent, and in no answer."""
+
+
+def marked(text: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.tuples(text, text).map(lambda pair: pair[0] + MARK + pair[1])
+
+
+# Requests
+
+
+def shown(error: RequestError, path: str) -> str:
+    """The body of an error's answer."""
+    return json.dumps(error_body(error, Call(path, "POST", drawn_identity())))
+
+
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | marked(st.text(max_size=20))
+    | st.sampled_from(["square", "jpeg", "auto", "1024x1024", "768 x 768", "v1", "low", "url"])
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["width", "path", "scale", "height"]), inner)
+    ),
+    max_leaves=5,
+)
+
+
+def bodies(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
+    """Bodies of fields that the model has, each with any value, and of one that it has not."""
+    names = st.sampled_from([*model.model_fields, "nonsense"])
+    good = {"prompt": "a circle", "image_url": "data:"}
+    return st.tuples(st.dictionaries(names, VALUES, max_size=4), st.booleans()).map(
+        lambda drawn: (
+            ({k: v for k, v in good.items() if k in model.model_fields} if drawn[1] else {})
+            | drawn[0]
+        )
+    )
+
+
+@pytest.mark.parametrize("model", [TextToImageRequest, ImageToImageRequest, PromptRequest])
+@given(data=st.data())
+def test_any_fields_are_a_request_or_an_error_without_their_values(
+    model: type[TextToImageRequest], data: st.DataObject
+) -> None:
+    body = data.draw(bodies(model))
+    try:
+        request = model.model_validate(body)
+    except ValidationError as error:
+        problem = InvalidRequest(field_problems(error.errors(), ("body",)))
+        assert MARK not in shown(problem, "/")
+    else:
+        again = model.model_validate_json(request.model_dump_json())
+        assert again == request
+        assert len(request.size) == 2
+
+
+@given(bodies(ImageGenerationRequest), st.integers(1, 100), st.booleans())
+def test_any_fields_of_openais_api_are_a_request_or_an_error_without_their_values(
+    body: dict[str, Any], model_steps: int, fixed_steps: bool
+) -> None:
+    problems: Sequence[Any]
+    try:
+        request = ImageGenerationRequest.model_validate(body)
+        ours = request.text_to_image(model_steps, fixed_steps)
+    except (ValidationError, RequestValidationError) as error:
+        problems = error.errors()
+        answer = shown(InvalidRequest(field_problems(problems)), "/v1/images/generations")
+        assert MARK not in answer
+    else:
+        assert ours.prompt == request.prompt
+        assert request.response_quality
+
+
+# Headers
+
+TYPES = st.sampled_from(
+    [
+        "image/png",
+        "image/*",
+        "IMAGE/WebP",
+        "application/json",
+        "*/*",
+        "q=0",
+        ";q=0.0",
+        ",",
+        "; ",
+        "=",
+    ]
+)
+ACCEPT = st.lists(TYPES | st.text(max_size=5), max_size=6).map("".join)
+
+
+@given(ACCEPT)
+def test_any_accept_header_means_json_an_image_or_an_error(accept: str) -> None:
+    request = TextToImageRequest(prompt="a circle")
+    if wants_image(accept):
+        with contextlib.suppress(RequestError):  # not acceptable
+            chosen = as_image_request(request, accept)
+            named = chosen.format == request.format or f"image/{chosen.format}" in accept.lower()
+            assert named
+
+
+@given(st.lists(st.tuples(st.sampled_from(["traceparent", "tracestate"]), st.text(max_size=60))))
+def test_any_trace_headers_are_a_carrier(pairs: list[tuple[str, str]]) -> None:
+    from starlette.datastructures import Headers
+
+    raw = [(name.encode(), value.encode()) for name, value in pairs]
+    carrier = _trace_carrier(Headers(raw=raw))
+    assert bool(carrier) == (sum(name == "traceparent" for name, _ in pairs) == 1)
+
+
+# Heads and chunks of a body, as bytes
+
+PIECES = st.sampled_from(
+    [
+        *(b"GET ", b"POST ", b"/", b" HTTP/1.1", b" HTTP/1.0", b" HTTP/2", b"\r\n", b"\n", b"\r"),
+        *(
+            b"Host: x\r\n",
+            b"Content-Length: ",
+            b"Transfer-Encoding: chunked\r\n",
+            b"0",
+            b"5",
+            b"-1",
+        ),
+        *(b"\r\n\r\n", b"ffffffffffffffffff", b";a=b", b" ", b"\t", b"\0", b"\xff", b"X: "),
+        *(
+            MARK.encode(),
+            b"Expect: 100-continue\r\n",
+            b"hello",
+            b"Connection: close\r\n",
+            b"A" * 9000,
+        ),
+    ]
+)
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
+
+
+def parsed(chunks: Sequence[bytes]) -> tuple[list[str], bytes, RequestError | None]:
+    """The events of one request, its body, and why it is refused."""
+    parser = _CheckedParser(h11.SERVER, MAX_HEAD_BYTES)
+    events, body = [], b""
+    for chunk in chunks:
+        parser.receive_data(chunk)
+        while (event := parser.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
+            if isinstance(event, h11.Data):
+                body += event.data
+            else:
+                events.append(type(event).__name__)
+    return events, body, parser.problem
+
+
+def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
+    ends = sorted({place % (len(data) + 1) for place in places})
+    starts = [0, *ends]
+    chunks = [data[start:end] for start, end in zip(starts, [*ends, len(data)], strict=True)]
+    return [chunk for chunk in chunks if chunk]  # empty would mean the end
+
+
+@given(st.lists(PIECES, max_size=12), st.booleans(), st.lists(st.integers(0, 500), max_size=4))
+def test_any_bytes_are_parsed_the_same_however_they_arrive(
+    pieces: list[bytes], begun: bool, places: list[int]
+) -> None:
+    data = (HEAD if begun else b"") + b"".join(pieces)
+    whole = parsed([data] if data else [])
+    *events, problem = parsed(cut(data, places))
+    assert type(problem) is type(whole[2])
+    assert events[0] == whole[0]
+    if problem is not None:
+        assert 400 <= problem.status < 500
+        assert MARK not in problem.message + str(dict(problem.headers))
+    else:
+        assert events[1] == whole[1]
+
+
+@given(st.lists(st.binary(min_size=1, max_size=50), max_size=5), st.lists(st.integers(0, 300)))
+def test_a_chunked_body_is_its_chunks(chunks: list[bytes], places: list[int]) -> None:
+    data = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    for chunk in chunks:
+        data += b"%x;name=value\r\n%b\r\n" % (len(chunk), chunk)
+    data += b"0\r\nTrailer-Field: 1\r\n\r\n"
+    events, body, problem = parsed(cut(data, places))
+    assert problem is None
+    assert body == b"".join(chunks)
+    assert events == ["Request", "EndOfMessage"]
+
+
+# What the gateway gets from the image app's address
+
+
+@given(
+    st.integers(200, 599),
+    st.binary(max_size=40)
+    | VALUES.map(lambda value: json.dumps({"error_type": value}).encode())
+    | VALUES.map(lambda value: json.dumps(value).encode()),
+    st.text(st.characters(max_codepoint=255, exclude_categories=["Cc"]), max_size=8),
+)
+def test_any_answer_of_the_image_app_is_explained_without_its_text(
+    status: int, content: bytes, retry_after: str
+) -> None:
+    headers = [(b"retry-after", retry_after.encode("latin-1"))]
+    answer = httpx.Response(status, content=content, headers=headers)
+    kind = error_type_of(answer)
+    assert kind is None or (kind.isidentifier() and kind == kind.lower())
+    error = explain(answer)
+    assert error.status in (429, 502, 504)
+    assert MARK not in error.message
+    assert dict(error.headers).get("Retry-After", "0").isdecimal()
+
+
+def test_a_digit_that_is_no_number_is_no_time_to_retry_after() -> None:
+    answer = httpx.Response(429, headers=[(b"retry-after", "²".encode("latin-1"))])
+    assert "Retry-After" not in explain(answer).headers
