@@ -122,6 +122,7 @@ def _build_metrics(settings: ServeSettings, registry: CollectorRegistry) -> Gene
         error_types=ERROR_TYPES,
         rejections=REJECTIONS,
         loras=[each.name for each in settings.loras],
+        api_keys=[each.name for each in settings.api_keys],
         bucket_families=bucket_families(settings),
         build={
             "version": __version__,
