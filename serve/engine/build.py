@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -46,21 +44,6 @@ if TYPE_CHECKING:
 
 from serve.engine.runtime import ENDPOINTS, Runtime
 
-_M_ARENA_MAX = -8
-"""From glibc's malloc.h."""
-MOST_ARENAS = 2
-
-
-def limit_arenas() -> None:
-    """Let all threads share few of the allocator's arenas.
-
-    glibc gives each thread one of its own, and an arena keeps what its thread has freed. Images are
-    made, encoded and decoded on a dozen threads: the memory in use stayed the same and resident
-    memory grew with every request. Other C libraries have no such limit.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, MOST_ARENAS)
-
 
 def build_runtime(
     settings: ServeSettings,
@@ -81,7 +64,6 @@ def build_runtime(
     Raises:
         ConfigurationError: a folder of profiles or of compiled code cannot be used.
     """
-    limit_arenas()
     try:
         use_trusted_folders()
     except UntrustedFolder as error:
