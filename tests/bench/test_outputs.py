@@ -13,7 +13,12 @@ from bench.__main__ import COMMANDS
 from bench.errors import BenchError
 from bench.outputs import check_can_write, check_folder, output_file, output_folder
 
-INPUTS = {("show", "file"), ("kernels", "launches"), ("compare", "files")}
+INPUTS = {
+    ("show", "file"),
+    ("kernels", "launches"),
+    ("compare", "files"),
+    ("capacity", "results"),
+}
 """Options and arguments that name a file to read."""
 
 
@@ -54,6 +59,7 @@ def test_a_command_stops_before_its_work(
     needed = {
         "show": [str(tmp_path)],
         "load": ["--url", "http://127.0.0.1:9"],
+        "capacity": ["--rate", "1", "--p95", "1", "--results", str(tmp_path)],
         "precompile": ["--scenario", "served"],
     }
     nowhere = tmp_path / "nowhere" / "result.json"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +17,21 @@ from serve.engine.call import Call
 from serve.engine.runtime import Runtime
 from serve.schema import TextToImageRequest
 from serve.settings import ServeSettings
+
+
+@pytest.fixture
+def logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo `configure_logging` after the test."""
+    root, factory = logging.getLogger(), logging.getLogRecordFactory()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.setLogRecordFactory(factory)
 
 
 @pytest.fixture(scope="session")

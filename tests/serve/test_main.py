@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.__main__ import main
 from serve.server import bind
 from tests.support import forked
 from tests.support.processes import ROOT, clean_environment
@@ -71,11 +73,37 @@ def test_servers_are_imported_without_a_model_library(module: str) -> None:
     ],
 )
 def test_a_wrong_setting_stops_the_start_with_a_sentence(
-    environment: dict[str, str], said: str
+    environment: dict[str, str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output = refused(**environment)
-    assert said in output
-    assert len(output.splitlines()) == 1
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert not printed.out
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
+def test_ray_is_refused_where_it_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # it sets variables of Ray's
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["ray", "--replicas", "2"]) == 2
+    assert "stepspan[ray,model]" in capsys.readouterr().err
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+@pytest.mark.usefixtures("logging_as_it_was")
+def test_the_doctor_knows_backends_by_any_spelling(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--no-send", "--backend", "honey-comb"]) == 1  # no endpoint is set
+    assert main(["doctor", "--no-send", "--backend", "nobody"]) == 2
+    assert "Honeycomb" in capsys.readouterr().err
 
 
 def test_a_busy_port_is_an_error() -> None:
