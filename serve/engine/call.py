@@ -89,6 +89,7 @@ class Call:
     def finish(self, status_code: int) -> RequestTiming:
         """Freeze the call. It ends now."""
         self.finished = True
+        self.cancellation.forget()
         return self.timeline.finish(
             endpoint=self.endpoint,
             method=self.method,

@@ -43,6 +43,17 @@ class Cancellation:
                 return
         callback()
 
+    def forget(self) -> None:
+        """The request has ended. Let go of what the callbacks and the reason's traceback hold.
+
+        Both hold the request, which holds this: a cycle that keeps its images until a full garbage
+        collection, which a server has every few thousand requests.
+        """
+        with self._lock:
+            self._callbacks = []
+            if self._reason is not None:
+                self._reason.__traceback__ = None
+
     def raise_if_cancelled(self) -> None:
         if self._reason is not None:
             # Raised more than once; each traceback would otherwise be added to the last.

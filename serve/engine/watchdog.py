@@ -74,20 +74,20 @@ class Watchdog:
         loop."""
         loop = asyncio.get_running_loop()
 
-        def give_up_if_silent() -> None:
-            left = GIVE_UP_SECONDS - self._gpu.silent_seconds()
-            if queued.future.done():
-                return
-            if left > 0:
-                loop.call_later(left, give_up_if_silent)
-            else:
-                self._queue.give_up(queued)
-
         def cancelled() -> None:  # on any thread
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(give_up_if_silent)
+                loop.call_soon_threadsafe(self._give_up_if_silent, loop, queued)
 
         queued.call.cancellation.when_cancelled(cancelled)
+
+    def _give_up_if_silent(self, loop: asyncio.AbstractEventLoop, queued: QueuedRequest) -> None:
+        if queued.future.done():
+            return
+        left = GIVE_UP_SECONDS - self._gpu.silent_seconds()
+        if left > 0:
+            loop.call_later(left, self._give_up_if_silent, loop, queued)
+        else:
+            self._queue.give_up(queued)
 
     def _watch(self) -> None:
         hung = False

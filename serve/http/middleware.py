@@ -324,6 +324,7 @@ async def _end_work(call: Call) -> None:
             await asyncio.wait({call.work})
     if not call.work.cancelled():
         call.work.exception()  # already handled; unless retrieved, asyncio logs it with its text
+    call.work = None  # its context has the call: a cycle
 
 
 def _finish(service: Service, call: Call, response: _ResponseWatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import resource
 import signal
@@ -19,11 +20,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity, TraceSampling
+from metrics.timeline import RequestTimeline
 from serve import server
-from serve.engine.call import the_call
+from serve.engine.call import Call, the_call
+from serve.engine.gpu_run import GeneratedPixels
 from serve.engine.readiness import State
 from serve.engine.runtime import ENDPOINTS, Runtime
 from serve.engine.waiting.estimates import EVIDENCE_RUNS
+from serve.engine.waiting.request_queue import QueuedRequest
 from serve.errors import ConfigurationError
 from serve.http.middleware import RequestMiddleware
 from serve.http.request_body import MAX_BODY_BYTES
@@ -85,6 +89,31 @@ def test_a_request_is_answered(app: FastAPI) -> None:
         "prompt_truncated",
         "prompt_tokens",
     }
+
+
+def test_an_ended_request_is_freed_without_garbage_collection(app: FastAPI) -> None:
+    """In a cycle its images would stay until a full collection, thousands of requests later."""
+
+    async def requests() -> None:
+        async with client(app) as http:
+            for path in ("/", "/stream", "/v1/images/generations"):
+                answer = await http.post(path, json={"prompt": PROMPT, "num_inference_steps": 2})
+                assert answer.status_code == 200
+            answer = await http.post("/", json=valid(deadline_seconds=1e-3))
+            assert answer.status_code == 504
+
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        asyncio.run(requests())
+        gc.collect()
+        kept = {type(each) for each in gc.garbage}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert kept.isdisjoint({Call, QueuedRequest, GeneratedPixels, RequestTimeline})
 
 
 @pytest.mark.parametrize(
