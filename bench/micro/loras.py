@@ -153,8 +153,8 @@ async def _pairs(options: argparse.Namespace, device: str, file: Path) -> list[t
     from serve.engine.call import Call
     from serve.errors import ModelError
     from serve.schema import TextToImageRequest, Timings
-    from serve.setting_fields import LoraSource
     from serve.settings import ServeSettings
+    from serve.settings.fields import LoraSource
 
     settings = ServeSettings(
         model=options.model,

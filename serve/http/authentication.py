@@ -22,10 +22,10 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from serve.api_keys import ApiKey, digest_of, is_same, matching
 from serve.engine.call import Call
 from serve.errors import KeyLimitReached, Unauthorized
 from serve.http.service import Service
+from serve.settings.api_keys import ApiKey, digest_of, is_same, matching
 
 OPEN_PATHS = ("/health", "/ready")
 PAGE_FILES = "/playground/"

@@ -13,8 +13,8 @@ from ipaddress import ip_address
 from urllib.parse import unquote
 
 from metrics.batch_sizes import MAX_EXPORT_BATCH_SIZE
-from serve.otlp_checks import shown_header_name
 from serve.settings import ServeSettings, variables_without_effect
+from serve.settings.otlp_checks import shown_header_name
 from serve.telemetry.backends import (
     BACKENDS,
     Backend,

@@ -21,8 +21,8 @@ pytestmark = [
 from kernels_warmup.shapes import CompiledShape  # noqa: E402
 from serve.engine.build import build_runtime  # noqa: E402
 from serve.model.loading import load_model  # noqa: E402
-from serve.setting_fields import LoraSource  # noqa: E402
 from serve.settings import ServeSettings  # noqa: E402
+from serve.settings.fields import LoraSource  # noqa: E402
 from tests.serve.engine.demo_runtime import counted, generate, new_call, pixels  # noqa: E402
 from tests.support import loras  # noqa: E402
 

@@ -10,9 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.api_keys import LONGEST_KEY, SHORTEST_KEY, ApiKey, digest_of, matching, parse_api_keys
 from serve.errors import ConfigurationError
 from serve.settings import ServeSettings, load_settings
+from serve.settings.api_keys import (
+    LONGEST_KEY,
+    SHORTEST_KEY,
+    ApiKey,
+    digest_of,
+    matching,
+    parse_api_keys,
+)
 
 OLD = "Wm4tZc8NvR2qLx6Y"
 NEW = "pK7dHs3BgF9jTe5A=:+/"

@@ -17,7 +17,13 @@ from prometheus_client import CollectorRegistry
 
 from metrics.catalogue import GenerationMetrics
 from serve.errors import ConfigurationError
-from serve.settings import ServeSettings, environment_name, load_settings, variables_without_effect
+from serve.settings import (
+    ServeSettings,
+    environment,
+    environment_name,
+    load_settings,
+    variables_without_effect,
+)
 from serve.telemetry.finding import Severity
 from serve.telemetry.settings_checks import check_settings
 from serve.telemetry.setup import build_push, build_resource, build_sampling, build_tracing
@@ -94,7 +100,7 @@ def test_the_table_is_what_the_code_knows() -> None:
     # A switch that the SDK reads by itself; only its form is checked here.
     honoured.add("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED")
     assert set(named("honoured")) == honoured
-    from serve import otel_variables
+    from serve.settings import otel_variables
 
     assert set(named("not applicable")) == set(otel_variables.NOT_APPLICABLE)
     assert set(named("refused")) == set(otel_variables.RESTRICTED) - honoured
@@ -225,7 +231,7 @@ def test_an_honoured_variable_changes_the_telemetry(
         value = str(both)
     elif name.endswith("_CLIENT_CERTIFICATE"):
         monkeypatch.setenv(name.replace("CERTIFICATE", "KEY"), files["KEY"])
-        monkeypatch.setattr("serve.settings.refuse_unusable_certificates", lambda _: None)
+        monkeypatch.setattr(environment, "refuse_unusable_certificates", lambda _: None)
     before = built_telemetry(CollectorRegistry())
     monkeypatch.setenv(name, files.get(value, value))
     assert built_telemetry(CollectorRegistry()) != before

@@ -18,10 +18,10 @@ from metrics import buckets
 from serve.errors import ConfigurationError, ModelError
 from serve.model.hub import first_line
 from serve.model.loras import sources
-from serve.otel_variables import RESTRICTED, refuse, without_effect
-from serve.setting_fields import LORA_NAME, LoraSource, parse_loras
 from serve.settings import ServeSettings, environment_name, load_settings
-from serve.telemetry_settings import resource_attributes
+from serve.settings.fields import LORA_NAME, LoraSource, parse_loras
+from serve.settings.otel_variables import RESTRICTED, refuse, without_effect
+from serve.settings.telemetry import resource_attributes
 
 pytestmark = pytest.mark.parser
 

@@ -16,8 +16,8 @@ from opentelemetry.util.re import parse_env_headers
 
 from kernels_warmup.shapes import CompiledShape
 from serve.errors import ConfigurationError
-from serve.setting_fields import LoraSource
 from serve.settings import ServeSettings, environment_name, load_settings
+from serve.settings.fields import LoraSource
 from tests.support.certificates import client_certificate, self_signed
 from tests.support.processes import clean_environment
 
@@ -381,7 +381,7 @@ def test_no_other_module_reads_a_setting_from_the_environment() -> None:
         if re.search(r"os\.(environ|getenv)|from os import", path.read_text())
     }
     assert reading <= {
-        "serve/settings.py",
+        "serve/settings/environment.py",
         "serve/telemetry/logs.py",  # writes a variable for transformers
         "serve/__main__.py",  # writes variables for Ray
         "serve/model/loading.py",  # writes a variable for huggingface_hub

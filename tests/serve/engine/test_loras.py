@@ -21,7 +21,7 @@ from serve.engine.runtime import OPENAI_IMAGES, Runtime
 from serve.errors import InvalidRequest, ModelError, OutOfMemory
 from serve.model.loading import load_model
 from serve.server import create_app
-from serve.setting_fields import parse_loras
+from serve.settings.fields import parse_loras
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels, settings
 from tests.support import loras

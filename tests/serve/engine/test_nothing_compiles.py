@@ -31,7 +31,7 @@ from serve.engine.runtime import Runtime
 from serve.errors import InvalidRequest
 from serve.model.loading import load_model
 from serve.schema import EXAMPLE_PICTURE, ImageToImageRequest
-from serve.setting_fields import parse_loras
+from serve.settings.fields import parse_loras
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels, settings
 from tests.support import loras

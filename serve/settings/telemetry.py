@@ -2,8 +2,8 @@
 
 `serve.settings.load_settings` reads them together with all others. OpenTelemetry's exporters read
 some of them from the environment once more, so a value that they would read in another way, or
-would answer with a traceback, is refused here. `serve.otel_variables` has the standard variables
-that this service does not read.
+would answer with a traceback, is refused here. `serve.settings.otel_variables` has the standard
+variables that this service does not read.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from metrics.batch_sizes import MOST_SPANS_PER_REQUEST
-from serve.otlp_checks import is_http_url
-from serve.setting_fields import (
+from serve.settings.fields import (
     TRUE_OR_FALSE,
     Compression,
     Ratio,
@@ -32,6 +31,7 @@ from serve.setting_fields import (
     otlp_url_field,
     pem_file_field,
 )
+from serve.settings.otlp_checks import is_http_url
 
 DEFAULT_TIMEOUT_SECONDS = 10.0
 
