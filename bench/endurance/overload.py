@@ -18,8 +18,12 @@ What is checked:
   upload overlap the next run. Busy is the sum of the runs' stages, as the answers' `timings` have
   them (answers of one run have the same), over the time from the end of the first run to the end of
   the last. So what is lost between runs counts, and a stage that encoding slows down does not;
-- memory and threads after the second phase at 4 times are those after the first: within 2%, and no
-  thread more.
+- memory and threads after the last phase are at most the largest after an earlier one: within 2%,
+  and no thread more. (Runs of each number of images fill buffers of their own, so the first phase
+  does not fill all. `bench soak` measures growth.)
+
+The model has one thread, which stands for a GPU. Requests should still be few for the machine,
+since they take a share of its cores: so the runs are as long as a GPU's, 30 steps.
 
 Exit status: 0 all of it holds; 1 not; 2 wrong usage.
 """
@@ -46,7 +50,7 @@ from bench.service.processes import Server, running
 from bench.terminal import table
 
 MULTIPLES = (4.0, 0.5, 0.9, 1.5, 4.0)
-"""Of the capacity. The first phase fills every pool and buffer; the last is compared with it."""
+"""Of the capacity. The last phase is compared with those before."""
 SHAPE = "128x128"
 WAITING = 16
 """How many requests may wait."""
@@ -118,11 +122,13 @@ class Overload:
                 found.append(f"{name} the GPU thread was busy {100 * phase.busy:.1f}% of the time")
             if phase.multiple == max(MULTIPLES) and phase.goodput < LEAST_GOODPUT * peak:
                 found.append(f"{name} goodput was {100 * phase.goodput / peak:.0f}% of the highest")
-        first, last = self.phases[0], self.phases[-1]
-        if last.memory_mib > MOST_MEMORY * first.memory_mib:
-            found.append(f"memory grew from {first.memory_mib:.0f} to {last.memory_mib:.0f} MiB")
-        if last.threads > first.threads:
-            found.append(f"threads grew from {first.threads} to {last.threads}")
+        *before, last = self.phases
+        memory_mib = max(phase.memory_mib for phase in before)
+        threads = max(phase.threads for phase in before)
+        if last.memory_mib > MOST_MEMORY * memory_mib:
+            found.append(f"memory grew from {memory_mib:.0f} to {last.memory_mib:.0f} MiB")
+        if last.threads > threads:
+            found.append(f"threads grew from {threads} to {last.threads}")
         return found
 
 
@@ -130,7 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--batch", type=int, nargs="+", default=[1, 8], help="SDXL_MAX_BATCH (default: 1 8)")
     add("--seconds", type=float, default=30.0, help="of each phase (default: 30)")
-    add("--steps", type=int, default=8, help="denoising steps (default: 8)")
+    add("--steps", type=int, default=30, help="denoising steps (default: 30)")
     add("--seed", type=int, default=0, help="seed of the arrivals (default: 0)")
     add("--out", type=output_file, help="also write it here, as JSON")
 
