@@ -198,7 +198,9 @@ def checked_url(url: str, *, anywhere: bool) -> str:
         _ = parts.port
     except ValueError as error:
         raise BenchError(f"--url {url!r} is not allowed; http://HOST:PORT is") from error
-    if parts.scheme not in ("http", "https") or not host:
+    # `urlsplit` drops spaces and line breaks, which whoever opens the URL does not.
+    visible = all("!" <= character <= "~" for character in url)
+    if parts.scheme not in ("http", "https") or not host or not visible:
         raise BenchError(f"--url {url!r} is not allowed; http://HOST:PORT is")
     if not anywhere and not _is_this_machine(host):
         raise BenchError(

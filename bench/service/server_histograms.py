@@ -71,6 +71,8 @@ def parse(text: str, endpoint: str = "/", outcome: str = "ok") -> Histogram | No
             if labels.get("endpoint") != endpoint or labels.get("outcome") != outcome:
                 continue
             if sample.name.endswith("_bucket"):
+                if "le" not in labels:
+                    raise ValueError("a bucket has no bound")
                 cumulative[float(labels["le"])] = sample.value
             elif sample.name.endswith("_sum"):
                 total = sample.value

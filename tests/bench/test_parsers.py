@@ -7,7 +7,7 @@ import contextlib
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
@@ -33,6 +33,7 @@ LINES = st.sampled_from(
 
 
 @given(st.lists(LINES | st.text(max_size=10), max_size=6).map("\n".join))
+@example(f'# TYPE {HISTOGRAM} histogram\n{HISTOGRAM}_bucket{{endpoint="/",outcome="ok"}} 4')
 def test_any_metrics_are_a_histogram_none_or_a_value_error(text: str) -> None:
     with contextlib.suppress(ValueError):
         found = parse(text)
@@ -86,6 +87,7 @@ URLS = st.lists(
 
 
 @given(URLS)
+@example(" http://127.0.0.1")
 def test_any_url_is_of_this_machine_or_refused(url: str) -> None:
     with contextlib.suppress(BenchError):
         assert load.checked_url(url, anywhere=False).startswith("http")
