@@ -26,11 +26,11 @@ from typing import Any
 import httpx
 import numpy as np
 
-from bench.capacity.plan import _count, _positive
 from bench.capacity.queueing import MDc
 from bench.capacity.service_times import MODEL_STAGES, ServiceTimes
 from bench.capacity.simulation import replay, simulate
 from bench.errors import BenchError
+from bench.option_types import count, positive
 from bench.outputs import output_file, write_json
 from bench.service.arrivals import Arrival, Mix, arrivals
 from bench.service.load import checked_url
@@ -146,10 +146,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--url", required=True, help="the service's URL, or its proxy's")
-    add("--replicas", type=_count, default=1, help="servers behind it (default: 1)")
-    add("--rate", type=_positive, required=True, metavar="R", help="requests a second")
-    add("--requests", type=_count, default=200, help="how many are sent (default: 200)")
-    add("--steps", type=_count, default=20, help="denoising steps of each (default: 20)")
+    add("--replicas", type=count, default=1, help="servers behind it (default: 1)")
+    add("--rate", type=positive, required=True, metavar="R", help="requests a second")
+    add("--requests", type=count, default=200, help="how many are sent (default: 200)")
+    add("--steps", type=count, default=20, help="denoising steps of each (default: 20)")
     add("--seed", type=int, default=0, help="seed of the arrivals (default: 0)")
     add("--out", type=output_file, metavar="FILE", help="also write what was seen, as JSON")
     options = parser.parse_args(arguments)

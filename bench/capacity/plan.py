@@ -29,6 +29,7 @@ from bench.capacity.service_times import ServiceTimes, read
 from bench.capacity.simulation import Routing, Simulated, simulate
 from bench.capacity.trace_volume import trace_volume
 from bench.errors import BenchError
+from bench.option_types import count, positive, share
 from bench.outputs import output_file, write_json
 from bench.terminal import table
 
@@ -41,8 +42,8 @@ MONTH = 30 * 24 * 3600
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--rate", type=_positive, required=True, metavar="R", help="requests a second")
-    add("--p95", type=_positive, required=True, metavar="S", help="seconds")
+    add("--rate", type=positive, required=True, metavar="R", help="requests a second")
+    add("--p95", type=positive, required=True, metavar="S", help="seconds")
     add("--results", type=Path, required=True, metavar="FILE", help="a result file")
     add(
         "--scenario",
@@ -51,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="scenarios of the file, one for each size of runs (default: default, batch-N)",
     )
-    add("--max-batch", type=_count, default=1, help="as SDXL_MAX_BATCH (default: 1)")
-    add("--max-waiting", type=_count, default=32, help="as SDXL_MAX_WAITING (default: 32)")
+    add("--max-batch", type=count, default=1, help="as SDXL_MAX_BATCH (default: 1)")
+    add("--max-waiting", type=count, default=32, help="as SDXL_MAX_WAITING (default: 32)")
     add(
         "--routing",
         choices=get_args(Routing),
@@ -62,54 +63,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--most-busy",
-        type=_share,
+        type=share,
         default=0.9,
         help="replicas that are busier are too few: their queues grow for longer than is "
         "simulated, and a rise of the rate has no room (default: 0.9)",
     )
-    add("--replicas", type=_count, nargs="+", help="show these numbers, and search for none")
-    add("--price-per-hour", type=_positive, metavar="X", help="of one replica's machine")
-    add("--sample-rate", type=_share, default=1.0, help="as OTEL_SAMPLE_RATE (default: 1)")
-    add("--cold-start", type=_positive, metavar="S", help="seconds until a new replica is ready")
+    add("--replicas", type=count, nargs="+", help="show these numbers, and search for none")
+    add("--price-per-hour", type=positive, metavar="X", help="of one replica's machine")
+    add("--sample-rate", type=share, default=1.0, help="as OTEL_SAMPLE_RATE (default: 1)")
+    add("--cold-start", type=positive, metavar="S", help="seconds until a new replica is ready")
     add(
         "--rise",
-        type=_positive,
+        type=positive,
         default=2.0,
         help="with --cold-start: how many times the rate comes at once (default: 2)",
     )
-    add("--requests", type=_count, default=10000, help="of a simulation, at least (default: 10000)")
+    add("--requests", type=count, default=10000, help="of a simulation, at least (default: 10000)")
     add("--json", action="store_true", help="print JSON")
     add("--out", type=output_file, metavar="FILE", help="also write the JSON to this file")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "number above 0"  # argparse shows it in its error
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_count.__name__ = "whole number above 0"
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
-
-
-_share.__name__ = "number from 0 to 1"
 
 
 @dataclass(frozen=True)
@@ -203,13 +174,13 @@ def plan(times: ServiceTimes, options: argparse.Namespace) -> Plan:
             )
         enough = _fewest(times, options.rate, options, tried)
     shown = options.replicas or sorted({max(1, enough - 1), enough, enough + 1})  # type: ignore[operator]
-    rows = tuple(tried(count) for count in shown if not _overloaded(times, count, options))
+    rows = tuple(tried(number) for number in shown if not _overloaded(times, number, options))
     cold = None
     if options.cold_start is not None and enough is not None:
         rate = options.rate * options.rise
         room = enough * times.images_per_second(options.max_batch)
         excess = max(0.0, rate - room) * options.cold_start
-        at_once = _fewest(times, rate, options, lambda count: tried(count, rate))
+        at_once = _fewest(times, rate, options, lambda number: tried(number, rate))
         refused = max(0.0, excess - enough * options.max_waiting)
         cold = ColdStart(options.cold_start, options.rise, excess, refused, at_once)
     volume = trace_volume(times.steps)

@@ -30,7 +30,6 @@ import argparse
 import asyncio
 import ipaddress
 import json
-import math
 import os
 import re
 import time
@@ -42,6 +41,7 @@ import httpx
 import numpy as np
 
 from bench.errors import BenchError
+from bench.option_types import count, from_zero, positive
 from bench.outputs import output_file, write_json
 from bench.service import closed_loop
 from bench.service.arrivals import Arrival, Mix, arrivals
@@ -66,7 +66,7 @@ LAGGING_MS = 50.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--url", required=True, help="the server's URL; it must serve POST /")
-    add("--rate", nargs="+", type=_positive, metavar="R", help="requests a second (default: sweep)")
+    add("--rate", nargs="+", type=positive, metavar="R", help="requests a second (default: sweep)")
     add(
         "--shape",
         nargs="+",
@@ -85,31 +85,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--deadline",
-        type=_positive,
+        type=positive,
         metavar="S",
         help=f"seconds (default: {DEADLINE_TIMES:g} times an unloaded request)",
     )
     add(
         "--seconds",
-        type=_positive,
+        type=positive,
         default=20.0,
         help="how long requests arrive at each rate (default: 20)",
     )
-    add("--max-requests", type=_count, default=500, help="the most at each rate (default: 500)")
+    add("--max-requests", type=count, default=500, help="the most at each rate (default: 500)")
     add(
         "--timeout",
-        type=_positive,
+        type=positive,
         default=120.0,
         help="seconds until a request is abandoned (default: 120)",
     )
-    add("--seed", type=_from_zero, default=0, help="seed of the arrivals (default: 0)")
+    add("--seed", type=from_zero, default=0, help="seed of the arrivals (default: 0)")
     add(
         "--clients",
         type=_clients,
         metavar="N",
         help="compare the images a second of N clients at once with one client's",
     )
-    add("--blocks", type=_count, default=8, help="with --clients: blocks of each (default: 8)")
+    add("--blocks", type=count, default=8, help="with --clients: blocks of each (default: 8)")
     add("--metrics-url", help="URL of the server's metrics (default: /metrics under --url)")
     add(
         "--anywhere",
@@ -118,36 +118,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", action="store_true", help="print JSON")
     add("--out", type=output_file, metavar="FILE", help="also write the JSON to this file")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "number above 0"  # argparse shows it in its error
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_count.__name__ = "whole number above 0"
-
-
-def _from_zero(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
-
-
-_from_zero.__name__ = "whole number from 0"
 
 
 def _clients(text: str) -> int:
@@ -162,7 +132,7 @@ _clients.__name__ = "whole number above 1"
 
 def _weighted(text: str) -> tuple[str, float]:
     name, equals, weight = text.partition("=")
-    return name, _positive(weight) if equals else 1.0
+    return name, positive(weight) if equals else 1.0
 
 
 _weighted.__name__ = "NAME or NAME=SHARE"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from bench.errors import BenchError
+from bench.option_types import count, from_zero, positive, share
 from bench.service import load
 from bench.service.arrivals import Mix
 from bench.service.processes import holds_image
@@ -61,7 +62,7 @@ NUMBERS = st.sampled_from(["1", "0", "-1", "128", "x", "1e999", "nan", "²", "="
 
 @given(st.lists(NUMBERS | st.text(max_size=4), max_size=4).map("".join))
 def test_any_option_of_the_load_test_is_read_or_refused(text: str) -> None:
-    for kind in (load._positive, load._count, load._from_zero, load._clients, load._weighted):
+    for kind in (positive, share, count, from_zero, load._clients, load._weighted):
         with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
             kind(text)
     with contextlib.suppress(BenchError):

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -21,7 +21,7 @@ from tests.e2e.prometheus import MONITORING, Expression, Prometheus, panels, pro
 from tests.metrics import recorded
 from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
-from tests.support.processes import ROOT, ServerProcess
+from tests.support.processes import ROOT, ServerProcess, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -91,13 +91,6 @@ def running(
         httpx.post(service.url + "/stream", json=body(), timeout=ANSWER_SECONDS, headers=keyed)
         wait_until(lambda: running.values('sdxl_images_total{job="sdxl"}') == [4.0])
         yield running
-
-
-def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to hold"
-        time.sleep(0.2)
 
 
 def has_data(running: Prometheus, query: str, at: float | None = None) -> bool:

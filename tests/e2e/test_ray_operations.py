@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,20 +39,13 @@ from tests.e2e.ray_service import (
 )
 from tests.metrics import recorded
 from tests.support.otlp_endpoint import otlp_endpoint
-from tests.support.processes import ROOT, free_port, running, self_hosted
+from tests.support.processes import ROOT, free_port, running, self_hosted, wait_until
 
 require_ray()
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SERVED = 'sdxl_request_duration_seconds_count{endpoint="/",outcome="ok"}'
-
-
-def wait_until(holds: Callable[[], object], seconds: float = START_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to hold"
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +67,7 @@ def test_one_prometheus_sees_every_replica(two: RayService, tmp_path: Path) -> N
 
     recorded.write(tmp_path / "recorded.txt", RECORDED_END, 2)
     with prometheus(two.targets, tmp_path, tmp_path / "recorded.txt") as running_:
-        wait_until(lambda: running_.values('up{job="sdxl"}') == [1.0, 1.0])
+        wait_until(lambda: running_.values('up{job="sdxl"}') == [1.0, 1.0], START_SECONDS)
         since = time.time()
         sent = 12
         with ThreadPoolExecutor(4) as clients:
@@ -164,7 +157,7 @@ def test_a_replica_that_is_killed_loses_only_what_it_had(two: RayService) -> Non
         os.kill(victim.pid, signal.SIGKILL)
         for thread in threads:
             thread.join()
-        wait_until(lambda: len(two.replicas()) == 2)
+        wait_until(lambda: len(two.replicas()) == 2, START_SECONDS)
         time.sleep(2)
     print(f"\nthe killed one's caller: {answers[1].status_code} {answers[1].text!r}")
     print(f"others: {dict(others.statuses)} {[a for a in others.answers if a[2] != 200]}")
@@ -178,7 +171,7 @@ def test_a_replica_that_is_killed_loses_only_what_it_had(two: RayService) -> Non
 
 
 def test_a_rolling_update_under_load_fails_no_request(two: RayService) -> None:
-    wait_until(lambda: len(two.replicas()) == 2)
+    wait_until(lambda: len(two.replicas()) == 2, START_SECONDS)
     before = {replica.name for replica in two.replicas()}
     update = f"""
 from ray import serve
@@ -189,7 +182,7 @@ serve.run(app({{"replicas": 2, "metrics_targets": {str(two.targets)!r}}}), name=
         start = time.monotonic()
         two.run_driver(update)
         seconds = time.monotonic() - start
-        wait_until(lambda: {r.name for r in two.replicas()}.isdisjoint(before))
+        wait_until(lambda: {r.name for r in two.replicas()}.isdisjoint(before), START_SECONDS)
         time.sleep(2)
     slowest = max(taken for _, taken, _, _ in clients.answers)
     print(
@@ -208,11 +201,13 @@ def test_replicas_follow_a_ramp_and_fail_no_request() -> None:
             assert len(service.replicas()) == 1
             start = time.monotonic()
             with load(service.url, 5, num_inference_steps=10) as high:
-                wait_until(lambda: len(service.replicas()) == 2)
-                wait_until(lambda: all(r.value(SERVED) > 0 for r in service.replicas()))
+                wait_until(lambda: len(service.replicas()) == 2, START_SECONDS)
+                wait_until(
+                    lambda: all(r.value(SERVED) > 0 for r in service.replicas()), START_SECONDS
+                )
                 up = time.monotonic() - start
             start = time.monotonic()
-            wait_until(lambda: len(service.replicas()) == 1)
+            wait_until(lambda: len(service.replicas()) == 1, START_SECONDS)
             down = time.monotonic() - start
             time.sleep(3)
         print(f"\nup after {up:.0f} s, down after {down:.0f} s: {low.statuses + high.statuses}")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,3 +129,11 @@ def fal_local(
         f"http://127.0.0.1:{metrics_port}/metrics",
     ) as server:
         yield server
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
+    """Ask until it holds. Raises AssertionError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to hold"
+        time.sleep(0.05)
