@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from importlib.util import find_spec
-from ipaddress import IPv6Address, ip_address
 from types import FrameType
 
 import uvicorn
@@ -24,6 +23,7 @@ from kernels_warmup.cache.working_directory import remove_process_directory
 from serve.engine.build import build_runtime
 from serve.engine.runtime import IMAGE_TO_IMAGE, IMAGE_TO_IMAGE_STREAM, Runtime
 from serve.errors import ConfigurationError, ModelError
+from serve.http.authentication import numeric_address
 from serve.http.endpoints import install, metrics_endpoint, text_to_image
 from serve.http.openai.images import install_openai
 from serve.http.playground.routes import install_playground
@@ -262,9 +262,7 @@ def reachable_by(address: str) -> str | None:
     Args:
         address: a numeric IPv4 or IPv6 address, as a socket names its own.
     """
-    parsed = ip_address(address.partition("%")[0])
-    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
-        parsed = parsed.ipv4_mapped
+    parsed = numeric_address(address)
     if parsed.is_loopback:
         return None
     where = "on every interface, so" if parsed.is_unspecified else "not on loopback alone, so"

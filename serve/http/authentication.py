@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -145,15 +145,24 @@ def is_operator(scope: Scope, token: SecretStr | None) -> bool:
     return _is_direct(scope, headers)
 
 
+def numeric_address(text: str) -> IPv4Address | IPv6Address:
+    """An address without its scope; one of IPv4 that is written as IPv6 is the one of IPv4.
+
+    Raises:
+        ValueError: `text` is a name, or nothing.
+    """
+    address = ip_address(text.partition("%")[0])
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address is this machine's own. False for a name."""
     try:
-        address = ip_address(host.partition("%")[0])
+        return numeric_address(host).is_loopback
     except ValueError:
         return False
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped.is_loopback
-    return address.is_loopback
 
 
 def _is_direct(scope: Scope, headers: Headers) -> bool:
