@@ -62,6 +62,13 @@ def environment(otlp: OtlpEndpoint, **more: str) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module")
+def otlp() -> Iterator[OtlpEndpoint]:
+    """Where the spans of a file's own server arrive."""
+    with otlp_endpoint() as endpoint:
+        yield endpoint
+
+
 @pytest.fixture(scope="session")
 def servers() -> Iterator[dict[str, Server]]:
     """Both, started side by side. One request may wait, so that a third is refused."""

@@ -20,7 +20,7 @@ from tests.e2e.browser import CHROMIUM, DRIVER, Page, chromium, violations
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
 from tests.e2e.test_openapi import CHECKS
 from tests.support.forked import self_hosted
-from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
+from tests.support.otlp_endpoint import OtlpEndpoint
 from tests.support.processes import ROOT, ServerProcess
 from tests.support.raw_client import connected, post
 
@@ -30,12 +30,6 @@ ALICE, ALICES_NEXT, BOB = "Wm4tZc8NvR2qLx6Y", "pK7dHs3BgF9jTe5A", "uC1yXn6VbM4wQ
 ADMIN = "hG2rSk5UeJ8oDi3P"
 WRONG = "aaaaaaaaaaaaaaaaa"
 FEW: dict[str, Any] = {"num_inference_steps": 1, "seed": 1}
-
-
-@pytest.fixture(scope="module")
-def otlp() -> Iterator[OtlpEndpoint]:
-    with otlp_endpoint() as endpoint:
-        yield endpoint
 
 
 @pytest.fixture(scope="module")

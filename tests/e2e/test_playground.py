@@ -25,7 +25,7 @@ from tests.e2e.browser import CHROMIUM, DRIVER, Page, chromium, violations
 from tests.e2e.conftest import START_SECONDS, environment
 from tests.e2e.measure_playground import first_paint_ms, steps_late_ms
 from tests.support.forked import self_hosted
-from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
+from tests.support.otlp_endpoint import OtlpEndpoint
 from tests.support.processes import ServerProcess, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -41,12 +41,6 @@ if CHROMIUM is None or DRIVER is None:
 
 MAX_SEED = 2**63 - 1
 TOKEN = "a-token-of-an-operator"
-
-
-@pytest.fixture(scope="module")
-def otlp() -> Iterator[OtlpEndpoint]:
-    with otlp_endpoint() as endpoint:
-        yield endpoint
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
 from tests.e2e.prometheus import MONITORING, Expression, Prometheus, panels, prometheus, rules
 from tests.metrics import recorded
 from tests.support.forked import self_hosted
-from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
+from tests.support.otlp_endpoint import OtlpEndpoint
 from tests.support.processes import ROOT, ServerProcess, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -51,12 +51,6 @@ KEY = "Wm4tZc8NvR2qLx6Y"
 # The recorded samples end so long ago that Prometheus has closed their blocks.
 RECORDED_END = int(time.time()) // 3600 * 3600 - 12 * 3600
 RECORDED_MINUTES = 150
-
-
-@pytest.fixture(scope="module")
-def otlp() -> Iterator[OtlpEndpoint]:
-    with otlp_endpoint() as endpoint:
-        yield endpoint
 
 
 @pytest.fixture(scope="module")
