@@ -12,7 +12,6 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +23,7 @@ from PIL import Image
 from tests.e2e.conftest import ANSWER_SECONDS, STARTS, Server, body
 from tests.e2e.differences import row
 from tests.support.otlp_endpoint import ReceivedSpan, tree
+from tests.support.processes import wait_until
 from tests.support.raw_client import Answer, connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -70,13 +70,6 @@ def metric(server: Server, sample: str) -> float:
         if line.startswith(sample + " "):
             return float(line.rsplit(" ", 1)[1])
     raise AssertionError(f"{sample} is not in the metrics")
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
 
 
 # The response
@@ -173,7 +166,7 @@ def test_every_error_has_one_shape_and_an_id_that_the_log_has(
         assert ("allow" in answer.headers) == (status == 405)
         if headers:
             assert body["trace_id"] == trace_id
-        wait_for(lambda said=body["trace_id"]: said in server.process.output())  # type: ignore[misc]
+        wait_until(lambda said=body["trace_id"]: said in server.process.output())  # type: ignore[misc]
 
 
 def test_what_makes_no_image_is_in_no_metric_and_no_trace(server: Server) -> None:
@@ -190,7 +183,7 @@ def test_what_makes_no_image_is_in_no_metric_and_no_trace(server: Server) -> Non
         assert answer.status_code == 200
         assert "x-trace-id" not in answer.headers  # neither a trace nor the log would have it
     server.otlp.wait_for_trace(server.generate().json()["trace_id"])
-    wait_for(lambda: counted() == before + 1)
+    wait_until(lambda: counted() == before + 1)
     assert server.otlp.trace(lost) == []
 
 
@@ -257,7 +250,7 @@ def test_a_caller_that_leaves_stops_the_work(server: Server) -> None:
     before = metric(server, gone)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(server.process.url, json=body(**SLOW), timeout=0.3)
-    wait_for(lambda: metric(server, gone) == before + 1)
+    wait_until(lambda: metric(server, gone) == before + 1)
     with httpx.stream("POST", server.process.url + "/stream", json=body(**SLOW)) as stream:
         trace_id = stream.headers["x-trace-id"]
         lines = stream.iter_lines()
@@ -266,7 +259,7 @@ def test_a_caller_that_leaves_stops_the_work(server: Server) -> None:
     spans = server.otlp.wait_for_trace(trace_id, ANSWER_SECONDS)
     assert by_name(spans, "text-to-image").attributes["error.type"] == "client_gone"
     assert tree(spans).count("denoise_step") < 100
-    wait_for(lambda: metric(server, gone) == before + 2)
+    wait_until(lambda: metric(server, gone) == before + 2)
     assert metric(server, "sdxl_requests_in_flight") == 0
 
 
@@ -458,7 +451,7 @@ def test_each_metric_is_exposed_once(servers: dict[str, Server]) -> None:
 def test_a_request_is_counted_once(server: Server) -> None:
     before = metric(server, "sdxl_images_total")
     server.generate()
-    wait_for(lambda: metric(server, "sdxl_images_total") == before + 1)
+    wait_until(lambda: metric(server, "sdxl_images_total") == before + 1)
     assert metric(server, "sdxl_ready") == 1
 
 

@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from serve.http.sockets.listener import OTHER_DESCRIPTORS
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body
 from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import otlp_endpoint
-from tests.support.processes import ServerProcess, read
+from tests.support.processes import ServerProcess, read, wait_until
 from tests.support.raw_client import GET_HEALTH, PATIENCE, Answer, Client, connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -61,13 +61,6 @@ def value(server: ServerProcess, sample: str) -> float:
 def dropped(server: ServerProcess, reason: str) -> float:
     assert reason in DROPPED_CONNECTIONS
     return value(server, f'sdxl_connections_dropped_total{{reason="{reason}"}}')
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +114,7 @@ def test_served_clients_at_the_limit_leave_room_to_watch(limited: ServerProcess)
         readers = [stack.enter_context(client(limited)) for _ in range(4)]
         for reader in readers:  # each is read by the app, which waits for its body
             reader.send(post(length=100, content=b"{"))
-        wait_for(lambda: value(limited, "sdxl_requests_in_flight") == 4)
+        wait_until(lambda: value(limited, "sdxl_requests_in_flight") == 4, PATIENCE)
         for path in ("/health", "/ready", "/metrics"):
             assert httpx.get(limited.url + path, timeout=PATIENCE).status_code == 200
         with client(limited) as beyond:
@@ -312,10 +305,10 @@ def test_one_that_closes_its_side_gets_a_state_but_no_image(server: ServerProces
     before = value(server, gone)
     with client(server) as leaving:
         leaving.send(generate(num_inference_steps=100, width=64, height=64))
-        wait_for(lambda: value(server, "sdxl_requests_in_flight") == 1)
+        wait_until(lambda: value(server, "sdxl_requests_in_flight") == 1, PATIENCE)
         leaving.socket.shutdown(socket.SHUT_WR)
         assert leaving.read() == b""
-    wait_for(lambda: value(server, gone) == before + 1)
+    wait_until(lambda: value(server, gone) == before + 1, PATIENCE)
 
 
 # The body
@@ -371,8 +364,18 @@ def test_an_answer_that_is_not_read_is_given_up(server: ServerProcess) -> None:
             stalled = stack.enter_context(client(server, receive_buffer=4096))
             # Answers until the system's buffers are full.
             stalled.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
-        wait_for(lambda: dropped(server, "answer_not_taken") == before + 2)
+        wait_until(lambda: dropped(server, "answer_not_taken") == before + 2, PATIENCE)
     assert httpx.get(server.url + "/health", timeout=PATIENCE).status_code == 200
+
+
+def test_a_stream_that_is_not_read_delays_nobody(server: ServerProcess) -> None:
+    with client(server, receive_buffer=4096) as stalled:
+        stalled.send(generate("/stream", num_inference_steps=100, preview=True))
+        wait_until(lambda: value(server, "sdxl_requests_in_flight") == 1, PATIENCE)
+        answer = httpx.post(server.url, json=body(), timeout=ANSWER_SECONDS)
+        assert answer.status_code == 200
+        # It waited for the other's run, and neither waited for a reader.
+        wait_until(lambda: value(server, "sdxl_requests_in_flight") == 0, PATIENCE)
 
 
 # The end
@@ -398,7 +401,7 @@ def test_no_client_delays_the_end() -> None:
         half_a_head.send(b"POST / HTTP/1.1\r\nHost: ")
         half_a_body.send(post(content=b"{", length=1000))
         stalled.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
-        wait_for(lambda: value(server, "sdxl_requests_in_flight") == 1)
+        wait_until(lambda: value(server, "sdxl_requests_in_flight") == 1, PATIENCE)
         time.sleep(0.5)
         ends_within(server, EXIT_SECONDS)
         for refused in (half_a_head, half_a_body):
@@ -412,7 +415,7 @@ def test_sighup_drains_like_sigterm(limited: ServerProcess) -> None:
     server = limited
     with client(server) as asking:
         asking.send(generate("/", num_inference_steps=30, width=64, height=64))
-        wait_for(lambda: value(server, "sdxl_requests_in_flight") == 1)
+        wait_until(lambda: value(server, "sdxl_requests_in_flight") == 1, PATIENCE)
         server.process.send_signal(signal.SIGHUP)
         answer = asking.answer(ANSWER_SECONDS)
         assert answer.status == 200
@@ -434,7 +437,7 @@ def test_sigint_twice_answers_by_the_error_table() -> None:
                 received += streaming.socket.recv(65536)
             waiting.send(generate(num_inference_steps=100))
             reading.send(post(content=b"{", length=1000))
-            wait_for(lambda: value(server, "sdxl_requests_in_flight") == 3)
+            wait_until(lambda: value(server, "sdxl_requests_in_flight") == 3, PATIENCE)
             server.process.send_signal(signal.SIGINT)
             for refused in (waiting, reading):
                 answer = Answer.parse(refused.read())
