@@ -45,6 +45,16 @@ def generate(path: str = "/", **fields: Any) -> bytes:
     return post(path, json.dumps(body(**fields)).encode())
 
 
+def send_head(asking: Client, length: int) -> None:
+    """Send a request's head, and wait until the app asks for its body.
+
+    Before that the connection may be closed for a further one, as one that waits.
+    """
+    asking.send(post("/", b"", "Expect: 100-continue", length=length))
+    asking.socket.settimeout(PATIENCE)
+    assert asking.socket.recv(1024).startswith(b"HTTP/1.1 100 ")
+
+
 @contextmanager
 def client(server: ServerProcess, receive_buffer: int | None = None) -> Iterator[Client]:
     with connected(server.url, receive_buffer) as opened:
@@ -112,8 +122,8 @@ def test_silent_clients_beyond_the_descriptors_leave_the_server_reachable(
 def test_served_clients_at_the_limit_leave_room_to_watch(limited: ServerProcess) -> None:
     with ExitStack() as stack:
         readers = [stack.enter_context(client(limited)) for _ in range(4)]
-        for reader in readers:  # each is read by the app, which waits for its body
-            reader.send(post(length=100, content=b"{"))
+        for reader in readers:
+            send_head(reader, 100)
         wait_until(lambda: value(limited, "sdxl_requests_in_flight") == 4, PATIENCE)
         for path in ("/health", "/ready", "/metrics"):
             assert httpx.get(limited.url + path, timeout=PATIENCE).status_code == 200
@@ -124,7 +134,7 @@ def test_served_clients_at_the_limit_leave_room_to_watch(limited: ServerProcess)
             assert refused.headers["retry-after"]
             assert beyond.is_closed()
         for reader in readers:
-            reader.send(b" " * 99)
+            reader.send(b"{" + b" " * 99)
             assert reader.answer().status == 422
     answered = httpx.post(limited.url, json=body(width=64, height=64), timeout=ANSWER_SECONDS)
     assert answered.status_code == 200
@@ -341,9 +351,7 @@ def test_a_client_that_closes_after_each_answer_reads_why_its_body_was_refused(
 def test_a_body_that_is_expected_is_asked_for(server: ServerProcess) -> None:
     content = json.dumps(body(prompt="")).encode()
     with client(server) as asking:
-        asking.send(post("/", b"", "Expect: 100-continue", length=len(content)))
-        asking.socket.settimeout(PATIENCE)
-        assert asking.socket.recv(1024).startswith(b"HTTP/1.1 100 ")
+        send_head(asking, len(content))
         asking.send(content)
         assert asking.answer().status == 422
 
