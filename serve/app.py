@@ -79,7 +79,7 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
             settings = settings.model_copy(update={"cache_dir": KEPT / "stepspan"})
         configure_logging(settings.log_format, current_call.get)
         registry = CollectorRegistry()
-        runtime = build_runtime(settings, registry, build_upload())
+        runtime = build_runtime(settings, registry, build_upload(), own_process=True)
         show_on_metrics_port(registry)
         self._runtime = runtime
         self._loop = asyncio.get_running_loop()

@@ -280,7 +280,7 @@ def _build_app() -> ReplicaApp:
     # The id of its traces and pushed metrics is the label `replica` of the scraped ones.
     attributes = {**settings.resource_attributes, "service.instance.id": _replica_id()}
     settings = settings.model_copy(update={"resource_attributes": attributes})
-    runtime = build_runtime(settings)
+    runtime = build_runtime(settings, own_process=True)
     return ReplicaApp(runtime, create_app(runtime, _give_up, ready_first=True))
 
 

@@ -301,7 +301,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     refuse_without_model_libraries()
     limit = connection_limit(settings.max_connections)
     listener = bind(host, port)
-    runtime = build_runtime(settings)
+    runtime = build_runtime(settings, own_process=True)
     app = create_app(runtime, on_failed_start=lambda: server.stop())
     config = uvicorn.Config(
         app,

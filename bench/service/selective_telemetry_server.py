@@ -41,8 +41,8 @@ def main() -> int:
     from serve.settings import ServeSettings, load_settings
     from serve.telemetry.logs import configure_logging
 
-    def build_selective(settings: ServeSettings) -> Runtime:
-        runtime = build_runtime(settings)
+    def build_selective(settings: ServeSettings, own_process: bool) -> Runtime:
+        runtime = build_runtime(settings, own_process=own_process)
         runtime.recorder = SelectiveRecorder(runtime.tracing, runtime.metrics, settings.trace_steps)
         return runtime
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
@@ -21,6 +20,7 @@ from serve import __version__
 from serve.engine.gpu_thread import GpuThread
 from serve.engine.images import Upload, data_uri
 from serve.engine.readiness import Readiness
+from serve.engine.runtime import ENDPOINTS, Runtime
 from serve.engine.startup import Prepare, Startup
 from serve.errors import (
     ERROR_TYPES,
@@ -38,12 +38,6 @@ from serve.telemetry.setup import (
     build_tracing,
 )
 
-if TYPE_CHECKING:
-    pass
-
-
-from serve.engine.runtime import ENDPOINTS, Runtime
-
 
 def build_runtime(
     settings: ServeSettings,
@@ -51,6 +45,7 @@ def build_runtime(
     upload: Upload = data_uri,
     prepare: Prepare | None = None,
     kinds: Sequence[RunKind] | None = None,
+    own_process: bool = False,
 ) -> Runtime:
     """Build everything but the model, and wire it together.
 
@@ -60,6 +55,8 @@ def build_runtime(
         prepare: makes the loaded model fast in another way than the settings say. The bench uses
             it to compare ways.
         kinds: the kinds of run to warm, if not all that can be served will be requested.
+        own_process: the process serves this one model until it ends. Then the garbage collector
+            leaves out what exists when the model is ready.
 
     Raises:
         ConfigurationError: a folder of profiles or of compiled code cannot be used.
@@ -78,7 +75,9 @@ def build_runtime(
     profiling = Profiling(settings.profile_dir, settings.nvtx)
     readiness = Readiness(cpu_threads=cpu_threads.describe)
     gpu_thread = GpuThread()
-    startup = Startup(settings, readiness, metrics, recorder, gpu_thread, prepare, kinds)
+    startup = Startup(
+        settings, readiness, metrics, recorder, gpu_thread, prepare, kinds, own_process
+    )
     return Runtime(
         settings,
         tracing,

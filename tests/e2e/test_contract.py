@@ -380,8 +380,20 @@ def test_the_start_is_a_trace_of_its_own(server: Server) -> None:
     spans = server.otlp.wait_for(lambda spans: any(s.name == "warmup" for s in spans))
     warmup = by_name(spans, "warmup")
     children = [s.name.split(" ")[0] for s in spans if s.parent_span_id == warmup.span_id]
-    assert set(children) == {"load_model", "prepare", "compile", "verify", "count_flops"}
+    assert set(children) == {
+        "load_model",
+        "prepare",
+        "compile",
+        "verify",
+        "count_flops",
+        "collect_garbage",
+    }
     assert not warmup.parent_span_id
+
+
+def test_the_garbage_collector_leaves_out_what_the_start_built(server: Server) -> None:
+    spans = server.otlp.wait_for(lambda spans: any(s.name == "warmup" for s in spans))
+    assert by_name(spans, "collect_garbage").attributes["objects"] > 300_000
 
 
 def by_name(spans: list[ReceivedSpan], name: str) -> ReceivedSpan:

@@ -78,7 +78,7 @@ def declared_service(registry: CollectorRegistry) -> GenerationMetrics:
     metrics.set_warm_shapes([SHAPE])
     metrics.set_flops(SHAPE, RunFlops(22 * 10**10, 1352 * 10**10, 1047 * 10**10))
     metrics.set_budget(Budget(2, 0.05, 1024 * 1024))
-    for phase in ("load_model", "prepare", "compile", "verify", "count_flops"):
+    for phase in ("load_model", "prepare", "compile", "verify", "count_flops", "collect_garbage"):
         metrics.set_warmup_phase(phase, 10)
     metrics.compile_cache("hit")
     metrics.set_ready(True)

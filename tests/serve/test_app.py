@@ -131,7 +131,7 @@ def test_compiled_artifacts_are_kept_on_the_accounts_disk(
     monkeypatch.setattr(app_module, "KEPT", kept)
     seen: list[Path | None] = []
 
-    def build(settings: ServeSettings, *_: Any) -> Any:
+    def build(settings: ServeSettings, *_: Any, **__: Any) -> Any:
         seen.append(settings.cache_dir)
         raise OSError("that is all")
 
@@ -412,7 +412,7 @@ def test_exit_in_warm_up_ends_setup_without_an_error(
         await asyncio.sleep(60)
 
     runtime = SimpleNamespace(start=start, begin_drain=lambda: None, close=closed.append)
-    monkeypatch.setattr("serve.engine.build.build_runtime", lambda *_: runtime)
+    monkeypatch.setattr("serve.engine.build.build_runtime", lambda *_, **__: runtime)
     monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda *_: None)
     monkeypatch.setattr(app_module, "show_on_metrics_port", lambda _: None)
     app._build_app()
@@ -437,7 +437,7 @@ def test_a_failed_start_flushes_and_fails_setup(
         raise OSError("no weights")
 
     runtime = SimpleNamespace(start=start, close=closed.append)
-    monkeypatch.setattr("serve.engine.build.build_runtime", lambda *_: runtime)
+    monkeypatch.setattr("serve.engine.build.build_runtime", lambda *_, **__: runtime)
     monkeypatch.setattr("serve.telemetry.logs.configure_logging", lambda *_: None)
     monkeypatch.setattr(app_module, "show_on_metrics_port", lambda _: None)
     app._build_app()
