@@ -435,7 +435,7 @@ class Startup:
         self._report_phases()
 
     def _report_warmup(self, report: WarmupReport) -> None:
-        before = [p for p in self._phases if p.name in ("load_model", "prepare")]
+        before = [p for p in self._phases if p.name in ("load_model", "prepare", "collect_garbage")]
         self._phases = [*before, *report.phases]
         compile_report = self._readiness.compile
         compile_report["graphs"] = report.compiled.graphs
@@ -453,7 +453,7 @@ class Startup:
         self, loaded: LoadedModel, warmup: Warmup, on_ready: Callable[[], None]
     ) -> None:
         """Serve the shapes that are warm by now."""
-        if self._own_process:
+        if self._own_process and self._readiness.state is State.STARTING:
             self._leave_out_of_collections()
         shapes, sizes = warmup.warm_shapes, loaded.batch_sizes
         self._readiness.batch_sizes = {
@@ -475,7 +475,8 @@ class Startup:
         that stay until the process ends.
 
         A full collection of them stops every thread for 0.2 s, and they come at any time: in
-        requests, and several at the interpreter's end.
+        requests, and several at the interpreter's end. Once, before the first request: what later
+        shapes of `SDXL_READY_EARLY` add is left to the collector.
         """
         started_ns = self._now_ns()
         gc.collect()  # what is frozen is never collected

@@ -111,8 +111,8 @@ def install(faults: Faults) -> None:
     _step_the_clock(faults.folder)
     # The self-hosted server stores nothing by itself.
     build = serve.server.build_runtime
-    serve.server.build_runtime = lambda settings: build(
-        settings, upload=lambda data, image_format: stored(data, image_format)
+    serve.server.build_runtime = lambda settings, **options: build(
+        settings, upload=lambda data, image_format: stored(data, image_format), **options
     )
     if faults.silence_seconds is not None:
         serve.engine.watchdog.SILENCE_LIMIT_SECONDS = faults.silence_seconds
