@@ -318,7 +318,8 @@ def resource_attributes(text: str) -> dict[str, str]:
         ValueError: a part is not NAME=VALUE.
     """
     attributes = {}
-    for part in _listed(text):
+    # Not `_listed`: of a name that is there several times, the last value counts.
+    for part in filter(str.strip, text.split(",")):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name:
             raise ValueError("not NAME=VALUE")

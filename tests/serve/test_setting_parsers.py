@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from opentelemetry.sdk.resources import OTELResourceDetector
 
@@ -225,6 +225,7 @@ def _no_download(name: str, repository: str, *_: Any) -> Path:
 
 
 @given(VALUES)
+@example("x=1,x=2,x=1")
 def test_any_resource_attributes_are_read_as_the_sdk_reads_them(text: str) -> None:
     try:
         ours = resource_attributes(text)
