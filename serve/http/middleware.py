@@ -27,6 +27,7 @@ from serve.errors import (
     Draining,
     GenerationFailed,
     InternalError,
+    NotFound,
     QueueFull,
     RequestError,
     TooManyConnections,
@@ -150,9 +151,13 @@ class RequestMiddleware:
             await send(message)
 
         try:
+            if not call.endpoint.isprintable():
+                # The router's patterns also match before a final line break, so "/metrics\n" would
+                # be routed as "/metrics" but not be checked as that.
+                raise NotFound
             self._authentication.check(service, call, scope)
             await self._app(scope, receive, watched)
-        except Unauthorized as refused:
+        except (NotFound, Unauthorized) as refused:
             await error_response(refused, call)(scope, receive, watched)
         except Exception as error:
             if status is not None:

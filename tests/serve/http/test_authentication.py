@@ -136,38 +136,62 @@ def test_other_forms_are_no_key(app: FastAPI, headers: list[tuple[str, Any]]) ->
     assert asked.status_code == 401
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "anyone", "caller", "operator"),
-    [
-        ("GET", "/", 200, 200, 200),
-        ("HEAD", "/", 200, 200, 200),
-        ("GET", "/playground/style.css", 200, 200, 200),
-        ("GET", "/playground/nothing", 404, 404, 404),
-        ("GET", "/health", 200, 200, 200),
-        ("GET", "/ready", 503, 503, 503),
-        ("GET", "/stats", 401, 200, 401),
-        ("GET", "/timeline/" + "0" * 32, 401, 404, 401),
-        ("GET", "/v1/models", 401, 200, 401),
-        ("GET", "/openapi.json", 401, 200, 401),
-        ("GET", "/nothing", 401, 404, 401),
-        ("GET", "/stream", 401, 405, 401),
-        ("PUT", "/", 401, 405, 401),
-        ("OPTIONS", "/stream", 401, 405, 401),
-        ("GET", "/%2Fstats", 401, 404, 401),
-        ("GET", "/playground/../stats", 401, 200, 401),
-        ("GET", "/playground/%2e%2e/stats", 404, 404, 404),
-        ("GET", "/metrics", 401, 401, 200),
-        ("GET", "/debug/requests", 403, 403, 200),
-        ("POST", "/debug/profile", 403, 403, 415),
-        ("GET", "/debug/nothing", 404, 404, 404),
-    ],
-)
+WHAT_EACH_PATH_NEEDS = [
+    ("GET", "/", 200, 200, 200),
+    ("HEAD", "/", 200, 200, 200),
+    ("GET", "/playground/style.css", 200, 200, 200),
+    ("GET", "/playground/nothing", 404, 404, 404),
+    ("GET", "/health", 200, 200, 200),
+    ("GET", "/ready", 503, 503, 503),
+    ("GET", "/stats", 401, 200, 401),
+    ("GET", "/timeline/" + "0" * 32, 401, 404, 401),
+    ("GET", "/v1/models", 401, 200, 401),
+    ("GET", "/openapi.json", 401, 200, 401),
+    ("GET", "/nothing", 401, 404, 401),
+    ("GET", "/stream", 401, 405, 401),
+    ("PUT", "/", 401, 405, 401),
+    ("OPTIONS", "/stream", 401, 405, 401),
+    ("GET", "/%2Fstats", 401, 404, 401),
+    ("GET", "/playground/../stats", 401, 200, 401),
+    ("GET", "/playground/%2e%2e/stats", 404, 404, 404),
+    ("GET", "/metrics", 401, 401, 200),
+    ("GET", "/debug/requests", 403, 403, 200),
+    ("POST", "/debug/profile", 403, 403, 415),
+    ("GET", "/debug/nothing", 404, 404, 404),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "anyone", "caller", "operator"), WHAT_EACH_PATH_NEEDS)
 def test_what_each_path_needs(
     app: FastAPI, method: str, path: str, anyone: int, caller: int, operator: int
 ) -> None:
     content: dict[str, Any] = {"content": b"{}"} if method == "POST" else {}
     found = [ask(app, method, path, key, **content).status_code for key in ("", BOB, ADMIN)]
     assert found == [anyone, caller, operator]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *((row[0], row[1]) for row in WHAT_EACH_PATH_NEEDS),
+        ("HEAD", "/metrics"),
+        *(("POST", path) for path in DRAWING),
+    ],
+)
+def test_a_path_with_a_control_character_is_unknown(
+    runtime: Runtime, app: FastAPI, method: str, path: str
+) -> None:
+    """The router takes one that ends with a line break for the path before it."""
+    content: dict[str, Any] = {"json": BODY} if method == "POST" else {}
+    for character in ("%0A", "%0D", "%00", "%C2%85", "%E2%80%A8"):
+        for key in ("", BOB, ADMIN):
+            answer = ask(app, method, path + character, key, **content)
+            assert answer.status_code == 404, (character, key)
+            assert len(answer.headers["x-trace-id"]) == 32
+            assert method == "HEAD" or answer.headers["x-trace-id"] in answer.text
+    # This is no character by itself, and so the path is an ordinary unknown one.
+    assert ask(app, method, path + "%85", **content).status_code in (401, 404)
+    assert metric(runtime, "sdxl_requests_in_flight") == 0
 
 
 def test_this_machine_reads_the_metrics_and_draws_nothing(app: FastAPI) -> None:
