@@ -13,6 +13,7 @@ import logging
 import re
 import traceback
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 
 import anyio
 from starlette.datastructures import Headers
@@ -100,36 +101,39 @@ class RequestMiddleware:
         """Serve a request for an image, then record it."""
         response = _ResponseWatch(send, call, service.settings)
         service.metrics.request_received()
-        try:
-            with self._authentication.admitted(service, call, scope):
+        # Left after the work has ended: a client that leaves a stream may not begin the next one
+        # while the first still runs.
+        with ExitStack() as place:
+            try:
+                place.enter_context(self._authentication.admitted(service, call, scope))
                 if call.endpoint in _WITH_PICTURES:
                     await self._serve_picture(scope, receive, response.send, call, service)
                 else:
                     await self._serve(scope, receive, response.send, call, service)
-        except RequestError as refused:
-            await error_response(refused, call)(scope, receive, response.send)
-        except Exception as error:
-            # The framework's handler for these runs outside of here, without the current call.
-            failure = GenerationFailed(type(error).__name__)
-            call.fail(failure)
-            if response.started:
-                raise
-            _log_without_text(error)
-            await error_response(failure, call)(scope, receive, response.send)
-        except asyncio.CancelledError:
-            # The server does not wait for this request any longer: the work ends too.
-            draining = service.readiness.draining
-            reason = call.cancellation.reason or (Draining() if draining else ClientGone())
-            call.cancellation.cancel(reason)
-            call.fail(reason)
-            if not draining or response.started:
-                raise
-            await error_response(reason, call)(scope, receive, response.send)
-        finally:
-            try:
-                await _end_work(call)
+            except RequestError as refused:
+                await error_response(refused, call)(scope, receive, response.send)
+            except Exception as error:
+                # The framework's handler for these runs outside of here, without the current call.
+                failure = GenerationFailed(type(error).__name__)
+                call.fail(failure)
+                if response.started:
+                    raise
+                _log_without_text(error)
+                await error_response(failure, call)(scope, receive, response.send)
+            except asyncio.CancelledError:
+                # The server does not wait for this request any longer: the work ends too.
+                draining = service.readiness.draining
+                reason = call.cancellation.reason or (Draining() if draining else ClientGone())
+                call.cancellation.cancel(reason)
+                call.fail(reason)
+                if not draining or response.started:
+                    raise
+                await error_response(reason, call)(scope, receive, response.send)
             finally:
-                _finish(service, call, response)
+                try:
+                    await _end_work(call)
+                finally:
+                    _finish(service, call, response)
 
     async def _answer(
         self, service: Service | None, call: Call, scope: Scope, receive: Receive, send: Send

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tests.e2e.test_openapi import CHECKS
 from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import OtlpEndpoint
 from tests.support.processes import ROOT, ServerProcess
-from tests.support.raw_client import connected, post
+from tests.support.raw_client import PATIENCE, connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -128,8 +129,12 @@ def test_a_streams_place_is_free_when_it_has_ended(server: ServerProcess) -> Non
             assert int(refused.headers["retry-after"]) >= 1
             others = httpx.post(server.url, json=body(), headers=bearer(ALICE), timeout=60)
             assert others.status_code == 200
+        # The server notices within moments that the client has left, and two steps later the run
+        # ends.
+        deadline = time.monotonic() + PATIENCE
         while (again := client.post("/", json=body())).status_code == 429:
-            pass  # the server notices within moments that the client has left
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         assert again.status_code == 200
 
 

@@ -16,11 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import Message
 
 from serve.engine.build import build_runtime
-from serve.engine.runtime import Runtime
+from serve.engine.call import the_call
+from serve.engine.runtime import ENDPOINTS, Runtime
 from serve.http.authentication import given_keys, is_operator
+from serve.http.middleware import RequestMiddleware
 from serve.http.playground.page_files import page_files
 from serve.http.security_headers import SECURITY_HEADERS
 from serve.server import create_app
@@ -314,6 +317,40 @@ def test_a_names_limit_holds_for_all_its_keys(runtime: Runtime, app: FastAPI) ->
     assert most == 2
     assert metric(runtime, in_flight, api_key="alice") == 0
     assert requests_by_key(runtime)["alice", "invalid"] == invalid + 1
+
+
+def test_a_names_place_is_free_when_its_work_has_ended(runtime: Runtime) -> None:
+    """The run of a stream that its client has left goes on for some steps."""
+
+    async def once() -> tuple[int, list[int], int]:
+        stopped = asyncio.Event()
+        left = 0
+
+        async def streams(scope: Any, receive: Any, send: Any) -> None:
+            nonlocal left
+            the_call().work = asyncio.create_task(stopped.wait())
+            await Response()(scope, receive, send)
+            left += 1
+
+        transport = httpx.ASGITransport(RequestMiddleware(streams, lambda: runtime, ENDPOINTS))
+        headers = {"x-api-key": ALICE}
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+
+            def send() -> Any:
+                return asyncio.create_task(http.post("/stream", json=BODY, headers=headers))
+
+            running = [send(), send()]
+            while left < 2:
+                await asyncio.sleep(0.01)
+            next_one = send()
+            await asyncio.wait({next_one}, timeout=5)
+            stopped.set()
+            statuses = [(await task).status_code for task in running]
+            return (await next_one).status_code, statuses, (await send()).status_code
+
+    refused, statuses, afterwards = asyncio.run(once())
+    assert (refused, statuses, afterwards) == (429, [200, 200], 200)
+    assert metric(runtime, "sdxl_api_key_requests_in_flight", api_key="alice") == 0
 
 
 def test_the_document_says_how_a_key_is_sent(app: FastAPI) -> None:
