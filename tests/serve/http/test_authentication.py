@@ -26,6 +26,7 @@ from serve.http.authentication import given_keys, is_operator
 from serve.http.middleware import RequestMiddleware
 from serve.http.playground.page_files import page_files
 from serve.http.security_headers import SECURITY_HEADERS
+from serve.http.sockets.early_answers import OVER_THE_LIMIT
 from serve.server import create_app
 from serve.settings import ServeSettings
 
@@ -57,7 +58,7 @@ def app(runtime: Runtime) -> FastAPI:
 
 
 def ask(
-    app: FastAPI, method: str, path: str, key: str = "", client: str = AWAY, **options: Any
+    app: Any, method: str, path: str, key: str = "", client: str = AWAY, **options: Any
 ) -> httpx.Response:
     headers = options.pop("headers", {})
     if key:
@@ -197,6 +198,31 @@ def test_a_path_with_a_control_character_is_unknown(
     assert metric(runtime, "sdxl_requests_in_flight") == 0
 
 
+@pytest.mark.parametrize("key", ["", BOB])
+def test_a_connection_over_the_limit_reads_the_state_only(app: FastAPI, key: str) -> None:
+    async def over_the_limit(scope: Any, receive: Any, send: Any) -> None:
+        await app(scope | {"state": {OVER_THE_LIMIT: True}}, receive, send)
+
+    def status(method: str, path: str, **content: Any) -> int:
+        return ask(over_the_limit, method, path, key, "127.0.0.1", **content).status_code
+
+    assert [status("GET", path) for path in ("/health", "/ready", "/metrics")] == [200, 503, 200]
+    refused = ask(over_the_limit, "GET", "/stats", key, "127.0.0.1")
+    assert refused.json()["error_type"] == "too_many_connections"
+    assert int(refused.headers["retry-after"]) >= 1
+    for path in (
+        "/",
+        "/playground/main.js",
+        "/openapi.json",
+        "/v1/models",
+        "/debug/requests",
+        "/x",
+    ):
+        assert status("GET", path) == 503, path
+    assert status("POST", "/debug/profile", content=b"{}") == 503
+    assert status("POST", "/", json=BODY) == (503 if key else 401)
+
+
 def test_this_machine_reads_the_metrics_and_draws_nothing(app: FastAPI) -> None:
     assert ask(app, "GET", "/metrics", client="127.0.0.1").status_code == 200
     assert ask(app, "GET", "/metrics", BOB, client="127.0.0.1").status_code == 200
@@ -264,6 +290,19 @@ def test_a_refusal_is_recorded_without_a_name(runtime: Runtime, app: FastAPI) ->
     # It displaces no other one in the list of the last requests.
     shown = ask(app, "GET", "/debug/requests", ADMIN).json()["requests"]
     assert answer.headers["x-trace-id"] not in [each["trace_id"] for each in shown]
+
+
+@pytest.mark.parametrize("flags", ["00", "01"])
+def test_without_a_key_nobody_decides_what_is_exported(app: FastAPI, flags: str) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-{flags}"}
+    known = ask(app, "POST", "/", BOB, json=BODY, headers=dict(headers))
+    assert known.headers["x-trace-id"] == trace_id
+    for path in DRAWING:
+        unknown = ask(app, "POST", path, json=BODY, headers=dict(headers))
+        assert unknown.status_code == 401
+        assert unknown.headers["x-trace-id"] != trace_id
+        assert unknown.headers["x-trace-id"] in unknown.text
 
 
 def test_a_name_is_counted_and_logged(
