@@ -491,6 +491,12 @@ def test_any_header_can_be_read(authorization: bytes, own: bytes) -> None:
                 "sec-fetch-site",
             )
         ),
+        # A proxy that drops what `Connection` names would drop its own headers, too.
+        ("127.0.0.1", {"connection": "close, X-Forwarded-For"}, False),
+        ("127.0.0.1", {"connection": "x-real-ip"}, False),
+        ("127.0.0.1", {"connection": "keep-alive"}, True),
+        ("127.0.0.1", {"connection": "Upgrade, HTTP2-Settings"}, True),
+        ("127.0.0.1", {"connection": "Close,TE, "}, True),
         (AWAY, {"x-forwarded-for": "127.0.0.1"}, False),
         (AWAY, {"authorization": f"Bearer {ADMIN}"}, True),
         (AWAY, {"authorization": f"Bearer {ALICE}"}, False),
@@ -503,6 +509,13 @@ def test_who_is_an_operator(
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "headers": raw, "client": (client, 1)}
     assert is_operator(scope, runtime.settings.admin_token) is operator
+
+
+def test_every_connection_header_is_read() -> None:
+    headers = [(b"connection", b"close"), (b"connection", b"x-forwarded-for")]
+    scope = {"type": "http", "headers": headers, "client": ("127.0.0.1", 1)}
+    assert not is_operator(scope, None)
+    assert is_operator(scope | {"headers": headers[:1]}, None)
 
 
 def test_without_an_address_nobody_is_on_this_machine() -> None:
