@@ -59,6 +59,9 @@ _FORWARDING_HEADERS = frozenset(
         "cdn-loop",
     )
 )
+# What `Connection` may name. A proxy drops every header that it names, and some (Apache before
+# 2.4.54) drop so also those by which they name their client.
+_CONNECTION_OPTIONS = frozenset(("close", "keep-alive", "upgrade", "http2-settings", "te", ""))
 # Headers by which a browser names the page that a request comes from.
 _PAGE_HEADERS = frozenset(("origin", "sec-fetch-site"))
 
@@ -170,6 +173,9 @@ def _is_direct(scope: Scope, headers: Headers) -> bool:
     if names & (_FORWARDING_HEADERS | _PAGE_HEADERS):
         return False
     if any(name.startswith(_FORWARDED_BY) for name in names):
+        return False
+    options = ",".join(headers.getlist("connection")).lower().split(",")
+    if not {option.strip() for option in options} <= _CONNECTION_OPTIONS:
         return False
     client = scope.get("client")
     if client is None or not is_loopback(client[0]):

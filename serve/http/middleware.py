@@ -13,6 +13,7 @@ import logging
 import re
 import traceback
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 
 import anyio
 from starlette.datastructures import Headers
@@ -27,12 +28,13 @@ from serve.errors import (
     Draining,
     GenerationFailed,
     InternalError,
+    NotFound,
     QueueFull,
     RequestError,
     TooManyConnections,
     Unauthorized,
 )
-from serve.http.authentication import Authentication
+from serve.http.authentication import METRICS, Authentication
 from serve.http.error_responses import error_response
 from serve.http.request_body import (
     MAX_BODY_BYTES,
@@ -51,6 +53,9 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE",
 _REQUEST_ID = re.compile(REQUEST_ID)
 
 _WITH_PICTURES = (IMAGE_TO_IMAGE, IMAGE_TO_IMAGE_STREAM)
+FOR_EVERY_CONNECTION = ("/health", "/ready", METRICS)
+"""What a connection over the limit may still read, so that the process can be watched."""
+
 PICTURES_BESIDE_WAITING = 32
 """How many requests with a picture may be in progress beside as many as may wait. Each holds its
 body, up to 10 MiB, and further ones are refused before theirs is read."""
@@ -99,36 +104,42 @@ class RequestMiddleware:
         """Serve a request for an image, then record it."""
         response = _ResponseWatch(send, call, service.settings)
         service.metrics.request_received()
-        try:
-            with self._authentication.admitted(service, call, scope):
+        # Left after the work has ended: a client that leaves a stream may not begin the next one
+        # while the first still runs.
+        with ExitStack() as place:
+            try:
+                place.enter_context(self._authentication.admitted(service, call, scope))
                 if call.endpoint in _WITH_PICTURES:
                     await self._serve_picture(scope, receive, response.send, call, service)
                 else:
                     await self._serve(scope, receive, response.send, call, service)
-        except RequestError as refused:
-            await error_response(refused, call)(scope, receive, response.send)
-        except Exception as error:
-            # The framework's handler for these runs outside of here, without the current call.
-            failure = GenerationFailed(type(error).__name__)
-            call.fail(failure)
-            if response.started:
-                raise
-            _log_without_text(error)
-            await error_response(failure, call)(scope, receive, response.send)
-        except asyncio.CancelledError:
-            # The server does not wait for this request any longer: the work ends too.
-            draining = service.readiness.draining
-            reason = call.cancellation.reason or (Draining() if draining else ClientGone())
-            call.cancellation.cancel(reason)
-            call.fail(reason)
-            if not draining or response.started:
-                raise
-            await error_response(reason, call)(scope, receive, response.send)
-        finally:
-            try:
-                await _end_work(call)
+            except RequestError as refused:
+                if isinstance(refused, Unauthorized):
+                    # Whoever has no key does not decide what is exported.
+                    call.identity = service.tracing.identify()
+                await error_response(refused, call)(scope, receive, response.send)
+            except Exception as error:
+                # The framework's handler for these runs outside of here, without the current call.
+                failure = GenerationFailed(type(error).__name__)
+                call.fail(failure)
+                if response.started:
+                    raise
+                _log_without_text(error)
+                await error_response(failure, call)(scope, receive, response.send)
+            except asyncio.CancelledError:
+                # The server does not wait for this request any longer: the work ends too.
+                draining = service.readiness.draining
+                reason = call.cancellation.reason or (Draining() if draining else ClientGone())
+                call.cancellation.cancel(reason)
+                call.fail(reason)
+                if not draining or response.started:
+                    raise
+                await error_response(reason, call)(scope, receive, response.send)
             finally:
-                _finish(service, call, response)
+                try:
+                    await _end_work(call)
+                finally:
+                    _finish(service, call, response)
 
     async def _answer(
         self, service: Service | None, call: Call, scope: Scope, receive: Receive, send: Send
@@ -150,9 +161,15 @@ class RequestMiddleware:
             await send(message)
 
         try:
+            if not call.endpoint.isprintable():
+                # The router's patterns also match before a final line break, so "/metrics\n" would
+                # be routed as "/metrics" but not be checked as that.
+                raise NotFound
+            if call.endpoint not in FOR_EVERY_CONNECTION:
+                _check_connection(scope)
             self._authentication.check(service, call, scope)
             await self._app(scope, receive, watched)
-        except Unauthorized as refused:
+        except (NotFound, TooManyConnections, Unauthorized) as refused:
             await error_response(refused, call)(scope, receive, watched)
         except Exception as error:
             if status is not None:
@@ -162,7 +179,8 @@ class RequestMiddleware:
         if status is not None and status >= 400:
             # An unknown method or path is the client's text, and so it is not logged.
             route = scope.get("route")
-            unrouted = "(refused)" if status == Unauthorized.status else "(unknown path)"
+            refused_here = status in (Unauthorized.status, TooManyConnections.status)
+            unrouted = "(refused)" if refused_here else "(unknown path)"
             logger.info(
                 "%s %s %d",
                 call.method if call.method in _METHODS else "(other method)",
@@ -197,8 +215,7 @@ class RequestMiddleware:
         """Read the body, then run the app with it while watching for a disconnect."""
         headers = Headers(scope=scope)
         try:
-            if OVER_THE_LIMIT in scope.get("state", {}):
-                raise TooManyConnections
+            _check_connection(scope)
             body = await read_body(receive, headers, service.readiness, limit_bytes)
             if len(body) > MAX_BODY_BYTES:
                 await asyncio.to_thread(json_object, headers, body)  # it takes milliseconds
@@ -287,6 +304,16 @@ def _new_call(service: Service | None, path: str, scope: Scope) -> Call:
             break
     call.timeline.begin_at_arrival("receive")
     return call
+
+
+def _check_connection(scope: Scope) -> None:
+    """Refuse a request of a connection over the limit.
+
+    Raises:
+        TooManyConnections: it is one.
+    """
+    if OVER_THE_LIMIT in scope.get("state", {}):
+        raise TooManyConnections
 
 
 def _server_timing(call: Call) -> bytes:

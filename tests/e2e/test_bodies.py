@@ -90,6 +90,23 @@ def test_a_chunked_body_without_end_is_413_at_its_limit(server: ServerProcess) -
     assert (answer.status, answer.error_type()) == (413, "body_too_large")
 
 
+@pytest.mark.parametrize("path", ["/", "/image-to-image/stream"])
+def test_a_body_of_tiny_chunks_is_refused(server: ServerProcess, path: str) -> None:
+    """Each costs as much as a large one, and they would hold up every other client."""
+    with connected(server.url) as client:
+        client.send(chunked(*[b" "] * 40_000, path=path))
+        answer = Answer.parse(client.read())
+    assert (answer.status, answer.error_type()) == (400, "malformed_http")
+
+
+def test_an_early_answer_is_not_for_tiny_chunks_either(server: ServerProcess) -> None:
+    """They are dropped after the 404, but not for as long as other bodies."""
+    data = chunked(*[b" "] * 2000, path="/nowhere", end=b"")
+    with connected(server.url) as client:
+        client.send(data)
+        assert client.is_closed(1.0)
+
+
 @pytest.mark.parametrize("length", ["-5", "0x5", "5 5", "+5", "f" * 30, "١", TEXT], ids=ascii)
 def test_a_wrong_size_of_a_chunk_is_refused(server: ServerProcess, length: str) -> None:
     with connected(server.url) as client:

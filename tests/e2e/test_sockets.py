@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from metrics.catalogue import DROPPED_CONNECTIONS
-from serve.http.sockets.listener import OTHER_DESCRIPTORS
+from serve.http.sockets.connections import MAX_PIPELINED_BYTES
+from serve.http.sockets.listener import OTHER_DESCRIPTORS, RESERVED_CONNECTIONS
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body
 from tests.support.forked import self_hosted
 from tests.support.otlp_endpoint import otlp_endpoint
@@ -73,6 +74,13 @@ def dropped(server: ServerProcess, reason: str) -> float:
     return value(server, f'sdxl_connections_dropped_total{{reason="{reason}"}}')
 
 
+def is_reached(server: ServerProcess) -> bool:
+    try:
+        return httpx.get(server.url + "/health", timeout=PATIENCE).status_code == 200
+    except httpx.TransportError:  # no place for the connection
+        return False
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
     """One server for every test that does not end it."""
@@ -84,7 +92,7 @@ def server() -> Iterator[ServerProcess]:
 @pytest.fixture(scope="module")
 def limited() -> Iterator[ServerProcess]:
     """One with few connections. The test of SIGHUP, the last to use it, ends it."""
-    with server_of_its_own(SDXL_MAX_CONNECTIONS="4") as started:
+    with server_of_its_own(SDXL_MAX_CONNECTIONS="4", SDXL_SEND_SECONDS="60") as started:
         yield started
 
 
@@ -128,11 +136,21 @@ def test_served_clients_at_the_limit_leave_room_to_watch(limited: ServerProcess)
         for path in ("/health", "/ready", "/metrics"):
             assert httpx.get(limited.url + path, timeout=PATIENCE).status_code == 200
         with client(limited) as beyond:
+            beyond.send(GET_HEALTH)
+            assert beyond.answer().headers["connection"] == "close"
+            assert beyond.read() == b""
+        refused = httpx.get(limited.url + "/stats", timeout=PATIENCE)
+        assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+        with client(limited) as beyond:
             beyond.send(generate(width=64, height=64))
             refused = beyond.answer()
             assert (refused.status, refused.error_type()) == (503, "too_many_connections")
             assert refused.headers["retry-after"]
             assert beyond.is_closed()
+        for _ in range(RESERVED_CONNECTIONS):  # that ask for much, and take nothing
+            greedy = stack.enter_context(client(limited, receive_buffer=4096))
+            greedy.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+        wait_until(lambda: is_reached(limited), PATIENCE)
         for reader in readers:
             reader.send(b"{" + b" " * 99)
             assert reader.answer().status == 422
@@ -319,6 +337,28 @@ def test_one_that_closes_its_side_gets_a_state_but_no_image(server: ServerProces
         leaving.socket.shutdown(socket.SHUT_WR)
         assert leaving.read() == b""
     wait_until(lambda: value(server, gone) == before + 1, PATIENCE)
+
+
+@pytest.mark.parametrize("more", [b"G", GET_HEALTH * 3, GET_HEALTH * 1000], ids=len)
+def test_one_that_leaves_is_noticed_whatever_it_sent_ahead(
+    server: ServerProcess, more: bytes
+) -> None:
+    gone = 'sdxl_errors_total{error_type="client_gone"}'
+    before = value(server, gone)
+    with client(server) as leaving:
+        leaving.send(generate(num_inference_steps=100, width=64, height=64))
+        wait_until(lambda: value(server, "sdxl_requests_in_flight") == 1, PATIENCE)
+        leaving.send(more)
+    wait_until(lambda: value(server, gone) == before + 1, PATIENCE)
+
+
+def test_too_much_ahead_of_the_answer_is_refused(server: ServerProcess) -> None:
+    with client(server) as greedy:
+        drawn = generate(num_inference_steps=100, width=64, height=64)
+        greedy.send(drawn + GET_HEALTH * (2 * MAX_PIPELINED_BYTES // len(GET_HEALTH)))
+        answer = Answer.parse(greedy.read())
+    assert (answer.status, answer.error_type()) == (400, "malformed_http")
+    wait_until(lambda: value(server, "sdxl_requests_in_flight") == 0, PATIENCE)
 
 
 # The body

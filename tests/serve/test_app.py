@@ -183,6 +183,14 @@ PATHS = ["/", "/stream", "/image-to-image", "/image-to-image/stream"]
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_a_path_that_ends_with_a_line_break_is_unknown(app: SdxlApp, path: str) -> None:
+    client = TestClient(app._build_app())
+    for character in ("%0A", "%0D", "%00"):
+        answer = client.post(path + character, json={"prompt": PROMPT})
+        assert (answer.status_code, answer.json()["error_type"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("error", "status", "headers"),
     [

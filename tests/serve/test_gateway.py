@@ -187,6 +187,8 @@ def test_setup_drain_and_teardown(gateway: PromptGateway, monkeypatch: pytest.Mo
         await gateway.setup()
         assert client.get("/health").status_code == 200
         assert client.get("/ready").status_code == 200
+        # The router takes such a path for the one before the line break.
+        assert client.post("/%0A", json={"prompt": "a"}).status_code == 404
         gateway.handle_exit()
         await asyncio.sleep(0.01)
         assert client.get("/ready").json()["state"] == "draining"

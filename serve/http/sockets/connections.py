@@ -25,27 +25,24 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
-from serve.errors import (
-    Draining,
-    HeadTooLarge,
-    HeadTooSlow,
-    MalformedHttp,
-    RequestError,
-)
+from serve.errors import Draining, HeadTooSlow, MalformedHttp, RequestError
 from serve.http.error_responses import response_outside_the_app
 from serve.http.service import Service
+from serve.http.sockets.early_answers import OVER_THE_LIMIT
+from serve.http.sockets.parser import CheckedParser
 
 logger = logging.getLogger(__name__)
 
-MAX_HEAD_BYTES = 16 * 1024
-MAX_HEAD_FIELDS = 100
+MAX_PIPELINED_BYTES = 64 * 1024
+"""What may follow a request for an image before its answer."""
 
 LINGER_SECONDS = 1.0
 """How long a refused client may take to read why. Closing at once would reset the connection while
 the client still sends, and it would lose the answer."""
 
-DRAIN_SEND_SECONDS = 1.0
-"""Takes the place of `send_seconds` once the process shuts down."""
+SHORT_SEND_SECONDS = 1.0
+"""Takes the place of `send_seconds` once the process shuts down, and on connections over the
+limit."""
 
 _LOG_SECONDS = 60.0
 
@@ -114,51 +111,6 @@ class Connections:
             logger.warning("connections closed or refused, %d open: %s", len(self.open), numbers)
 
 
-class _CheckedParser(h11.Connection):
-    """h11's parser, without the requests that it should not accept.
-
-    Instead of raising it pauses, with the reason in `problem`: uvicorn would log each, and answer
-    some of them in the middle of another answer.
-    """
-
-    problem: RequestError | None = None
-
-    def next_event(self) -> Any:
-        if self.problem is not None:
-            return h11.PAUSED
-        try:
-            event = super().next_event()
-        except h11.RemoteProtocolError as error:
-            # Without the error's text, which may quote a header.
-            too_large = error.error_status_hint == HeadTooLarge.status
-            self.problem = _head_too_large() if too_large else MalformedHttp()
-            return h11.PAUSED
-        if isinstance(event, h11.Request):
-            self.problem = _problem_of(event)
-        return event if self.problem is None else h11.PAUSED
-
-
-def _problem_of(head: h11.Request) -> RequestError | None:
-    """Why a request is refused before its body is read."""
-    size = len(head.target) + sum(len(name) + len(value) for name, value in head.headers)
-    if size > MAX_HEAD_BYTES or len(head.headers) > MAX_HEAD_FIELDS:
-        return _head_too_large()
-    if head.http_version not in (b"1.0", b"1.1"):
-        return MalformedHttp()  # HTTP/2, which begins like a request
-    names = {name for name, _ in head.headers}
-    if b"transfer-encoding" in names and (b"content-length" in names or head.http_version < b"1.1"):
-        # A proxy that believes the length would take the rest of the body for another request
-        # (RFC 9112, 6.1 and 11.2).
-        return MalformedHttp(
-            "Transfer-Encoding is not allowed beside Content-Length or before HTTP/1.1."
-        )
-    return None
-
-
-def _head_too_large() -> RequestError:
-    return HeadTooLarge(MAX_HEAD_BYTES, MAX_HEAD_FIELDS)
-
-
 class Connection(H11Protocol):
     """One client's connection, from its opening to its end."""
 
@@ -170,7 +122,7 @@ class Connection(H11Protocol):
         connections: Connections,
     ) -> None:
         super().__init__(config, server_state, app_state)
-        self.conn: _CheckedParser = _CheckedParser(h11.SERVER, MAX_HEAD_BYTES)
+        self.conn: CheckedParser = CheckedParser()
         self.timeout_keep_alive = connections.limits.keep_alive_seconds  # type: ignore[assignment]
         self._all = connections
         self._limits = connections.limits
@@ -178,12 +130,19 @@ class Connection(H11Protocol):
         self._send_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
         self._refused = False
+        self._over_the_limit = OVER_THE_LIMIT in app_state
         connections.opened(self)
 
     @property
     def _serves(self) -> bool:
         """Whether a request is being read, served or answered."""
         return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _reads_a_state(self) -> bool:
+        """Whether the last request draws nothing, and so may be answered though the client has
+        closed its side."""
+        return self.scope["method"] in ("GET", "HEAD")
 
     # Opened, and lost
 
@@ -234,8 +193,24 @@ class Connection(H11Protocol):
         super().handle_events()
         if self.cycle is not before:
             self._head_has_arrived()
+            if self._over_the_limit:
+                self._serve_no_further_request()
         if self.conn.problem is not None and not self._refused:
             self._refuse(self.conn.problem)
+        self._watch_for_the_end()
+
+    def _watch_for_the_end(self) -> None:
+        """Read on while an image is drawn, whatever else the client has sent.
+
+        uvicorn stops reading as soon as a byte follows a request, and then the end of the
+        connection would not be noticed.
+        """
+        if not self._serves or self._refused or self.cycle.more_body or self._reads_a_state:
+            return
+        if len(self.conn.trailing_data[0]) > MAX_PIPELINED_BYTES:
+            self._refuse(MalformedHttp("Too much was sent before the answer."))
+        else:
+            self.flow.resume_reading()
 
     def _head_has_arrived(self) -> None:
         self._all.waiting.pop(self, None)
@@ -252,7 +227,7 @@ class Connection(H11Protocol):
         A client that waits for an image has left: the work should stop. One that reads a state gets
         its answer, because some tools close their side as soon as they have asked.
         """
-        if self._serves and not self.cycle.more_body and self.scope["method"] in ("GET", "HEAD"):
+        if self._serves and not self.cycle.more_body and self._reads_a_state:
             self.cycle.keep_alive = False
             return True
         return None
@@ -297,8 +272,8 @@ class Connection(H11Protocol):
 
     def _limit_sending(self) -> None:
         seconds = self._limits.send_seconds
-        if self._all.draining:
-            seconds = min(seconds, DRAIN_SEND_SECONDS)
+        if self._all.draining or self._over_the_limit:
+            seconds = min(seconds, SHORT_SEND_SECONDS)
         self._send_timer = self.loop.call_later(seconds, self._answer_not_taken)
 
     def _answer_not_taken(self) -> None:
@@ -317,6 +292,13 @@ class Connection(H11Protocol):
         else:
             self._all.waiting.setdefault(self)
 
+    def _serve_no_further_request(self) -> None:
+        """End the connection after the answer to the request that is served."""
+        self.cycle.keep_alive = False
+        if not self.cycle.response_started:
+            close = (b"connection", b"close")
+            self.cycle.default_headers = [*self.cycle.default_headers, close]
+
     # Shutting down
 
     def shutdown(self) -> None:
@@ -327,10 +309,7 @@ class Connection(H11Protocol):
         if self._refused:
             return
         if self._serves:
-            self.cycle.keep_alive = False
-            if not self.cycle.response_started:
-                close = (b"connection", b"close")
-                self.cycle.default_headers = [*self.cycle.default_headers, close]
+            self._serve_no_further_request()
         elif self.conn.trailing_data[0] and not self.transport.is_closing():
             self._refuse(Draining())
         else:

@@ -16,13 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import Message
 
 from serve.engine.build import build_runtime
-from serve.engine.runtime import Runtime
+from serve.engine.call import the_call
+from serve.engine.runtime import ENDPOINTS, Runtime
 from serve.http.authentication import given_keys, is_operator
+from serve.http.middleware import RequestMiddleware
 from serve.http.playground.page_files import page_files
 from serve.http.security_headers import SECURITY_HEADERS
+from serve.http.sockets.early_answers import OVER_THE_LIMIT
 from serve.server import create_app
 from serve.settings import ServeSettings
 
@@ -54,7 +58,7 @@ def app(runtime: Runtime) -> FastAPI:
 
 
 def ask(
-    app: FastAPI, method: str, path: str, key: str = "", client: str = AWAY, **options: Any
+    app: Any, method: str, path: str, key: str = "", client: str = AWAY, **options: Any
 ) -> httpx.Response:
     headers = options.pop("headers", {})
     if key:
@@ -136,38 +140,87 @@ def test_other_forms_are_no_key(app: FastAPI, headers: list[tuple[str, Any]]) ->
     assert asked.status_code == 401
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "anyone", "caller", "operator"),
-    [
-        ("GET", "/", 200, 200, 200),
-        ("HEAD", "/", 200, 200, 200),
-        ("GET", "/playground/style.css", 200, 200, 200),
-        ("GET", "/playground/nothing", 404, 404, 404),
-        ("GET", "/health", 200, 200, 200),
-        ("GET", "/ready", 503, 503, 503),
-        ("GET", "/stats", 401, 200, 401),
-        ("GET", "/timeline/" + "0" * 32, 401, 404, 401),
-        ("GET", "/v1/models", 401, 200, 401),
-        ("GET", "/openapi.json", 401, 200, 401),
-        ("GET", "/nothing", 401, 404, 401),
-        ("GET", "/stream", 401, 405, 401),
-        ("PUT", "/", 401, 405, 401),
-        ("OPTIONS", "/stream", 401, 405, 401),
-        ("GET", "/%2Fstats", 401, 404, 401),
-        ("GET", "/playground/../stats", 401, 200, 401),
-        ("GET", "/playground/%2e%2e/stats", 404, 404, 404),
-        ("GET", "/metrics", 401, 401, 200),
-        ("GET", "/debug/requests", 403, 403, 200),
-        ("POST", "/debug/profile", 403, 403, 415),
-        ("GET", "/debug/nothing", 404, 404, 404),
-    ],
-)
+WHAT_EACH_PATH_NEEDS = [
+    ("GET", "/", 200, 200, 200),
+    ("HEAD", "/", 200, 200, 200),
+    ("GET", "/playground/style.css", 200, 200, 200),
+    ("GET", "/playground/nothing", 404, 404, 404),
+    ("GET", "/health", 200, 200, 200),
+    ("GET", "/ready", 503, 503, 503),
+    ("GET", "/stats", 401, 200, 401),
+    ("GET", "/timeline/" + "0" * 32, 401, 404, 401),
+    ("GET", "/v1/models", 401, 200, 401),
+    ("GET", "/openapi.json", 401, 200, 401),
+    ("GET", "/nothing", 401, 404, 401),
+    ("GET", "/stream", 401, 405, 401),
+    ("PUT", "/", 401, 405, 401),
+    ("OPTIONS", "/stream", 401, 405, 401),
+    ("GET", "/%2Fstats", 401, 404, 401),
+    ("GET", "/playground/../stats", 401, 200, 401),
+    ("GET", "/playground/%2e%2e/stats", 404, 404, 404),
+    ("GET", "/metrics", 401, 401, 200),
+    ("GET", "/debug/requests", 403, 403, 200),
+    ("POST", "/debug/profile", 403, 403, 415),
+    ("GET", "/debug/nothing", 404, 404, 404),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "anyone", "caller", "operator"), WHAT_EACH_PATH_NEEDS)
 def test_what_each_path_needs(
     app: FastAPI, method: str, path: str, anyone: int, caller: int, operator: int
 ) -> None:
     content: dict[str, Any] = {"content": b"{}"} if method == "POST" else {}
     found = [ask(app, method, path, key, **content).status_code for key in ("", BOB, ADMIN)]
     assert found == [anyone, caller, operator]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *((row[0], row[1]) for row in WHAT_EACH_PATH_NEEDS),
+        ("HEAD", "/metrics"),
+        *(("POST", path) for path in DRAWING),
+    ],
+)
+def test_a_path_with_a_control_character_is_unknown(
+    runtime: Runtime, app: FastAPI, method: str, path: str
+) -> None:
+    """The router takes one that ends with a line break for the path before it."""
+    content: dict[str, Any] = {"json": BODY} if method == "POST" else {}
+    for character in ("%0A", "%0D", "%00", "%C2%85", "%E2%80%A8"):
+        for key in ("", BOB, ADMIN):
+            answer = ask(app, method, path + character, key, **content)
+            assert answer.status_code == 404, (character, key)
+            assert len(answer.headers["x-trace-id"]) == 32
+            assert method == "HEAD" or answer.headers["x-trace-id"] in answer.text
+    # This is no character by itself, and so the path is an ordinary unknown one.
+    assert ask(app, method, path + "%85", **content).status_code in (401, 404)
+    assert metric(runtime, "sdxl_requests_in_flight") == 0
+
+
+@pytest.mark.parametrize("key", ["", BOB])
+def test_a_connection_over_the_limit_reads_the_state_only(app: FastAPI, key: str) -> None:
+    async def over_the_limit(scope: Any, receive: Any, send: Any) -> None:
+        await app(scope | {"state": {OVER_THE_LIMIT: True}}, receive, send)
+
+    def status(method: str, path: str, **content: Any) -> int:
+        return ask(over_the_limit, method, path, key, "127.0.0.1", **content).status_code
+
+    assert [status("GET", path) for path in ("/health", "/ready", "/metrics")] == [200, 503, 200]
+    refused = ask(over_the_limit, "GET", "/stats", key, "127.0.0.1")
+    assert refused.json()["error_type"] == "too_many_connections"
+    assert int(refused.headers["retry-after"]) >= 1
+    for path in (
+        "/",
+        "/playground/main.js",
+        "/openapi.json",
+        "/v1/models",
+        "/debug/requests",
+        "/x",
+    ):
+        assert status("GET", path) == 503, path
+    assert status("POST", "/debug/profile", content=b"{}") == 503
+    assert status("POST", "/", json=BODY) == (503 if key else 401)
 
 
 def test_this_machine_reads_the_metrics_and_draws_nothing(app: FastAPI) -> None:
@@ -239,6 +292,19 @@ def test_a_refusal_is_recorded_without_a_name(runtime: Runtime, app: FastAPI) ->
     assert answer.headers["x-trace-id"] not in [each["trace_id"] for each in shown]
 
 
+@pytest.mark.parametrize("flags", ["00", "01"])
+def test_without_a_key_nobody_decides_what_is_exported(app: FastAPI, flags: str) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-{flags}"}
+    known = ask(app, "POST", "/", BOB, json=BODY, headers=dict(headers))
+    assert known.headers["x-trace-id"] == trace_id
+    for path in DRAWING:
+        unknown = ask(app, "POST", path, json=BODY, headers=dict(headers))
+        assert unknown.status_code == 401
+        assert unknown.headers["x-trace-id"] != trace_id
+        assert unknown.headers["x-trace-id"] in unknown.text
+
+
 def test_a_name_is_counted_and_logged(
     runtime: Runtime, app: FastAPI, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -290,6 +356,40 @@ def test_a_names_limit_holds_for_all_its_keys(runtime: Runtime, app: FastAPI) ->
     assert most == 2
     assert metric(runtime, in_flight, api_key="alice") == 0
     assert requests_by_key(runtime)["alice", "invalid"] == invalid + 1
+
+
+def test_a_names_place_is_free_when_its_work_has_ended(runtime: Runtime) -> None:
+    """The run of a stream that its client has left goes on for some steps."""
+
+    async def once() -> tuple[int, list[int], int]:
+        stopped = asyncio.Event()
+        left = 0
+
+        async def streams(scope: Any, receive: Any, send: Any) -> None:
+            nonlocal left
+            the_call().work = asyncio.create_task(stopped.wait())
+            await Response()(scope, receive, send)
+            left += 1
+
+        transport = httpx.ASGITransport(RequestMiddleware(streams, lambda: runtime, ENDPOINTS))
+        headers = {"x-api-key": ALICE}
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+
+            def send() -> Any:
+                return asyncio.create_task(http.post("/stream", json=BODY, headers=headers))
+
+            running = [send(), send()]
+            while left < 2:
+                await asyncio.sleep(0.01)
+            next_one = send()
+            await asyncio.wait({next_one}, timeout=5)
+            stopped.set()
+            statuses = [(await task).status_code for task in running]
+            return (await next_one).status_code, statuses, (await send()).status_code
+
+    refused, statuses, afterwards = asyncio.run(once())
+    assert (refused, statuses, afterwards) == (429, [200, 200], 200)
+    assert metric(runtime, "sdxl_api_key_requests_in_flight", api_key="alice") == 0
 
 
 def test_the_document_says_how_a_key_is_sent(app: FastAPI) -> None:
@@ -391,6 +491,12 @@ def test_any_header_can_be_read(authorization: bytes, own: bytes) -> None:
                 "sec-fetch-site",
             )
         ),
+        # A proxy that drops what `Connection` names would drop its own headers, too.
+        ("127.0.0.1", {"connection": "close, X-Forwarded-For"}, False),
+        ("127.0.0.1", {"connection": "x-real-ip"}, False),
+        ("127.0.0.1", {"connection": "keep-alive"}, True),
+        ("127.0.0.1", {"connection": "Upgrade, HTTP2-Settings"}, True),
+        ("127.0.0.1", {"connection": "Close,TE, "}, True),
         (AWAY, {"x-forwarded-for": "127.0.0.1"}, False),
         (AWAY, {"authorization": f"Bearer {ADMIN}"}, True),
         (AWAY, {"authorization": f"Bearer {ALICE}"}, False),
@@ -403,6 +509,13 @@ def test_who_is_an_operator(
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "headers": raw, "client": (client, 1)}
     assert is_operator(scope, runtime.settings.admin_token) is operator
+
+
+def test_every_connection_header_is_read() -> None:
+    headers = [(b"connection", b"close"), (b"connection", b"x-forwarded-for")]
+    scope = {"type": "http", "headers": headers, "client": ("127.0.0.1", 1)}
+    assert not is_operator(scope, None)
+    assert is_operator(scope | {"headers": headers[:1]}, None)
 
 
 def test_without_an_address_nobody_is_on_this_machine() -> None:

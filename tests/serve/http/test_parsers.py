@@ -18,13 +18,13 @@ from pydantic import BaseModel, ValidationError
 
 from metrics.tracing import drawn_identity
 from serve.engine.call import Call
-from serve.errors import InvalidRequest, RequestError
+from serve.errors import HeadTooLarge, InvalidRequest, MalformedHttp, RequestError
 from serve.http.error_responses import error_body, field_problems
 from serve.http.gateway.image_app_errors import error_type_of, explain
 from serve.http.image_responses import as_image_request, wants_image
 from serve.http.middleware import _trace_carrier
 from serve.http.openai.schema import ImageGenerationRequest
-from serve.http.sockets.connections import MAX_HEAD_BYTES, _CheckedParser
+from serve.http.sockets.parser import BYTES_A_CHUNK, FREE_CHUNKS, MAX_HEAD_FIELDS, CheckedParser
 from serve.schema import ImageToImageRequest, PromptRequest, TextToImageRequest
 
 pytestmark = pytest.mark.parser
@@ -175,7 +175,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
 def parsed(chunks: Sequence[bytes]) -> tuple[list[str], bytes, RequestError | None]:
     """The events of one request, its body, and why it is refused."""
-    parser = _CheckedParser(h11.SERVER, MAX_HEAD_BYTES)
+    parser = CheckedParser()
     events, body = [], b""
     for chunk in chunks:
         parser.receive_data(chunk)
@@ -220,6 +220,34 @@ def test_a_chunked_body_is_its_chunks(chunks: list[bytes], places: list[int]) ->
     assert problem is None
     assert body == b"".join(chunks)
     assert events == ["Request", "EndOfMessage"]
+
+
+def test_a_body_of_tiny_chunks_is_refused_before_all_are_parsed() -> None:
+    tiny = b"1\r\nx\r\n"
+    data = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + tiny * 40_000
+    _, body, problem = parsed([data])
+    assert isinstance(problem, MalformedHttp)
+    assert len(body) <= 1.01 * FREE_CHUNKS
+    few = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + tiny * FREE_CHUNKS + b"0\r\n\r\n"
+    _, body, problem = parsed([few])
+    assert (body, problem) == (b"x" * FREE_CHUNKS, None)
+
+
+def test_a_large_body_may_have_many_chunks() -> None:
+    chunk = b"%x\r\n%b\r\n" % (BYTES_A_CHUNK, b"x" * BYTES_A_CHUNK)
+    data = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 4000 + b"0\r\n\r\n"
+    _, body, problem = parsed([data])
+    assert (len(body), problem) == (4000 * BYTES_A_CHUNK, None)
+
+
+@pytest.mark.parametrize("before", [HEAD, HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"])
+def test_lines_are_counted_before_they_are_parsed(before: bytes) -> None:
+    """In a head and in a body's trailers; nonsense behind the limit is not reached."""
+    lines = b"X: 1\r\n" * MAX_HEAD_FIELDS
+    _, _, problem = parsed([before + lines + b"nonsense\r\n" * 50_000 + b"\r\n"])
+    assert isinstance(problem, HeadTooLarge)
+    _, _, problem = parsed([before + lines[: len(lines) // 2] + b"\r\n"])
+    assert problem is None
 
 
 # What the gateway gets from the image app's address
