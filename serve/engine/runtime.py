@@ -280,13 +280,18 @@ class Runtime:
 
         Raises:
             InvalidRequest: there is no such picture, or it may not be used here.
+            Draining: the process is shutting down, or begins to before the picture is read.
             RequestError: the request was cancelled, or the queue is full already.
         """
         request = planned.request
         if not isinstance(request, ImageToImageRequest):
             return planned
         self.admission.refuse_if_full(planned, call)
-        with call.stage("image_decode"):
+
+        def refuse() -> None:  # it waits for no GPU yet, so the queue's drain does not know it
+            call.cancellation.cancel(Draining())
+
+        with call.stage("image_decode"), self.readiness.when_draining(refuse):
             reading = self._pictures.read(request.image_url, planned.shape)
             picture = await call.cancellation.unless_cancelled(reading)
         return replace(planned, picture=picture)

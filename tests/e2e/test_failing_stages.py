@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
+from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment, picture_body
 from tests.support import forked, tiny_checker
 from tests.support.faults import SECRET, STEP, Faults
 from tests.support.otlp_endpoint import OtlpEndpoint, ReceivedSpan, otlp_endpoint
@@ -25,6 +25,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 SILENCE_SECONDS = 6.0
 DEADLINE_SECONDS = 4.0
 """Later than a cancelled request may be silent, and earlier than the watchdog."""
+
+IMAGE_TO_IMAGE = "/image-to-image"
 
 ERROR = 2
 """The status code of a span that failed."""
@@ -40,7 +42,8 @@ class Faulty:
     _seen: int = field(default=0)
 
     def post(self, path: str = "/", **fields: Any) -> httpx.Response:
-        return httpx.post(self.process.url + path, json=body(**fields), timeout=ANSWER_SECONDS)
+        wanted = picture_body if path.startswith("/image-to-image") else body
+        return httpx.post(self.process.url + path, json=wanted(**fields), timeout=ANSWER_SECONDS)
 
     def errors(self, error_type: str) -> float:
         return self.metric(f'sdxl_errors_total{{error_type="{error_type}"}}')
@@ -91,13 +94,18 @@ class Case:
     retry: dict[str, str] = field(default_factory=dict)
     stage: str = ""
     """The span that has failed; empty: named as the place."""
+    path: str = "/"
 
 
 NO_RETRY = {"x-fal-needs-retry": "0"}
 
 CASES = (
+    Case("image_decode", "RuntimeError", path=IMAGE_TO_IMAGE),
+    Case("image_decode", "MemoryError", path=IMAGE_TO_IMAGE),
     Case("text_encode", "KeyError"),
     Case("text_encode", "OutOfMemoryError", "out_of_memory", NO_RETRY),
+    Case("vae_encode", "RuntimeError", path=IMAGE_TO_IMAGE),
+    Case("vae_encode", "OutOfMemoryError", "out_of_memory", NO_RETRY, path=IMAGE_TO_IMAGE),
     Case("step", "ValueError", stage="denoise"),
     Case("denoise", "OutOfMemoryError", "out_of_memory", NO_RETRY),
     Case("denoise", "nan", "non_finite_output", NO_RETRY, stage="inference"),
@@ -115,7 +123,7 @@ def test_a_stage_that_fails(server: Faulty, case: Case) -> None:
     server.new_lines()
     before = server.errors(case.error_type)
     server.faults.on(case.place, case.kind)
-    answer = server.post(num_inference_steps=4)
+    answer = server.post(case.path, num_inference_steps=4)
     server.faults.off(case.place)
     assert (answer.status_code, answer.json()["error_type"]) == (500, case.error_type)
     assert case.retry.items() <= dict(answer.headers).items()

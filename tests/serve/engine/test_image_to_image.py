@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from serve.engine.runtime import Runtime
 from serve.errors import (
     ClientGone,
     DeadlineExceeded,
+    Draining,
     InvalidRequest,
     QueueFull,
     RequestError,
@@ -270,6 +272,27 @@ def test_a_deadline_that_passes_while_the_picture_is_fetched(
     with pytest.raises(DeadlineExceeded):
         generate(runtime, new_call(), image_url=slow_host, deadline_seconds=0.2)
     assert time.monotonic() - began < 5
+
+
+def test_a_drain_that_begins_while_the_picture_is_fetched(
+    runtime: Runtime, new_call: NewCall, slow_host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readiness = replace(runtime.readiness, _on_drain=[])
+    monkeypatch.setattr(runtime, "readiness", readiness)
+    call = new_call()
+
+    async def story() -> None:
+        task = asyncio.create_task(runtime.generate(wanted(image_url=slow_host), call))
+        await asyncio.sleep(0.05)
+        readiness.drain()
+        await task
+
+    began = time.monotonic()
+    with pytest.raises(Draining):
+        asyncio.run(story())
+    assert time.monotonic() - began < 5
+    assert (call.outcome, call.runs) == ("rejected", [])
+    assert readiness._on_drain == []
 
 
 def test_a_full_queue_refuses_before_the_picture_is_read(
