@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ from typing import Any
 import httpx
 import pytest
 
+from serve.engine.gpu_thread import STEPS_AHEAD
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment, picture_body
 from tests.support import forked, tiny_checker
 from tests.support.faults import SECRET, STEP, Faults
 from tests.support.otlp_endpoint import OtlpEndpoint, ReceivedSpan, otlp_endpoint
 from tests.support.processes import ServerProcess
+from tests.support.raw_client import connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -173,6 +176,26 @@ def test_an_upload_that_fails_costs_no_image(server: Faulty) -> None:
         if line.get("trace_id") == answer.json()["trace_id"] and line["level"] != "info"
     ]
     assert [line["level"] for line in lines] == ["warning"]
+
+
+@pytest.mark.parametrize("path", ["/", "/stream"])
+def test_a_client_that_leaves_costs_two_further_steps_at_most(server: Faulty, path: str) -> None:
+    """A step is held until the server has read the end of the connection."""
+    trace_id = secrets.token_hex(16)
+    content = json.dumps(body(num_inference_steps=50)).encode()
+    server.faults.on("step", "hold")
+    with connected(server.process.url) as client:
+        client.send(post(path, content, f"traceparent: 00-{trace_id}-{'1' * 16}-01"))
+        server.faults.wait_until_held("step")
+    time.sleep(1)
+    server.faults.off("step")
+    spans = server.otlp.wait_for_trace(trace_id)
+    (root,) = (span for span in spans if span.name == "text-to-image")
+    assert root.attributes["error.type"] == "client_gone"
+    steps = sum(span.name == "denoise_step" for span in spans)
+    print(f"{path}: the client left in step {STEP + 1}, {steps} steps ran")
+    assert STEP + 1 <= steps <= STEP + 1 + STEPS_AHEAD
+    assert server.serves()
 
 
 @pytest.mark.parametrize("seconds", [-3600, 3600])
