@@ -521,7 +521,6 @@ class Runtime:
         # A compile cannot be interrupted and may take minutes; a run that hangs never ends.
         self.work_left_behind = not self._gpu.stop(timeout_seconds=0.1)
         self.queue.close()
-        self._pictures.close()
         self._startup.close()
         if not self.work_left_behind:
             self._loaded = None  # gives the model's memory back
@@ -537,6 +536,7 @@ class Runtime:
             push.end(max(0.0, deadline - time.monotonic()))
         self.work_left_behind |= self.recorder.left_behind
         self.work_left_behind |= not self.profiling.close(PROFILE_SECONDS)
+        self.work_left_behind |= not self._pictures.close()
         return lost
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from kernels_warmup.shapes import CompiledShape
 from metrics.spans import request_tree
 from serve.engine.call import Call
 from serve.engine.pictures import fetching, reading
@@ -293,6 +295,30 @@ def test_a_drain_that_begins_while_the_picture_is_fetched(
     assert time.monotonic() - began < 5
     assert (call.outcome, call.runs) == ("rejected", [])
     assert readiness._on_drain == []
+
+
+def test_a_decoding_that_goes_on_is_left_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread cannot be interrupted, and the process must not wait for it."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def decode_forever(*_: object) -> None:
+        begun.set()
+        goes_on.wait(30)
+
+    monkeypatch.setattr(reading, "decode_picture", decode_forever)
+    reader = reading.PictureReader(())
+
+    async def story() -> None:
+        task = asyncio.create_task(reader.read(RED, CompiledShape(64, 64)))
+        await asyncio.to_thread(begun.wait, 10)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(story())
+    assert not reader.close()
+    goes_on.set()
+    reader._threads.shutdown()
+    assert reader.close()
 
 
 def test_a_full_queue_refuses_before_the_picture_is_read(
