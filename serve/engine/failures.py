@@ -13,6 +13,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+)
+"""What torch says in a plain RuntimeError if memory is lacking for something that its own GPU
+allocator does not allocate: tensors on the CPU, the driver's and the libraries' own memory."""
+
 
 def explain_failure(error: Exception, device: torch.device) -> RequestError:
     """Map an exception of a run to a row of the failure table. Call it on the GPU thread.
@@ -68,7 +79,10 @@ def _is_lost(device: torch.device) -> bool:
 def _is_out_of_memory(error: Exception) -> bool:
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return any(each in text for each in _OUT_OF_MEMORY)
 
 
 def _free_memory(error: Exception) -> None:

@@ -280,13 +280,18 @@ class Runtime:
 
         Raises:
             InvalidRequest: there is no such picture, or it may not be used here.
+            Draining: the process is shutting down, or begins to before the picture is read.
             RequestError: the request was cancelled, or the queue is full already.
         """
         request = planned.request
         if not isinstance(request, ImageToImageRequest):
             return planned
         self.admission.refuse_if_full(planned, call)
-        with call.stage("image_decode"):
+
+        def refuse() -> None:  # it waits for no GPU yet, so the queue's drain does not know it
+            call.cancellation.cancel(Draining())
+
+        with call.stage("image_decode"), self.readiness.when_draining(refuse):
             reading = self._pictures.read(request.image_url, planned.shape)
             picture = await call.cancellation.unless_cancelled(reading)
         return replace(planned, picture=picture)
@@ -516,7 +521,6 @@ class Runtime:
         # A compile cannot be interrupted and may take minutes; a run that hangs never ends.
         self.work_left_behind = not self._gpu.stop(timeout_seconds=0.1)
         self.queue.close()
-        self._pictures.close()
         self._startup.close()
         if not self.work_left_behind:
             self._loaded = None  # gives the model's memory back
@@ -532,6 +536,7 @@ class Runtime:
             push.end(max(0.0, deadline - time.monotonic()))
         self.work_left_behind |= self.recorder.left_behind
         self.work_left_behind |= not self.profiling.close(PROFILE_SECONDS)
+        self.work_left_behind |= not self._pictures.close()
         return lost
 
 

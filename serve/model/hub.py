@@ -6,7 +6,9 @@ signature.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,10 @@ REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 HUB_SECONDS = 10.0
 """How long the hub may take for each part of its first answer. A hub that accepts a connection and
 says nothing would otherwise hold up the start for ever."""
+
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
 
 
 class HubUnavailable(Exception):
@@ -62,6 +68,10 @@ def hub_failure(error: BaseException, revision: str | None) -> str:
         (errors.EntryNotFoundError, "the repository lacks a file of the diffusers layout"),
     )
     causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, OSError) and _is_of_the_cache(cause):
+            why = os.strerror(cause.errno or 0)
+            return f"the hub's cache, which HF_HOME names, cannot be written ({why})"
     for kind, reason in reasons:
         if any(isinstance(cause, kind) for cause in causes):
             return reason
@@ -70,6 +80,13 @@ def hub_failure(error: BaseException, revision: str | None) -> str:
             return f"the hub answered {cause.response.status_code}"
     # No route, a name that does not resolve, a certificate, a time limit, a proxy.
     return f"the hub cannot be reached ({type(causes[-1]).__name__})"
+
+
+def _is_of_the_cache(error: OSError) -> bool:
+    """Whether the disk refused a file. A firewall may forbid a connection with the same numbers as
+    a folder that may not be written, but its error names no file."""
+    named = error.filename is not None
+    return error.errno in _UNWRITABLE or (named and error.errno in _FORBIDDEN)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -28,7 +28,7 @@ from serve.model.hub import (
 from serve.model.schedulers import OWN_SCHEDULE, Schedule
 from serve.model.sdxl import SdxlModel
 from serve.model.weights import non_finite_tensor
-from serve.settings import DEMO_MODEL, RANDOM_SDXL_BASE, SDXL_BASE
+from serve.settings import DEMO_MODEL, RANDOM_SDXL_BASE, SDXL_BASE, SDXL_BASE_COMMIT
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ def load_model(
     Args:
         name: `demo`, `random:sdxl-base`, a hub repository or a local directory; None: SDXL base
             on a CUDA device, else the demo.
+        revision: a branch, tag or commit of a hub repository; None: its main branch, and of SDXL
+            base `SDXL_BASE_COMMIT`.
         schedule: the scheduler and the timesteps, where they are not the model's own.
 
     Raises:
@@ -71,6 +73,8 @@ def load_model(
     dtype = _DTYPES[dtype_name] if dtype_name != "auto" else _default_dtype(device)
     if name is None:
         name = SDXL_BASE if device.type == "cuda" else DEMO_MODEL
+    if name == SDXL_BASE:
+        revision = revision or SDXL_BASE_COMMIT
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     if name == RANDOM_SDXL_BASE:

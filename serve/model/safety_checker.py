@@ -24,6 +24,7 @@ from transformers import CLIPConfig
 from serve.errors import ModelError
 from serve.model.hub import HUB_SECONDS, REPOSITORY, hub_failure, say_commit
 from serve.model.weights import non_finite_tensor
+from serve.settings.fields import stays_inside
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def load_safety_checker(name: str, device: torch.device) -> SafetyChecker:
 def _download(name: str) -> Path:
     """The directory of a hub repository's checker."""
     found = _HUB_NAME.fullmatch(name)
-    if found is None:
+    if found is None or not stays_inside(found["revision"] or ""):
         raise ModelError(
             f"SDXL_SAFETY_CHECKER={name!r} is neither a directory here nor a hub repository like "
             "NAME/NAME or NAME/NAME@REVISION."

@@ -11,6 +11,7 @@ from serve.settings.service import (
     PREFIX,
     RANDOM_SDXL_BASE,
     SDXL_BASE,
+    SDXL_BASE_COMMIT,
     SchedulerName,
     ServeSettings,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "PREFIX",
     "RANDOM_SDXL_BASE",
     "SDXL_BASE",
+    "SDXL_BASE_COMMIT",
     "SchedulerName",
     "ServeSettings",
     "environment_name",

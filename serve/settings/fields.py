@@ -139,6 +139,14 @@ class LoraSource:
 LORA_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
+def stays_inside(path: str) -> bool:
+    """Whether a revision, or the path of a file in a repository, leads to no other folder.
+
+    The hub's library joins both with the folder of its cache.
+    """
+    return not path.startswith("/") and "\\" not in path and ".." not in path.split("/")
+
+
 def parse_loras(value: Any) -> Any:
     """`NAME=SOURCE,...`. A name stands once: it is how a request chooses."""
     if not isinstance(value, str):

@@ -28,6 +28,7 @@ from serve.settings.fields import (
     LoraSources,
     bucket_bounds_field,
     seconds_field,
+    stays_inside,
 )
 from serve.settings.otlp_checks import is_http_url
 from serve.settings.telemetry import TelemetrySettings
@@ -37,6 +38,9 @@ PREFIX = "SDXL_"
 DEMO_MODEL = "demo"
 RANDOM_SDXL_BASE = "random:sdxl-base"
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+SDXL_BASE_COMMIT = "462165984030d82259a11f4367a4eed129e94a7b"
+"""What is loaded of `SDXL_BASE` without `SDXL_MODEL_REVISION`: its main branch, as it has been
+since October 2023. The default model must not change with what the hub says."""
 
 SchedulerName = Literal[
     "euler",
@@ -79,7 +83,9 @@ class ServeSettings(TelemetrySettings):
         description="a comma-separated list of names without spaces",
     )
     model_revision: str | None = Field(
-        default=None, min_length=1, description="a branch, tag or commit of a hub repository"
+        default=None,
+        min_length=1,
+        description="a branch, tag or commit of a hub repository, without .. and a leading /",
     )
     device: str = Field(
         default="auto",
@@ -285,6 +291,13 @@ class ServeSettings(TelemetrySettings):
                 raise ValueError("not a list of names")
             return names
         return value
+
+    @field_validator("model_revision")
+    @classmethod
+    def _stays_in_the_cache(cls, revision: str | None) -> str | None:
+        if revision is not None and not stays_inside(revision):
+            raise ValueError("leads out of the repository")
+        return revision
 
     @field_validator("shapes", mode="before")
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from tests.support import forked, processes
 from tests.support.otlp_endpoint import OtlpEndpoint, otlp_endpoint
@@ -50,6 +53,14 @@ def body(**fields: Any) -> dict[str, Any]:
     """A small valid request, changed."""
     small = {"prompt": "a red circle on a white background", "num_inference_steps": 2, "seed": 1}
     return small | fields
+
+
+def picture_body(**fields: Any) -> dict[str, Any]:
+    """A small valid request for image to image, changed."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "png")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return body(image_url=url, strength=1.0) | fields
 
 
 def environment(otlp: OtlpEndpoint, **more: str) -> dict[str, str]:

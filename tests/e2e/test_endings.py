@@ -19,7 +19,7 @@ import pytest
 from kernels_warmup.cache.key import SUFFIX
 from kernels_warmup.cache.working_directory import WORKING_PREFIX
 from serve.server import FLUSH_SECONDS, GRACE_SECONDS
-from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
+from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment, picture_body
 from tests.e2e.test_lifecycle import wait_for_output
 from tests.support import forked, tiny_checker
 from tests.support.faults import Faults
@@ -30,7 +30,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STAGES = (
     "receive",
+    "image_decode",
     "text_encode",
+    "vae_encode",
     "step",
     "vae_decode",
     "safety_check",
@@ -40,16 +42,30 @@ STAGES = (
 )
 """Where one request is held. `queue` is the stage of a second one behind it."""
 
+OF_A_PICTURE = ("image_decode", "vae_encode")
+"""The stages that only image to image has."""
+
+ON_THE_GPU_THREAD = ("text_encode", "vae_encode", "step", "vae_decode", "safety_check")
+REFUSED = ("receive", "image_decode")
+"""The stages in which SIGTERM ends a request: it has not joined the queue yet."""
+
+CLOSED = {"RemoteProtocolError", "ReadError"}
+"""What a client raises whose connection was closed before its answer."""
+
 DEADLINE_SECONDS = 4.0
 
 
 class Client(threading.Thread):
     """A request on a thread of its own, and what came of it."""
 
-    def __init__(self, url: str, **fields: Any) -> None:
+    def __init__(self, url: str, stage: str = "", **fields: Any) -> None:
+        """Args:
+        stage: one that the request must have; empty: any of text to image.
+        """
         super().__init__()
-        self.url = url
-        self.fields = fields
+        has_picture = stage in OF_A_PICTURE
+        self.url = url + "/image-to-image" if has_picture else url
+        self.body = picture_body(**fields) if has_picture else body(**fields)
         self.answer: httpx.Response | None = None
         self.error: httpx.TransportError | None = None
         self.ended_at = 0.0
@@ -57,7 +73,7 @@ class Client(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.answer = httpx.post(self.url, json=body(**self.fields), timeout=ANSWER_SECONDS)
+            self.answer = httpx.post(self.url, json=self.body, timeout=ANSWER_SECONDS)
         except httpx.TransportError as error:
             self.error = error
         self.ended_at = time.monotonic()
@@ -123,10 +139,10 @@ def test_sigterm_in_every_stage(ground: Ground) -> None:
         with otlp_endpoint() as otlp, ground.server(otlp) as process:
             process.wait_until_ready(START_SECONDS)
             ground.faults.on(stage, "hold")
-            running = Client(process.url, num_inference_steps=4)
+            running = Client(process.url, stage, num_inference_steps=4)
             ground.faults.wait_until_held(stage)
             waiting = None
-            if stage in ("text_encode", "step", "vae_decode", "safety_check"):
+            if stage in ON_THE_GPU_THREAD:
                 waiting = Client(process.url)
                 wait_for_metric(process, "sdxl_requests_waiting 1.0")
             signalled = time.monotonic()
@@ -138,10 +154,12 @@ def test_sigterm_in_every_stage(ground: Ground) -> None:
             print(f"SIGTERM in {stage}: {running.outcome()}, gone after {seconds:.2f} s")
             assert process.process.returncode == 0, process.output()
             assert seconds < 8
-            assert running.outcome() == ("draining" if stage == "receive" else "ok")
+            assert running.outcome() == ("draining" if stage in REFUSED else "ok")
+            if stage == "image_decode":  # answered at once, though its thread still decodes
+                assert running.ended_at - signalled < 0.3
             assert running.answer is not None
             spans = otlp.wait_for_trace(running.answer.headers["x-trace-id"])
-            assert ("denoise" in tree(spans)) == (stage != "receive")
+            assert ("denoise" in tree(spans)) == (stage not in REFUSED)
             if waiting is not None:
                 assert waiting.outcome() == "draining"
                 assert waiting.answer is not None
@@ -154,14 +172,14 @@ def test_sigterm_in_every_stage(ground: Ground) -> None:
 
 def test_sigterm_in_a_run_that_never_ends(ground: Ground) -> None:
     """Its request is answered at its deadline, and the process ends soon after."""
-    for stage in ("text_encode", "step", "vae_decode"):
+    for stage in ("text_encode", "vae_encode", "step", "vae_decode"):
         with (
             otlp_endpoint() as otlp,
             ground.server(otlp, SDXL_DEADLINE_SECONDS=str(DEADLINE_SECONDS)) as process,
         ):
             process.wait_until_ready(START_SECONDS)
             ground.faults.on(stage, "hold")
-            running = Client(process.url, num_inference_steps=4)
+            running = Client(process.url, stage, num_inference_steps=4)
             ground.faults.wait_until_held(stage)
             signalled = time.monotonic()
             process.process.terminate()
@@ -177,6 +195,24 @@ def test_sigterm_in_a_run_that_never_ends(ground: Ground) -> None:
             assert any(span.attributes.get("error.type") == outcome for span in spans)
             ground.faults.off(stage)
         assert ground.leftovers() == []
+
+
+def test_sigterm_while_a_picture_is_decoded_for_ever(ground: Ground) -> None:
+    """Its request is refused at once, and its thread is left."""
+    with otlp_endpoint() as otlp, ground.server(otlp) as process:
+        process.wait_until_ready(START_SECONDS)
+        ground.faults.on("image_decode", "hold")
+        running = Client(process.url, "image_decode")
+        ground.faults.wait_until_held("image_decode")
+        seconds = process.terminate()
+        print(f"SIGTERM, held for ever in image_decode: gone after {seconds:.2f} s")
+        assert running.outcome() == "draining"
+        assert process.process.returncode == 0, process.output()
+        assert seconds < FLUSH_SECONDS + 5
+        assert running.answer is not None
+        otlp.wait_for_trace(running.answer.headers["x-trace-id"])
+        ground.faults.off("image_decode")
+    assert ground.leftovers() == []
 
 
 def test_kill_in_every_stage(ground: Ground) -> None:
@@ -199,13 +235,13 @@ def test_kill_in_every_stage(ground: Ground) -> None:
                     break
                 if stage in STAGES:
                     ground.faults.on(stage, "hold")
-                    client = Client(process.url, num_inference_steps=4)
+                    client = Client(process.url, stage, num_inference_steps=4)
                     ground.faults.wait_until_held(stage)
                 process.process.send_signal(signal.SIGKILL)
                 process.process.wait(20)
                 ground.faults.off(stage)
                 if stage in STAGES:
-                    assert client.outcome() in ("RemoteProtocolError", "ReadError"), stage
+                    assert client.outcome() in CLOSED, stage
             killed_in = stage
     assert ground.leftovers() == []
 
@@ -308,8 +344,11 @@ def test_a_signal_under_load_with_a_full_queue(ground: Ground, number: signal.Si
                     assert client.answer is not None
                     otlp.wait_for_trace(client.answer.headers["x-trace-id"])
             else:
-                assert outcomes["queue_full"] == 3
-                assert outcomes["ok"] == 0
+                assert outcomes.pop("queue_full") == 3
+                # Every other client's connection was closed: the running one's, and those waiting.
+                assert set(outcomes) <= CLOSED, outcomes
+                assert outcomes.total() == 1 + waiting
+                assert all(client.ended_at - signalled < 5 for client in clients)
                 assert process.process.returncode == -signal.SIGKILL
         with ground.server(otlp) as process:  # on the same port
             process.wait_until_ready(START_SECONDS)

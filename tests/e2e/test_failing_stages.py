@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -14,17 +15,21 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
+from serve.engine.gpu_thread import STEPS_AHEAD
+from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment, picture_body
 from tests.support import forked, tiny_checker
 from tests.support.faults import SECRET, STEP, Faults
 from tests.support.otlp_endpoint import OtlpEndpoint, ReceivedSpan, otlp_endpoint
 from tests.support.processes import ServerProcess
+from tests.support.raw_client import connected, post
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 SILENCE_SECONDS = 6.0
 DEADLINE_SECONDS = 4.0
 """Later than a cancelled request may be silent, and earlier than the watchdog."""
+
+IMAGE_TO_IMAGE = "/image-to-image"
 
 ERROR = 2
 """The status code of a span that failed."""
@@ -40,7 +45,8 @@ class Faulty:
     _seen: int = field(default=0)
 
     def post(self, path: str = "/", **fields: Any) -> httpx.Response:
-        return httpx.post(self.process.url + path, json=body(**fields), timeout=ANSWER_SECONDS)
+        wanted = picture_body if path.startswith("/image-to-image") else body
+        return httpx.post(self.process.url + path, json=wanted(**fields), timeout=ANSWER_SECONDS)
 
     def errors(self, error_type: str) -> float:
         return self.metric(f'sdxl_errors_total{{error_type="{error_type}"}}')
@@ -91,13 +97,18 @@ class Case:
     retry: dict[str, str] = field(default_factory=dict)
     stage: str = ""
     """The span that has failed; empty: named as the place."""
+    path: str = "/"
 
 
 NO_RETRY = {"x-fal-needs-retry": "0"}
 
 CASES = (
+    Case("image_decode", "RuntimeError", path=IMAGE_TO_IMAGE),
+    Case("image_decode", "MemoryError", path=IMAGE_TO_IMAGE),
     Case("text_encode", "KeyError"),
     Case("text_encode", "OutOfMemoryError", "out_of_memory", NO_RETRY),
+    Case("vae_encode", "RuntimeError", path=IMAGE_TO_IMAGE),
+    Case("vae_encode", "OutOfMemoryError", "out_of_memory", NO_RETRY, path=IMAGE_TO_IMAGE),
     Case("step", "ValueError", stage="denoise"),
     Case("denoise", "OutOfMemoryError", "out_of_memory", NO_RETRY),
     Case("denoise", "nan", "non_finite_output", NO_RETRY, stage="inference"),
@@ -115,7 +126,7 @@ def test_a_stage_that_fails(server: Faulty, case: Case) -> None:
     server.new_lines()
     before = server.errors(case.error_type)
     server.faults.on(case.place, case.kind)
-    answer = server.post(num_inference_steps=4)
+    answer = server.post(case.path, num_inference_steps=4)
     server.faults.off(case.place)
     assert (answer.status_code, answer.json()["error_type"]) == (500, case.error_type)
     assert case.retry.items() <= dict(answer.headers).items()
@@ -165,6 +176,26 @@ def test_an_upload_that_fails_costs_no_image(server: Faulty) -> None:
         if line.get("trace_id") == answer.json()["trace_id"] and line["level"] != "info"
     ]
     assert [line["level"] for line in lines] == ["warning"]
+
+
+@pytest.mark.parametrize("path", ["/", "/stream"])
+def test_a_client_that_leaves_costs_two_further_steps_at_most(server: Faulty, path: str) -> None:
+    """A step is held until the server has read the end of the connection."""
+    trace_id = secrets.token_hex(16)
+    content = json.dumps(body(num_inference_steps=50)).encode()
+    server.faults.on("step", "hold")
+    with connected(server.process.url) as client:
+        client.send(post(path, content, f"traceparent: 00-{trace_id}-{'1' * 16}-01"))
+        server.faults.wait_until_held("step")
+    time.sleep(1)
+    server.faults.off("step")
+    spans = server.otlp.wait_for_trace(trace_id)
+    (root,) = (span for span in spans if span.name == "text-to-image")
+    assert root.attributes["error.type"] == "client_gone"
+    steps = sum(span.name == "denoise_step" for span in spans)
+    print(f"{path}: the client left in step {STEP + 1}, {steps} steps ran")
+    assert STEP + 1 <= steps <= STEP + 1 + STEPS_AHEAD
+    assert server.serves()
 
 
 @pytest.mark.parametrize("seconds", [-3600, 3600])

@@ -15,10 +15,19 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serve.demo_model import checkpoint_path
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
 from tests.support import processes
+from tests.support.hub_endpoint import hub_endpoint
 from tests.support.otlp_endpoint import otlp_endpoint, tree
-from tests.support.processes import ROOT, ServerProcess, clean_environment, free_port
+from tests.support.processes import (
+    ROOT,
+    ServerProcess,
+    clean_environment,
+    free_port,
+    read,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -103,10 +112,89 @@ def test_no_folder_for_temporary_files(tmp_path: Path, options: str) -> None:
 
 
 @needs_mounts
-def test_a_temporary_folder_that_is_full(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["ro", "size=4k,nr_inodes=1"])
+def test_a_temporary_folder_that_cannot_be_written(tmp_path: Path, options: str) -> None:
     """Python falls back to the next folder for temporary files, and so does the service."""
-    mounts = f"mount -t tmpfs -o size=4k,nr_inodes=1 tmpfs {tmp_path}"
+    mounts = f"mount -t tmpfs -o {options} tmpfs {tmp_path}"
     with with_mounts(mounts, {"TMPDIR": str(tmp_path)}) as process:
+        process.wait_until_ready(START_SECONDS)
+        assert httpx.post(process.url, json=body(), timeout=ANSWER_SECONDS).status_code == 200
+
+
+COMPILING_NOTHING = """
+import sys
+from pathlib import Path
+if "serve" in " ".join(sys.orig_argv):
+    from tests.support.faults import Faults, install
+    install(Faults(Path(__file__).parent, eager=True))
+"""
+"""A `sitecustomize` for servers that only pretend to compile, which takes minutes."""
+
+
+@needs_mounts
+def test_a_cache_folder_on_a_read_only_disk(tmp_path: Path) -> None:
+    """Nothing is kept, the log says so once, and the service is ready all the same."""
+    kept, code = tmp_path / "kept", tmp_path / "code"
+    kept.mkdir()
+    code.mkdir()
+    (code / "sitecustomize.py").write_text(COMPILING_NOTHING)
+    settings = {
+        "SDXL_CACHE_DIR": str(kept),
+        "SDXL_COMPILE": "default",
+        "PYTHONPATH": os.pathsep.join([str(code), str(ROOT)]),
+    }
+    with with_mounts(f"mount -t tmpfs -o ro,mode=0700 tmpfs {kept}", settings) as process:
+        process.wait_until_ready(START_SECONDS)
+        skipped = 'sdxl_compile_cache_total{result="skipped"} '
+        wait_until(lambda: "compile cache skipped" in process.output())
+        assert float(read(process.metrics_url).split(f"\n{skipped}")[1].split("\n")[0]) >= 1
+        assert process.output().count("compile cache skipped") == 1
+        assert httpx.post(process.url, json=body(), timeout=ANSWER_SECONDS).status_code == 200
+
+
+# The hub's cache.
+
+REPOSITORY = "someone/tiny-sdxl"
+
+
+@contextmanager
+def hub_of_the_demo(cache: Path) -> Iterator[dict[str, str]]:
+    """The settings of a server whose model is on a hub and not yet in its cache."""
+    with hub_endpoint(REPOSITORY, {"main": checkpoint_path()}) as hub:
+        yield {
+            "SDXL_MODEL": REPOSITORY,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(cache),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+
+
+@needs_mounts
+@pytest.mark.parametrize("options", ["ro", "size=256k"])
+def test_a_cache_of_the_hub_that_cannot_be_written(tmp_path: Path, options: str) -> None:
+    """The start ends with a sentence that names the folder's variable, not the hub."""
+    mount = f"mount -t tmpfs -o {options} tmpfs {tmp_path}"
+    with hub_of_the_demo(tmp_path) as settings, with_mounts(mount, settings) as process:
+        process.process.wait(START_SECONDS)
+        output = process.output()
+        assert process.process.returncode == 1, output
+        assert "Traceback" not in output
+        assert REPOSITORY in output
+        assert "HF_HOME" in output
+        assert "cannot be reached" not in output
+
+
+@needs_mounts
+def test_a_read_only_cache_of_the_hub_with_the_model_in_it(tmp_path: Path) -> None:
+    """As in a container image that has the model: it is served, also without the hub."""
+    read_only = f"mount --bind {tmp_path} {tmp_path}\nmount -o remount,bind,ro {tmp_path}"
+    with hub_of_the_demo(tmp_path) as settings:
+        with with_mounts(":", settings) as process:
+            process.wait_until_ready(START_SECONDS)
+        with with_mounts(read_only, settings) as process:
+            process.wait_until_ready(START_SECONDS)
+            assert httpx.post(process.url, json=body(), timeout=ANSWER_SECONDS).status_code == 200
+    with with_mounts(read_only, settings) as process:
         process.wait_until_ready(START_SECONDS)
         assert httpx.post(process.url, json=body(), timeout=ANSWER_SECONDS).status_code == 200
 

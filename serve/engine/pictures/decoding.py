@@ -7,6 +7,7 @@ its header and checked before anything is decoded, and what fails is refused by 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import Any
 
@@ -21,8 +22,18 @@ MAX_JPEG_SCANS = 200
 """A progressive JPEG has about ten scans. Each passes over the whole picture, so a small file of
 many scans would be decoded for minutes."""
 
+MAX_SCANNED_PIXELS = 32 * MAX_PIXELS
+"""Scans times pixels of a JPEG. At the largest size a scan takes 14 ms."""
+
 _SCAN = b"\xff\xda"
 """The marker of a JPEG's scan. It cannot be within a scan's own data."""
+
+_MARKER = re.compile(rb"\xff([^\x00\xff])", re.DOTALL)
+_START_OF_SCAN, _FRAMES = 0xDA, {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
+_HUFFMAN_CODED = {0xC0, 0xC1, 0xC2}
+"""The frames of baseline, extended and progressive JPEGs. An arithmetic decoder, which no browser
+has, works on a scan of no bytes as if it had as many as it needs."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112
@@ -42,8 +53,6 @@ def decode_picture(data: bytes, width: int, height: int) -> Any:
     Raises:
         UnusablePicture: it is none of the three formats, has too many pixels, moves, or is damaged.
     """
-    if data.startswith(b"\xff\xd8") and data.count(_SCAN) > MAX_JPEG_SCANS:
-        raise UnusablePicture(f"is a JPEG of more than {MAX_JPEG_SCANS} scans", "too_many_scans")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -53,6 +62,8 @@ def decode_picture(data: bytes, width: int, height: int) -> Any:
     with image:
         if image.width * image.height > MAX_PIXELS:
             raise _too_many_pixels()
+        if image.format in ("JPEG", "MPO"):
+            _check_coding(data, image.width * image.height)
         # A photograph with a second picture in it, as telephones make, does not move.
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise UnusablePicture("is animated; one still picture is needed", "animated")
@@ -60,6 +71,34 @@ def decode_picture(data: bytes, width: int, height: int) -> Any:
             return _pixels(image, width, height)
         except Exception:  # noqa: BLE001 - Pillow raises many types for damaged data
             raise UnusablePicture("is damaged or incomplete", "damaged") from None
+
+
+def _check_coding(jpeg: bytes, pixels: int) -> None:
+    """Raises `UnusablePicture` for a JPEG that would take long to decode."""
+    if _frame(jpeg) not in _HUFFMAN_CODED:
+        raise UnusablePicture(
+            "is a JPEG that is neither baseline nor progressive with Huffman coding", "jpeg_coding"
+        )
+    most = min(MAX_JPEG_SCANS, MAX_SCANNED_PIXELS // pixels)
+    if jpeg.count(_SCAN) > most:
+        raise UnusablePicture(
+            f"is a JPEG of more than {most} scans, which is all that its size allows",
+            "too_many_scans",
+        )
+
+
+def _frame(jpeg: bytes) -> int | None:
+    """The marker of a JPEG's frame, found as its decoder finds it; None: there is none."""
+    at = 2
+    while (found := _MARKER.search(jpeg, at)) is not None:
+        marker, at = found[1][0], found.end()
+        if marker in _FRAMES:
+            return marker
+        if marker == _START_OF_SCAN:
+            return None
+        if marker not in _WITHOUT_LENGTH:
+            at += int.from_bytes(jpeg[at : at + 2])
+    return None
 
 
 def _pixels(image: Image.Image, width: int, height: int) -> Any:

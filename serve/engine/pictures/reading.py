@@ -11,7 +11,7 @@ import asyncio
 import binascii
 import re
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from kernels_warmup.shapes import CompiledShape
@@ -36,6 +36,7 @@ class PictureReader:
     def __init__(self, hosts: Collection[str]) -> None:
         self._hosts = tuple(hosts)
         self._threads = ThreadPoolExecutor(DECODED_AT_ONCE, thread_name_prefix="picture")
+        self._decoding: set[Future[Any]] = set()
 
     async def read(self, url: str, shape: CompiledShape) -> Any:
         """The picture at a URL, (height, width, 3) uint8 of the given shape.
@@ -48,11 +49,17 @@ class PictureReader:
         data = await fetch_picture(url, self._hosts)
         return await self._on_thread(decode_picture, data, shape.width, shape.height)
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """Begin no further decoding. Returns whether none is left on its thread, which cannot be
+        interrupted."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        return not self._decoding
 
     async def _on_thread(self, work: Any, *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        decoding = self._threads.submit(work, *arguments)
+        self._decoding.add(decoding)
+        decoding.add_done_callback(self._decoding.discard)
+        return await asyncio.wrap_future(decoding)
 
 
 def _decode_data_uri(uri: str, shape: CompiledShape) -> Any:

@@ -19,6 +19,7 @@ from serve.demo_model import loras_path
 from serve.errors import ModelError
 from serve.model.hub import HUB_SECONDS, REPOSITORY, hub_failure, say_commit
 from serve.model.loras.files import PEFT_CONFIG
+from serve.settings.fields import stays_inside
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def find_file(name: str, source: str) -> Path:
         files = sorted(each.name for each in path.glob("*.safetensors"))
         return path / _only(name, f"the directory {source}", files, f"{source}/FILE")
     hub = _HUB.fullmatch(source)
-    if hub is not None and ".." not in (hub["file"] or "").split("/"):
+    if hub is not None and all(map(stays_inside, (hub["file"] or "", hub["revision"] or ""))):
         found = _download(name, hub["name"], hub["file"], hub["revision"])
         say_commit(f"SDXL_LORAS={name}={source.partition('@')[0]}@", found, hub["revision"])
         return found

@@ -63,6 +63,40 @@ def test_out_of_memory_asks_for_no_retry(
     assert runtime.healthy
 
 
+def of_the_cpu() -> RuntimeError:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        of_the_cpu(),
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemory", 2),
+    ],
+    ids=lambda error: str(error)[:60],
+)
+def test_a_librarys_failed_allocation_is_out_of_memory(error: Exception) -> None:
+    assert isinstance(explain_failure(error, torch.device("cpu")), OutOfMemory)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
+        ValueError("a prompt that quotes CUBLAS_STATUS_ALLOC_FAILED"),
+    ],
+    ids=["another status", "another type"],
+)
+def test_another_failure_of_a_library_is_not_out_of_memory(error: Exception) -> None:
+    assert isinstance(explain_failure(error, torch.device("cpu")), GenerationFailed)
+
+
 def test_values_that_are_not_finite_are_found(
     runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:

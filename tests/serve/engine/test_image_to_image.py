@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from kernels_warmup.shapes import CompiledShape
 from metrics.spans import request_tree
 from serve.engine.call import Call
 from serve.engine.pictures import fetching, reading
@@ -19,6 +22,7 @@ from serve.engine.runtime import Runtime
 from serve.errors import (
     ClientGone,
     DeadlineExceeded,
+    Draining,
     InvalidRequest,
     QueueFull,
     RequestError,
@@ -270,6 +274,51 @@ def test_a_deadline_that_passes_while_the_picture_is_fetched(
     with pytest.raises(DeadlineExceeded):
         generate(runtime, new_call(), image_url=slow_host, deadline_seconds=0.2)
     assert time.monotonic() - began < 5
+
+
+def test_a_drain_that_begins_while_the_picture_is_fetched(
+    runtime: Runtime, new_call: NewCall, slow_host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readiness = replace(runtime.readiness, _on_drain=[])
+    monkeypatch.setattr(runtime, "readiness", readiness)
+    call = new_call()
+
+    async def story() -> None:
+        task = asyncio.create_task(runtime.generate(wanted(image_url=slow_host), call))
+        await asyncio.sleep(0.05)
+        readiness.drain()
+        await task
+
+    began = time.monotonic()
+    with pytest.raises(Draining):
+        asyncio.run(story())
+    assert time.monotonic() - began < 5
+    assert (call.outcome, call.runs) == ("rejected", [])
+    assert readiness._on_drain == []
+
+
+def test_a_decoding_that_goes_on_is_left_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread cannot be interrupted, and the process must not wait for it."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def decode_forever(*_: object) -> None:
+        begun.set()
+        goes_on.wait(30)
+
+    monkeypatch.setattr(reading, "decode_picture", decode_forever)
+    reader = reading.PictureReader(())
+
+    async def story() -> None:
+        task = asyncio.create_task(reader.read(RED, CompiledShape(64, 64)))
+        await asyncio.to_thread(begun.wait, 10)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(story())
+    assert not reader.close()
+    goes_on.set()
+    reader._threads.shutdown()
+    assert reader.close()
 
 
 def test_a_full_queue_refuses_before_the_picture_is_read(

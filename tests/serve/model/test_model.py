@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from kernels_warmup.shapes import SDXL_SHAPES, CompiledShape
 from serve.demo_model import checkpoint_path
 from serve.errors import ModelError
+from serve.model import loading
 from serve.model.loading import load_model
 from serve.model.sdxl import SdxlModel
 from serve.model.sdxl_base import UNET_CONFIG, VAE_CONFIG, materialise
 from serve.model.weights import non_finite_tensor
+from serve.settings import SDXL_BASE, SDXL_BASE_COMMIT
 
 SHAPE = CompiledShape(128, 128)
 
@@ -48,6 +51,32 @@ def test_the_demo_is_what_a_machine_without_cuda_gets(demo: SdxlModel) -> None:
     if torch.cuda.is_available():
         pytest.skip("a CUDA device gets SDXL base")
     assert load_model(None).name == demo.name == "demo"
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "loaded"),
+    [
+        (None, None, SDXL_BASE_COMMIT),
+        (SDXL_BASE, None, SDXL_BASE_COMMIT),
+        (SDXL_BASE, "main", "main"),
+        ("someone/else", None, None),
+    ],
+)
+def test_the_default_model_is_one_commit(
+    name: str | None, revision: str | None, loaded: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def load_hub(name: str, revision: str | None, _dtype: torch.dtype) -> None:
+        asked.append((name, revision))
+        raise ModelError("enough")
+
+    monkeypatch.setattr(loading, "_load_hub", load_hub)
+    monkeypatch.setattr(loading, "choose_device", lambda _name: torch.device("cuda"))
+    with pytest.raises(ModelError, match="enough"):
+        load_model(name, revision)
+    assert asked == [(name or SDXL_BASE, loaded)]
+    assert re.fullmatch("[0-9a-f]{40}", SDXL_BASE_COMMIT)
 
 
 def test_a_local_directory_plain_and_in_fp16(demo: SdxlModel, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -13,12 +14,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
 from bench.service.loopback import LoopbackHandler, serving
 from serve.demo_model import checkpoint_path
-from serve.model.hub import HubUnavailable, commit_of, first_line, variant_on_hub
+from serve.model.hub import HubUnavailable, commit_of, first_line, hub_failure, variant_on_hub
 from tests.support.hub_endpoint import HubEndpoint, hub_endpoint
 from tests.support.processes import clean_environment, free_port
 
@@ -203,6 +205,33 @@ def test_why_the_hub_gives_nothing_is_a_clause_without_its_address(
             variant_on_hub(REPOSITORY, "v9")
     assert "hunter2" not in str(caught.value)
     assert str(port) not in str(caught.value)
+
+
+def raised_from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "full"), "HF_HOME"),
+        (OSError(errno.EDQUOT, "full"), "HF_HOME"),
+        (OSError(errno.EROFS, "read-only", "/cache/blobs"), "HF_HOME"),
+        (PermissionError(errno.EACCES, "no", "/cache/blobs"), "HF_HOME"),
+        (raised_from(OSError("it"), OSError(errno.ENOSPC, "full")), "HF_HOME"),
+        # A firewall forbids the connection: no file is named.
+        (raised_from(httpx.ConnectError("no"), PermissionError(errno.EPERM, "no")), "reached"),
+        (OSError(errno.ECONNREFUSED, "no"), "reached"),
+    ],
+    ids=["full", "quota", "read-only", "forbidden", "wrapped", "firewall", "refused"],
+)
+def test_a_disk_that_cannot_be_written_is_not_taken_for_the_hub(
+    error: Exception, said: str
+) -> None:
+    clause = hub_failure(error, None)
+    assert said in clause
+    assert "/cache" not in clause
 
 
 @pytest.mark.parametrize(

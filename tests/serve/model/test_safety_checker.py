@@ -148,7 +148,9 @@ def test_other_settings_of_the_images_are_refused(
     assert PREPROCESSING in refused(directory)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nonsense", "a/b@", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/nowhere/at/all", "nonsense", "a/b@", "a/b/c", "a/b@../x", "a/b@/x"]
+)
 def test_a_name_of_nothing_is_refused(name: str) -> None:
     assert name in refused(name)
 

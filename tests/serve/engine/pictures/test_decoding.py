@@ -156,6 +156,47 @@ def test_a_jpeg_of_many_scans_is_refused() -> None:
     assert refused(jpeg[:-2] + last * MAX_JPEG_SCANS + jpeg[-2:]) == "too_many_scans"
 
 
+def jpeg_of_scans(side: int, scans: int, frame: int = 0xC2, before: bytes = b"") -> bytes:
+    """A grey JPEG whose scans have no data.
+
+    Args:
+        frame: the marker of its frame, which says how it is coded.
+        before: bytes between its first marker and its tables.
+    """
+
+    def segment(marker: int, data: bytes) -> bytes:
+        return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
+
+    table = segment(0xDB, bytes([0]) + bytes([1]) * 64)
+    codes = segment(0xC4, bytes([0, 1, *bytes(15), 0])) if frame == 0xC2 else b""
+    shape = segment(frame, struct.pack(">BHHBBBB", 8, side, side, 1, 1, 0x11, 0))
+    first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0x01]))
+    finer = segment(0xDA, bytes([1, 1, 0, 0, 0, 0x10]))
+    return b"\xff\xd8" + before + table + codes + shape + first + finer * (scans - 1) + b"\xff\xd9"
+
+
+def test_a_large_jpeg_may_have_fewer_scans() -> None:
+    """Scans times pixels are bounded, so no file is decoded for longer than the largest."""
+    assert refused(jpeg_of_scans(4096, 33)) == "too_many_scans"
+    decode(jpeg_of_scans(4096, 32))
+    decode(jpeg_of_scans(512, MAX_JPEG_SCANS))
+    assert refused(jpeg_of_scans(512, MAX_JPEG_SCANS + 1)) == "too_many_scans"
+
+
+def test_a_progressive_jpeg_of_the_largest_size_is_decoded() -> None:
+    jpeg = encoded(Image.new("L", (4096, 4096), 7), "jpeg", progressive=True)
+    assert decode(jpeg, 64, 64).tolist()[0][0] == [7, 7, 7]
+
+
+@pytest.mark.parametrize("frame", [0xC3, 0xC9, 0xCA])
+@pytest.mark.parametrize("before", [b"", b"\xff\xe1\x00\x06\xff\xc0ab", b"junk\xff\xff\xff"])
+def test_a_jpeg_without_huffman_coding_is_refused(frame: int, before: bytes) -> None:
+    """Lossless and arithmetic ones, also where what is before their frame looks like another."""
+    assert refused(jpeg_of_scans(64, 2, frame, before)) in ("jpeg_coding", "not_an_image")
+    if not before:
+        assert refused(jpeg_of_scans(64, 2, frame)) == "jpeg_coding"
+
+
 def test_text_that_is_packed_into_a_file_is_not_unpacked() -> None:
     from PIL.PngImagePlugin import PngInfo
 

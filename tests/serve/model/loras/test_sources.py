@@ -66,6 +66,8 @@ def test_a_file_and_a_directory(tmp_path: Path) -> None:
     [
         *("/nowhere/ink.safetensors", "ink", "https://example.com/ink.safetensors", "a/b@c@d"),
         *("a/b/../../ink.safetensors", "a/b/../c.safetensors@v1", "../b", "a/.."),
+        *("a/b//etc/ink.safetensors", "a/b/c\\d.safetensors", "a/b@../../x", "a/b@/etc"),
+        *("a/b@v1/../../x", "a/b@v\\1"),
         *("~nobody-here/ink.safetensors", "x" * 5000),
     ],
 )
