@@ -107,9 +107,11 @@ def create_app(
 
     install_openai(app, runtime)
 
+    rendering = asyncio.Lock()
+
     async def metrics(request: Request) -> Response:
         """Prometheus text, or OpenMetrics with exemplars if the Accept header names it."""
-        return await metrics_endpoint(request, runtime)
+        return await metrics_endpoint(request, runtime, rendering)
 
     add_get_route(app, "/metrics", metrics)
 

@@ -91,9 +91,15 @@ async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Respon
     return image_response(response) if as_image else json_response(response)
 
 
-async def metrics_endpoint(request: Request, runtime: Runtime) -> Response:
-    """The handler of `GET /metrics`: OpenMetrics if the Accept header names it, else text."""
-    body, content_type = await asyncio.to_thread(
-        render, runtime.metrics.registry, request.headers.get("accept", "")
-    )
+async def metrics_endpoint(request: Request, runtime: Runtime, rendering: asyncio.Lock) -> Response:
+    """The handler of `GET /metrics`: OpenMetrics if the Accept header names it, else text.
+
+    Args:
+        rendering: held meanwhile. The threads that render also encode images, so one at most is
+            busy with it, however many ask.
+    """
+    async with rendering:
+        body, content_type = await asyncio.to_thread(
+            render, runtime.metrics.registry, request.headers.get("accept", "")
+        )
     return Response(body, headers={"Content-Type": content_type})
