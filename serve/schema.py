@@ -21,6 +21,9 @@ MAX_UNTIDY_CHARACTERS = 10_000
 
 MAX_SEED = 2**63 - 1
 
+MAX_LORAS = 64
+"""How many LoRAs one request may name. Each wrong one is an error of its own, so the list ends."""
+
 ImageFormat = Literal["jpeg", "png", "webp"]
 
 SizeName = Literal[
@@ -118,7 +121,9 @@ def _distinct_loras(loras: list[LoraWeight] | None) -> list[LoraWeight] | None:
     return loras
 
 
-LoraWeights = Annotated[list[LoraWeight], AfterValidator(_distinct_loras)]
+LoraWeights = Annotated[
+    list[LoraWeight], Field(max_length=MAX_LORAS), AfterValidator(_distinct_loras)
+]
 
 
 class ImageSize(BaseModel):

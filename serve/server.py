@@ -26,6 +26,7 @@ from serve.errors import ConfigurationError, ModelError
 from serve.http.authentication import numeric_address
 from serve.http.endpoints import install, metrics_endpoint, text_to_image
 from serve.http.openai.images import install_openai
+from serve.http.openapi import CONNECTION_ERRORS
 from serve.http.playground.routes import install_playground
 from serve.http.profiling_endpoint import arm_profiling
 from serve.http.routes import add_get_route
@@ -82,7 +83,7 @@ def create_app(
             await asyncio.to_thread(runtime.close, FLUSH_SECONDS)
 
     app = FastAPI(title="stepspan", lifespan=lifespan, docs_url=None, redoc_url=None)
-    install(app, lambda: runtime)
+    install(app, lambda: runtime, connection_errors=CONNECTION_ERRORS)
 
     @app.post("/", response_model=TextToImageResponse)
     async def generate(request: TextToImageRequest) -> Response:
@@ -106,9 +107,11 @@ def create_app(
 
     install_openai(app, runtime)
 
+    rendering = asyncio.Lock()
+
     async def metrics(request: Request) -> Response:
         """Prometheus text, or OpenMetrics with exemplars if the Accept header names it."""
-        return await metrics_endpoint(request, runtime)
+        return await metrics_endpoint(request, runtime, rendering)
 
     add_get_route(app, "/metrics", metrics)
 

@@ -35,6 +35,7 @@ def install(
     service: Callable[[], Service | None],
     endpoints: Collection[str] = ENDPOINTS,
     errors: Sequence[type[RequestError]] = (),
+    connection_errors: Sequence[type[RequestError]] = (),
 ) -> None:
     """Put the middleware, the exception handlers, `/health`, `/ready` and the OpenAPI document into
     an app.
@@ -43,6 +44,7 @@ def install(
         service: returns the service, or None before there is one. Called for every request.
         endpoints: the paths that generate. Their requests are traced and counted.
         errors: what they may answer beside `REQUEST_ERRORS`.
+        connection_errors: what the server may answer to any request instead of the app.
     """
     app.add_middleware(RequestMiddleware, service=service, endpoints=endpoints)
     app.add_middleware(EarlyAnswers, service=service)  # around the other
@@ -72,7 +74,8 @@ def install(
 
     add_get_route(app, "/health", health)
     add_get_route(app, "/ready", ready)
-    install_document(app, service, endpoints, (*REQUEST_ERRORS, RequestError, *errors))
+    answered = (*REQUEST_ERRORS, RequestError, *errors)
+    install_document(app, service, endpoints, answered, connection_errors)
 
 
 async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:
@@ -88,9 +91,15 @@ async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Respon
     return image_response(response) if as_image else json_response(response)
 
 
-async def metrics_endpoint(request: Request, runtime: Runtime) -> Response:
-    """The handler of `GET /metrics`: OpenMetrics if the Accept header names it, else text."""
-    body, content_type = await asyncio.to_thread(
-        render, runtime.metrics.registry, request.headers.get("accept", "")
-    )
+async def metrics_endpoint(request: Request, runtime: Runtime, rendering: asyncio.Lock) -> Response:
+    """The handler of `GET /metrics`: OpenMetrics if the Accept header names it, else text.
+
+    Args:
+        rendering: held meanwhile. The threads that render also encode images, so one at most is
+            busy with it, however many ask.
+    """
+    async with rendering:
+        body, content_type = await asyncio.to_thread(
+            render, runtime.metrics.registry, request.headers.get("accept", "")
+        )
     return Response(body, headers={"Content-Type": content_type})

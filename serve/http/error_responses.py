@@ -19,6 +19,7 @@ from starlette.routing import Match
 from metrics.tracing import drawn_identity
 from serve.engine.call import Call, the_call
 from serve.errors import (
+    MAX_PROBLEMS,
     FieldProblem,
     GenerationFailed,
     InvalidRequest,
@@ -84,14 +85,14 @@ def response_outside_the_app(error: RequestError) -> JSONResponse:
 def field_problems(
     problems: Sequence[Mapping[str, Any]], within: tuple[str | int, ...] = ()
 ) -> list[FieldProblem]:
-    """Pydantic's errors without the input.
+    """Pydantic's errors without the input, as many as an answer names.
 
     Args:
         within: where the validated value is.
     """
     return [
         FieldProblem((*within, *problem["loc"]), _without_input(problem), problem["type"])
-        for problem in problems
+        for problem in problems[:MAX_PROBLEMS]
     ]
 
 

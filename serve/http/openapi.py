@@ -26,11 +26,18 @@ from serve.errors import (
     DeviceLost,
     Draining,
     Forbidden,
+    HeadTooLarge,
+    HeadTooSlow,
     InvalidRequest,
+    KeyLimitReached,
+    MalformedHttp,
+    MethodNotAllowed,
     ModelNotFound,
     NotFound,
     NotReady,
+    QueueFull,
     RequestError,
+    TooManyConnections,
     Unauthorized,
     UnsupportedMediaType,
 )
@@ -40,7 +47,7 @@ from serve.http.openai.schema import OpenAIErrorBody
 from serve.http.openai_errors import openai_status
 from serve.http.profiling_endpoint import ProfileRequest
 from serve.http.service import Service
-from serve.schema import ErrorBody, LoraWeight, TextToImageResponse
+from serve.schema import REQUEST_ID, ErrorBody, LoraWeight, TextToImageResponse
 
 Schema = dict[str, Any]
 Errors = Iterable[type[RequestError]]
@@ -51,15 +58,70 @@ NOT_SERVED = (NotReady, Draining, DeviceLost)
 PROFILE_ERRORS = (Forbidden, BodyTooSlow, BodyTooLarge, UnsupportedMediaType, InvalidRequest)
 """What `/debug/profile` may answer, a fault of the service aside."""
 
+CONNECTION_ERRORS = (MalformedHttp, HeadTooSlow, HeadTooLarge, Draining)
+"""What a connection of the self-hosted server may answer by itself, whatever the path: in the shape
+of this service's own errors, and without `x-request-id`."""
+
+STATES = ("/health", "/ready", "/metrics")
+"""What a connection beyond the limit may read."""
+
 _REF = "#/components/schemas/{model}"
-_TRACE_ID: Schema = {
-    "description": "The request's trace.",
-    "required": True,
-    "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
-}
-_RETRY_AFTER: Schema = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
 _TEXT: Schema = {"schema": {"type": "string"}}
 _BYTES: Schema = {"type": "string", "format": "binary"}
+
+
+def _header(description: str, required: bool = False, **schema: Any) -> Schema:
+    schema = {"type": "string"} | schema
+    return {"description": description, "required": required, "schema": schema}
+
+
+_IDS = {
+    "x-trace-id": _header("The request's trace.", True, pattern="^[0-9a-f]{32}$"),
+    "x-request-id": _header(
+        "The request's name: the caller's own, or a drawn one.", True, pattern=f"^{REQUEST_ID}$"
+    ),
+}
+_TIMING = {"server-timing": _header("The stages that have ended; milliseconds.")}
+_BILLED = {"x-fal-billable-units": _header("What fal charges for: megapixels times steps.")}
+_NOT_BILLED = {"x-fal-billable-units": _header("For fal.", True, const="0")}
+_GENERATED = {**_IDS, **_TIMING, **_BILLED}
+"""The headers of every image and every stream."""
+
+_OF_IMAGES = {
+    "x-seed": _header("With an image: its seed.", type="integer"),
+    "x-prompt-truncated": _header("With an image: as in JSON.", enum=["true", "false"]),
+    "x-has-nsfw-concepts": _header(
+        "With an image that was checked: as in JSON.", enum=["true", "false"]
+    ),
+}
+_UNBUFFERED = {"X-Accel-Buffering": _header("With a stream, for nginx.", const="no")}
+_ETAG = {"ETag": _header("The page's version.", True)}
+
+_RETRY_AFTER = _header("Seconds.", type="integer", minimum=1)
+_FAL_RETRIES = _header("For fal's queue: whether the request may be tried again.", enum=["0", "1"])
+
+_KNOW_WHEN = frozenset((QueueFull.error_type, KeyLimitReached.error_type))
+"""The errors of status 429 that say when to try again. The gateway also answers 429 for whatever is
+in front of the image app, which may not."""
+
+_BY_STATUS: dict[int, dict[str, Schema]] = {
+    401: {"WWW-Authenticate": _header("The scheme of a key.", True)},
+    405: {"Allow": _header("The methods of this path.", True)},
+    415: {
+        "Accept": _header("The media type that a body must have."),
+        "Accept-Encoding": _header("The encoding that a body must have."),
+    },
+    429: {"Retry-After": _RETRY_AFTER | {"required": True}},
+    500: {"X-Fal-Needs-Retry": _FAL_RETRIES},
+    502: {"X-Fal-Needs-Retry": _FAL_RETRIES, "Retry-After": _RETRY_AFTER},
+    503: {
+        "Retry-After": _RETRY_AFTER,
+        "x-fal-stop-runner": _header("For fal: the runner is broken.", const="1"),
+    },
+    504: {"X-Fal-Needs-Retry": _FAL_RETRIES | {"required": True}},
+}
+"""What errors of a status have beside `_IDS`. The security headers are in no description: every
+answer has them."""
 _MODEL_PATH = OPENAI_PREFIX + "models/{name}"
 
 
@@ -68,6 +130,7 @@ def install_document(
     service: Callable[[], Service | None],
     endpoints: Collection[str],
     errors: Sequence[type[RequestError]],
+    connection_errors: Sequence[type[RequestError]] = (),
 ) -> None:
     """Replace the app's OpenAPI document by a corrected one.
 
@@ -76,13 +139,14 @@ def install_document(
             restrict what the document allows.
         endpoints: the paths that generate.
         errors: what a request to them may get.
+        connection_errors: what any request may get from the server instead of the app.
     """
     derive = app.openapi
     corrected: Schema = {}
 
     def document() -> Schema:
         if not corrected:
-            corrected.update(_corrected(app, derive(), endpoints, errors))
+            corrected.update(_corrected(app, derive(), endpoints, errors, connection_errors))
         return _restricted(corrected, service())
 
     app.openapi = document  # type: ignore[method-assign]
@@ -93,6 +157,7 @@ def _corrected(
     document: Schema,
     endpoints: Collection[str],
     errors: Sequence[type[RequestError]],
+    connection_errors: Sequence[type[RequestError]],
 ) -> Schema:
     document = copy.deepcopy(document)
     document["info"]["version"] = __version__
@@ -106,20 +171,42 @@ def _corrected(
             responses = operation["responses"]
             responses.pop("422", None)
             openai = path.startswith(OPENAI_PREFIX)
-            found: Errors = [RequestError]
-            if path in endpoints and method == "post":
-                responses["200"]["headers"] = {"x-trace-id": _TRACE_ID}
+            generates = path in endpoints and method == "post"
+            found: list[type[RequestError]] = [RequestError]
+            if generates:
+                responses["200"]["headers"] = dict(_GENERATED)
                 found = [each for each in errors if openai or each is not ModelNotFound]
             elif path == _MODEL_PATH:
                 found = [RequestError, ModelNotFound]
-            responses |= _error_responses(found, openai)
+            if connection_errors and path not in STATES and TooManyConnections not in found:
+                found.append(TooManyConnections)
+            responses |= _error_responses(found, openai, generates)
     for path, correct in _BY_PATH.items():
         for method, operation in document["paths"].get(path, {}).items():
             if path not in endpoints or method == "post":
                 correct(operation)
     if (page := document["paths"].get("/", {}).get("get")) is not None:
         _page(page)
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            _add_connection_errors(operation["responses"], connection_errors)
+    document["components"]["responses"] = _OF_NO_OPERATION
     return document
+
+
+def _add_connection_errors(responses: Schema, errors: Errors) -> None:
+    for status, ours in _error_responses(errors).items():
+        ours["headers"]["x-request-id"]["required"] = False
+        app = responses.get(status)
+        if app is not None:
+            schemas = [each["content"]["application/json"]["schema"] for each in (app, ours)]
+            ours["content"] = {"application/json": {"schema": {"anyOf": schemas}}}
+            both = dict.fromkeys((*app["description"].split(" or "), ours["description"]))
+            ours["description"] = " or ".join(both)
+            only_the_apps = app["headers"].keys() - _IDS.keys() - _NOT_BILLED.keys()
+            for name in only_the_apps:
+                ours["headers"][name] = app["headers"][name] | {"required": False}
+        responses[status] = ours
 
 
 def _exact_schemas(app: FastAPI) -> Schema:
@@ -142,11 +229,12 @@ def _exact_schemas(app: FastAPI) -> Schema:
     return exact
 
 
-def _error_responses(errors: Errors, openai: bool = False) -> Schema:
+def _error_responses(errors: Errors, openai: bool = False, generates: bool = False) -> Schema:
     """The responses of all `errors` by status.
 
     Args:
         openai: in the shape and with the statuses of OpenAI's API.
+        generates: of an endpoint that generates.
     """
     types: dict[int, list[str]] = {}
     for error in errors:
@@ -155,17 +243,22 @@ def _error_responses(errors: Errors, openai: bool = False) -> Schema:
             types.setdefault(status, []).append(error.error_type)
     if 502 in types:  # the gateway answers 502 where the image app answered 503
         types[502] += types.get(503, [])
-    return {str(status): _error_response(status, types[status], openai) for status in sorted(types)}
+    return {
+        str(status): _error_response(status, types[status], openai, generates)
+        for status in sorted(types)
+    }
 
 
-def _error_response(status: int, error_types: Sequence[str], openai: bool) -> Schema:
-    headers = {"x-trace-id": _TRACE_ID}
-    if status == 429:
-        headers["Retry-After"] = {**_RETRY_AFTER, "required": True}
-    if status == 401:
-        headers["WWW-Authenticate"] = {**_TEXT, "required": True}
-    if status == 503:
-        headers["Retry-After"] = _RETRY_AFTER
+def _error_response(
+    status: int, error_types: Sequence[str], openai: bool, generates: bool
+) -> Schema:
+    headers = copy.deepcopy({**_IDS, **_NOT_BILLED, **_BY_STATUS.get(status, {})})
+    if generates:
+        headers |= _TIMING
+    if status == 429 and not _KNOW_WHEN.issuperset(error_types):
+        headers["Retry-After"]["required"] = False
+    if openai:
+        headers["x-should-retry"] = _header("For OpenAI's clients.", True, enum=["true", "false"])
     if openai:
         schema: Schema = {"$ref": _REF.format(model=OpenAIErrorBody.__name__)}
     else:
@@ -196,6 +289,7 @@ def _stream(operation: Schema) -> None:
         _object(event={"const": event}, data={**data, "contentSchema": schema})
         for event, schema in events.items()
     ]
+    operation["responses"]["200"]["headers"] |= _UNBUFFERED
     operation["responses"]["200"] |= {
         "description": "Server-sent events: `queued`, `step`, then `image` or `error`.",
         "content": {"text/event-stream": {"itemSchema": {"oneOf": items}}},
@@ -208,11 +302,13 @@ def _object(**properties: Schema) -> Schema:
 
 def _image(operation: Schema) -> None:
     """JSON, or the image itself if the Accept header names an image type."""
+    operation["responses"]["200"]["headers"] |= _OF_IMAGES
     content = operation["responses"]["200"]["content"]
     content |= {content_type: {"schema": _BYTES} for content_type in CONTENT_TYPES.values()}
 
 
 def _openai_images(operation: Schema) -> None:
+    operation["responses"]["200"]["headers"] |= _UNBUFFERED
     operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _TEXT["schema"]}
 
 
@@ -261,8 +357,11 @@ def _profile(operation: Schema) -> None:
 
 
 def _page(operation: Schema) -> None:
-    operation["responses"]["200"]["content"] = {"text/html": _TEXT}
-    operation["responses"]["304"] = {"description": "The client has this version of the page."}
+    operation["responses"]["200"] |= {"content": {"text/html": _TEXT}, "headers": _ETAG}
+    operation["responses"]["304"] = {
+        "description": "The client has this version of the page.",
+        "headers": _ETAG,
+    }
 
 
 def _timeline(operation: Schema) -> None:
@@ -272,6 +371,18 @@ def _timeline(operation: Schema) -> None:
 def _requests(operation: Schema) -> None:
     operation["responses"] |= _error_responses([RequestError, Forbidden])
 
+
+def _of_any_path(error: type[RequestError]) -> Schema:
+    """The response to what is no operation: an unknown path, or another method."""
+    response = _error_response(error.status, [error.error_type], openai=False, generates=False)
+    schema = response["content"]["application/json"]["schema"]
+    openais = {"$ref": _REF.format(model=OpenAIErrorBody.__name__)}
+    response["content"]["application/json"]["schema"] = {"anyOf": [schema, openais]}
+    response["headers"]["x-should-retry"] = _header(f"Below {OPENAI_PREFIX}.")
+    return response
+
+
+_OF_NO_OPERATION = {each.__name__: _of_any_path(each) for each in (NotFound, MethodNotAllowed)}
 
 _BY_PATH: dict[str, Callable[[Schema], None]] = {
     "/": _image,

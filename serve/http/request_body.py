@@ -37,6 +37,15 @@ MAX_BODY_SECONDS = 10.0
 MAX_NESTING = 16
 """Levels of objects and lists. The deepest field of a request needs three."""
 
+MAX_VALUES = 1000
+"""Values in a body, at all levels. A request has about 40 fields. Checking a value costs the event
+loop some microseconds, and more where it is wrong."""
+
+_MOST_BESIDE_A_PICTURE = {b",": 16 * 1024, b'"': 16 * 1024, b"\\": 1024 * 1024}
+"""How often a body above `MAX_BODY_BYTES` may have a character. Parsing takes as long as a body has
+values and escapes, and holds the interpreter; the picture itself is one long text, in which some
+encoders escape each slash. Two prompts of commas and quotes fit."""
+
 MAX_DIGITS = 300
 """Of a whole number. More do not fit a double, and Python itself refuses to parse 4,300."""
 
@@ -115,12 +124,17 @@ def json_object(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
 
     Raises:
         UnsupportedMediaType: it is not declared as JSON, or is compressed.
-        InvalidRequest: it is not JSON as RFC 8259 defines it, is no object, repeats a key, or is
-            nested too deep. The message names the cause and never quotes the body.
+        InvalidRequest: it is not JSON as RFC 8259 defines it, is no object, repeats a key, is
+            nested too deep, or has too many values. The message names the cause and never quotes
+            the body.
     """
     if not body:
         raise _invalid("is empty; a JSON object is needed", "missing")
     _check_media_type(headers)
+    if len(body) > MAX_BODY_BYTES and any(
+        body.count(character) > most for character, most in _MOST_BESIDE_A_PICTURE.items()
+    ):
+        raise _too_many_values()
     try:
         value = json.loads(
             body.decode("utf-8-sig"),  # RFC 8259 allows to ignore a byte order mark
@@ -171,12 +185,16 @@ def _integer(text: str) -> int | _Bad:
 
 
 def _check_values(body: dict[str, Any]) -> None:
-    """Refuse what `json_object` marked in the parsed body, and deep nesting."""
+    """Refuse what `json_object` marked in the parsed body, deep nesting, and many values."""
     waiting: list[tuple[tuple[str | int, ...], Any]] = [(("body",), body)]
+    values = 0
     while waiting:
         location, value = waiting.pop()
         if len(location) > MAX_NESTING:
             raise _nested_too_deep()
+        values += len(value)
+        if values > MAX_VALUES:
+            raise _too_many_values()
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(item, _Bad):
                 raise InvalidRequest([FieldProblem((*location, key), item.message, item.kind)])
@@ -186,6 +204,10 @@ def _check_values(body: dict[str, Any]) -> None:
 
 def _nested_too_deep() -> InvalidRequest:
     return _invalid(f"is nested deeper than the {MAX_NESTING} levels allowed", "nested_too_deep")
+
+
+def _too_many_values() -> InvalidRequest:
+    return _invalid(f"has more than the {MAX_VALUES} values allowed", "too_many_values")
 
 
 def _invalid(what: str, kind: str) -> InvalidRequest:

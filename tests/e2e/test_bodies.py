@@ -12,7 +12,12 @@ import httpx
 import pytest
 
 from metrics.catalogue import DROPPED_CONNECTIONS
-from serve.http.request_body import MAX_BODY_BYTES, MAX_BODY_SECONDS, MAX_NESTING
+from serve.http.request_body import (
+    MAX_BODY_BYTES,
+    MAX_BODY_SECONDS,
+    MAX_NESTING,
+    MAX_PICTURE_BODY_BYTES,
+)
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body
 from tests.support.forked import self_hosted
 from tests.support.processes import ServerProcess
@@ -165,8 +170,13 @@ def test_a_body_in_drips_is_408(server: ServerProcess) -> None:
         b'{"prompt": "\\ud800' + TEXT.encode() + b'"}',
         b"\xff\xfe" + TEXT.encode("utf-16-le"),
         b'"' + TEXT.encode() + b'"',
+        b'{"prompt": "' + TEXT.encode() + b'", "loras": [{}' + b",{}" * 20_000 + b"]}",
+        b"{" + b",".join(b'"%s%d": 0' % (TEXT.encode(), key) for key in range(3000)) + b"}",
     ],
-    ids=["deep", "nested", "repeated", "repeated inside", "digits", "surrogate", "utf-16", "text"],
+    ids=[
+        *("deep", "nested", "repeated", "repeated inside", "digits", "surrogate", "utf-16", "text"),
+        *("many items", "many keys"),
+    ],
 )
 def test_json_that_means_nothing_is_refused_at_every_endpoint(
     server: ServerProcess, path: str, content: bytes
@@ -174,6 +184,19 @@ def test_json_that_means_nothing_is_refused_at_every_endpoint(
     answer = answer_to(server, post(path, content))
     assert answer.status == (400 if path.startswith("/v1/") else 422)
     assert TEXT.encode() not in answer.content
+
+
+def test_a_picture_without_an_end_of_items_delays_nobody(server: ServerProcess) -> None:
+    """10 MiB are for the picture. An error for each item would take the event loop minutes."""
+    start = b'{"prompt": "' + TEXT.encode() + b'", "image_url": "data:,", "loras": [{}'
+    content = start + b",{}" * ((MAX_PICTURE_BODY_BYTES - 200) // 3) + b"]}"
+    with connected(server.url) as client:
+        began = time.monotonic()
+        client.send(post("/image-to-image", content))
+        answer = client.answer(ANSWER_SECONDS)
+        took = time.monotonic() - began
+    assert (answer.status, answer.error_type()) == (422, "invalid_request")
+    assert took < PATIENCE
 
 
 # Many at once, and halves

@@ -31,6 +31,7 @@ CHECKS = (
     "negative_data_rejection",
     "unsupported_method",
     "allow_header_conformance",
+    "every_header_is_declared",
 )
 
 

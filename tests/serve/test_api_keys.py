@@ -152,6 +152,7 @@ KEYS = st.text(
 LIMITS = st.none() | st.integers(1, 9999)
 
 
+@pytest.mark.parser
 @given(
     names=st.lists(NAMES, min_size=1, max_size=4),
     limits=st.lists(LIMITS, min_size=4, max_size=4),
@@ -171,6 +172,7 @@ def test_what_is_written_is_read(
     assert parse_api_keys(text) == tuple(expected)
 
 
+@pytest.mark.parser
 @given(st.text(max_size=60) | st.text("ab=:,\n #0", max_size=60))
 def test_any_text_is_a_list_of_keys_or_refused(text: str) -> None:
     try:

@@ -92,6 +92,7 @@ VALUES = TEXT | st.lists(PARTS, max_size=6).map("".join)
 NAMES = [environment_name(field) for field in ServeSettings.model_fields]
 SECRETS = (
     "SDXL_ADMIN_TOKEN",
+    "SDXL_API_KEYS",
     "OTEL_EXPORTER_OTLP_HEADERS",
     "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
     "OTEL_EXPORTER_OTLP_METRICS_HEADERS",

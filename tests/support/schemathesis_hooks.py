@@ -1,10 +1,13 @@
-"""Loaded by the schemathesis command line: keeps what it generates valid, and quick to serve."""
+"""Loaded by the schemathesis command line: keeps what it generates valid, and quick to serve; and a
+check of its own, that the document declares every answered header."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import schemathesis
+
+from tests.support.declared_headers import undeclared
 
 
 @schemathesis.hook
@@ -24,3 +27,17 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
         body["num_images"] = 2
     if isinstance(body.get("requests"), int) and 0 < body["requests"] <= 20:
         body["requests"] = 0
+
+
+@schemathesis.check
+def every_header_is_declared(_context: Any, response: Any, case: Any) -> None:
+    """`response_headers_conformance` checks only those that are declared."""
+    operation = case.operation
+    found = undeclared(
+        operation.schema.raw_schema,
+        operation.method.lower(),
+        operation.path,
+        response.status_code,
+        response.headers,
+    )
+    assert not found, f"{response.status_code}: {', '.join(sorted(found))} not declared"

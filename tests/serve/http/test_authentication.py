@@ -442,6 +442,7 @@ def test_a_key_is_in_no_answer_metric_or_log(
         assert not any(key[at : at + 6] in shown for at in range(len(key) - 5))
 
 
+@pytest.mark.parser
 @given(
     st.sampled_from(["Bearer", "bearer", "KEY", "Key"]), st.from_regex(r"[!-~]+", fullmatch=True)
 )
@@ -450,6 +451,7 @@ def test_a_key_is_read_from_its_header(scheme: str, key: str) -> None:
     assert list(given_keys(headers)) == [key, key]
 
 
+@pytest.mark.parser
 @given(st.binary(max_size=40), st.binary(max_size=40))
 def test_any_header_can_be_read(authorization: bytes, own: bytes) -> None:
     raw = [(b"authorization", authorization), (b"x-api-key", own)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from serve.errors import (
     MAX_NAME_CHARACTERS,
@@ -16,7 +18,16 @@ from serve.errors import (
     InvalidRequest,
     UnsupportedMediaType,
 )
-from serve.http.request_body import MAX_DIGITS, MAX_NESTING, json_object
+from serve.http.error_responses import field_problems
+from serve.http.request_body import (
+    MAX_BODY_BYTES,
+    MAX_DIGITS,
+    MAX_NESTING,
+    MAX_PICTURE_BODY_BYTES,
+    MAX_VALUES,
+    json_object,
+)
+from serve.schema import MAX_LORAS, ImageToImageRequest, TextToImageRequest
 
 JSON = {"content-type": "application/json"}
 
@@ -84,6 +95,69 @@ def test_what_is_not_declared_as_json_is_told_what_is_accepted(
     with pytest.raises(UnsupportedMediaType) as refused:
         json_object(headers, b'{"a": 1}')
     assert accepted.items() <= refused.value.headers.items()
+
+
+MOST_SECONDS = 1.0
+"""Of the processor, for the widest body there may be: far above the measured 30 ms, and far below
+the two minutes of an error for each value."""
+
+
+def unknown_keys(size: int) -> bytes:
+    return b",".join(b'"%06x":0' % number for number in range(size // 11))
+
+
+def filled(size: int, piece: bytes) -> bytes:
+    return piece + (b"," + piece) * (size // (len(piece) + 1) - 1)
+
+
+@pytest.mark.parametrize("size", [MAX_BODY_BYTES - 100, MAX_PICTURE_BODY_BYTES - 100])
+@pytest.mark.parametrize("piece", [b"{}", b"[]", b'""', b"1", b'{"a":0}', None])
+def test_a_wide_body_is_one_problem_and_costs_little(size: int, piece: bytes | None) -> None:
+    inside = unknown_keys(size) if piece is None else b'"loras":[' + filled(size, piece) + b"]"
+    body = b'{"prompt":"a",' + inside + b"}"
+    assert size * 0.9 < len(body) <= MAX_PICTURE_BODY_BYTES
+    began = time.thread_time()
+    with pytest.raises(InvalidRequest) as refused:
+        json_object(JSON, body)
+    took = time.thread_time() - began
+    [problem] = refused.value.problems
+    assert (problem.location, problem.kind) == (("body",), "too_many_values")
+    assert took < MOST_SECONDS
+
+
+def test_as_many_values_as_are_allowed_are_read() -> None:
+    body = {"a": [[0] * (MAX_VALUES - 4), {"b": 1}]}
+    assert json_object(JSON, json.dumps(body).encode()) == body
+    body["a"].append(0)
+    with pytest.raises(InvalidRequest):
+        json_object(JSON, json.dumps(body).encode())
+
+
+def test_a_picture_whose_slashes_are_escaped_is_read() -> None:
+    """As PHP writes JSON; beside prompts of nothing but quotes and commas."""
+    body = {"prompt": '"' * 2000, "negative_prompt": "," * 2000}
+    body["image_url"] = "data:image/png;base64," + "abcdefghijklmnop/rstuvwxyzABCDEF" * 200_000
+    written = json.dumps(body).replace("/", "\\/").encode()
+    assert json_object(JSON, written) == body
+
+
+def test_an_answer_names_few_of_many_wrong_fields() -> None:
+    fields = {f"k{number}": 0 for number in range(MAX_VALUES)}
+    with pytest.raises(ValidationError) as refused:
+        TextToImageRequest.model_validate({"prompt": "a", **fields})
+    assert len(field_problems(refused.value.errors())) == MAX_PROBLEMS
+
+
+def test_a_list_of_loras_has_an_end() -> None:
+    loras = [{"path": f"l{number}"} for number in range(MAX_LORAS + 1)]
+    body = {"prompt": "a", "image_url": "data:,"}
+    assert ImageToImageRequest.model_validate({**body, "loras": loras[1:]})
+    with pytest.raises(ValidationError) as refused:
+        ImageToImageRequest.model_validate({**body, "loras": loras})
+    assert [error["type"] for error in refused.value.errors()] == ["too_long"]
+    with pytest.raises(ValidationError) as refused:
+        TextToImageRequest.model_validate({"prompt": "a", "loras": [{}] * MAX_VALUES})
+    assert refused.value.error_count() <= MAX_LORAS + 1
 
 
 finite = st.recursive(
