@@ -5,13 +5,14 @@
 
 A self-hosted server of the demo model on the CPU, with batches, serves several clients at once.
 Each request is of a random kind (seeded): text to image in several sizes, steps and guidances,
-batches of images, streams with previews, image to image, OpenAI's API, clients that leave,
-deadlines that pass, bodies that are refused, and the pages that an operator reads. Spans go to a
-receiver on loopback. Each kind has the answers that it may get; any other fails the soak.
+batches of images, streams with previews, image to image, a LoRA, OpenAI's API, clients that leave,
+deadlines that pass, bodies, keys and pictures that are refused, and the pages that an operator
+reads. All but the pages and wrong keys have a caller's key. Spans go to a receiver on loopback.
+Each kind has the answers that it may get; any other fails the soak.
 
-Between the requests the process is measured: resident memory, threads, open files, and the series
-in its metrics. The growth of each is a slope in 1,000 requests with its 95% interval
-(`bench.endurance.growth`).
+Between the requests the process is measured: resident memory without the pages of files, threads,
+open files, and the series in its metrics. The growth of each is a slope in 1,000 requests with its
+95% interval, over the second half of the run (`bench.endurance.growth`).
 
 Exit status: 0 all four are flat and every answer was a right one; 1 not; 2 wrong usage.
 """
@@ -41,12 +42,18 @@ CLIENTS = 8
 SAMPLES = 100
 """How often the process is measured in a run."""
 SHAPES = ("64x64", "96x64")
+KEY, LIMITED_KEY = "soak-key-without-limit", "soak-key-for-one-request"
+NOBODY = "127.0.0.1:1"
+"""A host that pictures may be fetched from and that refuses connections."""
 SETTINGS = {
     "SDXL_MODEL": "demo",
     "SDXL_DEVICE": "cpu",
     "SDXL_SHAPES": ",".join(SHAPES),
     "SDXL_MAX_BATCH": "4",
     "SDXL_MAX_WAITING": "64",
+    "SDXL_LORAS": "night=demo:night",
+    "SDXL_API_KEYS": f"soak={KEY},limited:1={LIMITED_KEY}",
+    "SDXL_IMAGE_HOSTS": NOBODY,
     "OMP_NUM_THREADS": "1",
 }
 WHITE_PIXEL = (
@@ -97,6 +104,24 @@ async def _as_image(client: httpx.AsyncClient, draw: Draw) -> str:
 async def _from_picture(client: httpx.AsyncClient, draw: Draw) -> str:
     body = _drawn(draw, image_url=WHITE_PIXEL, num_inference_steps=4, strength=0.5)
     return await _post(client, "/image-to-image", body)
+
+
+async def _unfetched_picture(client: httpx.AsyncClient, draw: Draw) -> str:
+    return await _post(client, "/image-to-image", _drawn(draw, image_url=f"https://{NOBODY}/"))
+
+
+async def _lora(client: httpx.AsyncClient, draw: Draw) -> str:
+    lora = {"path": "night", "scale": draw.choice((0.5, 1.0))}
+    return await _post(client, "/", _drawn(draw, loras=[lora]))
+
+
+async def _limited_key(client: httpx.AsyncClient, draw: Draw) -> str:
+    return await _post(client, "/", _drawn(draw), authorization=f"Key {LIMITED_KEY}")
+
+
+async def _wrong_key(client: httpx.AsyncClient, draw: Draw) -> str:
+    wrong = draw.choice(("", "Key", f"Basic {KEY}", f"Key {draw.randbytes(16).hex()}"))
+    return await _post(client, draw.choice(("/", "/stream")), _drawn(draw), authorization=wrong)
 
 
 async def _stream(client: httpx.AsyncClient, draw: Draw) -> str:
@@ -184,6 +209,10 @@ KINDS = {
     "images": _kind(_images, 6, "200"),
     "image": _kind(_as_image, 5, "200"),
     "picture": _kind(_from_picture, 6, "200"),
+    "unfetched picture": _kind(_unfetched_picture, 2, "422"),
+    "lora": _kind(_lora, 6, "200"),
+    "limited key": _kind(_limited_key, 4, "200", "429"),
+    "wrong key": _kind(_wrong_key, 4, "401"),
     "stream": _kind(_stream, 12, "200"),
     "leaves a stream": _kind(_leaves_a_stream, 8, LEFT),
     "leaves": _kind(_leaves, 8, LEFT, "200"),
@@ -275,6 +304,7 @@ async def measure(server: Server, requests: int, seed: int) -> Soak:
     started = time.monotonic()
     async with httpx.AsyncClient(
         base_url=server.address,
+        headers={"authorization": f"Key {KEY}"},
         timeout=120,
         trust_env=False,
         limits=httpx.Limits(max_keepalive_connections=CLIENTS),

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from serve.engine.call import Call
 from serve.engine.gpu_run import Previews
@@ -96,11 +97,23 @@ async def stream(
     if not queued.done():
         await generation  # raises the error that ended it before it was queued
     generation.add_done_callback(lambda _: steps.put_nowait(None))
-    return StreamingResponse(
+    return _EventStream(
         _send(call, generation, queued.result(), steps, events),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
+
+
+class _EventStream(StreamingResponse):
+    """A stream that ends with its events.
+
+    The middleware watches for a client that leaves, and cancels the request: then the events end.
+    Starlette would watch too and cancel the sending task. The exception of that would be in a
+    reference cycle with the whole request, which stays until a garbage collection.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.stream_response(send)
 
 
 async def _send(

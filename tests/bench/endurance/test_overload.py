@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 
 from bench.endurance.growth import Held
-from bench.endurance.overload import Answered, Overload, Phase, busy_share
+from bench.endurance.overload import (
+    LEAST_BUSY,
+    WAITING,
+    Answered,
+    Overload,
+    Phase,
+    busy_share,
+    full_queue_seconds,
+)
 from bench.endurance.soak import KINDS, Soak
 
 PHASE = Phase(4.0, 12.0, {"200": 90, "429": 300, "504": 9}, 3.0, 4.0, 6.0, 0.98, 600.0, 12, 14)
@@ -42,6 +50,18 @@ def test_a_server_that_holds_has_no_problems() -> None:
 )
 def test_each_thing_that_does_not_hold_is_a_problem(changed: Phase) -> None:
     assert len(problems(*PHASES[:-1], changed)) == 1
+
+
+def test_memory_and_threads_are_those_after_the_first_phase_throughout() -> None:
+    for grown in (replace(PHASE, memory_mib=613.0), replace(PHASE, threads=13)):
+        assert len(problems(PHASE, grown, PHASE)) == 1
+    assert not problems(replace(PHASE, memory_mib=613.0, threads=13), PHASE, PHASE)
+
+
+@pytest.mark.parametrize(("batch", "images"), [(1, 17), (8, 24)])
+def test_a_full_queue_is_the_run_in_progress_and_those_that_wait(batch: int, images: int) -> None:
+    assert WAITING == 16
+    assert full_queue_seconds(batch, 0.5) == pytest.approx(images * 0.5 / LEAST_BUSY)
 
 
 def answers(run_seconds: float, gap_seconds: float, batch: int = 2) -> list[Answered]:
