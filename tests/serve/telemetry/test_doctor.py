@@ -159,8 +159,11 @@ ENDPOINTS = st.builds(
 )
 SOME_HEADERS = st.dictionaries(
     st.sampled_from([backend.header for backend in BACKENDS] + ["a", "x-b"]),
-    # hypothesis also draws words of our own code, as a backend's name, which the doctor may show.
-    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60).map(str.swapcase),
+    # hypothesis also draws words of our own code, as a backend's name, which the doctor may show:
+    # so every character becomes the one that mirrors it between blank and tilde.
+    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60).map(
+        lambda text: "".join(chr(32 + 126 - ord(character)) for character in text)
+    ),
     max_size=3,
 )
 
