@@ -103,7 +103,8 @@ def test_the_decoder_gives_the_unmodified_result(way: Any) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_bfloat16_sums_are_rounded_once(way: Any) -> None:
-    """Eager rounds only the result; the summed kernel is rounded in addition."""
+    """Eager rounds only the result; the summed kernel is rounded in addition. On a CPU without
+    bfloat16 PyTorch also rounds what it adds to a transposed convolution's result."""
     holder, plain = an_upsampling()
     holder, plain = holder.bfloat16(), plain.bfloat16()
     set_upsampling(holder, way)
@@ -111,7 +112,8 @@ def test_bfloat16_sums_are_rounded_once(way: Any) -> None:
     exact = copy.deepcopy(plain).float()(given.float())
     ours = relative_error(holder[0](given), exact)
     theirs = relative_error(plain(given), exact)
-    assert ours < 2 * theirs
+    added = way == "transposed" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert ours < (3 if added else 2) * theirs
 
 
 def test_nearest_changes_nothing_and_what_is_not_sdxls_is_refused() -> None:
