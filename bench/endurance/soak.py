@@ -321,11 +321,23 @@ async def measure(server: Server, requests: int, seed: int) -> Soak:
                 counts = soak.outcomes.setdefault(name, {})
                 counts[outcome] = counts.get(outcome, 0) + 1
 
+        await _fill_pools(client)
         await asyncio.gather(*(one_client() for _ in range(CLIENTS)))
         soak.seconds = time.monotonic() - started
         soak.in_flight = await _in_flight(client)
     soak.tracebacks = server.output.read_text(errors="replace").count("Traceback")
     return soak
+
+
+async def _fill_pools(client: httpx.AsyncClient) -> None:
+    """Make the process start all of its worker threads, which it otherwise does now and then in
+    thousands of requests. Each has an arena of memory of its own."""
+    for shape in SHAPES * 2:
+        width, height = map(int, shape.split("x"))
+        body = _drawn(random.Random(0), num_images=4, width=width, height=height, format="png")
+        answers = [client.post("/", json=body) for _ in range(2 * CLIENTS)]
+        for answer in await asyncio.gather(*answers):
+            answer.raise_for_status()
 
 
 async def _outcome(kind: Kind, client: httpx.AsyncClient, draw: Draw) -> str:
