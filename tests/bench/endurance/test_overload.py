@@ -61,7 +61,17 @@ def test_memory_and_threads_are_those_after_the_first_phase_throughout() -> None
 @pytest.mark.parametrize(("batch", "images"), [(1, 17), (8, 24)])
 def test_a_full_queue_is_the_run_in_progress_and_those_that_wait(batch: int, images: int) -> None:
     assert WAITING == 16
-    assert full_queue_seconds(batch, 0.5) == pytest.approx(images * 0.5 / LEAST_BUSY)
+    drawn = answers(0.5, 0.0, batch=1)
+    assert full_queue_seconds(drawn, batch) == pytest.approx(images * 0.5 / LEAST_BUSY, abs=1e-4)
+
+
+def test_a_full_queue_takes_as_long_as_its_slowest_row_of_runs() -> None:
+    runs = answers(0.5, 0.0, batch=4)
+    slow = replace(runs[-1], run_ms=(0.1, 1000.0, 0.1))
+    changed = [replace(each, run_ms=slow.run_ms) if each.ended > 11.9 else each for each in runs]
+    # 24 images are six runs of four, and the last one takes a second.
+    assert full_queue_seconds(runs, 8) == pytest.approx(6 * 0.5 / LEAST_BUSY, abs=1e-3)
+    assert full_queue_seconds(changed, 8) == pytest.approx((5 * 0.5 + 1) / LEAST_BUSY, abs=1e-3)
 
 
 def answers(run_seconds: float, gap_seconds: float, batch: int = 2) -> list[Answered]:
