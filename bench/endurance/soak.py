@@ -10,9 +10,10 @@ deadlines that pass, bodies, keys and pictures that are refused, and the pages t
 reads. All but the pages and wrong keys have a caller's key. Spans go to a receiver on loopback.
 Each kind has the answers that it may get; any other fails the soak.
 
-Between the requests the process is measured: resident memory without the pages of files, threads,
-open files, and the series in its metrics. The growth of each is a slope in 1,000 requests with its
-95% interval, over the second half of the run (`bench.endurance.growth`).
+A hundred times in a run the clients wait for their answers, and the process is measured at rest:
+resident memory without the pages of files, threads, open files, and the series in its metrics. The
+growth of each is a slope in 1,000 requests with its 95% interval, over the second half of the run
+(`bench.endurance.growth`).
 
 Exit status: 0 all four are flat and every answer was a right one; 1 not; 2 wrong usage.
 """
@@ -25,7 +26,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -295,12 +296,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def measure(server: Server, requests: int, seed: int) -> Soak:
-    """Send the requests, and measure the process between them."""
+    """Send the requests, and measure the process between them, at rest."""
     soak = Soak(requests, CLIENTS, SETTINGS)
     every = max(1, requests // SAMPLES)
     draw = random.Random(seed)
     names = draw.choices(list(KINDS), [kind.weight for kind in KINDS.values()], k=requests)
-    waiting = iter(enumerate(names))
+    numbered = list(enumerate(names))
     started = time.monotonic()
     async with httpx.AsyncClient(
         base_url=server.address,
@@ -310,21 +311,23 @@ async def measure(server: Server, requests: int, seed: int) -> Soak:
         limits=httpx.Limits(max_keepalive_connections=CLIENTS),
     ) as client:
 
-        async def one_client() -> None:
+        async def one_client(waiting: Iterator[tuple[int, str]]) -> None:
             for number, name in waiting:
-                if number % every == 0:
-                    metrics = await client.get("/metrics")
-                    soak.samples.append(held(server.process.pid, number, metrics.text))
-                    if number % (20 * every) == 0:
-                        print(f"{number} of {requests} requests", file=sys.stderr, flush=True)
                 outcome = await _outcome(KINDS[name], client, random.Random(f"{seed} {number}"))
                 counts = soak.outcomes.setdefault(name, {})
                 counts[outcome] = counts.get(outcome, 0) + 1
 
         await _fill_pools(client)
-        await asyncio.gather(*(one_client() for _ in range(CLIENTS)))
+        for first in range(0, requests, every):
+            waiting = iter(numbered[first : first + every])
+            await asyncio.gather(*(one_client(waiting) for _ in range(CLIENTS)))
+            # At rest, because what runs holds now one image and now eight.
+            soak.in_flight = await _in_flight(client)
+            metrics = await client.get("/metrics")
+            soak.samples.append(held(server.process.pid, first + every, metrics.text))
+            if first % (20 * every) == 0:
+                print(f"{first} of {requests} requests", file=sys.stderr, flush=True)
         soak.seconds = time.monotonic() - started
-        soak.in_flight = await _in_flight(client)
     soak.tracebacks = server.output.read_text(errors="replace").count("Traceback")
     return soak
 
