@@ -220,8 +220,8 @@ class Runtime:
         """Serve one valid request.
 
         Args:
-            on_queued: called with the number of waiting requests once this one is queued. The call
-                has its estimate by then, if there is one.
+            on_queued: called with the number of requests that wait before this one, when it has
+                been admitted. The call has its estimate by then, if there is one.
             on_step: called on the GPU thread for each step that has ended.
             previews: those that `on_step` gets; None: of each step if the request wants them.
 
