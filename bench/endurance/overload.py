@@ -35,7 +35,7 @@ import argparse
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -312,11 +312,8 @@ def full_queue_seconds(answered: Sequence[Answered], batch: int) -> float:
         batch: images of the largest run. One has just begun when the request arrives. The request
             itself is one of those that wait.
     """
-    ends: dict[tuple[float, ...], float] = {}
-    for each in answered:
-        ends[each.run_ms] = min(each.ended, ends.get(each.run_ms, each.ended))
     images = Counter(each.run_ms for each in answered)
-    runs = sorted(ends, key=ends.__getitem__)
+    runs = list(_ends_of_runs(answered))
     full = batch + WAITING
     # Of a phase with fewer images than a full queue has: at its mean.
     longest = full * sum(map(sum, runs)) / len(answered) if len(answered) < full else 0.0
@@ -330,13 +327,18 @@ def full_queue_seconds(answered: Sequence[Answered], batch: int) -> float:
     return longest / 1000 / LEAST_BUSY
 
 
-def busy_share(answered: Sequence[Answered], seconds: float) -> float:
-    """The sum of the runs' stages over the time they took, while the queue was not empty."""
+def _ends_of_runs(answered: Iterable[Answered]) -> dict[tuple[float, ...], float]:
+    """Each run's stages and when its first answer came, in that order."""
     ends: dict[tuple[float, ...], float] = {}
     for each in answered:
-        if RAMP_SECONDS <= each.ended <= seconds:
-            ends[each.run_ms] = min(each.ended, ends.get(each.run_ms, each.ended))
-    runs = sorted(ends, key=ends.__getitem__)
+        ends[each.run_ms] = min(each.ended, ends.get(each.run_ms, each.ended))
+    return dict(sorted(ends.items(), key=lambda run: run[1]))
+
+
+def busy_share(answered: Sequence[Answered], seconds: float) -> float:
+    """The sum of the runs' stages over the time they took, while the queue was not empty."""
+    ends = _ends_of_runs(each for each in answered if RAMP_SECONDS <= each.ended <= seconds)
+    runs = list(ends)
     if len(runs) < 2:
         raise BenchError("too few runs: a longer phase is needed (--seconds)")
     busy = sum(map(sum, runs[1:])) / 1000

@@ -16,14 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from bench.errors import BenchError
+
+if TYPE_CHECKING:
+    from serve.engine.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("SDXL_", "OTEL_", "ENABLE_TRACING", "FAL_")
@@ -49,6 +52,24 @@ def clean_environment(
     """This process's environment without names that begin with one of `left_out`, plus `extra`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     return kept | dict(extra or {})
+
+
+def serve_here(build: Callable[..., Runtime]) -> int:
+    """Make this process the self-hosted server of a runtime of the bench's own, on a free port.
+    Returns the exit status.
+
+    Args:
+        build: takes `build_runtime`'s place, with the settings and `own_process`.
+    """
+    from serve import server
+    from serve.engine.call import current_call
+    from serve.settings import load_settings
+    from serve.telemetry.logs import configure_logging
+
+    settings = load_settings()
+    configure_logging(settings.log_format, current_call.get)
+    vars(server)["build_runtime"] = build
+    return server.run(settings, "127.0.0.1", 0)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 
+from bench.service.processes import serve_here
 from metrics.recorder import Recorder
 from metrics.records import RequestTiming
 from metrics.sampling import TraceIdentity
@@ -34,22 +35,16 @@ class SelectiveRecorder(Recorder):
 
 
 def main() -> int:
-    from serve import server
     from serve.engine.build import build_runtime
-    from serve.engine.call import current_call
     from serve.engine.runtime import Runtime
-    from serve.settings import ServeSettings, load_settings
-    from serve.telemetry.logs import configure_logging
+    from serve.settings import ServeSettings
 
     def build_selective(settings: ServeSettings, own_process: bool) -> Runtime:
         runtime = build_runtime(settings, own_process=own_process)
         runtime.recorder = SelectiveRecorder(runtime.tracing, runtime.metrics, settings.trace_steps)
         return runtime
 
-    settings = load_settings()
-    configure_logging(settings.log_format, current_call.get)
-    vars(server)["build_runtime"] = build_selective
-    return server.run(settings, "127.0.0.1", 0)
+    return serve_here(build_selective)
 
 
 if __name__ == "__main__":

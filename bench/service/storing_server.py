@@ -11,6 +11,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from bench.service.processes import serve_here
+
 if TYPE_CHECKING:
     from serve.engine.images import Upload
     from serve.engine.runtime import Runtime
@@ -30,21 +32,14 @@ def slow_storage(seconds: float) -> Upload:
 
 
 def main() -> int:
-    from serve import server
     from serve.engine.build import build_runtime
-    from serve.engine.call import current_call
-    from serve.settings import load_settings
-    from serve.telemetry.logs import configure_logging
 
     upload = slow_storage(float(sys.argv[1]))
 
     def build_storing(settings: ServeSettings, own_process: bool) -> Runtime:
         return build_runtime(settings, upload=upload, own_process=own_process)
 
-    settings = load_settings()
-    configure_logging(settings.log_format, current_call.get)
-    vars(server)["build_runtime"] = build_storing
-    return server.run(settings, "127.0.0.1", 0)
+    return serve_here(build_storing)
 
 
 if __name__ == "__main__":

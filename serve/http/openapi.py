@@ -43,6 +43,7 @@ from serve.errors import (
 )
 from serve.http.authentication import is_open
 from serve.http.error_responses import OPENAI_PREFIX
+from serve.http.middleware import FOR_EVERY_CONNECTION
 from serve.http.openai.schema import OpenAIErrorBody
 from serve.http.openai_errors import openai_status
 from serve.http.profiling_endpoint import ProfileRequest
@@ -61,9 +62,6 @@ PROFILE_ERRORS = (Forbidden, BodyTooSlow, BodyTooLarge, UnsupportedMediaType, In
 CONNECTION_ERRORS = (MalformedHttp, HeadTooSlow, HeadTooLarge, Draining)
 """What a connection of the self-hosted server may answer by itself, whatever the path: in the shape
 of this service's own errors, and without `x-request-id`."""
-
-STATES = ("/health", "/ready", "/metrics")
-"""What a connection beyond the limit may read."""
 
 _REF = "#/components/schemas/{model}"
 _TEXT: Schema = {"schema": {"type": "string"}}
@@ -178,7 +176,11 @@ def _corrected(
                 found = [each for each in errors if openai or each is not ModelNotFound]
             elif path == _MODEL_PATH:
                 found = [RequestError, ModelNotFound]
-            if connection_errors and path not in STATES and TooManyConnections not in found:
+            if (
+                connection_errors
+                and path not in FOR_EVERY_CONNECTION
+                and TooManyConnections not in found
+            ):
                 found.append(TooManyConnections)
             responses |= _error_responses(found, openai, generates)
     for path, correct in _BY_PATH.items():
