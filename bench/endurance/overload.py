@@ -3,8 +3,9 @@
     python -m bench overload
     python -m bench overload --batch 1 8 --seconds 30 --out overload.json
 
-A self-hosted server of the demo model on the CPU is started for each largest batch. It takes 0.3 s
-to upload an image, to nowhere. It first draws runs of each number of images, to fill its buffers.
+A self-hosted server of the demo model on the CPU is started for each largest batch, as on a device
+whose steps always take 50 ms, with batches 150 ms (`paced_server`). It takes 0.3 s to upload an
+image, to nowhere. It first draws runs of each number of images, to fill its buffers.
 Its capacity is measured with enough clients that the queue is never empty. Then requests arrive at
 random (open loop, Poisson, seeded) at 4, 0.5, 0.9, 1.5 and again 4 times that capacity. One request
 in four carries a deadline of half the time that a full queue takes.
@@ -15,16 +16,17 @@ What is checked:
   the run in progress, of the largest batch, and all that wait, the request itself among them. That
   is the longest GPU time that so many images in a row took in that phase, divided by 97%, and then
   comes what encoding and upload took (their 99th percentile);
-- goodput at 4 times the capacity is at least 95% of the highest goodput of any phase;
+- goodput at 4 times the capacity is at least 95% of the highest goodput of any phase. It is the
+  images of the runs that end after the phase's first 2 s, to the first that ends after its last
+  arrival, over the time that these runs took, gaps and all;
 - at 4 times the capacity the GPU thread is busy for at least 97% of the time: image encoding and
   upload overlap the next run. Busy is the sum of the runs' stages, as the answers' `timings` have
   them (answers of one run have the same), over the time from the end of the first run to the end of
   the last. So what is lost between runs counts, and a stage that encoding slows down does not;
 - memory and threads after each phase are at most those after the first: within 2%, and no thread
   more. (`bench soak` measures growth over thousands of requests.)
-
-The model has one thread, which stands for a GPU. Requests should still be few for the machine,
-since they take a share of its cores: so the runs are as long as a GPU's, 30 steps.
+- the device kept its pace: the mean step of each phase is within 2% of that of every other. Else
+  the machine was too slow for the pace, and nothing said above of goodput can be trusted.
 
 Exit status: 0 all of it holds; 1 not; 2 wrong usage.
 """
@@ -52,7 +54,10 @@ from bench.terminal import table
 
 MULTIPLES = (4.0, 0.5, 0.9, 1.5, 4.0)
 """Of the capacity. Memory and threads are compared with those after the first phase."""
-SHAPE = "128x128"
+SHAPE = "64x64"
+STEP_MS = {False: 50.0, True: 150.0}
+"""How long the device takes for a step, without and with batches. The model itself took 16 and 53 ms
+(medians) where both cores of the machine had other work."""
 WAITING = 16
 """How many requests may wait."""
 UPLOAD_SECONDS = 0.3
@@ -65,6 +70,7 @@ ALLOWED = frozenset({"200", "429", "504"})
 LEAST_GOODPUT = 0.95
 LEAST_BUSY = 0.97
 MOST_MEMORY = 1.02
+MOST_PACE = 1.02
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class Answered:
     """The status, or why there is none. A 429 without Retry-After is not `429`."""
     run_ms: tuple[float, ...] = ()
     """Text encoding, denoising and decoding of its run: the same for all requests of a run."""
+    step_ms: float = 0.0
+    """The mean step of its run."""
     answer_ms: float = 0.0
     """Image encoding and upload."""
 
@@ -95,6 +103,8 @@ class Phase:
     """The time of a full queue, encoding and upload."""
     busy: float | None
     """The GPU thread's busy share while requests wait; None where the queue may be empty."""
+    step_ms: float
+    """The mean step of its runs."""
     memory_mib: float
     threads: int
     """Both after the phase."""
@@ -126,6 +136,11 @@ class Overload:
                 found.append(f"{name} the GPU thread was busy {100 * phase.busy:.1f}% of the time")
             if phase.multiple == max(MULTIPLES) and phase.goodput < LEAST_GOODPUT * peak:
                 found.append(f"{name} goodput was {100 * phase.goodput / peak:.0f}% of the highest")
+        steps = [phase.step_ms for phase in self.phases]
+        if max(steps) > MOST_PACE * min(steps):
+            found.append(
+                f"a mean step took {min(steps):.1f} to {max(steps):.1f} ms: no steady pace"
+            )
         first, *later = self.phases
         memory_mib = max(phase.memory_mib for phase in later)
         threads = max(phase.threads for phase in later)
@@ -140,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--batch", type=int, nargs="+", default=[1, 8], help="SDXL_MAX_BATCH (default: 1 8)")
     add("--seconds", type=float, default=30.0, help="of each phase (default: 30)")
-    add("--steps", type=int, default=30, help="denoising steps (default: 30)")
+    add("--steps", type=int, default=12, help="denoising steps (default: 12)")
     add("--seed", type=int, default=0, help="seed of the arrivals (default: 0)")
     add("--out", type=output_file, help="also write it here, as JSON")
 
@@ -163,7 +178,7 @@ def run(options: argparse.Namespace) -> int:
             "SDXL_MAX_WAITING": str(WAITING),
             "OMP_NUM_THREADS": "1",
         }
-        module = ["bench.service.storing_server", str(UPLOAD_SECONDS)]
+        module = ["bench.service.paced_server", str(STEP_MS[batch > 1]), str(UPLOAD_SECONDS)]
         with running("the server", module, settings) as server:
             results.append(asyncio.run(_measure(server, batch, options)))
         print(report(results[-1]), flush=True)
@@ -214,7 +229,7 @@ async def _capacity(client: httpx.AsyncClient, mix: Mix, batch: int, seconds: fl
     """Images a second while more requests wait than a run can have."""
     loop = asyncio.get_running_loop()
     start = loop.time()
-    ends: list[float] = []
+    answers: list[Answered] = []
     ((body, _),) = mix.bodies()
 
     async def one_client(seed: int) -> None:
@@ -222,15 +237,10 @@ async def _capacity(client: httpx.AsyncClient, mix: Mix, batch: int, seconds: fl
             answered = await _one(client, body | {"seed": seed}, start)
             if answered.outcome != "200":
                 raise BenchError(f"a request within the capacity was answered {answered.outcome}")
-            ends.append(answered.ended)
+            answers.append(answered)
 
     await asyncio.gather(*(one_client(number) for number in range(min(2 * batch + 2, WAITING))))
-    return _rate(ends, seconds)
-
-
-def _rate(ends: Sequence[float], seconds: float) -> float:
-    """How many a second ended, from the end of the ramp to the end of the arrivals."""
-    return sum(RAMP_SECONDS <= end <= seconds for end in ends) / (seconds - RAMP_SECONDS)
+    return goodput(answers, seconds)
 
 
 async def _send(client: httpx.AsyncClient, planned: Sequence[Arrival]) -> list[Answered]:
@@ -261,7 +271,8 @@ async def _one(client: httpx.AsyncClient, body: dict[str, Any], start: float) ->
     timings = answer.json()["timings"]
     stages = tuple(timings[f"{name}_ms"] for name in ("text_encode", "denoise", "vae_decode"))
     answer_ms = timings["image_encode_ms"] + timings["upload_ms"]
-    return Answered(sent, ended, outcome, stages, answer_ms)
+    step_ms = float(np.mean(timings["steps_ms"]))
+    return Answered(sent, ended, outcome, stages, step_ms, answer_ms)
 
 
 async def _most_threads(pid: int) -> int:
@@ -292,10 +303,11 @@ def _phase(
         multiple,
         rate,
         dict(Counter(each.outcome for each in answered)),
-        _rate([each.ended for each in ok], seconds),
+        goodput(ok, seconds),
         float(np.percentile([each.ended - each.sent for each in ok], 99)),
         full_queue_seconds(ok, batch) + answer_seconds,
         busy_share(ok, seconds) if multiple == max(MULTIPLES) else None,
+        float(np.mean([each.step_ms for each in ok])),
         now.memory_mib,
         now.threads,
         most_threads,
@@ -335,22 +347,37 @@ def _ends_of_runs(answered: Iterable[Answered]) -> dict[tuple[float, ...], float
     return dict(sorted(ends.items(), key=lambda run: run[1]))
 
 
+def _measured_runs(answered: Iterable[Answered], seconds: float) -> dict[tuple[float, ...], float]:
+    """The runs that ended after the ramp, to the first that ended after the last arrival: a gap in
+    which nothing ends is between two of them."""
+    runs = {run: end for run, end in _ends_of_runs(answered).items() if end >= RAMP_SECONDS}
+    within = sum(end <= seconds for end in runs.values())
+    if within < 2:
+        raise BenchError("too few runs: a longer phase is needed (--seconds)")
+    return dict(list(runs.items())[: within + 1])
+
+
+def goodput(answered: Sequence[Answered], seconds: float) -> float:
+    """Images a second, gaps between runs included. The first run is where the time begins."""
+    ends = _measured_runs(answered, seconds)
+    first, *later = ends
+    images = Counter(each.run_ms for each in answered)
+    return sum(images[run] for run in later) / (ends[later[-1]] - ends[first])
+
+
 def busy_share(answered: Sequence[Answered], seconds: float) -> float:
     """The sum of the runs' stages over the time they took, while the queue was not empty."""
-    ends = _ends_of_runs(each for each in answered if RAMP_SECONDS <= each.ended <= seconds)
-    runs = list(ends)
-    if len(runs) < 2:
-        raise BenchError("too few runs: a longer phase is needed (--seconds)")
-    busy = sum(map(sum, runs[1:])) / 1000
-    return busy / (ends[runs[-1]] - ends[runs[0]])
+    ends = _measured_runs(answered, seconds)
+    first, *later = ends
+    return sum(map(sum, later)) / 1000 / (ends[later[-1]] - ends[first])
 
 
 # Reporting ---------------------------------------------------------------------------------------
 
 
 def report(result: Overload) -> str:
-    header = ("load", "rate/s", "goodput/s", "p99 s", "full queue s", "GPU busy", "MiB", "threads",
-              "most", "answers")  # fmt: skip
+    header = ("load", "rate/s", "goodput/s", "p99 s", "full queue s", "GPU busy", "step ms", "MiB",
+              "threads", "most", "answers")  # fmt: skip
     rows = [
         (
             f"{phase.multiple:g}x",
@@ -359,6 +386,7 @@ def report(result: Overload) -> str:
             f"{phase.p99_seconds:.2f}",
             f"{phase.bound_seconds:.2f}",
             "" if phase.busy is None else f"{100 * phase.busy:.1f}%",
+            f"{phase.step_ms:.1f}",
             f"{phase.memory_mib:.0f}",
             str(phase.threads),
             str(phase.most_threads),

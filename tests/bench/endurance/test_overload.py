@@ -15,10 +15,14 @@ from bench.endurance.overload import (
     Phase,
     busy_share,
     full_queue_seconds,
+    goodput,
 )
 from bench.endurance.soak import KINDS, Soak
+from bench.errors import BenchError
 
-PHASE = Phase(4.0, 12.0, {"200": 90, "429": 300, "504": 9}, 3.0, 4.0, 6.0, 0.98, 600.0, 12, 14)
+PHASE = Phase(
+    4.0, 12.0, {"200": 90, "429": 300, "504": 9}, 3.0, 4.0, 6.0, 0.98, 50.0, 600.0, 12, 14
+)
 PHASES = (
     PHASE,
     replace(PHASE, multiple=0.5, rate=1.5, goodput=1.5, busy=None),
@@ -44,6 +48,8 @@ def test_a_server_that_holds_has_no_problems() -> None:
         replace(PHASE, p99_seconds=6.1),
         replace(PHASE, goodput=2.9),
         replace(PHASE, busy=0.96),
+        replace(PHASE, step_ms=51.1),
+        replace(PHASE, step_ms=48.9),
         replace(PHASE, memory_mib=613.0),
         replace(PHASE, threads=13),
     ],
@@ -87,6 +93,28 @@ def answers(run_seconds: float, gap_seconds: float, batch: int = 2) -> list[Answ
 def test_the_busy_share_counts_each_run_once_and_the_gaps_between_them() -> None:
     assert busy_share(answers(0.5, 0.0), 30) == pytest.approx(1, abs=1e-4)
     assert busy_share(answers(0.5, 0.05), 30) == pytest.approx(0.5 / 0.55, abs=1e-4)
+
+
+def test_goodput_counts_whole_runs_and_the_gaps_between_them() -> None:
+    assert goodput(answers(0.5, 0.0), 30) == pytest.approx(4)
+    assert goodput(answers(0.5, 0.05, batch=8), 30) == pytest.approx(8 / 0.55)
+    # A run that ends a moment before or after the last arrival changes nothing.
+    assert goodput(answers(0.5, 0.0), 9.99) == pytest.approx(goodput(answers(0.5, 0.0), 10.01))
+
+
+def test_a_gap_at_the_end_of_a_phase_counts() -> None:
+    stalled = [
+        replace(each, ended=each.ended + 4) if each.ended > 9.9 else each
+        for each in answers(0.5, 0.0)
+    ]
+    # From 2.5 to 9.5 fourteen runs after the first, and one that should have ended at 10.
+    assert goodput(stalled, 12) == pytest.approx(2 * 15 / 11.5)
+    assert busy_share(stalled, 12) == pytest.approx(0.5 * 15 / 11.5, abs=1e-3)
+
+
+def test_a_phase_of_too_few_runs_is_refused() -> None:
+    with pytest.raises(BenchError):
+        goodput(answers(0.5, 0.0), 2.6)
 
 
 def soak(**changed: object) -> Soak:
