@@ -12,11 +12,11 @@ checked here. fal checks its callers by itself, before a request reaches an app.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 from starlette.datastructures import Headers
@@ -64,6 +64,9 @@ _FORWARDING_HEADERS = frozenset(
 _CONNECTION_OPTIONS = frozenset(("close", "keep-alive", "upgrade", "http2-settings", "te", ""))
 # Headers by which a browser names the page that a request comes from.
 _PAGE_HEADERS = frozenset(("origin", "sec-fetch-site"))
+# A name or an address, and a port. In another form readers of URLs find different names:
+# `localhost:evil.test` is `localhost` to Python.
+_HOST = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 
 
 class Authentication:
@@ -186,8 +189,7 @@ def _is_direct(scope: Scope, headers: Headers) -> bool:
 
 
 def _names_this_machine(host: str) -> bool:
-    try:
-        name = urlsplit("//" + host).hostname
-    except ValueError:
-        return False
-    return name is not None and (name == "localhost" or is_loopback(name))
+    parts = _HOST.fullmatch(host)
+    return parts is not None and (
+        parts[1].lower() == "localhost" or is_loopback(parts[1].strip("[]"))
+    )

@@ -478,6 +478,11 @@ def test_any_header_can_be_read(authorization: bytes, own: bytes) -> None:
         ("127.0.0.1", {"host": "127.0.0.1.evil.test:8080"}, False),
         ("127.0.0.1", {"host": ""}, False),
         ("127.0.0.1", {"host": "[::1"}, False),
+        ("127.0.0.1", {"host": "localhost:evil.test"}, False),
+        ("127.0.0.1", {"host": "127.0.0.1%evil.test"}, False),
+        ("127.0.0.1", {"host": "evil.test@localhost"}, False),
+        ("127.0.0.1", {"host": "localhost#evil.test"}, False),
+        ("127.0.0.1", {"host": "[::1]evil.test"}, False),
         *(
             ("127.0.0.1", {name: "127.0.0.1"}, False)
             for name in (
