@@ -12,8 +12,8 @@ import asyncio
 import logging
 import re
 import traceback
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 
 import anyio
 from starlette.datastructures import Headers
@@ -106,13 +106,14 @@ class RequestMiddleware:
         service.metrics.request_received()
         # Left after the work has ended: a client that leaves a stream may not begin the next one
         # while the first still runs.
-        with ExitStack() as place:
+        with ExitStack() as places:
             try:
-                place.enter_context(self._authentication.admitted(service, call, scope))
+                places.enter_context(self._authentication.admitted(service, call, scope))
+                limit_bytes = MAX_BODY_BYTES
                 if call.endpoint in _WITH_PICTURES:
-                    await self._serve_picture(scope, receive, response.send, call, service)
-                else:
-                    await self._serve(scope, receive, response.send, call, service)
+                    places.enter_context(self._picture_admitted(service))
+                    limit_bytes = MAX_PICTURE_BODY_BYTES
+                await self._serve(scope, receive, response.send, call, service, limit_bytes)
             except RequestError as refused:
                 if isinstance(refused, Unauthorized):
                     # Whoever has no key does not decide what is exported.
@@ -189,17 +190,14 @@ class RequestMiddleware:
                 extra={"trace_id": call.identity.trace_id_hex, "request_id": call.request_id},
             )
 
-    async def _serve_picture(
-        self, scope: Scope, receive: Receive, send: Send, call: Call, service: Service
-    ) -> None:
-        """As `_serve`, with a larger body; and with a limit on how many there are."""
+    @contextmanager
+    def _picture_admitted(self, service: Service) -> Iterator[None]:
+        """Count a request with a picture until its work has ended. Raises QueueFull."""
         if self._pictures >= service.settings.max_waiting + PICTURES_BESIDE_WAITING:
-            error = QueueFull(self._pictures, retry_after_seconds=1)
-            await error_response(error, call)(scope, receive, send)
-            return
+            raise QueueFull(self._pictures, retry_after_seconds=1)
         self._pictures += 1
         try:
-            await self._serve(scope, receive, send, call, service, MAX_PICTURE_BODY_BYTES)
+            yield
         finally:
             self._pictures -= 1
 
@@ -210,7 +208,7 @@ class RequestMiddleware:
         send: Send,
         call: Call,
         service: Service,
-        limit_bytes: int = MAX_BODY_BYTES,
+        limit_bytes: int,
     ) -> None:
         """Read the body, then run the app with it while watching for a disconnect."""
         headers = Headers(scope=scope)
