@@ -56,8 +56,8 @@ MULTIPLES = (4.0, 0.5, 0.9, 1.5, 4.0)
 """Of the capacity. Memory and threads are compared with those after the first phase."""
 SHAPE = "64x64"
 STEP_MS = {False: 50.0, True: 150.0}
-"""How long the device takes for a step, without and with batches. The model itself took 16 and 53 ms
-(medians) where both cores of the machine had other work."""
+"""How long the device takes for a step, without and with batches. The model itself took 16 and
+53 ms (medians) where both cores of the machine had other work."""
 WAITING = 16
 """How many requests may wait."""
 UPLOAD_SECONDS = 0.3

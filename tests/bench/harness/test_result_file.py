@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ def test_ceilings_are_the_best_of_all_sessions() -> None:
     better = replace(first.ceilings, matmul_tflops={"float32": 1.7}, copy_gb_per_second=10.0)
     more = replace(measured, sessions=(first, Session(8, 2, first.start, ceilings=better)))
     assert more.ceilings == result_file.Ceilings({"float32": 1.7}, 20.0)
+
+
+@pytest.mark.timeout(20)
+def test_a_session_may_have_any_number_of_rounds() -> None:
+    many = edited(lambda c: c["sessions"][0].update(rounds=10**12), signed=True)
+    assert BenchResult.parse(many).sessions[0].rounds == 10**12
+
+
+@pytest.mark.parametrize(("first_round", "shared"), [(7, True), (8, False), (0, True)])
+def test_sessions_may_not_share_a_round_in_any_order(first_round: int, shared: bool) -> None:
+    measured = two_scenarios()
+    (first,) = measured.sessions
+    assert (first.first_round, first.rounds) == (0, 8)
+    for sessions in permutations([Session(first_round, 2, first.start), first]):
+        if shared:
+            with pytest.raises(ValidationError, match="share a round"):
+                replace(measured, sessions=sessions)
+        else:
+            assert replace(measured, sessions=sessions)
 
 
 def edited(change: Callable[[dict[str, Any]], None], *, signed: bool) -> str:
@@ -131,11 +151,14 @@ JSON_VALUES = st.recursive(
 )
 
 
+VALID = result(scenario("a", [25.0, 26.0])).to_json()
+
+
 @pytest.mark.parser
 @given(data=st.data())
 def test_any_value_anywhere_is_read_or_refused_with_a_sentence(data: st.DataObject) -> None:
     """One node of a valid file is replaced by any value, and the digest is made again."""
-    document = json.loads(result(scenario("a", [25.0, 26.0])).to_json())
+    document = json.loads(VALID)
     node, key = document, "result"
     while isinstance(node[key], (dict, list)) and node[key] and data.draw(st.integers(0, 3)):
         node = node[key]
