@@ -295,8 +295,16 @@ def refuse_without_model_libraries() -> None:
         )
 
 
-def run(settings: ServeSettings, host: str, port: int) -> int:
+def run(
+    settings: ServeSettings,
+    host: str,
+    port: int,
+    build: Callable[[ServeSettings], Runtime] | None = None,
+) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit status: 0, or 1 if the model failed.
+
+    Args:
+        build: makes the runtime; the default is the service's own. The bench's servers change it.
 
     Raises:
         ConfigurationError: a library is missing, or the address cannot be used.
@@ -304,7 +312,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     refuse_without_model_libraries()
     limit = connection_limit(settings.max_connections)
     listener = bind(host, port)
-    runtime = build_runtime(settings, own_process=True)
+    runtime = build(settings) if build else build_runtime(settings, own_process=True)
     app = create_app(runtime, on_failed_start=lambda: server.stop())
     config = uvicorn.Config(
         app,

@@ -60,12 +60,12 @@ def main() -> int:
 
     step_ms, upload_seconds = map(float, sys.argv[1:])
 
-    def build(settings: ServeSettings, own_process: bool) -> Runtime:
+    def build(settings: ServeSettings) -> Runtime:
         return build_runtime(
             settings,
             upload=slow_storage(upload_seconds),
             prepare=paced(step_ms / 1000),
-            own_process=own_process,
+            own_process=True,
         )
 
     return serve_here(build)

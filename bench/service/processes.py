@@ -27,6 +27,7 @@ from bench.errors import BenchError
 
 if TYPE_CHECKING:
     from serve.engine.runtime import Runtime
+    from serve.settings import ServeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("SDXL_", "OTEL_", "ENABLE_TRACING", "FAL_")
@@ -54,12 +55,12 @@ def clean_environment(
     return kept | dict(extra or {})
 
 
-def serve_here(build: Callable[..., Runtime]) -> int:
+def serve_here(build: Callable[[ServeSettings], Runtime]) -> int:
     """Make this process the self-hosted server of a runtime of the bench's own, on a free port.
     Returns the exit status.
 
     Args:
-        build: takes `build_runtime`'s place, with the settings and `own_process`.
+        build: makes the runtime.
     """
     from serve import server
     from serve.engine.call import current_call
@@ -68,8 +69,7 @@ def serve_here(build: Callable[..., Runtime]) -> int:
 
     settings = load_settings()
     configure_logging(settings.log_format, current_call.get)
-    vars(server)["build_runtime"] = build
-    return server.run(settings, "127.0.0.1", 0)
+    return server.run(settings, "127.0.0.1", 0, build)
 
 
 @contextmanager

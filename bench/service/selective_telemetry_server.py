@@ -39,8 +39,8 @@ def main() -> int:
     from serve.engine.runtime import Runtime
     from serve.settings import ServeSettings
 
-    def build_selective(settings: ServeSettings, own_process: bool) -> Runtime:
-        runtime = build_runtime(settings, own_process=own_process)
+    def build_selective(settings: ServeSettings) -> Runtime:
+        runtime = build_runtime(settings, own_process=True)
         runtime.recorder = SelectiveRecorder(runtime.tracing, runtime.metrics, settings.trace_steps)
         return runtime
 
