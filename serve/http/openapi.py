@@ -7,7 +7,7 @@ own 422. It also writes every bound of a number as a float, which rounds the lar
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -44,7 +44,7 @@ from serve.errors import (
 from serve.http.authentication import is_open
 from serve.http.error_responses import OPENAI_PREFIX
 from serve.http.middleware import FOR_EVERY_CONNECTION
-from serve.http.openai.schema import OpenAIErrorBody
+from serve.http.openai.schema import CompletedImage, OpenAIErrorBody, PartialImage
 from serve.http.openai_errors import openai_status
 from serve.http.profiling_endpoint import ProfileRequest
 from serve.http.service import Service
@@ -226,6 +226,8 @@ def _exact_schemas(app: FastAPI) -> Schema:
             models.append((route.body_field.field_info.annotation, "validation"))
         if isinstance(route.response_model, type):
             models.append((route.response_model, "serialization"))
+        if route.path == OPENAI_IMAGES:
+            models += [(PartialImage, "serialization"), (CompletedImage, "serialization")]
     _, schema = models_json_schema(models, ref_template=_REF)
     exact: Schema = schema["$defs"]
     return exact
@@ -274,28 +276,30 @@ def _error_response(
 
 
 def _stream(operation: Schema) -> None:
-    """`itemSchema`, of OpenAPI 3.2, describes one event. An older tool finds no schema, which is
-    right: what arrives is not one JSON text."""
-    response = {"$ref": _REF.format(model=TextToImageResponse.__name__)}
-    error = {"$ref": _REF.format(model=ErrorBody.__name__)}
     events = {
         "queued": _object(waiting={"type": "integer"}, trace_id={"type": "string"}),
         "step": _object(
             index={"type": "integer"}, total={"type": "integer"}, gpu_ms={"type": "number"}
         ),
-        "image": response,
-        "error": error,
+        "image": {"$ref": _REF.format(model=TextToImageResponse.__name__)},
+        "error": {"$ref": _REF.format(model=ErrorBody.__name__)},
     }
-    data = {"type": "string", "contentMediaType": "application/json"}
-    items = [
-        _object(event={"const": event}, data={**data, "contentSchema": schema})
-        for event, schema in events.items()
-    ]
     operation["responses"]["200"]["headers"] |= _UNBUFFERED
     operation["responses"]["200"] |= {
         "description": "Server-sent events: `queued`, `step`, then `image` or `error`.",
-        "content": {"text/event-stream": {"itemSchema": {"oneOf": items}}},
+        "content": {"text/event-stream": _events(events)},
     }
+
+
+def _events(data_by_name: Mapping[str, Schema]) -> Schema:
+    """A stream of these events, whose data is JSON. `itemSchema`, of OpenAPI 3.2, describes one
+    event. An older tool finds no schema, which is right: what arrives is not one JSON text."""
+    data = {"type": "string", "contentMediaType": "application/json"}
+    items = [
+        _object(event={"const": name}, data={**data, "contentSchema": schema})
+        for name, schema in data_by_name.items()
+    ]
+    return {"itemSchema": {"oneOf": items}}
 
 
 def _object(**properties: Schema) -> Schema:
@@ -311,7 +315,12 @@ def _image(operation: Schema) -> None:
 
 def _openai_images(operation: Schema) -> None:
     operation["responses"]["200"]["headers"] |= _UNBUFFERED
-    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _TEXT["schema"]}
+    events = {
+        "image_generation.partial_image": {"$ref": _REF.format(model=PartialImage.__name__)},
+        "image_generation.completed": {"$ref": _REF.format(model=CompletedImage.__name__)},
+        "error": {"$ref": _REF.format(model=OpenAIErrorBody.__name__)},
+    }
+    operation["responses"]["200"]["content"]["text/event-stream"] = _events(events)
 
 
 def _metrics(operation: Schema) -> None:

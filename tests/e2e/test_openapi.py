@@ -13,11 +13,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import schemathesis
 
-from tests.e2e.conftest import START_SECONDS, STARTS
+from serve.schema import EXAMPLE_PICTURE
+from tests.e2e.conftest import START_SECONDS, STARTS, Server
 from tests.support.processes import ROOT, ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -86,6 +89,34 @@ def test_every_answer_is_as_the_document_says(tmp_path: Path) -> None:
     with started("self-hosted", tmp_path) as server:
         output, _ = check(server, tmp_path, "--max-examples", "12", "--seed", "1")
     assert f"Tested: {OPERATIONS['self-hosted']}\n" in output
+
+
+FEW = {"prompt": "a red circle", "num_inference_steps": 4}
+OPENAIS = "image_generation."
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "names"),
+    [
+        ("/stream", {"preview": True}, {"queued", "step", "image"}),
+        ("/image-to-image/stream", {"image_url": EXAMPLE_PICTURE}, {"queued", "step", "image"}),
+        ("/v1/images/generations", {"stream": True, "n": 2}, {OPENAIS + "completed"}),
+        (
+            "/v1/images/generations",
+            {"stream": True, "partial_images": 2},
+            {OPENAIS + "partial_image", OPENAIS + "completed"},
+        ),
+    ],
+)
+def test_every_event_of_a_stream_is_as_the_document_says(
+    servers: dict[str, Server], path: str, fields: dict[str, Any], names: set[str]
+) -> None:
+    process = servers["self-hosted"].process
+    document = schemathesis.openapi.from_url(process.url + "/openapi.json")
+    answer = document[path]["POST"].Case(body=FEW | fields).call_and_validate()
+    assert answer.status_code == 200
+    found = set(re.findall(r"^event: (\S+)$", answer.text, re.MULTILINE))
+    assert found == names
 
 
 MOST_MIB = 2048

@@ -17,11 +17,13 @@ from serve.engine.runtime import OPENAI_IMAGES, Runtime
 from serve.errors import FieldProblem, InvalidRequest, ModelNotFound, RequestError
 from serve.http.error_responses import error_body
 from serve.http.openai.schema import (
+    CompletedImage,
     Image,
     ImageGenerationRequest,
     Images,
     Model,
     Models,
+    PartialImage,
     Usage,
 )
 from serve.http.routes import add_get_route
@@ -99,23 +101,24 @@ class _Events:
         if preview is None or facts is None:
             return b""
         data = await asyncio.to_thread(self._encode, preview, facts.width, facts.height)
-        fields = {
-            **self._common(data, f"{facts.width}x{facts.height}"),
-            "partial_image_index": self._partial_images,
-        }
+        common = self._common(data, f"{facts.width}x{facts.height}")
+        partial = PartialImage(**common, partial_image_index=self._partial_images)
         self._partial_images += 1
-        return event("image_generation.partial_image", fields)
+        return _event(partial)
 
     def done(self, response: TextToImageResponse) -> bytes:
-        usage = Usage.of_prompt(response.prompt_tokens).model_dump()
-        events = []
-        for index, image in enumerate(response.images):
-            common = self._common(_base64(image), _size(image))
-            fields = {**common, "usage": usage, "seed": image.seed}
-            if response.has_nsfw_concepts is not None:
-                fields["has_nsfw_concepts"] = [response.has_nsfw_concepts[index]]
-            events.append(event("image_generation.completed", fields))
-        return b"".join(events)
+        flagged = response.has_nsfw_concepts
+        return b"".join(
+            _event(
+                CompletedImage(
+                    **self._common(_base64(image), _size(image)),
+                    usage=Usage.of_prompt(response.prompt_tokens),
+                    seed=image.seed,
+                    has_nsfw_concepts=None if flagged is None else [flagged[index]],
+                )
+            )
+            for index, image in enumerate(response.images)
+        )
 
     def failed(self, error: RequestError) -> bytes:
         return event("error", error_body(error, self._call))
@@ -131,9 +134,12 @@ class _Events:
             "created_at": int(time.time()),
             "size": size,
             "output_format": self._request.image_format,
-            "background": "opaque",
             "quality": self._request.response_quality,
         }
+
+
+def _event(content: PartialImage | CompletedImage) -> bytes:
+    return event(content.type, content.model_dump(exclude_none=True))
 
 
 def _images(request: ImageGenerationRequest, response: TextToImageResponse) -> Images:

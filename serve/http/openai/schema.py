@@ -263,6 +263,36 @@ class Images(BaseModel):
     )
 
 
+class StreamedImage(BaseModel):
+    """What both events of a stream that hold an image have."""
+
+    b64_json: str
+    created_at: int = Field(description="Unix seconds.")
+    size: str
+    output_format: ImageFormat
+    background: Literal["opaque"] = "opaque"
+    quality: ResponseQuality
+
+
+class PartialImage(StreamedImage):
+    """The event `image_generation.partial_image`: a preview."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    partial_image_index: int
+
+
+class CompletedImage(StreamedImage):
+    """The event `image_generation.completed`: one of the images. The last two fields are ours."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    usage: Usage
+    seed: int
+    has_nsfw_concepts: list[bool] | None = Field(
+        default=None,
+        description="With a safety checker: whether this image was flagged; it is black then.",
+    )
+
+
 class Model(BaseModel):
     """One of the names that a request's `model` may have."""
 
