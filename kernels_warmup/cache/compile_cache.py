@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Result = Literal["hit", "miss", "ignored", "stored", "unchanged", "skipped", "discarded"]
 RESULTS: tuple[Result, ...] = get_args(Result)
 """Of `restore`: hit, miss, ignored, skipped. Of `store`: stored, unchanged, skipped. Of `discard`:
-discarded, skipped."""
+discarded, unchanged, skipped."""
 
 MAX_BYTES = 4 << 30
 """The largest size of all archives in a folder together."""
@@ -74,6 +74,8 @@ class CompileCache:
         self._working: WorkingDirectory | None = None
         self._no_directory = "nothing was restored before"
         self._restored: Mapping[str, tuple[int, int]] = {}
+        self._restored_from: tuple[int, int] | None = None
+        """Device and inode of the archive whose artifacts this process has loaded."""
         self._logged_reasons: set[str] = set()
 
     def restore(self) -> CacheResult:
@@ -138,12 +140,17 @@ class CompileCache:
         return self._logged(CacheResult("stored", bytes=packed.bytes, files=packed.files), start)
 
     def discard(self) -> CacheResult:
-        """Remove the archive, so that the next start is cold.
+        """Remove the archive that was restored, so that the next start is cold.
 
-        For a warm-up that failed after `restore`: with the same artifacts it would fail again.
+        For a warm-up that failed after `restore`: with the same artifacts it would fail again. An
+        archive that another process has stored since is kept: one broken machine must not make
+        every other start cold.
         """
         start = time.perf_counter()
         try:
+            if self._restored_from is None or self._restored_from != _identity(self.path):
+                why = f"{self.path} is not what this process loaded from"
+                return self._logged(CacheResult("unchanged", why), start)
             self.path.unlink(missing_ok=True)
         except OSError as error:
             return self._logged(CacheResult("skipped", _describe(self.folder, error)), start)
@@ -176,6 +183,7 @@ class CompileCache:
 
     def _unpack_into(self, root: Path) -> CacheResult:
         try:
+            archive = _identity(self.path)
             packed = unpack(self.path, dict(self.key.parts), root)
         except FileNotFoundError:
             return CacheResult(
@@ -185,6 +193,7 @@ class CompileCache:
             return CacheResult("ignored", f"{self.path} {error}")
         except OSError as error:
             return CacheResult("ignored", _describe(self.folder, error))
+        self._restored_from = archive
         return CacheResult("hit", bytes=packed.bytes, files=packed.files)
 
     def _replace_archive(self, root: Path, names: list[str]) -> Packed:
@@ -240,6 +249,15 @@ def _sync_directory(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file this is, whatever it is called; None: there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _describe(folder: Path, error: OSError) -> str:

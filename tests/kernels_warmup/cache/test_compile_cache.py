@@ -109,14 +109,35 @@ def test_a_discarded_archive_is_not_found_again(start: Starts, folder: Path) -> 
     cache.store()
     cache, _ = start()
     assert cache.discard().result == "discarded"
-    assert cache.discard().result == "discarded"
+    assert cache.discard().result == "unchanged"
     assert names(folder) == []
     assert start()[1].result == "miss"
+
+
+def test_only_what_a_process_loaded_is_discarded(start: Starts, folder: Path) -> None:
+    broken, restored = start()
+    assert restored.result == "miss"
+    good, _ = start()
+    compiled()
+    assert good.store().result == "stored"
+    assert broken.discard().result == "unchanged"
+    assert names(folder) == [KEY.file_name]
+
+    broken, restored = start()
+    assert restored.result == "hit"
+    good, _ = start()
+    compiled(b"other code")
+    assert good.store().result == "stored"
+    assert broken.discard().result == "unchanged"
+    assert names(folder) == [KEY.file_name]
 
 
 def test_an_archive_that_cannot_be_discarded_is_said(
     start: Starts, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cache, _ = start()
+    compiled()
+    cache.store()
     cache, _ = start()
 
     def fail(*_: object, **__: object) -> None:
