@@ -81,9 +81,10 @@ EXPOSE 8080
 # The server drains on SIGTERM. `docker stop` kills after 10 seconds unless it is told to wait longer
 # than a request's deadline: docker stop --time 80, stop_grace_period in compose.yaml.
 STOPSIGNAL SIGTERM
-# /health answers while the model loads and compiles, so the start needs no long grace.
+# /health answers while the model loads and compiles, so the start needs no long grace. Asked without
+# the proxy that HTTP_PROXY may name.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=30s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health', timeout=4)"]
+    CMD ["python", "-c", "from urllib import request; request.build_opener(request.ProxyHandler({})).open('http://127.0.0.1:8080/health', timeout=4)"]
 # Every interface of the container's own network; what of it the host publishes is the host's choice.
 # `docker run stepspan:cpu doctor` runs another command of the program.
 ENTRYPOINT ["stepspan"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from kernels_warmup.cache.trust import UntrustedFolder, require_trusted, require_trusted_parent
+
+logger = logging.getLogger(__name__)
 
 WORKING_PREFIX = "stepspan-inductor-"
 
@@ -183,26 +186,43 @@ _directory: WorkingDirectory | None = None
 
 
 def _trusted_parent() -> Path:
-    """The folder for temporary files; if another user could replace what is made there, the user's
-    own cache folder.
+    """The folder for temporary files; the user's own cache folder if another user could replace
+    what is made in the first, or nothing there may be run.
 
     Raises:
         UntrustedFolder: neither can be trusted.
-        OSError: the user's cache folder is missing and cannot be made.
+        OSError: the first cannot be trusted, and the user's cache folder cannot be made.
     """
     temporary = Path(tempfile.gettempdir())
+    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     try:
         require_trusted_parent(temporary)
     except UntrustedFolder:
         # As where a container's /tmp is a volume without the sticky bit.
-        own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             require_trusted_parent(own)
         except UntrustedFolder:
             require_trusted_parent(temporary)  # its reason is the one to act on
         return own
+    if _may_load_code(temporary):
+        return temporary
+    with suppress(OSError, UntrustedFolder):
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_trusted_parent(own)
+        if _may_load_code(own):
+            return own
+    logger.warning(
+        "%s is mounted noexec, so code that is compiled there cannot be loaded: set TMPDIR to "
+        "another folder, or mount it with exec (docker: --tmpfs /tmp:exec)",
+        temporary,
+    )
     return temporary
+
+
+def _may_load_code(folder: Path) -> bool:
+    """Docker mounts a tmpfs noexec unless it is told not to."""
+    return not os.statvfs(folder).f_flag & os.ST_NOEXEC
 
 
 def _remove_abandoned(parent: Path) -> None:

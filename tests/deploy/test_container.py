@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
+import pytest
 
 from tests.deploy.files import COMPOSE, KUBERNETES, instructions, manifest, tool
 from tests.support.processes import ROOT
@@ -43,7 +50,30 @@ def test_every_deployment_has_its_port_user_and_folder() -> None:
     service = manifest(COMPOSE)["services"]["stepspan"]
     assert service["ports"] == [f"127.0.0.1:{port}:{port}"]
     assert service["volumes"] == [f"cache:{folder}"]
-    assert service["tmpfs"] == ["/tmp"]
+    assert service["tmpfs"] == ["/tmp:exec"]  # compiled code is loaded from there
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
+def test_its_health_is_asked_without_a_proxy(status: int, healthy: bool) -> None:
+    class Service(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    _, _, command = last("HEALTHCHECK").partition("CMD ")
+    with HTTPServer(("127.0.0.1", 0), Service) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        python, *arguments = json.loads(command.replace(":8080", f":{server.server_port}"))
+        assert python == "python"
+        # Nothing listens there.
+        proxy = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+        checked = subprocess.run(
+            [sys.executable, *arguments], env=os.environ | proxy, capture_output=True, check=False
+        )
+        server.shutdown()
+    assert (checked.returncode == 0) == healthy
 
 
 def test_what_is_kept_is_in_the_folder_that_is_kept() -> None:

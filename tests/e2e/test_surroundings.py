@@ -19,6 +19,7 @@ from serve.demo_model import checkpoint_path
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, body, environment
 from tests.support import processes
 from tests.support.hub_endpoint import hub_endpoint
+from tests.support.mounts import UNSHARED, needs_mounts
 from tests.support.otlp_endpoint import otlp_endpoint, tree
 from tests.support.processes import (
     ROOT,
@@ -47,18 +48,7 @@ def test_a_log_on_a_full_disk() -> None:
         assert process.process.returncode == 0
 
 
-# Disks. A mount namespace of its own shows the process a small or a read-only one.
-
-
-def may_mount() -> bool:
-    command = ["unshare", "--user", "--map-root-user", "--mount", "true"]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-needs_mounts = pytest.mark.skipif(not may_mount(), reason="no user namespaces here")
+# Disks.
 
 
 @contextmanager
@@ -70,7 +60,7 @@ def with_mounts(mounts: str, settings: dict[str, str], cwd: str = ".") -> Iterat
     """
     port = free_port()
     serve = f"cd {cwd} && exec {sys.executable} -m serve --port {port}"
-    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec", f"{mounts}\n{serve}"]
+    command = [*UNSHARED, "sh", "-ec", f"{mounts}\n{serve}"]
     settings = SMALL | {"PYTHONPATH": str(ROOT)} | settings
     with processes.running(command, f"http://127.0.0.1:{port}", settings, ROOT) as process:
         yield process

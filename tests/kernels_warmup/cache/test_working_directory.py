@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +23,8 @@ from tests.kernels_warmup.cache.starts import (
     run,
     working,
 )
+from tests.support.mounts import UNSHARED, needs_mounts
+from tests.support.processes import ROOT, clean_environment
 
 
 def test_the_working_directory_is_private_and_goes_with_the_process(start: Starts) -> None:
@@ -102,6 +106,48 @@ def test_without_a_directory_to_work_in_a_start_goes_on(
     assert cache.store().result == "skipped"
     assert not set(VARIABLES) & set(os.environ)
     assert len(lines(caplog)) == 1
+
+
+WHERE = """
+import os
+from kernels_warmup.cache.working_directory import use_trusted_folders
+use_trusted_folders()
+print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+"""
+
+
+@needs_mounts
+@pytest.mark.parametrize(
+    ("options", "own", "used"),
+    [
+        ("exec", "own", "temporary"),
+        ("noexec", "own", "own"),
+        ("noexec", "file", "temporary"),
+        ("noexec", "temporary/own", "temporary"),
+    ],
+)
+def test_code_is_compiled_where_it_can_be_loaded(
+    tmp_path: Path, options: str, own: str, used: str
+) -> None:
+    """Without such a folder it is said, and a service that compiles nothing can still start."""
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "file").touch()
+    mount = f"mount -t tmpfs -o mode=0700,{options} tmpfs {tmp_path / 'temporary'}"
+    done = subprocess.run(
+        [*UNSHARED, "sh", "-ec", f'{mount}; exec {sys.executable} -c "$1"', "sh", WHERE],
+        env=clean_environment()
+        | {
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(tmp_path / "temporary"),
+            "XDG_CACHE_HOME": str(tmp_path / own),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / used)
+    unusable = used == "temporary" and options == "noexec"
+    assert (str(tmp_path / "temporary") in done.stderr) == unusable
 
 
 FORKED = """
