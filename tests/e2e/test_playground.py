@@ -179,6 +179,54 @@ def test_an_error_is_at_its_field(page: Page, fields: dict[str, Any], wrong: str
     page.until(page.find("#generate").is_enabled)
 
 
+ANSWER_STREAMS_WITH = """
+const [status, body] = arguments;
+const real = window.fetch;
+window.fetch = (path, options) => path === '/stream'
+  ? Promise.resolve(new Response(body, {status})) : real(path, options);
+"""
+
+
+def test_a_failure_shows_its_own_trace(page: Page, server: ServerProcess) -> None:
+    def refused() -> None:
+        page.find("#generate").click()
+        page.until(page.find("#generate").is_enabled)
+        said = page.text("#progress-text")
+        assert said.startswith("No picture")
+        assert "earlier" in said  # the picture that is still there
+
+    page.generate(num_inference_steps=1)
+    drawn = page.text("#trace-id")
+    page.enter(guidance_scale=99)
+    refused()
+    failed = page.text("#trace-id")
+    assert failed != drawn
+    page.until(lambda: page.all("#waterfall [data-name=receive]"))
+    assert not page.all("#waterfall [data-name=inference]")
+    assert httpx.get(f"{server.url}/timeline/{failed}").json()["status"] == 422
+
+    # The server has no timeline of it: an answer of another process.
+    elsewhere = "ab" * 16
+    full = {"detail": "full", "error_type": "queue_full", "trace_id": elsewhere}
+    page.run(ANSWER_STREAMS_WITH, 429, json.dumps(full))
+    refused()
+    assert page.text("#form-error") == "full"
+    assert page.text("#trace-id") == elsewhere
+    assert page.find("#trace-id").is_displayed()
+    assert page.all("#waterfall rect") == []
+    assert not page.find("#trace-link").is_displayed()
+    assert page.all("#thumbnails .compare:enabled") == []
+
+    page.find("#thumbnails .show").click()
+    assert page.text("#trace-id") == drawn
+    # A proxy's answer names no trace.
+    page.run(ANSWER_STREAMS_WITH, 503, json.dumps({"detail": "no process is left"}))
+    refused()
+    assert page.text("#form-error") == "no process is left"
+    assert not page.find("#trace").is_displayed()
+    assert page.all("#waterfall rect") == []
+
+
 def test_the_largest_seed_stays_exact(page: Page, server: ServerProcess) -> None:
     page.generate(num_inference_steps=1, seed=MAX_SEED)
     assert page.text("#pictures .seed") == f"seed {MAX_SEED}"
