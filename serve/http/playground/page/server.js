@@ -170,18 +170,16 @@ export async function* drawEvents(body, signal) {
   throw new ServerGone(); // the stream ended without a picture
 }
 
-/** @param {Response} answer */
+/** @param {Response} answer of the server, or of a proxy before it, whose body may be anything */
 async function failure(answer) {
-  try {
-    return failed(parseExact(await answer.text()));
-  } catch {
-    return new RequestFailed(`The server answered with status ${answer.status}.`, [], "");
-  }
+  const body = await answer.text().then(parseExact).catch(() => null);
+  if (typeof body?.detail === "string" || Array.isArray(body?.detail)) return failed(body);
+  return new RequestFailed(`The server answered with status ${answer.status}.`, [], "");
 }
 
-/** @param {any} body */
+/** @param {any} body with `detail` */
 function failed(body) {
   const several = Array.isArray(body.detail);
-  const message = several ? "Some fields are not allowed as they are." : String(body.detail);
+  const message = several ? "Some fields are not allowed as they are." : body.detail;
   return new RequestFailed(message, several ? body.detail : [], String(body.trace_id ?? ""));
 }
