@@ -69,6 +69,15 @@ export function exactBody(fields) {
   return seed === undefined ? text : `${text.slice(0, -1)},"seed":${BigInt(String(seed))}}`;
 }
 
+/**
+ * Whether a text can be a key or an operator's token. The server has none with other characters, and
+ * a browser cannot send every one of those in a header.
+ * @param {string} key
+ */
+export function canBeSent(key) {
+  return /^[!-~]+$/.test(key);
+}
+
 /** The key that requests are sent with; "": none. This tab's session keeps it, nothing else. */
 export function keptKey() {
   return sessionStorage.getItem(KEY) ?? "";
