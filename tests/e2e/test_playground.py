@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -228,7 +229,12 @@ def test_a_failure_shows_its_own_trace(page: Page, server: ServerProcess) -> Non
         assert page.all("#waterfall rect") == []
 
 
-def test_the_largest_seed_stays_exact(page: Page, server: ServerProcess) -> None:
+def test_every_seed_stays_exact(page: Page, server: ServerProcess) -> None:
+    page.enter(seed="-007")
+    for kind in ("curl", "openai", "fal"):
+        page.run(f"document.querySelector('[data-code={kind}]').click()")
+        code = page.text("#code-text")
+        assert re.findall(r'"seed": ?([^,}]*)', code) == ["-7"]
     page.generate(num_inference_steps=1, seed=MAX_SEED)
     assert page.text("#pictures .seed") == f"seed {MAX_SEED}"
     timeline = httpx.get(f"{server.url}/timeline/{page.text('#trace-id')}").json()
