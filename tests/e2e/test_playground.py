@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -179,7 +180,61 @@ def test_an_error_is_at_its_field(page: Page, fields: dict[str, Any], wrong: str
     page.until(page.find("#generate").is_enabled)
 
 
-def test_the_largest_seed_stays_exact(page: Page, server: ServerProcess) -> None:
+ANSWER_STREAMS_WITH = """
+const [status, body] = arguments;
+const real = window.fetch;
+window.fetch = (path, options) => path === '/stream'
+  ? Promise.resolve(new Response(body, {status})) : real(path, options);
+"""
+
+
+def test_a_failure_shows_its_own_trace(page: Page, server: ServerProcess) -> None:
+    def refused() -> None:
+        page.find("#generate").click()
+        page.until(page.find("#generate").is_enabled)
+        said = page.text("#progress-text")
+        assert said.startswith("No picture")
+        assert "earlier" in said  # the picture that is still there
+
+    page.generate(num_inference_steps=1)
+    drawn = page.text("#trace-id")
+    page.enter(guidance_scale=99)
+    refused()
+    failed = page.text("#trace-id")
+    assert failed != drawn
+    page.until(lambda: page.all("#waterfall [data-name=receive]"))
+    assert not page.all("#waterfall [data-name=inference]")
+    assert httpx.get(f"{server.url}/timeline/{failed}").json()["status"] == 422
+
+    # The server has no timeline of it: an answer of another process.
+    elsewhere = "ab" * 16
+    full = {"detail": "full", "error_type": "queue_full", "trace_id": elsewhere}
+    page.run(ANSWER_STREAMS_WITH, 429, json.dumps(full))
+    refused()
+    assert page.text("#form-error") == "full"
+    assert page.text("#trace-id") == elsewhere
+    assert page.find("#trace-id").is_displayed()
+    assert page.all("#waterfall rect") == []
+    assert not page.find("#trace-link").is_displayed()
+    assert page.all("#thumbnails .compare:enabled") == []
+
+    page.find("#thumbnails .show").click()
+    assert page.text("#trace-id") == drawn
+    # A proxy's answer names no trace, and its body may be anything.
+    for body in ({"message": "upstream timed out"}, None, {"detail": None}, {"detail": {}}):
+        page.run(ANSWER_STREAMS_WITH, 502, json.dumps(body))
+        refused()
+        assert "502" in page.text("#form-error")
+        assert not page.find("#trace").is_displayed()
+        assert page.all("#waterfall rect") == []
+
+
+def test_every_seed_stays_exact(page: Page, server: ServerProcess) -> None:
+    page.enter(seed="-007")
+    for kind in ("curl", "openai", "fal"):
+        page.run(f"document.querySelector('[data-code={kind}]').click()")
+        code = page.text("#code-text")
+        assert re.findall(r'"seed": ?([^,}]*)', code) == ["-7"]
     page.generate(num_inference_steps=1, seed=MAX_SEED)
     assert page.text("#pictures .seed") == f"seed {MAX_SEED}"
     timeline = httpx.get(f"{server.url}/timeline/{page.text('#trace-id')}").json()
@@ -288,9 +343,12 @@ def test_an_operator_sees_the_requests_of_everybody(page: Page, server: ServerPr
     body = {"prompt": "a red circle", "num_inference_steps": 1}
     trace_id = httpx.post(server.url, json=body, timeout=60).json()["trace_id"]
     page.find("#operator summary").click()
-    page.enter(token="another-token-than-that")
-    page.find("#operator-form button").click()
-    page.until(lambda: page.text("#token-error"))
+    # No browser sends the first; the server refuses the second.
+    for wrong in ("ключ-оператора", "another-token-than-that"):
+        page.run("document.getElementById('token-error').textContent = ''")
+        page.enter(token=wrong)
+        page.find("#operator-form button").click()
+        page.until(lambda: page.text("#token-error"))
     page.enter(token=TOKEN)
     page.find("#operator-form button").click()
     page.until(lambda: page.all("#everybody tbody button"))

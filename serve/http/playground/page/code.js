@@ -1,5 +1,5 @@
 // @ts-check
-/** A request as code for other clients. */
+/** A request as code for other clients. A seed becomes a number first: `007` is no Python. */
 
 import { exactBody } from "./server.js";
 
@@ -33,7 +33,7 @@ export function asCode(fields, kind, origin, keyed) {
 function openai(asked, origin, keyed) {
   const { prompt, width, height, num_images: count, format, seed, ...own } = asked;
   const extra = Object.entries(own).map(([name, value]) => `"${name}": ${python(value)}`);
-  if (seed !== undefined) extra.push(`"seed": ${seed}`);
+  if (seed !== undefined) extra.push(`"seed": ${BigInt(seed)}`);
   const lines = [
     `    prompt=${python(prompt)},`,
     `    n=${count ?? 1},`,
@@ -59,7 +59,7 @@ function fal(asked) {
   const lines = Object.entries(others).map(
     ([name, value]) => `        "${name}": ${python(value)},`,
   );
-  if (seed !== undefined) lines.push(`        "seed": ${seed},`);
+  if (seed !== undefined) lines.push(`        "seed": ${BigInt(seed)},`);
   return [
     "import fal_client",
     "",

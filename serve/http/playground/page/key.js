@@ -2,7 +2,7 @@
 /** Asking for the key of a server that needs one. */
 
 import { byId } from "./dom.js";
-import { keepKey, keptKey } from "./server.js";
+import { canBeSent, keepKey, keptKey } from "./server.js";
 
 /** @param {() => void} onChange called when there is another key, or none any more */
 export function offerKey(onChange) {
@@ -10,8 +10,7 @@ export function offerKey(onChange) {
     event.preventDefault();
     const field = byId("key");
     const key = field.value.trim();
-    // A browser sends no other characters in a header.
-    if (!/^[!-~]+$/.test(key)) {
+    if (!canBeSent(key)) {
       sayWrong("A key has visible characters without spaces.");
       return;
     }

@@ -68,21 +68,22 @@ async function generate() {
     await follow(request, controller.signal, (id) => { traceId = id; });
   } catch (error) {
     if (controller.signal.aborted) {
-      progress("Cancelled. The server stops within two steps.");
+      noPicture("Cancelled. The server stops within two steps.");
     } else if (error instanceof RequestFailed) {
-      progress("No picture.");
+      noPicture("No picture.");
       showErrors(error.message, error.problems);
+      traceId = error.traceId || traceId; // only an error names a request that was never queued
     } else if (error instanceof KeyNeeded) {
-      progress("No picture: the server needs a key.");
+      noPicture("No picture: the server needs a key.");
       withoutKey();
     } else if (error instanceof ServerGone) {
-      progress("No picture: the connection to the server was lost.");
+      noPicture("No picture: the connection to the server was lost.");
       showState("gone");
       soon();
     } else {
       throw error;
     }
-    byId("pictures").querySelector(".preview")?.closest("figure")?.remove();
+    showNoTimeline(traceId);
     if (traceId !== "" && !(error instanceof ServerGone)) void showFailed(traceId);
   } finally {
     running = null;
@@ -91,12 +92,12 @@ async function generate() {
 }
 
 /**
- * Where the time went of a request that drew nothing, unless another one has been sent since.
+ * Where the time went of a request that drew nothing, unless another one is shown since.
  * @param {string} traceId
  */
 async function showFailed(traceId) {
   const timeline = await readTimeline(traceId);
-  if (timeline !== null && running === null) showTimeline(timeline);
+  if (timeline !== null && byId("trace-id").textContent === traceId) showTimeline(timeline);
 }
 
 /**
@@ -130,6 +131,13 @@ async function follow(asked, signal, onQueued) {
 /** @param {string} text */
 function progress(text) {
   byId("progress-text").textContent = text;
+}
+
+/** @param {string} text why the request drew nothing */
+function noPicture(text) {
+  const place = byId("pictures");
+  place.querySelector(".preview")?.closest("figure")?.remove();
+  progress(place.childElementCount === 0 ? text : `${text} Below is what an earlier request drew.`);
 }
 
 function showButtons() {
@@ -185,7 +193,10 @@ async function showImages(asked, answer) {
   request = { ...asked, seed: String(answer.seed) };
   showCode();
   const timeline = await readTimeline(answer.trace_id);
-  if (timeline === null) return;
+  if (timeline === null) {
+    showNoTimeline(answer.trace_id);
+    return;
+  }
   keep({
     request,
     seed: String(answer.seed),
@@ -244,6 +255,22 @@ function showTimeline(timeline) {
   if (compared?.trace_id === timeline.trace_id) compared = null;
   shown = timeline;
   drawTimeline();
+  drawThumbnails();
+}
+
+/**
+ * The page has no timeline of the last request, and another request's must not look like its own.
+ * @param {string} traceId "": not known either
+ */
+function showNoTimeline(traceId) {
+  shown = compared = null;
+  byId("time-text").textContent = "The page has no times of this request.";
+  byId("trace").hidden = traceId === "";
+  byId("trace-id").textContent = traceId;
+  byId("trace-link").hidden = true;
+  byId("legend").hidden = true;
+  byId("waterfall").replaceChildren();
+  byId("figures").textContent = "";
   drawThumbnails();
 }
 
@@ -312,7 +339,7 @@ byId("stop-compare").addEventListener("click", () => {
   drawThumbnails();
   byId("waterfall").querySelector("[tabindex='0']")?.focus();
 });
-byId("copy-trace").addEventListener("click", () => copy(byId("copy-trace"), shown?.trace_id ?? ""));
+byId("copy-trace").addEventListener("click", () => copy(byId("copy-trace"), byId("trace-id").textContent));
 
 let drawnWidth = 0;
 new ResizeObserver(() => {

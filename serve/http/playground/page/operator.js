@@ -2,7 +2,7 @@
 /** The last requests of everybody, for who has the operator's token. It is kept nowhere. */
 
 import { byId, element, time } from "./dom.js";
-import { readAllTimelines, RequestFailed, ServerGone } from "./server.js";
+import { canBeSent, readAllTimelines, RequestFailed, ServerGone } from "./server.js";
 
 /** @typedef {import("./server.js").Timeline} Timeline */
 
@@ -16,11 +16,13 @@ export function offerEverybody(onShow) {
 
 /** @param {(timeline: Timeline) => void} onShow */
 async function showEverybody(onShow) {
-  byId("token-error").textContent = "";
+  const token = byId("token").value.trim();
+  byId("token-error").textContent = canBeSent(token) ? "" : "A token has visible characters without spaces.";
+  if (!canBeSent(token)) return;
   /** @type {Timeline[]} */
   let timelines;
   try {
-    timelines = await readAllTimelines(byId("token").value);
+    timelines = await readAllTimelines(token);
   } catch (error) {
     if (error instanceof RequestFailed) byId("token-error").textContent = error.message;
     else if (error instanceof ServerGone) byId("token-error").textContent = "The server cannot be reached.";

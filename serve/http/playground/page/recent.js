@@ -54,7 +54,7 @@ export async function thumbnailOf(url) {
 }
 
 /**
- * @param {string} shown the trace id of the request whose time is shown
+ * @param {string} shown the trace id of the request whose time is shown; "": none
  * @param {string} compared that of the one laid over it
  * @param {(kept: Kept) => void} onShow
  * @param {(kept: Kept) => void} onCompare
@@ -75,7 +75,7 @@ export function drawRecent(shown, compared, onShow, onCompare) {
         "aria-label": `Compare with ${kept.request.prompt}, ${time(ms)}` },
       "Compare",
     );
-    compare.disabled = id === shown;
+    compare.disabled = shown === "" || id === shown;
     show.addEventListener("click", () => onShow(kept));
     compare.addEventListener("click", () => onCompare(kept));
     return element("li", {}, show, compare);

@@ -69,6 +69,15 @@ export function exactBody(fields) {
   return seed === undefined ? text : `${text.slice(0, -1)},"seed":${BigInt(String(seed))}}`;
 }
 
+/**
+ * Whether a text can be a key or an operator's token. The server has none with other characters, and
+ * a browser cannot send every one of those in a header.
+ * @param {string} key
+ */
+export function canBeSent(key) {
+  return /^[!-~]+$/.test(key);
+}
+
 /** The key that requests are sent with; "": none. This tab's session keeps it, nothing else. */
 export function keptKey() {
   return sessionStorage.getItem(KEY) ?? "";
@@ -170,18 +179,16 @@ export async function* drawEvents(body, signal) {
   throw new ServerGone(); // the stream ended without a picture
 }
 
-/** @param {Response} answer */
+/** @param {Response} answer of the server, or of a proxy before it, whose body may be anything */
 async function failure(answer) {
-  try {
-    return failed(parseExact(await answer.text()));
-  } catch {
-    return new RequestFailed(`The server answered with status ${answer.status}.`, [], "");
-  }
+  const body = await answer.text().then(parseExact).catch(() => null);
+  if (typeof body?.detail === "string" || Array.isArray(body?.detail)) return failed(body);
+  return new RequestFailed(`The server answered with status ${answer.status}.`, [], "");
 }
 
-/** @param {any} body */
+/** @param {any} body with `detail` */
 function failed(body) {
   const several = Array.isArray(body.detail);
-  const message = several ? "Some fields are not allowed as they are." : String(body.detail);
+  const message = several ? "Some fields are not allowed as they are." : body.detail;
   return new RequestFailed(message, several ? body.detail : [], String(body.trace_id ?? ""));
 }
