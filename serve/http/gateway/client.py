@@ -265,12 +265,20 @@ class GatewayClient:
         except httpx.HTTPError as error:
             logger.warning("the image app's response ended early: %s", type(error).__name__)
             raise ImageAppFailed("The image app's answer broke off.") from None
+        # Latin-1 has a character for each byte, so any value can be passed on as it came.
+        response.headers.encoding = "latin-1"
         headers = {
             name: response.headers[name]
             for name in (*_HEADERS_PASSED_ON, *_HEADERS_READ)
             if name in response.headers
         }
-        return httpx.Response(response.status_code, headers=headers, content=bytes(content))
+        answer = httpx.Response(
+            response.status_code,
+            headers=httpx.Headers(headers, encoding="latin-1"),
+            content=bytes(content),
+        )
+        answer.headers.encoding = "latin-1"
+        return answer
 
     def _passed_on(self, answer: httpx.Response, call: Call) -> Response:
         """The image app's response as the gateway's.

@@ -69,15 +69,21 @@ GATEWAY_ERRORS = (ImageAppUnreachable, ImageAppFailed, ImageAppBusy, ImageAppTim
 
 _OTHER_TYPES = {error.error_type for error in OTHER_ERRORS}
 
+MAX_ERROR_BYTES = 64 * 1024
+"""Of an error's body, for it to be parsed. The image app's own are smaller, and parsing the largest
+answer that is read would hold the event loop for seconds."""
+
 
 def error_type_of(response: httpx.Response) -> str | None:
     """The `error_type` of the image app's own answer to a request for an image that failed.
 
     None for any other response: also where there is an image app, but the address has a wrong path.
     """
+    if len(response.content) > MAX_ERROR_BYTES:
+        return None
     try:
         body = json.loads(response.content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     error_type = body.get("error_type") if isinstance(body, dict) else None
     if response.status_code < 400 or not isinstance(error_type, str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -353,6 +354,27 @@ def test_an_error_of_another_form_is_not_the_image_apps(
     image_app.refuse(500, None)
     image_app.content = content
     assert ask(image_app).json()["error_type"] == "image_app_failed"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("content-type", "application/json; a=\u4e2d"), ("retry-after", "\xe9")]
+)
+@pytest.mark.parametrize("status", [200, 429])
+def test_a_header_that_is_not_ascii_is_passed_on_as_it_came(
+    image_app: ImageApp, name: str, value: str, status: int
+) -> None:
+    image_app.status, image_app.headers = status, {name.title(): value, "X-Trace-Id": value}
+    image_app.content = b'{"error_type": "queue_full"}'
+    answer = ask(image_app)
+    assert (answer.status_code, answer.content) == (status, image_app.content)
+    assert (name.encode(), value.encode()) in answer.headers.raw
+    assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-trace-id"])
+
+
+def test_an_answer_that_is_nested_deeply_is_explained(image_app: ImageApp) -> None:
+    image_app.status, image_app.content = 500, b"[" * 60_000
+    answer = ask(image_app)
+    assert (answer.status_code, answer.json()["error_type"]) == (502, "image_app_failed")
 
 
 def test_a_web_page_is_not_passed_on_as_an_image(image_app: ImageApp) -> None:
