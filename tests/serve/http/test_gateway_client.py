@@ -320,6 +320,22 @@ def test_an_address_with_a_wrong_path_is_no_fault_of_the_caller(
 
 
 @pytest.mark.parametrize(
+    ("status", "error_type", "expected"),
+    [
+        (401, "unauthorized", (502, "image_app_failed")),
+        (429, "key_limit_reached", (429, "image_app_busy")),
+    ],
+)
+def test_what_the_image_app_says_of_the_gateways_key_is_not_of_the_callers(
+    image_app: ImageApp, status: int, error_type: str, expected: tuple[int, str]
+) -> None:
+    image_app.refuse(status, error_type, Retry_After="1")
+    answer = ask(image_app)
+    assert (answer.status_code, answer.json()["error_type"]) == expected
+    assert (answer.headers.get("retry-after") == "1") == (status == 429)
+
+
+@pytest.mark.parametrize(
     ("status", "expected"),
     [
         (401, (502, "image_app_failed", "refuses the gateway's key")),
