@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -168,6 +169,9 @@ class GatewayClient:
         self._image_app = image_app
         self._http = httpx.AsyncClient(
             headers=dict(image_app.headers),
+            # None is kept: with one caller's cookie a load balancer would send the requests of all
+            # callers to one replica.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
             limits=httpx.Limits(max_connections=MAX_CALLS, max_keepalive_connections=MAX_CALLS),
             # The request's deadline limits the response.
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS, pool=CONNECT_SECONDS),

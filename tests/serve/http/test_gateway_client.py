@@ -176,6 +176,21 @@ def test_a_prompt_that_tidying_empties_is_refused(image_app: ImageApp, prompt: s
     assert image_app.requests == []
 
 
+def test_a_cookie_of_one_answer_is_not_sent_with_the_next_request(image_app: ImageApp) -> None:
+    image_app.headers = {"Set-Cookie": "replica=1; Path=/"}
+
+    async def twice() -> list[httpx.Response]:
+        async with served(image_app), gateway(image_app.url) as (_, client):
+            return [await client.post("/", json={"prompt": PROMPT}) for _ in range(2)]
+
+    answers = asyncio.run(twice())
+    assert [(each.status_code, "set-cookie" in each.headers) for each in answers] == [
+        (200, False),
+        (200, False),
+    ]
+    assert ["cookie" in headers for headers, _ in image_app.requests] == [False, False]
+
+
 # The trace
 
 
