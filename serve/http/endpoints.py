@@ -22,6 +22,7 @@ from serve.http.error_responses import add_exception_handlers, error_response
 from serve.http.image_responses import as_image_request, image_response, wants_image
 from serve.http.middleware import RequestMiddleware
 from serve.http.openapi import install_document
+from serve.http.request_body import MAX_BODY_BYTES
 from serve.http.responses import json_response
 from serve.http.routes import add_get_route
 from serve.http.security_headers import SecurityHeaders
@@ -36,6 +37,7 @@ def install(
     endpoints: Collection[str] = ENDPOINTS,
     errors: Sequence[type[RequestError]] = (),
     connection_errors: Sequence[type[RequestError]] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
 ) -> None:
     """Put the middleware, the exception handlers, `/health`, `/ready` and the OpenAPI document into
     an app.
@@ -45,8 +47,11 @@ def install(
         endpoints: the paths that generate. Their requests are traced and counted.
         errors: what they may answer beside `REQUEST_ERRORS`.
         connection_errors: what the server may answer to any request instead of the app.
+        max_body_bytes: of a request for an image without a picture.
     """
-    app.add_middleware(RequestMiddleware, service=service, endpoints=endpoints)
+    app.add_middleware(
+        RequestMiddleware, service=service, endpoints=endpoints, max_body_bytes=max_body_bytes
+    )
     app.add_middleware(EarlyAnswers, service=service)  # around the other
     app.add_middleware(SecurityHeaders)  # around both
     # A redirect would lead to the address in the request's Host header, and from https to http.
