@@ -80,7 +80,7 @@ class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not follow
     def _add_extra_routes(self, app: FastAPI) -> None:
         """Replace fal's handlers and routes by ours, as `SdxlApp` does."""
         from serve.http.endpoints import install
-        from serve.http.gateway.image_app_errors import GATEWAY_ERRORS
+        from serve.http.gateway.image_app_errors import ANSWERED_ERRORS
         from serve.http.request_body import MAX_GATEWAY_BODY_BYTES
 
         remove_fals_handlers(app)
@@ -88,7 +88,7 @@ class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not follow
             app,
             lambda: self._client,
             ("/",),
-            GATEWAY_ERRORS,
+            ANSWERED_ERRORS,
             max_body_bytes=MAX_GATEWAY_BODY_BYTES,
         )
         self._installed = True

@@ -35,7 +35,7 @@ def install(
     app: FastAPI,
     service: Callable[[], Service | None],
     endpoints: Collection[str] = ENDPOINTS,
-    errors: Sequence[type[RequestError]] = (),
+    errors: Sequence[type[RequestError]] = REQUEST_ERRORS,
     connection_errors: Sequence[type[RequestError]] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> None:
@@ -45,7 +45,7 @@ def install(
     Args:
         service: returns the service, or None before there is one. Called for every request.
         endpoints: the paths that generate. Their requests are traced and counted.
-        errors: what they may answer beside `REQUEST_ERRORS`.
+        errors: what they may answer, faults of the service itself aside.
         connection_errors: what the server may answer to any request instead of the app.
         max_body_bytes: of a request for an image without a picture.
     """
@@ -79,8 +79,7 @@ def install(
 
     add_get_route(app, "/health", health)
     add_get_route(app, "/ready", ready)
-    answered = (*REQUEST_ERRORS, RequestError, *errors)
-    install_document(app, service, endpoints, answered, connection_errors)
+    install_document(app, service, endpoints, (*errors, RequestError), connection_errors)
 
 
 async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:

@@ -168,7 +168,7 @@ class GatewayClient:
         self.readiness = Readiness(state=State.READY, phase="ready")
         self._image_app = image_app
         self._http = httpx.AsyncClient(
-            headers=dict(image_app.headers),
+            headers={"Accept": "application/json", **image_app.headers},
             # None is kept: with one caller's cookie a load balancer would send the requests of all
             # callers to one replica.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),

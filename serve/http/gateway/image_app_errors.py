@@ -17,7 +17,16 @@ import re
 
 import httpx
 
-from serve.errors import NO_RETRY, OTHER_ERRORS, KeyLimitReached, RequestError, Unauthorized
+from serve.errors import (
+    NO_RETRY,
+    OTHER_ERRORS,
+    REQUEST_ERRORS,
+    KeyLimitReached,
+    ModelNotFound,
+    NotAcceptable,
+    RequestError,
+    Unauthorized,
+)
 
 
 class ImageAppUnreachable(RequestError):
@@ -75,6 +84,18 @@ _NOT_PASSED_ON = {error.error_type for error in (*OTHER_ERRORS, *_ABOUT_THE_GATE
 MAX_ERROR_BYTES = 64 * 1024
 """Of an error's body, for it to be parsed. The image app's own are smaller, and parsing the largest
 answer that is read would hold the event loop for seconds."""
+
+
+ANSWERED_ERRORS = (
+    *(
+        error
+        for error in REQUEST_ERRORS
+        if error not in (*_ABOUT_THE_GATEWAYS_KEY, NotAcceptable, ModelNotFound)
+    ),
+    *GATEWAY_ERRORS,
+)
+"""What the gateway may answer to a request for an image. It has no keys of its own, serves no model
+by its name, and answers JSON whatever the Accept header names."""
 
 
 def error_type_of(response: httpx.Response) -> str | None:

@@ -387,6 +387,13 @@ def test_an_error_of_another_form_is_not_the_image_apps(
     assert ask(image_app).json()["error_type"] == "image_app_failed"
 
 
+@pytest.mark.parametrize("accept", ["image/*", "image/png", "image/avif"])
+def test_an_accept_header_changes_no_answer(image_app: ImageApp, accept: str) -> None:
+    answer = ask(image_app, accept=accept)
+    assert (answer.status_code, answer.content) == (200, image_app.content)
+    assert image_app.requests[0][0]["accept"] == "application/json"
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("content-type", "application/json; a=\u4e2d"), ("retry-after", "\xe9")]
 )
