@@ -20,15 +20,11 @@ import fal
 from serve.schema import ImageToImageRequest, TextToImageRequest, TextToImageResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
-
     from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
 
     from serve.engine.images import Upload
     from serve.engine.runtime import Runtime
-    from serve.errors import RequestError
-    from serve.http.service import Service
     from serve.schema import ImageFormat
     from serve.settings import ServeSettings
 
@@ -142,7 +138,10 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
         fal calls this last while it builds the app. The hook is private, the only private one used
         here. fal's own version is not called: it only adds a `/health`, which would win over ours.
         """
-        replace_fals_handlers(app, lambda: self._runtime)
+        from serve.http.endpoints import install
+
+        remove_fals_handlers(app)
+        install(app, lambda: self._runtime, IMAGE_APP_ENDPOINTS)
         self._installed = True
 
     def _begin_exit(self) -> None:
@@ -156,28 +155,15 @@ class SdxlApp(fal.App):  # type: ignore[misc] # fal's types are not followed
         return self._runtime
 
 
-def replace_fals_handlers(
-    app: FastAPI,
-    service: Callable[[], Service | None],
-    endpoints: Collection[str] = IMAGE_APP_ENDPOINTS,
-    errors: Sequence[type[RequestError]] = (),
-) -> None:
-    """Replace fal's middleware, exception handlers and GET endpoints by ours.
-
-    Args:
-        endpoints: the paths that generate.
-        errors: what they may answer beside the image app's errors.
-    """
+def remove_fals_handlers(app: FastAPI) -> None:
+    """Remove fal's middleware and exception handlers that ours replace."""
     from fastapi.middleware.cors import CORSMiddleware
-
-    from serve.http.endpoints import install
 
     # fal allows every web page to read responses. That is a proxy's decision.
     cors: object = CORSMiddleware
     app.user_middleware[:] = [added for added in app.user_middleware if added.cls is not cors]
     # It would answer an unknown path, and echo it.
     app.exception_handlers.pop(404, None)
-    install(app, service, endpoints, errors)
 
 
 def require_our_handlers(installed: bool) -> None:

@@ -13,7 +13,7 @@ import fal
 
 from serve.app import (
     refuse_api_keys,
-    replace_fals_handlers,
+    remove_fals_handlers,
     require_our_handlers,
     show_on_metrics_port,
 )
@@ -79,7 +79,16 @@ class PromptGateway(fal.App):  # type: ignore[misc] # fal's types are not follow
 
     def _add_extra_routes(self, app: FastAPI) -> None:
         """Replace fal's handlers and routes by ours, as `SdxlApp` does."""
-        from serve.http.gateway.image_app_errors import GATEWAY_ERRORS
+        from serve.http.endpoints import install
+        from serve.http.gateway.image_app_errors import ANSWERED_ERRORS
+        from serve.http.request_body import MAX_GATEWAY_BODY_BYTES
 
-        replace_fals_handlers(app, lambda: self._client, ("/",), GATEWAY_ERRORS)
+        remove_fals_handlers(app)
+        install(
+            app,
+            lambda: self._client,
+            ("/",),
+            ANSWERED_ERRORS,
+            max_body_bytes=MAX_GATEWAY_BODY_BYTES,
+        )
         self._installed = True

@@ -22,6 +22,7 @@ from serve.http.error_responses import add_exception_handlers, error_response
 from serve.http.image_responses import as_image_request, image_response, wants_image
 from serve.http.middleware import RequestMiddleware
 from serve.http.openapi import install_document
+from serve.http.request_body import MAX_BODY_BYTES
 from serve.http.responses import json_response
 from serve.http.routes import add_get_route
 from serve.http.security_headers import SecurityHeaders
@@ -34,8 +35,9 @@ def install(
     app: FastAPI,
     service: Callable[[], Service | None],
     endpoints: Collection[str] = ENDPOINTS,
-    errors: Sequence[type[RequestError]] = (),
+    errors: Sequence[type[RequestError]] = REQUEST_ERRORS,
     connection_errors: Sequence[type[RequestError]] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
 ) -> None:
     """Put the middleware, the exception handlers, `/health`, `/ready` and the OpenAPI document into
     an app.
@@ -43,10 +45,13 @@ def install(
     Args:
         service: returns the service, or None before there is one. Called for every request.
         endpoints: the paths that generate. Their requests are traced and counted.
-        errors: what they may answer beside `REQUEST_ERRORS`.
+        errors: what they may answer, faults of the service itself aside.
         connection_errors: what the server may answer to any request instead of the app.
+        max_body_bytes: of a request for an image without a picture.
     """
-    app.add_middleware(RequestMiddleware, service=service, endpoints=endpoints)
+    app.add_middleware(
+        RequestMiddleware, service=service, endpoints=endpoints, max_body_bytes=max_body_bytes
+    )
     app.add_middleware(EarlyAnswers, service=service)  # around the other
     app.add_middleware(SecurityHeaders)  # around both
     # A redirect would lead to the address in the request's Host header, and from https to http.
@@ -74,8 +79,7 @@ def install(
 
     add_get_route(app, "/health", health)
     add_get_route(app, "/ready", ready)
-    answered = (*REQUEST_ERRORS, RequestError, *errors)
-    install_document(app, service, endpoints, answered, connection_errors)
+    install_document(app, service, endpoints, (*errors, RequestError), connection_errors)
 
 
 async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Response:

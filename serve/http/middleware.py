@@ -69,14 +69,20 @@ class RequestMiddleware:
     Args:
         service: returns the service, or None before there is one.
         endpoints: the paths that generate. Requests to others are in no trace and no metric.
+        max_body_bytes: of a request to them without a picture.
     """
 
     def __init__(
-        self, app: ASGIApp, service: Callable[[], Service | None], endpoints: Collection[str]
+        self,
+        app: ASGIApp,
+        service: Callable[[], Service | None],
+        endpoints: Collection[str],
+        max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         self._app = app
         self._service = service
         self._endpoints = endpoints
+        self._max_body_bytes = max_body_bytes
         self._authentication = Authentication()
         self._pictures = 0
         """Requests in progress whose body may hold a picture."""
@@ -109,7 +115,7 @@ class RequestMiddleware:
         with ExitStack() as places:
             try:
                 places.enter_context(self._authentication.admitted(service, call, scope))
-                limit_bytes = MAX_BODY_BYTES
+                limit_bytes = self._max_body_bytes
                 if call.endpoint in _WITH_PICTURES:
                     places.enter_context(self._picture_admitted(service))
                     limit_bytes = MAX_PICTURE_BODY_BYTES

@@ -33,6 +33,7 @@ from serve.errors import (
     MalformedHttp,
     MethodNotAllowed,
     ModelNotFound,
+    NotAcceptable,
     NotFound,
     NotReady,
     QueueFull,
@@ -185,6 +186,8 @@ def _corrected(
             responses |= _error_responses(found, openai, generates)
     for path, correct in _BY_PATH.items():
         for method, operation in document["paths"].get(path, {}).items():
+            if correct is _image and NotAcceptable not in errors:
+                continue  # it answers JSON only, so no Accept header can be refused
             if path not in endpoints or method == "post":
                 correct(operation)
     if (page := document["paths"].get("/", {}).get("get")) is not None:

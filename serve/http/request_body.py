@@ -32,6 +32,9 @@ from serve.errors import (
 MAX_BODY_BYTES = 64 * 1024
 MAX_PICTURE_BODY_BYTES = 10 * 1024 * 1024
 """Of a request of image to image: a picture of `MAX_PICTURE_BYTES` in base64 fits."""
+MAX_GATEWAY_BODY_BYTES = 256 * 1024
+"""Of a request to the gateway: two prompts of `MAX_UNTIDY_CHARACTERS`, each character escaped to
+twelve bytes, a tracestate and `MAX_LORAS` fit."""
 MAX_BODY_SECONDS = 10.0
 
 MAX_NESTING = 16
@@ -41,10 +44,10 @@ MAX_VALUES = 1000
 """Values in a body, at all levels. A request has about 40 fields. Checking a value costs the event
 loop some microseconds, and more where it is wrong."""
 
-_MOST_BESIDE_A_PICTURE = {b",": 16 * 1024, b'"': 16 * 1024, b"\\": 1024 * 1024}
+_MOST_BESIDE_A_PICTURE = {b",": 24 * 1024, b'"': 24 * 1024, b"\\": 1024 * 1024}
 """How often a body above `MAX_BODY_BYTES` may have a character. Parsing takes as long as a body has
 values and escapes, and holds the interpreter; the picture itself is one long text, in which some
-encoders escape each slash. Two prompts of commas and quotes fit."""
+encoders escape each slash. Two prompts of commas and quotes fit, also the gateway's longer ones."""
 
 MAX_DIGITS = 300
 """Of a whole number. More do not fit a double, and Python itself refuses to parse 4,300."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,8 +25,10 @@ from serve.errors import ConfigurationError
 from serve.gateway import PromptGateway
 from serve.http.gateway.client import ANSWER_SECONDS, MAX_CALLS, ImageAppAddress
 from serve.http.middleware import RequestMiddleware
+from serve.http.request_body import MAX_GATEWAY_BODY_BYTES
 from serve.http.security_headers import SecurityHeaders
 from serve.http.sockets.early_answers import EarlyAnswers
+from serve.schema import MAX_LORAS, MAX_UNTIDY_CHARACTERS
 from serve.server import FLUSH_SECONDS
 from serve.settings import ServeSettings
 from tests.serve.fal_table import FAL_DRAIN_SECONDS, SDIST_URL, read_table, resolve
@@ -201,6 +205,40 @@ def test_setup_drain_and_teardown(gateway: PromptGateway, monkeypatch: pytest.Mo
         assert app_module._on_metrics_port is not None
         REGISTRY.unregister(app_module._on_metrics_port)
         app_module._on_metrics_port = None
+
+
+@pytest.fixture
+def running(gateway: PromptGateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    """A client of the gateway, whose image app cannot be reached."""
+    monkeypatch.setenv("SDXL_GATEWAY_TARGET", "http://127.0.0.1:9")
+    client = TestClient(gateway._build_app(), headers={"content-type": "application/json"})
+    asyncio.run(gateway.setup())
+    try:
+        yield client
+    finally:
+        asyncio.run(gateway.teardown())
+        assert app_module._on_metrics_port is not None
+        REGISTRY.unregister(app_module._on_metrics_port)
+        app_module._on_metrics_port = None
+
+
+def test_the_longest_request_is_served(running: TestClient) -> None:
+    emoji = "\N{LARGE RED CIRCLE}" * MAX_UNTIDY_CHARACTERS
+    body = {
+        "prompt": emoji,
+        "negative_prompt": emoji,
+        "loras": [{"path": f"{n:064}", "scale": 0.123456789} for n in range(MAX_LORAS)],
+        "trace_context": {"traceparent": f"00-{1:032}-{1:016}-01", "tracestate": "a=" + "x" * 510},
+    }
+    escaped = json.dumps(body).encode()
+    assert len(escaped) < MAX_GATEWAY_BODY_BYTES
+    assert running.post("/", content=escaped).json()["error_type"] == "image_app_unreachable"
+
+
+def test_a_body_beyond_the_limit_is_refused(running: TestClient) -> None:
+    largest = b'{"prompt": "a"}'.ljust(MAX_GATEWAY_BODY_BYTES)
+    assert running.post("/", content=largest).status_code == 502
+    assert running.post("/", content=largest + b" ").status_code == 413
 
 
 # Where the image app is

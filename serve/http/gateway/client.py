@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -167,7 +168,10 @@ class GatewayClient:
         self.readiness = Readiness(state=State.READY, phase="ready")
         self._image_app = image_app
         self._http = httpx.AsyncClient(
-            headers=dict(image_app.headers),
+            headers={"Accept": "application/json", **image_app.headers},
+            # None is kept: with one caller's cookie a load balancer would send the requests of all
+            # callers to one replica.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
             limits=httpx.Limits(max_connections=MAX_CALLS, max_keepalive_connections=MAX_CALLS),
             # The request's deadline limits the response.
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS, pool=CONNECT_SECONDS),
@@ -265,12 +269,20 @@ class GatewayClient:
         except httpx.HTTPError as error:
             logger.warning("the image app's response ended early: %s", type(error).__name__)
             raise ImageAppFailed("The image app's answer broke off.") from None
+        # Latin-1 has a character for each byte, so any value can be passed on as it came.
+        response.headers.encoding = "latin-1"
         headers = {
             name: response.headers[name]
             for name in (*_HEADERS_PASSED_ON, *_HEADERS_READ)
             if name in response.headers
         }
-        return httpx.Response(response.status_code, headers=headers, content=bytes(content))
+        answer = httpx.Response(
+            response.status_code,
+            headers=httpx.Headers(headers, encoding="latin-1"),
+            content=bytes(content),
+        )
+        answer.headers.encoding = "latin-1"
+        return answer
 
     def _passed_on(self, answer: httpx.Response, call: Call) -> Response:
         """The image app's response as the gateway's.

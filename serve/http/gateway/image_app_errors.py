@@ -7,7 +7,7 @@
     └── ImageAppTimedOut        504
 
 These cover answers that the image app did not give itself, as fal's own gateway in front of it can.
-The image app's own error responses are passed on.
+The image app's own error responses are passed on, unless they are about the gateway's own key.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ import re
 
 import httpx
 
-from serve.errors import NO_RETRY, OTHER_ERRORS, RequestError
+from serve.errors import (
+    NO_RETRY,
+    OTHER_ERRORS,
+    REQUEST_ERRORS,
+    KeyLimitReached,
+    ModelNotFound,
+    NotAcceptable,
+    RequestError,
+    Unauthorized,
+)
 
 
 class ImageAppUnreachable(RequestError):
@@ -67,22 +76,44 @@ class ImageAppTimedOut(RequestError):
 GATEWAY_ERRORS = (ImageAppUnreachable, ImageAppFailed, ImageAppBusy, ImageAppTimedOut)
 
 
-_OTHER_TYPES = {error.error_type for error in OTHER_ERRORS}
+_ABOUT_THE_GATEWAYS_KEY: tuple[type[RequestError], ...] = (Unauthorized, KeyLimitReached)
+"""The gateway calls the image app with a key of its own, so its caller can mend neither."""
+
+_NOT_PASSED_ON = {error.error_type for error in (*OTHER_ERRORS, *_ABOUT_THE_GATEWAYS_KEY)}
+
+MAX_ERROR_BYTES = 64 * 1024
+"""Of an error's body, for it to be parsed. The image app's own are smaller, and parsing the largest
+answer that is read would hold the event loop for seconds."""
+
+
+ANSWERED_ERRORS = (
+    *(
+        error
+        for error in REQUEST_ERRORS
+        if error not in (*_ABOUT_THE_GATEWAYS_KEY, NotAcceptable, ModelNotFound)
+    ),
+    *GATEWAY_ERRORS,
+)
+"""What the gateway may answer to a request for an image. It has no keys of its own, serves no model
+by its name, and answers JSON whatever the Accept header names."""
 
 
 def error_type_of(response: httpx.Response) -> str | None:
     """The `error_type` of the image app's own answer to a request for an image that failed.
 
-    None for any other response: also where there is an image app, but the address has a wrong path.
+    None for any other response: also where there is an image app, but the address has a wrong path
+    or the image app refuses the gateway's key.
     """
+    if len(response.content) > MAX_ERROR_BYTES:
+        return None
     try:
         body = json.loads(response.content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     error_type = body.get("error_type") if isinstance(body, dict) else None
     if response.status_code < 400 or not isinstance(error_type, str):
         return None
-    if error_type in _OTHER_TYPES or not re.fullmatch(r"[a-z_]{1,40}", error_type):
+    if error_type in _NOT_PASSED_ON or not re.fullmatch(r"[a-z_]{1,40}", error_type):
         return None
     return error_type
 

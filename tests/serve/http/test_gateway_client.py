@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -175,6 +176,21 @@ def test_a_prompt_that_tidying_empties_is_refused(image_app: ImageApp, prompt: s
     assert image_app.requests == []
 
 
+def test_a_cookie_of_one_answer_is_not_sent_with_the_next_request(image_app: ImageApp) -> None:
+    image_app.headers = {"Set-Cookie": "replica=1; Path=/"}
+
+    async def twice() -> list[httpx.Response]:
+        async with served(image_app), gateway(image_app.url) as (_, client):
+            return [await client.post("/", json={"prompt": PROMPT}) for _ in range(2)]
+
+    answers = asyncio.run(twice())
+    assert [(each.status_code, "set-cookie" in each.headers) for each in answers] == [
+        (200, False),
+        (200, False),
+    ]
+    assert ["cookie" in headers for headers, _ in image_app.requests] == [False, False]
+
+
 # The trace
 
 
@@ -319,6 +335,22 @@ def test_an_address_with_a_wrong_path_is_no_fault_of_the_caller(
 
 
 @pytest.mark.parametrize(
+    ("status", "error_type", "expected"),
+    [
+        (401, "unauthorized", (502, "image_app_failed")),
+        (429, "key_limit_reached", (429, "image_app_busy")),
+    ],
+)
+def test_what_the_image_app_says_of_the_gateways_key_is_not_of_the_callers(
+    image_app: ImageApp, status: int, error_type: str, expected: tuple[int, str]
+) -> None:
+    image_app.refuse(status, error_type, Retry_After="1")
+    answer = ask(image_app)
+    assert (answer.status_code, answer.json()["error_type"]) == expected
+    assert (answer.headers.get("retry-after") == "1") == (status == 429)
+
+
+@pytest.mark.parametrize(
     ("status", "expected"),
     [
         (401, (502, "image_app_failed", "refuses the gateway's key")),
@@ -353,6 +385,34 @@ def test_an_error_of_another_form_is_not_the_image_apps(
     image_app.refuse(500, None)
     image_app.content = content
     assert ask(image_app).json()["error_type"] == "image_app_failed"
+
+
+@pytest.mark.parametrize("accept", ["image/*", "image/png", "image/avif"])
+def test_an_accept_header_changes_no_answer(image_app: ImageApp, accept: str) -> None:
+    answer = ask(image_app, accept=accept)
+    assert (answer.status_code, answer.content) == (200, image_app.content)
+    assert image_app.requests[0][0]["accept"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("content-type", "application/json; a=\u4e2d"), ("retry-after", "\xe9")]
+)
+@pytest.mark.parametrize("status", [200, 429])
+def test_a_header_that_is_not_ascii_is_passed_on_as_it_came(
+    image_app: ImageApp, name: str, value: str, status: int
+) -> None:
+    image_app.status, image_app.headers = status, {name.title(): value, "X-Trace-Id": value}
+    image_app.content = b'{"error_type": "queue_full"}'
+    answer = ask(image_app)
+    assert (answer.status_code, answer.content) == (status, image_app.content)
+    assert (name.encode(), value.encode()) in answer.headers.raw
+    assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-trace-id"])
+
+
+def test_an_answer_that_is_nested_deeply_is_explained(image_app: ImageApp) -> None:
+    image_app.status, image_app.content = 500, b"[" * 60_000
+    answer = ask(image_app)
+    assert (answer.status_code, answer.json()["error_type"]) == (502, "image_app_failed")
 
 
 def test_a_web_page_is_not_passed_on_as_an_image(image_app: ImageApp) -> None:

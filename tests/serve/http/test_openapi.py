@@ -29,6 +29,7 @@ from serve.settings import ServeSettings
 from tests.support.declared_headers import undeclared
 
 BODY = {"prompt": "a circle"}
+OF_IMAGES = {"x-seed", "x-prompt-truncated", "x-has-nsfw-concepts"}
 DRAWING = ("/", "/stream", "/v1/images/generations")
 ARGUMENTS: dict[str, Any] = {
     "problems": [FieldProblem(("body", "prompt"), "is wrong", "wrong")],
@@ -151,8 +152,21 @@ def test_the_gateway_declares_when_to_retry_only_where_it_knows() -> None:
     assert "431" not in responses
 
 
+def test_the_gateway_declares_json_only_and_no_error_of_keys() -> None:
+    responses = PromptGateway(_allow_init=True).openapi()["paths"]["/"]["post"]["responses"]
+    assert set(responses["200"]["content"]) == {"application/json"}
+    assert not [name for name in responses["200"]["headers"] if name in OF_IMAGES]
+    assert not {"401", "406"} & set(responses)
+    [schema] = [
+        part["properties"]["error_type"]
+        for part in responses["429"]["content"]["application/json"]["schema"]["allOf"]
+        if "properties" in part
+    ]
+    assert set(schema["enum"]) == {"queue_full", "image_app_busy"}
+
+
 def test_an_image_has_declared_headers(app: FastAPI) -> None:
     """Every one that `image_response` may set."""
     headers = app.openapi()["paths"]["/"]["post"]["responses"]["200"]["headers"]
-    assert {"x-seed", "x-prompt-truncated", "x-has-nsfw-concepts", "server-timing"} <= set(headers)
+    assert OF_IMAGES | {"server-timing"} <= set(headers)
     assert headers["x-seed"]["schema"]["type"] == "integer"

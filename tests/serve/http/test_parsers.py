@@ -20,7 +20,7 @@ from metrics.tracing import drawn_identity
 from serve.engine.call import Call
 from serve.errors import HeadTooLarge, InvalidRequest, MalformedHttp, RequestError
 from serve.http.error_responses import error_body, field_problems
-from serve.http.gateway.image_app_errors import error_type_of, explain
+from serve.http.gateway.image_app_errors import MAX_ERROR_BYTES, error_type_of, explain
 from serve.http.image_responses import as_image_request, wants_image
 from serve.http.middleware import _trace_carrier
 from serve.http.openai.schema import ImageGenerationRequest
@@ -271,6 +271,19 @@ def test_any_answer_of_the_image_app_is_explained_without_its_text(
     assert error.status in (429, 502, 504)
     assert MARK not in error.message
     assert dict(error.headers).get("Retry-After", "0").isdecimal()
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+def test_an_answer_that_is_nested_deeply_is_not_the_image_apps(opening: bytes) -> None:
+    deep = opening * (MAX_ERROR_BYTES // len(opening))
+    assert error_type_of(httpx.Response(500, content=deep)) is None
+
+
+def test_a_large_error_is_not_parsed() -> None:
+    error = b'{"error_type": "queue_full"}'
+    largest = error.ljust(MAX_ERROR_BYTES)
+    assert error_type_of(httpx.Response(429, content=largest)) == "queue_full"
+    assert error_type_of(httpx.Response(429, content=largest + b" ")) is None
 
 
 def test_a_digit_that_is_no_number_is_no_time_to_retry_after() -> None:

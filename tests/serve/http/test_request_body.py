@@ -22,6 +22,7 @@ from serve.http.error_responses import field_problems
 from serve.http.request_body import (
     MAX_BODY_BYTES,
     MAX_DIGITS,
+    MAX_GATEWAY_BODY_BYTES,
     MAX_NESTING,
     MAX_PICTURE_BODY_BYTES,
     MAX_VALUES,
@@ -138,6 +139,13 @@ def test_a_picture_whose_slashes_are_escaped_is_read() -> None:
     body = {"prompt": '"' * 2000, "negative_prompt": "," * 2000}
     body["image_url"] = "data:image/png;base64," + "abcdefghijklmnop/rstuvwxyzABCDEF" * 200_000
     written = json.dumps(body).replace("/", "\\/").encode()
+    assert json_object(JSON, written) == body
+
+
+def test_the_gateways_longest_prompts_are_read_whatever_they_consist_of() -> None:
+    body = {"prompt": '"' * 10_000, "negative_prompt": '"' * 6_500 + "\N{LARGE RED CIRCLE}" * 3_500}
+    written = json.dumps(body).encode()
+    assert MAX_BODY_BYTES < len(written) < MAX_GATEWAY_BODY_BYTES
     assert json_object(JSON, written) == body
 
 
