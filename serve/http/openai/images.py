@@ -125,7 +125,7 @@ class _Events:
 
     def _encode(self, preview: Any, width: int, height: int) -> str:
         pixels = enlarge(preview, width, height)
-        quality = self._request.output_compression
+        quality = self._request.image_quality
         return base64.b64encode(encode_image(pixels, self._request.image_format, quality)).decode()
 
     def _common(self, b64_json: str, size: str) -> dict[str, Any]:

@@ -109,6 +109,14 @@ def test_any_fields_of_openais_api_are_a_request_or_an_error_without_their_value
         assert request.response_quality
 
 
+@given(st.integers(0, 100), st.sampled_from(["jpeg", "webp"]))
+def test_every_compression_of_openais_api_is_a_quality(value: int, image_format: str) -> None:
+    request = ImageGenerationRequest.model_validate(
+        {"prompt": "a circle", "output_format": image_format, "output_compression": value}
+    )
+    assert request.text_to_image(20).image_quality == max(1, value)
+
+
 # Headers
 
 TYPES = st.sampled_from(
