@@ -23,6 +23,8 @@ class CheckedParser(h11.Connection):
     uvicorn would log each, and answer some of them in the middle of another answer."""
 
     problem: RequestError | None = None
+    is_head: bool = False
+    """Whether the last request, or what has arrived of it, asks for an answer's head only."""
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEAD_BYTES)
@@ -33,6 +35,8 @@ class CheckedParser(h11.Connection):
     def next_event(self) -> Any:
         if self.problem is not None:
             return h11.PAUSED
+        if self.their_state is h11.IDLE:
+            self.is_head = self.trailing_data[0].startswith(b"HEAD ")
         try:
             event = super().next_event()
         except h11.RemoteProtocolError as error:
