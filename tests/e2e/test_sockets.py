@@ -418,6 +418,25 @@ def test_too_much_ahead_of_the_answer_is_refused(server: ServerProcess) -> None:
     wait_until(lambda: value(server, "sdxl_requests_in_flight") == 0, PATIENCE)
 
 
+@pytest.mark.parametrize(
+    ("target", "host", "status"),
+    [
+        ("http://x/health", "x", 200),
+        ("http://127.0.0.1/debug/requests", "evil.test", 200),
+        ("http://evil.test/debug/requests", "127.0.0.1", 403),
+        ("http://127.0.0.1/debug/requests%0A", "127.0.0.1", 404),
+        ("http://127.0.0.1//health", "127.0.0.1", 404),
+        ("http://user@127.0.0.1/health", "127.0.0.1", 404),
+    ],
+)
+def test_a_url_as_the_target_is_its_path_at_its_host(
+    server: ServerProcess, target: str, host: str, status: int
+) -> None:
+    with client(server) as asking:
+        asking.send(f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n")
+        assert asking.answer().status == status
+
+
 # The body
 
 

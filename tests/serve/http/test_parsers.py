@@ -296,6 +296,37 @@ def test_a_chunked_body_is_its_chunks(chunks: list[bytes], places: list[int]) ->
     assert events == ["Request", "EndOfMessage"]
 
 
+def request_of(target: str, host: bytes = b"there") -> h11.Request:
+    parser = CheckedParser()
+    parser.receive_data(b"GET %b HTTP/1.1\r\nHost: %b\r\nX: 1\r\n\r\n" % (target.encode(), host))
+    event = parser.next_event()
+    assert isinstance(event, h11.Request)
+    return event
+
+
+PATHS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=20)
+
+
+@given(
+    st.sampled_from(["http", "HTTPS"]),
+    st.sampled_from(["x", "127.0.0.1:80", "[::1]:8080", "evil.test", "a:"]),
+    PATHS.map("/".__add__) | PATHS.map("?".__add__) | st.just(""),
+)
+def test_a_url_is_its_path_and_its_host(scheme: str, host: str, path: str) -> None:
+    found = request_of(f"{scheme}://{host}{path}")
+    same = request_of(path if path.startswith("/") else "/" + path, host.encode())
+    assert found.target == same.target
+    assert sorted(found.headers) == sorted(same.headers)
+
+
+@given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1))
+def test_no_path_is_taken_for_a_url(path: str) -> None:
+    for target in ("/" + path, "//" + path, "http:/x/" + path, "http://u@" + path, "ftp://" + path):
+        found = request_of(target)
+        assert found.target == target.encode()
+        assert dict(found.headers)[b"host"] == b"there"
+
+
 def test_a_body_of_tiny_chunks_is_refused_before_all_are_parsed() -> None:
     tiny = b"1\r\nx\r\n"
     data = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + tiny * 40_000
