@@ -184,8 +184,8 @@ class NotAcceptable(RequestError):
     def __init__(self, content_types: Iterable[str]) -> None:
         allowed = ", ".join(content_types)
         super().__init__(
-            f"The Accept header can name {allowed}, image/* or application/json, and must name the "
-            "type of the body's `format`, if it has one."
+            f"The Accept header can name {allowed}, image/* or application/json, and must accept "
+            "the type of the body's `format`, if it has one."
         )
 
 

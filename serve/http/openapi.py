@@ -121,7 +121,10 @@ _BY_STATUS: dict[int, dict[str, Schema]] = {
 }
 """What errors of a status have beside `_IDS`. The security headers are in no description: every
 answer has them."""
+_MODELS_PATH = OPENAI_PREFIX + "models"
 _MODEL_PATH = OPENAI_PREFIX + "models/{name}"
+_WITHOUT_A_MODEL = (NotReady, Draining)
+"""What these two answer until the model is loaded."""
 
 
 def install_document(
@@ -175,8 +178,10 @@ def _corrected(
             if generates:
                 responses["200"]["headers"] = dict(_GENERATED)
                 found = [each for each in errors if openai or each is not ModelNotFound]
+            elif path == _MODELS_PATH:
+                found += _WITHOUT_A_MODEL
             elif path == _MODEL_PATH:
-                found = [RequestError, ModelNotFound]
+                found += [ModelNotFound, *_WITHOUT_A_MODEL]
             if (
                 connection_errors
                 and path not in FOR_EVERY_CONNECTION

@@ -16,6 +16,7 @@ from serve.http.request_body import MAX_BODY_BYTES
 from tests.e2e.conftest import body
 from tests.e2e.ray_service import RayService, processes_of, ray_service, require_ray
 from tests.support.otlp_endpoint import tree
+from tests.support.processes import wait_until
 
 require_ray()
 
@@ -77,6 +78,43 @@ def test_the_apps_limits_and_errors_hold_behind_rays_proxy(service: RayService) 
         events = [line for line in stream.iter_lines() if line.startswith("event: ")]
     assert events[0] == "event: queued"
     assert events[-1] == "event: image"
+
+
+@pytest.mark.parametrize(
+    ("headers", "fields", "ours", "rays"),
+    [
+        ({}, {}, None, None),
+        ({"x-request-id": "mine"}, {}, "mine", "mine"),
+        ({"x-request-id": "a/b c", "x-fal-request-id": "fals"}, {}, "fals", "a/b c"),
+        ({"x-fal-request-id": "fals"}, {}, None, None),
+        ({"x-request-id": "mine"}, {"request_id": "of-the-body"}, "of-the-body", "mine"),
+    ],
+)
+def test_the_ids_of_a_request_are_as_documented(
+    service: RayService,
+    headers: dict[str, str],
+    fields: dict[str, str],
+    ours: str | None,
+    rays: str | None,
+) -> None:
+    """None: drawn by Ray's proxy, and then both are one."""
+    answer = service.post(headers, num_inference_steps=1, **fields)
+    assert answer.status_code == 200
+    first, second = answer.headers.get_list("x-request-id")
+    if ours is None:
+        assert first == second
+        assert first not in headers.values()
+    else:
+        assert (first, second) == (ours, rays)
+
+    def logged() -> list[str]:
+        files = (file for file in service.logs() if file.suffix == ".err")
+        lines = (line for file in files for line in file.read_text(errors="replace").splitlines())
+        return [line for line in lines if answer.headers["x-trace-id"] in line]
+
+    wait_until(lambda: bool(logged()), 30)  # the line is written after the answer
+    (line,) = logged()
+    assert json.loads(line)["request_id"] == first
 
 
 def test_a_client_that_leaves_stops_the_work(service: RayService) -> None:

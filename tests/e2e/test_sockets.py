@@ -275,6 +275,57 @@ def test_a_malformed_chunk_after_the_answer_began_closes(server: ServerProcess) 
     assert "Traceback" not in server.output()[before:]
 
 
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+REFUSED_HEADS = {
+    "chunks beside a length": (400, CHUNKED + b"Content-Length: 5\r\n\r\n0\r\n\r\n"),
+    "a chunk without a length": (400, CHUNKED + b"\r\nsecret\r\n"),
+    "a space before the colon": (400, b"X : 1\r\n\r\n"),
+    "complete when it is read": (431, b"X: " + b"x" * 20_000 + b"\r\n\r\n"),
+    "longer than is read at once": (431, b"X: " + b"x" * 100_000 + b"\r\n\r\n"),
+    "many": (431, b"X: 1\r\n" * 200 + b"\r\n"),
+    "incomplete": (408, b"X: "),
+}
+
+
+@pytest.mark.parametrize("kept", [b"", GET_HEALTH], ids=["first", "second"])
+@pytest.mark.parametrize(
+    ("status", "request_bytes"),
+    [
+        *(
+            (status, b"HEAD /health HTTP/1.1\r\nHost: x\r\n" + r)
+            for status, r in REFUSED_HEADS.values()
+        ),
+        (400, b"HEAD /health HTTP/2.0\r\nHost: x\r\n\r\n"),
+        (400, b"HEAD /health HTTP/1.1\r\n\r\n"),
+    ],
+    ids=[*REFUSED_HEADS, "HTTP/2", "no host"],
+)
+def test_a_refused_head_is_answered_by_a_head(
+    server: ServerProcess, kept: bytes, status: int, request_bytes: bytes
+) -> None:
+    before = len(server.output())
+    with client(server) as asking:
+        if kept:
+            asking.send(kept)
+            assert asking.answer().status == 200
+        asking.send(request_bytes)
+        answer = Answer.parse(asking.read())
+    assert (answer.status, answer.content) == (status, b"")
+    assert int(answer.headers["content-length"]) > 0  # as for GET
+    assert answer.headers["connection"] == "close"
+    assert "Traceback" not in server.output()[before:]
+
+
+def test_a_refusal_after_an_answered_head_has_its_content(server: ServerProcess) -> None:
+    with client(server) as asking:
+        asking.send(b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTTP/1.1\r\n\r\n")
+        received = asking.read()
+    head, _, rest = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    refused = Answer.parse(rest)
+    assert (refused.status, refused.error_type()) == (400, "malformed_http")
+
+
 def test_mutated_requests_leave_no_traceback(server: ServerProcess) -> None:
     """Requests with bytes changed, lost, doubled and cut, each on a connection of its own."""
     draw = random.Random(16)
@@ -282,6 +333,7 @@ def test_mutated_requests_leave_no_traceback(server: ServerProcess) -> None:
         generate(prompt="") + GET_HEALTH,
         b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
         b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\n\r\n",
+        b"HEAD /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     )
     before = len(server.output())
     for _ in range(300):
@@ -364,6 +416,25 @@ def test_too_much_ahead_of_the_answer_is_refused(server: ServerProcess) -> None:
         answer = Answer.parse(greedy.read())
     assert (answer.status, answer.error_type()) == (400, "malformed_http")
     wait_until(lambda: value(server, "sdxl_requests_in_flight") == 0, PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "status"),
+    [
+        ("http://x/health", "x", 200),
+        ("http://127.0.0.1/debug/requests", "evil.test", 200),
+        ("http://evil.test/debug/requests", "127.0.0.1", 403),
+        ("http://127.0.0.1/debug/requests%0A", "127.0.0.1", 404),
+        ("http://127.0.0.1//health", "127.0.0.1", 404),
+        ("http://user@127.0.0.1/health", "127.0.0.1", 404),
+    ],
+)
+def test_a_url_as_the_target_is_its_path_at_its_host(
+    server: ServerProcess, target: str, host: str, status: int
+) -> None:
+    with client(server) as asking:
+        asking.send(f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n")
+        assert asking.answer().status == status
 
 
 # The body

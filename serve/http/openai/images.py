@@ -43,12 +43,11 @@ def install_openai(app: FastAPI, runtime: Runtime) -> None:
 
     async def models() -> Models:
         """The names that a request's `model` may have."""
-        return Models(data=[Model(id=name, created=started) for name in runtime.model_names])
+        return Models(data=[Model(id=name, created=started) for name in _model_names(runtime)])
 
     async def model(name: str) -> Model:
         """One of them."""
-        if name not in runtime.model_names:
-            raise ModelNotFound(runtime.model_names)
+        _check_model(runtime, name)
         return Model(id=name, created=started)
 
     add_get_route(app, "/v1/models", models)
@@ -57,8 +56,8 @@ def install_openai(app: FastAPI, runtime: Runtime) -> None:
 
 async def create_images(runtime: Runtime, request: ImageGenerationRequest) -> Response:
     """The handler of `POST /v1/images/generations`."""
-    if request.model is not None and request.model not in runtime.model_names:
-        raise ModelNotFound(runtime.model_names)
+    if request.model is not None:
+        _check_model(runtime, request.model)
     if request.response_format == "url" and not runtime.uploads:
         message = "must be b64_json: this server does not upload its images"
         raise InvalidRequest([FieldProblem(("body", "response_format"), message, "no_upload")])
@@ -74,6 +73,26 @@ async def create_images(runtime: Runtime, request: ImageGenerationRequest) -> Re
     response = await runtime.generate(wanted, call)
     call.timeline.begin("respond")
     return JSONResponse(_images(request, response).model_dump(exclude_none=True))
+
+
+def _model_names(runtime: Runtime) -> tuple[str, ...]:
+    """The names that a request's `model` may have.
+
+    Raises:
+        NotReady: the model has no name yet, or could not be loaded.
+        Draining: the process ends before it has loaded the model.
+    """
+    # Read before the name, because the start-up sets the name before requests are served.
+    refusal = runtime.refusal()
+    if refusal is not None and not runtime.readiness.model:
+        raise refusal
+    return runtime.model_names
+
+
+def _check_model(runtime: Runtime, name: str) -> None:
+    """Raises ModelNotFound unless the model has this name, and what `_model_names` raises."""
+    if name not in (names := _model_names(runtime)):
+        raise ModelNotFound(names)
 
 
 def _previews(request: ImageGenerationRequest, steps: int) -> Previews | None:
@@ -125,7 +144,7 @@ class _Events:
 
     def _encode(self, preview: Any, width: int, height: int) -> str:
         pixels = enlarge(preview, width, height)
-        quality = self._request.output_compression
+        quality = self._request.image_quality
         return base64.b64encode(encode_image(pixels, self._request.image_format, quality)).decode()
 
     def _common(self, b64_json: str, size: str) -> dict[str, Any]:

@@ -72,7 +72,10 @@ class ImageGenerationRequest(BaseModel):
         default=None, description="null: png. `gif` and `svg` are refused."
     )
     output_compression: int | None = Field(
-        default=None, ge=0, le=100, description="The encoder's quality, of jpeg and webp."
+        default=None,
+        ge=0,
+        le=100,
+        description="The encoder's quality, of jpeg and webp; 0 means 1.",
     )
     response_format: Literal["url", "b64_json"] | None = Field(
         default=None, description="null: b64_json. `url` needs a server that uploads its images."
@@ -171,6 +174,11 @@ class ImageGenerationRequest(BaseModel):
     def image_format(self) -> ImageFormat:
         return self.output_format or "png"  # type: ignore[return-value]  # the others are refused
 
+    @property
+    def image_quality(self) -> int | None:
+        """`output_compression` as the encoder's quality, which begins at 1."""
+        return None if self.output_compression is None else max(1, self.output_compression)
+
     def text_to_image(self, model_steps: int, fixed_steps: bool = False) -> TextToImageRequest:
         """The same request in this service's own words.
 
@@ -197,7 +205,7 @@ class ImageGenerationRequest(BaseModel):
             "loras": self.loras,
             "num_images": self.n or 1,
             "format": self.image_format,
-            "image_quality": self.output_compression,
+            "image_quality": self.image_quality,
             "sync_mode": self.response_format != "url",
             "preview": bool(self.partial_images),
         }

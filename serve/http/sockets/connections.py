@@ -252,7 +252,9 @@ class Connection(H11Protocol):
         headers = [*self.server_state.default_headers, *answer.raw_headers, close]
         reason = STATUS_PHRASES[error.status]
         response = h11.Response(status_code=error.status, headers=headers, reason=reason)
-        for event in (response, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+        content = (h11.Data(data=bytes(answer.body)), h11.EndOfMessage())
+        # What answers HEAD ends with its head (RFC 9110, 9.3.2).
+        for event in (response, *(() if self.conn.is_head else content)):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.write_eof()
         self.flow.resume_reading()

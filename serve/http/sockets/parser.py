@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import h11
@@ -17,12 +18,20 @@ BYTES_A_CHUNK = 256
 """A chunked body may have `FREE_CHUNKS`, and one more for each of these bytes. Each costs the
 parser some 20 microseconds, however small it is, and a read of the socket could have 40,000."""
 
+_URL = re.compile(
+    rb"https?://((?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]*)?)((?:/|\?|$).*)", re.IGNORECASE
+)
+"""A request's target in absolute form. One with another authority, as with a user, is no path that
+is known."""
+
 
 class CheckedParser(h11.Connection):
     """Parses a client's requests. Instead of raising it pauses, with the reason in `problem`:
     uvicorn would log each, and answer some of them in the middle of another answer."""
 
     problem: RequestError | None = None
+    is_head: bool = False
+    """Whether the last request, or what has arrived of it, asks for an answer's head only."""
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEAD_BYTES)
@@ -33,6 +42,8 @@ class CheckedParser(h11.Connection):
     def next_event(self) -> Any:
         if self.problem is not None:
             return h11.PAUSED
+        if self.their_state is h11.IDLE:
+            self.is_head = self.trailing_data[0].startswith(b"HEAD ")
         try:
             event = super().next_event()
         except h11.RemoteProtocolError as error:
@@ -43,6 +54,7 @@ class CheckedParser(h11.Connection):
         if isinstance(event, h11.Request):
             self._chunks = self._body_bytes = 0
             self.problem = _problem_of(event)
+            event = _in_origin_form(event)
         elif isinstance(event, h11.Data):
             self._chunks += event.chunk_start
             self._body_bytes += len(event.data)
@@ -60,6 +72,22 @@ class _FewLines(ReceiveBuffer):
         if lines is not None and len(lines) > 1 + MAX_HEAD_FIELDS:
             raise h11.LocalProtocolError("too many lines", HeadTooLarge.status)
         return lines
+
+
+def _in_origin_form(head: h11.Request) -> h11.Request:
+    """A request whose target is a URL, as one whose target is its path. A server must take both,
+    and has to believe the URL instead of the Host header (RFC 9112, 3.2.2). Everything behind the
+    parser sees one form only, so no check of the path or of the host sees another one."""
+    url = _URL.fullmatch(head.target)
+    if url is None:
+        return head
+    headers = [(name, value) for name, value in head.headers if name != b"host"]
+    return h11.Request(
+        method=head.method,
+        target=b"/" + url[2].removeprefix(b"/"),
+        headers=[(b"Host", url[1]), *headers],
+        http_version=head.http_version,
+    )
 
 
 def _problem_of(head: h11.Request) -> RequestError | None:

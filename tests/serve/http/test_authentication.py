@@ -149,7 +149,7 @@ WHAT_EACH_PATH_NEEDS = [
     ("GET", "/ready", 503, 503, 503),
     ("GET", "/stats", 401, 200, 401),
     ("GET", "/timeline/" + "0" * 32, 401, 404, 401),
-    ("GET", "/v1/models", 401, 200, 401),
+    ("GET", "/v1/models", 401, 503, 401),
     ("GET", "/openapi.json", 401, 200, 401),
     ("GET", "/nothing", 401, 404, 401),
     ("GET", "/stream", 401, 405, 401),

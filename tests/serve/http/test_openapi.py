@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from serve.engine.build import build_runtime
+from serve.engine.readiness import State
 from serve.engine.runtime import Runtime
 from serve.errors import (
     REQUEST_ERRORS,
@@ -105,6 +106,40 @@ def test_every_error_of_a_request_for_an_image_has_declared_headers(
     answer = ask(app, "POST", path, json=BODY)
     assert answer.status_code in (error.status, 400)
     check(app, answer, path)
+
+
+@pytest.mark.parametrize("state", [State.STARTING, State.FAILED, State.DRAINING])
+@pytest.mark.parametrize(
+    ("method", "path", "name"),
+    [
+        ("POST", "/v1/images/generations", None),
+        ("GET", "/v1/models", None),
+        ("GET", "/v1/models/{name}", "demo"),
+    ],
+)
+def test_without_a_model_openais_endpoints_say_so(
+    app: FastAPI,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    state: State,
+    method: str,
+    path: str,
+    name: str | None,
+) -> None:
+    """Also where the settings have further names for it."""
+    monkeypatch.setattr(runtime.readiness, "state", state)
+    monkeypatch.setattr(
+        runtime, "settings", runtime.settings.model_copy(update={"model_names": ("another",)})
+    )
+    body = {"json": BODY | {"model": "demo"}} if method == "POST" else {}
+    answer = ask(app, method, path.format(name=name), **body)
+    assert answer.status_code == 503
+    code = "draining" if state is State.DRAINING else "not_ready"
+    assert answer.json()["error"]["code"] == code
+    assert answer.headers["x-should-retry"] == "true"
+    check(app, answer, path)
+    declared = app.openapi()["paths"][path][method.lower()]["responses"]["503"]
+    assert f"`{code}`" in declared["description"]
 
 
 @pytest.mark.parametrize("headers", [{}, {"content-encoding": "gzip"}])

@@ -18,14 +18,21 @@ from pydantic import BaseModel, ValidationError
 
 from metrics.tracing import drawn_identity
 from serve.engine.call import Call
-from serve.errors import HeadTooLarge, InvalidRequest, MalformedHttp, RequestError
+from serve.engine.images import CONTENT_TYPES
+from serve.errors import (
+    HeadTooLarge,
+    InvalidRequest,
+    MalformedHttp,
+    NotAcceptable,
+    RequestError,
+)
 from serve.http.error_responses import error_body, field_problems
 from serve.http.gateway.image_app_errors import MAX_ERROR_BYTES, error_type_of, explain
 from serve.http.image_responses import as_image_request, wants_image
 from serve.http.middleware import _trace_carrier
 from serve.http.openai.schema import ImageGenerationRequest
 from serve.http.sockets.parser import BYTES_A_CHUNK, FREE_CHUNKS, MAX_HEAD_FIELDS, CheckedParser
-from serve.schema import ImageToImageRequest, PromptRequest, TextToImageRequest
+from serve.schema import ImageFormat, ImageToImageRequest, PromptRequest, TextToImageRequest
 
 pytestmark = pytest.mark.parser
 
@@ -109,6 +116,14 @@ def test_any_fields_of_openais_api_are_a_request_or_an_error_without_their_value
         assert request.response_quality
 
 
+@given(st.integers(0, 100), st.sampled_from(["jpeg", "webp"]))
+def test_every_compression_of_openais_api_is_a_quality(value: int, image_format: str) -> None:
+    request = ImageGenerationRequest.model_validate(
+        {"prompt": "a circle", "output_format": image_format, "output_compression": value}
+    )
+    assert request.text_to_image(20).image_quality == max(1, value)
+
+
 # Headers
 
 TYPES = st.sampled_from(
@@ -134,8 +149,67 @@ def test_any_accept_header_means_json_an_image_or_an_error(accept: str) -> None:
     if wants_image(accept):
         with contextlib.suppress(RequestError):  # not acceptable
             chosen = as_image_request(request, accept)
-            named = chosen.format == request.format or f"image/{chosen.format}" in accept.lower()
-            assert named
+            assert f"image/{chosen.format}" in accept.lower() or "*" in accept
+
+
+RANGES = ["image/jpeg", "image/png", "image/webp", "image/avif", "image/*", "*/*", "text/html"]
+JSON_RANGES = ["application/json", "application/*"]
+QUALITIES = st.dictionaries(
+    st.sampled_from(RANGES + JSON_RANGES), st.sampled_from([0.0, 0.001, 0.5, 1.0])
+)
+
+
+@given(QUALITIES, st.sampled_from([None, *CONTENT_TYPES]), st.sampled_from([";q=", " ; Q = "]))
+def test_the_image_is_of_a_type_that_the_accept_header_likes_best(
+    qualities: dict[str, float], image_format: ImageFormat | None, before: str
+) -> None:
+    accept = ", ".join(f"{name.upper()}{before}{value}" for name, value in qualities.items())
+
+    def liked(*ranges: str) -> float:
+        return next((qualities[each] for each in ranges if each in qualities), 0.0)
+
+    images = {each: liked(f"image/{each}", "image/*", "*/*") for each in CONTENT_TYPES}
+    json_liked = liked(*JSON_RANGES)
+    names_images = any(qualities.get(each, 0.0) for each in RANGES[:5])
+    wanted = names_images and (json_liked == 0.0 or max(images.values()) > json_liked)
+    assert wants_image(accept) == wanted
+    fields = {} if image_format is None else {"format": image_format}
+    request = TextToImageRequest.model_validate({"prompt": "a circle"} | fields)
+    best = max(images.values()) if image_format is None else images[image_format]
+    if best == 0.0:
+        with pytest.raises(NotAcceptable):
+            as_image_request(request, accept)
+    else:
+        chosen = as_image_request(request, accept).format
+        assert images[chosen] == best
+        assert chosen == (image_format or chosen)
+
+
+@pytest.mark.parametrize(
+    ("accept", "fields", "chosen"),
+    [
+        ("image/webp, */*", {"format": "png"}, "png"),
+        ("image/webp, */*", {}, "webp"),
+        ("image/png;q=0.1, image/webp;q=0.9", {}, "webp"),
+        ("image/webp, image/png", {}, "webp"),
+        ("image/*, image/jpeg;q=0", {}, "png"),
+        ("image/*;q=0.2, application/json;q=0.1", {}, "jpeg"),
+        ("image/avif, image/webp, image/*, */*;q=0.8", {"format": "jpeg"}, "jpeg"),
+    ],
+)
+def test_an_accept_header_chooses_a_format(
+    accept: str, fields: dict[str, str], chosen: str
+) -> None:
+    assert wants_image(accept)
+    request = TextToImageRequest.model_validate({"prompt": "a circle"} | fields)
+    assert as_image_request(request, accept).format == chosen
+
+
+@pytest.mark.parametrize(
+    "accept", ["image/png, application/json", "image/avif, application/*;q=0.1"]
+)
+def test_json_is_answered_where_it_is_liked_as_much(accept: str) -> None:
+    assert not wants_image(accept)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["traceparent", "tracestate"]), st.text(max_size=60))))
@@ -220,6 +294,37 @@ def test_a_chunked_body_is_its_chunks(chunks: list[bytes], places: list[int]) ->
     assert problem is None
     assert body == b"".join(chunks)
     assert events == ["Request", "EndOfMessage"]
+
+
+def request_of(target: str, host: bytes = b"there") -> h11.Request:
+    parser = CheckedParser()
+    parser.receive_data(b"GET %b HTTP/1.1\r\nHost: %b\r\nX: 1\r\n\r\n" % (target.encode(), host))
+    event = parser.next_event()
+    assert isinstance(event, h11.Request)
+    return event
+
+
+PATHS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=20)
+
+
+@given(
+    st.sampled_from(["http", "HTTPS"]),
+    st.sampled_from(["x", "127.0.0.1:80", "[::1]:8080", "evil.test", "a:"]),
+    PATHS.map("/".__add__) | PATHS.map("?".__add__) | st.just(""),
+)
+def test_a_url_is_its_path_and_its_host(scheme: str, host: str, path: str) -> None:
+    found = request_of(f"{scheme}://{host}{path}")
+    same = request_of(path if path.startswith("/") else "/" + path, host.encode())
+    assert found.target == same.target
+    assert sorted(found.headers) == sorted(same.headers)
+
+
+@given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1))
+def test_no_path_is_taken_for_a_url(path: str) -> None:
+    for target in ("/" + path, "//" + path, "http:/x/" + path, "http://u@" + path, "ftp://" + path):
+        found = request_of(target)
+        assert found.target == target.encode()
+        assert dict(found.headers)[b"host"] == b"there"
 
 
 def test_a_body_of_tiny_chunks_is_refused_before_all_are_parsed() -> None:
