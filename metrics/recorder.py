@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Literal
 
 from metrics.catalogue import GenerationMetrics
@@ -89,10 +90,11 @@ class Recorder:
         slow = keep_reason is not None or slow_reason(request) is not None
         steps = self._steps == "all" or (self._steps == "slow" and slow)
         exemplar = None
-        if decided.exported and self._tracing.emit(
-            decided, request_tree(request, steps, decided.caller)
-        ):
-            exemplar = {"trace_id": identity.trace_id_hex, "span_id": identity.span_id_hex}
+        with self._failure_counted():  # the metrics count a request without spans too
+            if decided.exported and self._tracing.emit(
+                decided, request_tree(request, steps, decided.caller)
+            ):
+                exemplar = {"trace_id": identity.trace_id_hex, "span_id": identity.span_id_hex}
         self._metrics.observe_request(request, exemplar)
         for listener in self._listeners:
             listener(request, decided)
@@ -101,14 +103,19 @@ class Recorder:
         """Run `work` on the recorder's thread. An exception is counted and logged."""
 
         def guarded() -> None:
-            try:
+            with self._failure_counted():
                 work()
-            except Exception:
-                # A request must not fail because of its telemetry.
-                self._metrics.record_failed()
-                logger.exception("a finished request could not be recorded")
 
         try:
             self._executor.submit(guarded)
         except RuntimeError:  # closed: the process ends
             self._metrics.record_failed()
+
+    @contextmanager
+    def _failure_counted(self) -> Iterator[None]:
+        """Count and log an exception instead of raising it: nothing fails because of telemetry."""
+        try:
+            yield
+        except Exception:
+            self._metrics.record_failed()
+            logger.exception("a finished request could not be recorded")

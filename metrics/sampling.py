@@ -191,5 +191,6 @@ def _callers_probability(parent: SpanContext | None) -> float:
     for field in entry.split(";"):
         threshold = _THRESHOLD.fullmatch(field)
         if threshold is not None:
-            return 1 - int(threshold[1].ljust(14, "0"), 16) / 16**14
+            # Subtracted as integers: the highest thresholds, as floats, would leave 0.
+            return (16**14 - int(threshold[1].ljust(14, "0"), 16)) / 16**14
     return 1.0

@@ -64,6 +64,8 @@ Carrier = Mapping[str, str | Sequence[str]]
 
 HONEYCOMB_SAMPLE_RATE = "SampleRate"
 """The weight as Honeycomb reads it: 1/p as an integer."""
+MAX_HONEYCOMB_SAMPLE_RATE = 2**31 - 1
+"""Honeycomb keeps it in 32 bits. An OTLP attribute has 64, which 1/p may exceed too."""
 
 CountResults = Callable[[str, int], None]
 """Counts spans by result: a value of `catalogue.SPAN_RESULTS`, and how many spans."""
@@ -87,7 +89,8 @@ class PresetIds(IdGenerator, Sampler):
         self._root = identity
         self._attributes = {PROBABILITY: identity.probability}
         if self._honeycomb:
-            self._attributes[HONEYCOMB_SAMPLE_RATE] = max(1, round(1 / identity.probability))
+            weight = min(1 / identity.probability, MAX_HONEYCOMB_SAMPLE_RATE)
+            self._attributes[HONEYCOMB_SAMPLE_RATE] = max(1, round(weight))
 
     def generate_trace_id(self) -> int:
         return self._root.trace_id if self._root else self._random.generate_trace_id()

@@ -34,6 +34,7 @@ class Readiness:
         shapes: the shapes that are warm; the first is the default size.
         planned_shapes: the shapes that the start-up warms; empty until the model is loaded.
         batch_sizes: for each warm shape, the numbers of images that a run may have, ascending.
+            Written on the GPU thread.
         phases_ms: duration of each finished phase of the start-up.
         compile: how the model was prepared to run, and what the compiler did.
         scheduler: its `kind` and `spacing`, and what is `wrong` with them for this checkpoint.

@@ -374,7 +374,22 @@ class Startup:
     def _warm(self, loaded: LoadedModel, warmup: Warmup, shape: CompiledShape) -> None:
         with loaded.compiling_allowed():
             warmup.warm(shape)
+        self._add_batch_sizes(loaded, warmup)
         self._report_warmup(warmup.report())
+
+    def _add_batch_sizes(self, loaded: LoadedModel, warmup: Warmup) -> None:
+        """Give the shapes that became warm their batch sizes.
+
+        A shape that has some keeps them: the runtime may have taken those away that ran out of
+        memory. It does so on the GPU thread too, so neither loses what the other writes.
+        """
+        known = self._readiness.batch_sizes
+        added = {
+            shape: warmup.warm_sizes(shape) if loaded.has_graphs else loaded.batch_sizes
+            for shape in warmup.warm_shapes
+            if shape not in known
+        }
+        self._readiness.batch_sizes = {**known, **added}
 
     def _verify(self, loaded: LoadedModel, warmup: Warmup) -> None:
         try:
@@ -455,15 +470,10 @@ class Startup:
         """Serve the shapes that are warm by now."""
         if self._own_process and self._readiness.state is State.STARTING:
             self._leave_out_of_collections()
-        shapes, sizes = warmup.warm_shapes, loaded.batch_sizes
-        self._readiness.batch_sizes = {
-            shape: warmup.warm_sizes(shape) if loaded.has_graphs else sizes for shape in shapes
-        }
-        self._readiness.shapes = shapes
-        self._metrics.set_warm_shapes([str(shape) for shape in shapes], max_batch=sizes[-1])
-        self._metrics.set_budget(
-            build_budget(self._settings, warmup.warm_shapes[0], self._readiness.device)
-        )
+        shapes = self._readiness.shapes = warmup.warm_shapes
+        largest = loaded.batch_sizes[-1]
+        self._metrics.set_warm_shapes([str(shape) for shape in shapes], max_batch=largest)
+        self._metrics.set_budget(build_budget(self._settings, shapes[0], self._readiness.device))
         if self._readiness.state is State.STARTING:
             self._readiness.state = State.READY
             self._readiness.phase = "ready"

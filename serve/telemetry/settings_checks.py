@@ -347,7 +347,7 @@ def _check_batch_size(settings: ServeSettings, backend: Backend) -> Iterator[Fin
 def _check_pushed_metrics(settings: ServeSettings, backend: Backend) -> Iterator[Finding]:
     if not settings.pushes_metrics or settings.otlp_metrics_endpoint is not None:
         return  # not pushed, or to another endpoint
-    if backend.delta_metrics and settings.otlp_metrics_temporality != "delta":
+    if backend.delta_metrics and settings.otlp_metrics_temporality == "cumulative":
         yield Finding(
             Severity.PROBLEM,
             "metrics",

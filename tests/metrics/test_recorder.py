@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from metrics.catalogue import GenerationMetrics
 from metrics.recorder import Recorder, StepSpans
-from metrics.records import Failure, WarmupTiming
+from metrics.records import Failure, RequestTiming, WarmupTiming
 from metrics.sampling import KeepRules, TraceSampling
 from metrics.tracing import SpanDestination, Tracing
 from tests.metrics.timings import START_NS, request_timing
@@ -79,6 +79,24 @@ def test_a_failure_to_record_is_counted_and_raises_nowhere(
     assert registry.get_sample_value("sdxl_record_failures_total") == 1
     assert registry.get_sample_value("sdxl_images_total") == 1
     assert "could not be recorded" in caplog.text
+
+
+def test_a_request_whose_spans_fail_is_in_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    rec, tracing, exporter, registry = recorder()
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    heard: list[RequestTiming] = []
+    rec.listen(lambda request, _: heard.append(request))
+    monkeypatch.setattr(tracing, "emit", broken)
+    request = request_timing()
+    rec.record(request, tracing.identify())
+    rec.close(5)
+    assert exporter.get_finished_spans() == ()
+    assert registry.get_sample_value("sdxl_record_failures_total") == 1
+    assert registry.get_sample_value("sdxl_images_total") == 1
+    assert heard == [request]
 
 
 def test_a_request_after_the_end_is_counted() -> None:

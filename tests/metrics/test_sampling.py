@@ -123,6 +123,11 @@ def test_a_callers_own_probability_is_carried_on(tracestate: str, probability: f
     assert identity.probability == pytest.approx(probability)
 
 
+def test_the_smallest_probability_of_a_caller_is_not_zero() -> None:
+    identity = decided(TraceSampling(), caller(True, "ot=th:ffffffffffffff"))
+    assert identity.probability == 2**-56
+
+
 def test_the_bucket_bounds_what_an_incident_keeps() -> None:
     clock = Seconds()
     sampling = TraceSampling(0.0, keep=KeepRules(), bucket=TokenBucket(3, 0.5, clock))

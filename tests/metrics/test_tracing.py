@@ -242,6 +242,23 @@ def test_every_span_has_its_probability(rate: float) -> None:
         assert span.attributes[HONEYCOMB_SAMPLE_RATE] == round(1 / rate)
 
 
+@pytest.mark.parametrize(
+    ("threshold", "weight"),
+    [("ffffffff", 2**31 - 1), ("fffffffe", 2**31 - 1), ("fffffffc", 2**30)],
+)
+def test_honeycombs_sample_rate_fits_32_bits(threshold: str, weight: int) -> None:
+    exporter = InMemorySpanExporter()
+    pipeline, _ = tracing(exporter, honeycomb=True)
+    caller = {
+        "traceparent": f"00-{'a' * 32}-{'b' * 16}-01",
+        "tracestate": f"ot=th:{threshold}",
+    }
+    pipeline.emit(pipeline.identify(caller), request_tree(request_timing()))
+    pipeline.shutdown(5)
+    spans = exporter.get_finished_spans()
+    assert {(span.attributes or {})[HONEYCOMB_SAMPLE_RATE] for span in spans} == {weight}
+
+
 def test_only_honeycomb_gets_its_sample_rate() -> None:
     exporter = InMemorySpanExporter()
     pipeline, _ = tracing(exporter)

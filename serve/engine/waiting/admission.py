@@ -43,7 +43,7 @@ class Admission:
         Raises:
             Draining: the process is shutting down.
             QueueFull: too many requests wait already.
-            DeadlineExceeded: it would not be done in time, however fast its run is.
+            DeadlineExceeded: it would not be drawn in time, however fast its run is.
         """
         self.refuse_if_full(planned, call)
         runs = self._runs(planned, call)
@@ -76,17 +76,16 @@ class Admission:
     def _refuse_if_too_late(
         self, runs: QueuedRuns, seconds: float | None, deadline_seconds: float
     ) -> None:
-        if not self._estimates.has_evidence(runs.planned):
-            return
-        least = self._seconds_until_done(runs, fastest=True)
+        # The deadline ends when the images are drawn, so what follows takes nothing from it.
+        state = self._queue.state()
+        least = self._estimates.least_seconds_until_drawn(runs, state, self._sizes)
         left = deadline_seconds - runs.call.timeline.elapsed_seconds()
         margin = IDLE_MARGIN if self._queue.idle else BUSY_MARGIN
-        if least is not None and least > margin * left:
+        if least > max(0.0, margin * left):
             raise DeadlineExceeded(deadline_seconds, _to_ms(seconds), refused=True)
 
-    def _seconds_until_done(self, runs: QueuedRuns, fastest: bool = False) -> float | None:
-        state = self._queue.state()
-        return self._estimates.seconds_until_done(runs, state, self._sizes, fastest)
+    def _seconds_until_done(self, runs: QueuedRuns) -> float | None:
+        return self._estimates.seconds_until_done(runs, self._queue.state(), self._sizes)
 
     def _retry_after_seconds(self) -> int:
         """When the next place in the queue is free: at the end of the run in progress."""

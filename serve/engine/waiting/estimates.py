@@ -2,7 +2,9 @@
 
 Step and stage times are measured anyway. For each image size, with and without guidance, and for
 each number of images, the newest runs are kept: their median is the estimate, their fastest the
-bound that decides whether a deadline can be met.
+bound that decides whether a deadline can be met. Only what was measured often and recently enough
+counts for that bound: a request that is refused measures nothing, so an old spell of slow runs
+would refuse requests for ever.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ BACK_TO_BACK_NS = 50_000_000
 """A run that begins this soon after another had requests that waited for it."""
 EVIDENCE_RUNS = 5
 EVIDENCE_SECONDS = 300.0
-"""A deadline is judged by runs if at least this many are not older than this. So a service that was
-slow for a while accepts requests again, and measures."""
+"""Durations are evidence to refuse a request by if at least this many of their kind are not older
+than this. So a service that was slow for a while accepts requests again, and measures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +88,41 @@ class RunEstimate:
         return self.guided_step if index < self.guided_steps else self.unguided_step
 
 
+class _Durations:
+    """The newest durations of one kind, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: deque[float] = deque(maxlen=NEWEST)
+        self._served_at: deque[float] = deque(maxlen=EVIDENCE_RUNS)
+
+    def add(self, seconds: float, at: float | None) -> None:
+        """Add a duration that ended at `at`; None: it is the warm-up's, and no evidence."""
+        self.seconds.append(seconds)
+        if at is not None:
+            self._served_at.append(at)
+
+    @property
+    def evidence_at(self) -> float:
+        """Since when there has been enough to refuse a request by; -inf if there is not."""
+        served_at = list(self._served_at)
+        return served_at[0] if len(served_at) == EVIDENCE_RUNS else -math.inf
+
+    def summary(self, of: Callable[[Iterable[float]], float]) -> float:
+        """The median or the least; 0 while none is measured."""
+        return of(list(self.seconds) or [0.0])
+
+
 class _Newest:
     """The newest runs of one kind. A run whose guidance ends early shows, of the kind without
     guidance, how long a step takes."""
 
     def __init__(self) -> None:
-        self.before: deque[float] = deque(maxlen=NEWEST)
-        self.step: deque[float] = deque(maxlen=NEWEST)
-        self.after: deque[float] = deque(maxlen=NEWEST)
+        self.before = _Durations()
+        self.step = _Durations()
+        self.after = _Durations()
 
     def summary(self, of: Callable[[Iterable[float]], float]) -> Pace:
-        return Pace(*(of(values or [0.0]) for values in (self.before, self.step, self.after)))
+        return Pace(*(each.summary(of) for each in (self.before, self.step, self.after)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,25 +131,21 @@ class _Seen:
 
     Attributes:
         whole: whether there were runs of this kind, and not only some steps of other runs.
+        whole_evidence_at: `evidence_at` of the runs of this kind.
+        step_evidence_at: the same of the steps, those of other runs included.
     """
 
     median: Pace
     fastest: Pace
     whole: bool
+    whole_evidence_at: float
+    step_evidence_at: float
 
 
 def _stage_seconds(run: RunTiming, name: str) -> float:
     """How long a stage took that not every run has; 0 if this one had none."""
     stage = run.stage(name)
     return 0.0 if stage is None else stage.duration_ns / 1e9
-
-
-def _typical(seconds: Iterable[float], fastest: bool) -> float:
-    """The median, or the least; 0 while none is measured."""
-    seen = list(seconds)
-    if not seen:
-        return 0.0
-    return min(seen) if fastest else statistics.median(seen)
 
 
 class Estimates:
@@ -134,16 +156,15 @@ class Estimates:
         self._monotonic = monotonic
         self._runs: dict[tuple[str, bool, int], _Newest] = {}
         self._seen: dict[tuple[str, bool], dict[int, _Seen]] = {}
-        self._observed_at: dict[tuple[str, bool], deque[float]] = {}
         self._last_run: RunTiming | None = None
         self._last_ended_at = -math.inf
         self._following: dict[tuple[str, int, int, int], deque[int]] = {}
         """The images of the last runs of a kind that followed a run of that many images."""
-        self._answers: dict[tuple[str, str, int], deque[float]] = {}
-        self._swaps: deque[float] = deque(maxlen=NEWEST)
-        """Seconds of the last changes of LoRAs."""
-        self._encodes: dict[str, deque[float]] = {}
-        """By shape, seconds for each image of the last runs that began with pictures."""
+        self._answers: dict[tuple[str, str, int], _Durations] = {}
+        self._swaps = _Durations()
+        """Of changes of LoRAs."""
+        self._encodes: dict[str, _Durations] = {}
+        """By shape, for each image of the runs that began with pictures."""
 
     # Learning
 
@@ -156,25 +177,22 @@ class Estimates:
         """
         if run.profiled or run.eager_fallback or run.between_steps or not run.steps:
             return
+        at = self._monotonic() if serving else None
         if (swap := _stage_seconds(run, "lora_swap")) > 0:
-            self._swaps.append(swap)
+            self._swaps.add(swap, at)
         if (encode := _stage_seconds(run, "vae_encode")) > 0:
-            encodes = self._encodes.setdefault(run.shape, deque(maxlen=NEWEST))
             if not serving:
-                encodes.clear()
-            encodes.append(encode / run.batch_size)
-        kind = run.shape, run.guidance
+                self._encodes.pop(run.shape, None)
+            self._encodes.setdefault(run.shape, _Durations()).add(encode / run.batch_size, at)
         for guidance in run.steps_by_guidance:
             if not serving:
                 # The runs before it may have compiled.
                 self._runs.pop((run.shape, guidance, run.batch_size), None)
-            self._learn(run, guidance)
+            self._learn(run, guidance, at)
         if serving:
-            observed = self._observed_at.setdefault(kind, deque(maxlen=EVIDENCE_RUNS))
-            observed.append(self._monotonic())
             self._observe_order(run)
 
-    def _learn(self, run: RunTiming, guidance: bool) -> None:
+    def _learn(self, run: RunTiming, guidance: bool, at: float | None) -> None:
         """Learn from a run's steps with or without guidance, and from its other stages if it is a
         run of that kind."""
         denoise = run.stage("denoise")
@@ -184,12 +202,18 @@ class Estimates:
         # Time between the steps counts as theirs.
         begin = run.steps[steps[0].index - 1].end_ns if steps[0].index else denoise.start_ns
         end = steps[-1].end_ns if steps[-1] is not run.steps[-1] else denoise.end_ns
-        newest.step.append((end - begin) / 1e9 / len(steps))
+        newest.step.add((end - begin) / 1e9 / len(steps), at)
         if guidance == run.guidance:
             special = _stage_seconds(run, "lora_swap") + _stage_seconds(run, "vae_encode")
-            newest.before.append((denoise.start_ns - run.start_ns) / 1e9 - special)
-            newest.after.append((run.end_ns - denoise.end_ns) / 1e9)
-        seen = _Seen(newest.summary(statistics.median), newest.summary(min), bool(newest.before))
+            newest.before.add((denoise.start_ns - run.start_ns) / 1e9 - special, at)
+            newest.after.add((run.end_ns - denoise.end_ns) / 1e9, at)
+        seen = _Seen(
+            median=newest.summary(statistics.median),
+            fastest=newest.summary(min),
+            whole=bool(newest.before.seconds),
+            whole_evidence_at=newest.before.evidence_at,
+            step_evidence_at=newest.step.evidence_at,
+        )
         # A new mapping, which a reader on the other thread sees whole.
         of_kind = self._seen.get((run.shape, guidance), {})
         self._seen[run.shape, guidance] = {**of_kind, run.batch_size: seen}
@@ -205,14 +229,19 @@ class Estimates:
 
     def observe_answer(self, planned: PlannedRequest, seconds: float) -> None:
         """Learn how long a request took from its last run's end until its images were stored."""
-        self._answers.setdefault(_answer_kind(planned), deque(maxlen=NEWEST)).append(seconds)
+        answers = self._answers.setdefault(_answer_kind(planned), _Durations())
+        answers.add(seconds, self._monotonic())
 
     # Estimating
 
     def run_estimate(
         self, planned: PlannedRequest, images: int, fastest: bool = False
     ) -> RunEstimate | None:
-        """A run of such requests; None if none has been measured."""
+        """A run of such requests; None if none has been measured.
+
+        Args:
+            fastest: as fast as the fastest, of those that there is evidence of.
+        """
         shape = str(planned.shape)
         pace = self._pace(shape, planned.guided, images, fastest)
         if pace is None:
@@ -231,7 +260,8 @@ class Estimates:
     def _pace(
         self, shape: str, guidance: bool, images: int, fastest: bool, whole: bool = True
     ) -> Pace | None:
-        """The pace of runs of one kind; None if none has been measured.
+        """The pace of runs of one kind; None if none has been measured, or for the fastest if there
+        is no evidence of any.
 
         A number of images that has not been measured is estimated from those that have.
 
@@ -239,11 +269,14 @@ class Estimates:
             whole: of whole runs; otherwise single steps are enough, and the rest may be 0.
         """
         seen = self._seen.get((shape, guidance), {})
-        known = {
-            count: each.fastest if fastest else each.median
-            for count, each in seen.items()
-            if each.whole or not whole
-        }
+        if fastest:
+            known = {
+                count: each.fastest
+                for count, each in seen.items()
+                if self._is_evidence(each.whole_evidence_at if whole else each.step_evidence_at)
+            }
+        else:
+            known = {c: each.median for c, each in seen.items() if each.whole or not whole}
         if not known:
             return None
         if images in known:
@@ -258,15 +291,20 @@ class Estimates:
         assert upper is not None
         return known[upper].scaled(images / upper) if fastest else known[upper]
 
-    def answer_seconds(self, planned: PlannedRequest, fastest: bool = False) -> float:
+    def answer_seconds(self, planned: PlannedRequest) -> float:
         """From the end of the last run until the images are stored; 0 while none is measured."""
-        return _typical(self._answers.get(_answer_kind(planned), ()), fastest)
+        return self._typical(self._answers.get(_answer_kind(planned)))
 
-    def has_evidence(self, planned: PlannedRequest) -> bool:
-        """Whether enough runs of this size are recent enough to refuse a request by."""
-        observed = self._observed_at.get((str(planned.shape), planned.guided), ())
-        since = self._monotonic() - EVIDENCE_SECONDS
-        return sum(at >= since for at in list(observed)) >= EVIDENCE_RUNS
+    def _is_evidence(self, evidence_at: float) -> bool:
+        return evidence_at >= self._monotonic() - EVIDENCE_SECONDS
+
+    def _typical(self, durations: _Durations | None, fastest: bool = False) -> float:
+        """The median; 0 while none is measured. Or the least, 0 without evidence."""
+        if durations is None:
+            return 0.0
+        if not fastest:
+            return durations.summary(statistics.median)
+        return durations.summary(min) if self._is_evidence(durations.evidence_at) else 0.0
 
     def images_after(self, planned: PlannedRequest, images: int) -> int:
         """The images of a usual run of such requests that follows a run of `images` images.
@@ -280,31 +318,44 @@ class Estimates:
 
     def swap_seconds(self, fastest: bool = False) -> float:
         """Seconds of a change of LoRAs; 0 while none is measured."""
-        return _typical(self._swaps, fastest)
+        return self._typical(self._swaps, fastest)
 
     def _encode_seconds(self, shape: str, fastest: bool) -> float:
         """Seconds of encoding one picture; 0 while none is measured."""
-        return _typical(self._encodes.get(shape, ()), fastest)
+        return self._typical(self._encodes.get(shape), fastest)
 
     # Forecasts
 
     def seconds_until_done(
-        self, target: QueuedRuns, queue: QueueState, sizes: BatchSizes, fastest: bool = False
+        self, target: QueuedRuns, queue: QueueState, sizes: BatchSizes
     ) -> float | None:
         """Seconds from now until a request's images are stored; None if that is not known.
 
         Args:
             target: the request: one of the queue, or one that would join it.
-            fastest: the shortest time that is possible, instead of the likely one: every run at
-                the pace of the fastest, and no request joins a run that has not begun.
         """
+        drawn = self._seconds_until_drawn(target, queue, sizes)
+        return None if drawn is None else drawn + self.answer_seconds(target.planned)
+
+    def least_seconds_until_drawn(
+        self, target: QueuedRuns, queue: QueueState, sizes: BatchSizes
+    ) -> float:
+        """The shortest time that is possible until a request's last run has ended: every run at the
+        pace of the fastest, and no request joins a run that has not begun. A run that there is no
+        evidence of counts as no time.
+        """
+        return self._seconds_until_drawn(target, queue, sizes, fastest=True) or 0.0
+
+    def _seconds_until_drawn(
+        self, target: QueuedRuns, queue: QueueState, sizes: BatchSizes, fastest: bool = False
+    ) -> float | None:
         running = queue.running
         seconds = 0.0
         if running is not None:
             left = self.seconds_left(running, fastest)
-            if left is None:
+            if left is None and not fastest:
                 return None
-            seconds = left
+            seconds = left or 0.0
         joined = any(each.call is target.call for each in queue.waiting)
         waiting = queue.waiting if joined else [*queue.waiting, target]
         runs = [run for each in waiting for run in each.runs()]
@@ -323,13 +374,13 @@ class Estimates:
             images = sum(run.next_images for run in batch)
             images = max(images, min(expected, sizes(planned)[-1]))
             estimate = self.run_estimate(planned, images, fastest)
-            if estimate is None:
+            if estimate is None and not fastest:
                 return None
-            seconds += estimate.seconds
+            seconds += 0.0 if estimate is None else estimate.seconds
             missing -= sum(run.call is target.call for run in batch)
         if running is None and not queue.waiting and not fastest and target.images:
             seconds += queue.max_wait_seconds
-        return seconds + self.answer_seconds(target.planned, fastest)
+        return seconds
 
     def _images_before(self, running: Batch | None) -> int:
         """The images of the run that the next one follows; 0 if it follows none."""

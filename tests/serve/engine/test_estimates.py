@@ -195,7 +195,8 @@ def test_only_the_last_run_of_the_warm_up_counts() -> None:
 def test_a_number_of_images_that_was_not_measured() -> None:
     estimates = Server().estimates
     for images, step_ms in ((2, 40), (4, 60)):
-        estimates.observe_run(run_of(images, step_ms), serving=True)
+        for _ in range(EVIDENCE_RUNS):
+            estimates.observe_run(run_of(images, step_ms), serving=True)
 
     def step_ms(images: int, fastest: bool = False) -> float:
         run = estimates.run_estimate(planned(), images, fastest)
@@ -294,9 +295,9 @@ def test_a_full_queue_says_when_a_place_is_free_and_when_the_image_would_be_done
     assert caught.value.eta_ms == pytest.approx(3 * 3070)
 
 
-def admitted(server: Server, deadline_seconds: float) -> bool:
+def admitted(server: Server, deadline_seconds: float, **fields: Any) -> bool:
     try:
-        server.admission.admit(planned(), new_call(), deadline_seconds)
+        server.admission.admit(planned(**fields), new_call(), deadline_seconds)
     except DeadlineExceeded as refused:
         return refused.eta_ms is None  # a refusal says how long it would take
     return True
@@ -325,6 +326,85 @@ def test_without_evidence_none_is_refused() -> None:
     assert not admitted(server, 0.01)
     server.clock.now += EVIDENCE_SECONDS + 1
     assert admitted(server, 0.01)
+
+
+def test_storage_that_was_slow_refuses_nothing() -> None:
+    """The deadline ends when the images are drawn."""
+    server = Server()
+    server.learn(*(run_of() for _ in range(EVIDENCE_RUNS)))
+    for _ in range(NEWEST):
+        server.estimates.observe_answer(planned(), 9.0)
+    assert admitted(server, 0.38)
+    assert server.seconds() == pytest.approx(0.37 + 9)
+
+
+def test_an_old_spell_of_slow_runs_refuses_nothing_while_others_run() -> None:
+    server = Server(sizes=(1, 2, 3, 4))
+    server.learn(*(run_of(4, step_ms=900) for _ in range(NEWEST)))
+    assert not admitted(server, 2, images=4)
+    assert not admitted(server, 0.1)  # by a quarter of their time
+    server.clock.now += EVIDENCE_SECONDS + 1
+    server.learn(*(run_of() for _ in range(EVIDENCE_RUNS)))
+    assert admitted(server, 2, images=4)
+    assert not admitted(server, 0.1, images=4)  # it takes no less than one image
+    server.learn(*(run_of(4, step_ms=900) for _ in range(EVIDENCE_RUNS)))
+    assert not admitted(server, 2, images=4)
+
+
+def test_steps_of_other_runs_are_no_evidence_of_whole_runs() -> None:
+    server = Server()
+    slow_text = run_of(guidance=False, start_ns=-9_000 * MS)
+    server.learn(*(slow_text for _ in range(NEWEST)))
+    assert not admitted(server, 2, guidance_scale=1.0)
+    server.clock.now += EVIDENCE_SECONDS + 1
+    mixed = mixed_run_of(guided=3, steps=5, guided_ms=40, unguided_ms=15)
+    server.learn(*(mixed for _ in range(EVIDENCE_RUNS)))
+    assert admitted(server, 2, guidance_scale=1.0)
+    assert not admitted(server, 0.1)
+
+
+def test_a_run_before_it_without_evidence_counts_as_no_time() -> None:
+    server = Server()
+    server.learn(*(run_of() for _ in range(EVIDENCE_RUNS)))
+    other = dataclasses.replace(planned(), shape=CompiledShape(160, 96))
+    slow = run_of(step_ms=900, shape="160x96")
+    server.estimates.observe_run(slow, serving=False)
+    server.queue.join(other, new_call(), None, (1,))
+    assert admitted(server, 0.35)  # of 0.37 s and what is not known
+    assert not admitted(server, 0.3)
+    server.begun()
+    assert not admitted(server, 0.3)
+    assert admitted(server, 2)
+    server.learn(*(slow for _ in range(EVIDENCE_RUNS)))
+    assert not admitted(server, 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "wanted"),
+    [
+        ("lora_swap", dataclasses.replace(planned(), loras=(("ink", 1.0),))),
+        ("vae_encode", dataclasses.replace(planned(), strength=1.0)),
+    ],
+)
+def test_a_stage_that_was_slow_long_ago_refuses_nothing(stage: str, wanted: PlannedRequest) -> None:
+    server = Server()
+    run = run_of(at_ns=9_000 * MS)
+    slow = dataclasses.replace(
+        run, start_ns=0, stages=(StageTiming(stage, 0, 9_000 * MS), *run.stages)
+    )
+    server.learn(*(slow for _ in range(NEWEST)))
+
+    def is_admitted() -> bool:
+        try:
+            server.admission.admit(wanted, new_call(), 2)
+        except DeadlineExceeded:
+            return False
+        return True
+
+    assert not is_admitted()
+    server.clock.now += EVIDENCE_SECONDS + 1
+    server.learn(*(run_of() for _ in range(EVIDENCE_RUNS)))
+    assert is_admitted()
 
 
 def test_slow_runs_among_fast_ones_refuse_nothing() -> None:

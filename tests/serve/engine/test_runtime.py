@@ -150,7 +150,7 @@ def test_a_deadline_passes_midway(
     decoded: list[object] = []
     monkeypatch.setattr(runtime.loaded.model, "decode", decoded.append)
     # Otherwise it would be refused at once.
-    monkeypatch.setattr(runtime.estimates, "has_evidence", lambda _: False)
+    monkeypatch.setattr(runtime.estimates, "least_seconds_until_drawn", lambda *_: 0.0)
     call = new_call()
     with pytest.raises(DeadlineExceeded):
         generate(runtime, call, num_inference_steps=100, deadline_seconds=0.3)

@@ -104,6 +104,42 @@ def test_ready_early_serves_between_the_sizes() -> None:
     runtime.close(1)
 
 
+def test_a_batch_size_without_memory_stays_away_while_other_sizes_warm() -> None:
+    runtime = build(ready_early=True, max_batch=3)
+    real = runtime._warm_once
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        second_may_begin = asyncio.Event()
+
+        def run_once(shape: CompiledShape, kind: RunKind) -> None:
+            if shape.width == 160 and kind.guided:
+                asyncio.run_coroutine_threadsafe(second_may_begin.wait(), loop).result(60)
+            real(shape, kind)
+
+        runtime._warm_once = run_once
+        await runtime.start()
+        denoise = runtime.loaded.model.denoise
+
+        def without_memory(*args: Any, seeds: list[int], **options: Any) -> torch.Tensor:
+            if len(seeds) > 1:
+                raise torch.OutOfMemoryError
+            return denoise(*args, seeds=seeds, **options)
+
+        runtime.loaded.model.denoise = without_memory  # type: ignore[method-assign]
+        waiting = asyncio.create_task(runtime.generate(request(num_images=2), new_call(runtime)))
+        await asyncio.sleep(0.05)
+        second_may_begin.set()
+        assert len((await waiting).images) == 2
+        assert runtime._starting is not None
+        await runtime._starting
+
+    asyncio.run(story())
+    assert runtime.readiness.shapes == (CompiledShape(128, 128), CompiledShape(160, 96))
+    assert runtime.readiness.as_json()["batch_sizes"] == {"128x128": (1,), "160x96": (1, 2, 3)}
+    runtime.close(1)
+
+
 def test_a_hung_run_is_unhealthy_and_a_long_compile_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = build(shapes=(CompiledShape(128, 128),))
     asyncio.run(runtime.start())

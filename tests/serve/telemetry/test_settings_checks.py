@@ -338,7 +338,8 @@ def test_a_questionable_setting_is_a_note_and_no_problem(
     assert not problems(findings), said(findings)
 
 
-def test_datadog_needs_delta_temporality(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("deltas", ["DELTA", "lowmemory"])
+def test_datadog_needs_delta_temporality(monkeypatch: pytest.MonkeyPatch, deltas: str) -> None:
     datadog = {
         ENDPOINT: "https://otlp.datadoghq.com",
         HEADERS: DATADOG_HEADERS,
@@ -347,7 +348,7 @@ def test_datadog_needs_delta_temporality(monkeypatch: pytest.MonkeyPatch) -> Non
     cumulative = examined(monkeypatch, **datadog)
     assert "accepts metrics only as deltas" in said(problems(cumulative))
     preference = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
-    assert not problems(examined(monkeypatch, **datadog, **{preference: "DELTA"}))
+    assert not problems(examined(monkeypatch, **datadog, **{preference: deltas}))
 
 
 @pytest.mark.parametrize(
