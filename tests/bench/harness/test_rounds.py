@@ -242,6 +242,45 @@ def test_each_call_of_a_resumed_run_starts_something(tmp_path: Path) -> None:
     assert set(result.of_side("head")) == set(names)
 
 
+def test_a_resumed_call_tries_what_had_no_time_also_beyond_the_first_group(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    names = ("served", "channels-last", "fused-qkv", "text-once")
+
+    def call(limit: float) -> tuple[int, set[str], set[str]]:
+        worker = FakeWorker(memory=20, held=10)
+        status, found = bench(worker, out, *names, seconds_limit=limit, resume=True)
+        assert found is not None
+        assert all(n.reason == NO_TIME for n in found.not_run)
+        return status, set(found.of_side("head")), {n.name for n in found.not_run}
+
+    assert call(1) == (rounds.TIME_IS_UP, {"served"}, set(names[1:]))
+    assert call(1) == (rounds.TIME_IS_UP, set(names[:2]), set(names[2:]))
+    assert call(600) == (0, set(names), set())
+
+
+def test_a_resumed_call_tries_what_failed_also_beyond_the_first_group(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    names = ("served", "channels-last", "fused-qkv", "text-once")
+    broken = FakeWorker(memory=20, held=10)
+    broken.unready = {name: ScenarioFailed("RuntimeError: broken") for name in names[1:]}
+    assert bench(broken, out, *names, resume=True)[0] == 1
+    status, found = bench(FakeWorker(memory=20, held=10), out, *names, resume=True)
+    assert status == 0
+    assert found is not None
+    assert set(found.of_side("head")) == set(names)
+    assert not found.not_run
+
+
+def test_all_that_the_time_did_not_suffice_for_is_listed(tmp_path: Path) -> None:
+    """Also what no longer fits in memory after a scenario that would have ended too late."""
+    worker = FakeWorker(memory=20, held=10)
+    names = ("served", "regional", "pdl", "default")
+    _, found = bench(worker, tmp_path / "out.json", *names, seconds_limit=60)
+    assert found is not None
+    assert set(found.of_side("head")) == {"served", "pdl"}
+    assert {n.name for n in found.not_run} == {"regional", "default"}
+
+
 def test_a_scenario_interrupted_twice_in_its_preparation_is_not_tried_again(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     worker = FakeWorker()
