@@ -91,7 +91,6 @@ class Bench:
         if status <= TIME_IS_UP:
             for worker in self._workers:
                 worker.close()
-        record.print_summary()
         if not record.measured():
             if status:
                 return status

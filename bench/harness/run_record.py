@@ -240,26 +240,6 @@ class RunRecord:
         )
         result.write(self.path)
 
-    def print_summary(self) -> None:
-        """Print the figures in short; `show` and `compare` print more."""
-        scenarios = self.measured()
-        if not scenarios:
-            return
-        first = scenarios[0]
-        print(
-            f"{'scenario':20} {'step ms':>9} {'of first':>9} {'request ms':>11} {'error':>8}  what"
-        )
-        for s in scenarios:
-            name = s.name if len(self._codes) == 1 else f"{s.name} {s.side}"
-            error = "" if s.error_vs_fp32 is None else f"{s.error_vs_fp32:.4f}"
-            print(
-                f"{name:20} {s.step_ms:9.3f} {s.step_ms / first.step_ms:9.3f} "
-                f"{s.request_ms:11.2f} {error:>8}  {s.what}"
-            )
-        for n in self.not_run.values():
-            print(f"{n.name:20} {'' if n.failed else 'not run: '}{n.why}")
-        print(f"written to {self.path}")
-
 
 def _without_commit(codes: tuple[Code, ...]) -> tuple[Code, ...]:
     """What must stay the same in a file: the sides and the versions of the libraries."""

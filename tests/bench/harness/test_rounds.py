@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from bench import run
 from bench.errors import BenchError
-from bench.harness import rounds, run
+from bench.harness import rounds
 from bench.harness.result_file import BenchResult, Code, Flops, RequestSample
 from bench.harness.run_record import NO_TIME
 from bench.harness.scenarios import Scenario, chosen
