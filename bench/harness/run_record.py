@@ -96,19 +96,25 @@ class ScenarioRecord:
     ready: Ready
     requests: list[RequestSample] = field(default_factory=list)
 
-    def measured(self, earlier: MeasuredScenario | None) -> MeasuredScenario | None:
-        """The entry in the result file, which starts with what an earlier call measured."""
-        if earlier is not None:
-            return replace(earlier, requests=(*earlier.requests, *self.requests))
+    def measured(
+        self, earlier: MeasuredScenario | None, *, same_code: bool
+    ) -> MeasuredScenario | None:
+        """The entry in the result file, which starts with what an earlier call measured.
+
+        Its other fields are of the code that was measured last.
+        """
         if not self.requests:
-            return None
+            return earlier
+        before = () if earlier is None else earlier.requests
+        if earlier is not None and same_code:
+            return replace(earlier, requests=(*before, *self.requests))
         scenario, ready = self.scenario, self.ready
         return MeasuredScenario(
             name=scenario.name,
             side=self.side,
             what=scenario.what,
             dtype=ready.dtype,
-            requests=tuple(self.requests),
+            requests=(*before, *self.requests),
             warmups=ready.warmups,
             images=scenario.images,
             steps=scenario.steps,
@@ -157,7 +163,7 @@ class RunRecord:
         """
         earlier = BenchResult.read(self.path)
         # The code may differ: a scenario that failed is repaired and tried again. Each session in
-        # the file names its code, and scenarios are compared within the rounds of one session.
+        # the file names its code, and `compare` leaves out the rounds of other code than the last.
         for what, then, now in (
             ("workload", earlier.workload, self._workload),
             ("machine", earlier.environment, self._environment),
@@ -204,10 +210,20 @@ class RunRecord:
             for code in self._codes:
                 key = (code.side, scenario.name)
                 record, before = self.scenarios.get(key), earlier.get(key)
-                entry = before if record is None else record.measured(before)
+                entry = before
+                if record is not None:
+                    entry = record.measured(before, same_code=self._was_of_this_code(before))
                 if entry is not None:
                     found.append(entry)
         return found
+
+    def _was_of_this_code(self, earlier: MeasuredScenario | None) -> bool:
+        """Whether a scenario's last samples in the file are of the code of this call."""
+        if self._earlier is None or earlier is None:
+            return False
+        last = max(request.round for request in earlier.requests)
+        session = next(s for s in self._earlier.sessions if s.has(last))
+        return self._earlier.code_in(session) == self._codes
 
     def write(self, partial: bool = False) -> None:
         """Replace the file, if there is any sample."""

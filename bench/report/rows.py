@@ -188,7 +188,7 @@ def facts(result: BenchResult) -> Iterator[tuple[str, str]]:
 
 def _revision(code: Code) -> str:
     source = "" if code.source is None else f", source {code.source[:8]}"
-    return f"{(code.commit or 'no commit')[:12]}{' with changes' if code.dirty else ''}{source}"
+    return f"{code.revision}{source}"
 
 
 def _state(session: Session) -> str:

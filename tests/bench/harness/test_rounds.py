@@ -34,6 +34,7 @@ class FakeWorker:
         self.fails_in_round: dict[str, int] = {}
         self.failure: BaseException = ScenarioFailed("RuntimeError: broken")
         self.request_ms = 1000.0
+        self.error = 0.01
 
     def code(self) -> Code:
         return Code("head", "c0ffee", False, {"torch": "2"})
@@ -44,7 +45,7 @@ class FakeWorker:
         self.in_memory.append(scenario.name)
         self.most_at_once = max(self.most_at_once, len(self.in_memory))
         warmup = self.sample(0)
-        return Ready("float32", 1.0, (warmup,), 0.01, Flops(1, 2, 3), None, self.held)
+        return Ready("float32", 1.0, (warmup,), self.error, Flops(1, 2, 3), None, self.held)
 
     def sample(self, number: int) -> RequestSample:
         return RequestSample(number, 1, self.request_ms, 2.0, (2.0,))
@@ -169,6 +170,26 @@ def test_a_failure_is_tried_once_more_and_again_after_the_code_changed(
     monkeypatch.setattr(other, "code", lambda: Code("head", "badcab", False, {"torch": "3"}))
     with pytest.raises(BenchError, match="versions was"):
         bench(other, out, *names, "served", resume=True)
+
+
+def test_a_continued_scenario_is_described_as_its_last_code_measured_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+
+    def measured(requests: int, error: float, commit: str) -> tuple[int, float | None]:
+        worker = FakeWorker()
+        worker.error = error
+        monkeypatch.setattr(worker, "code", lambda: Code("head", commit, False, {"torch": "2"}))
+        _, found = bench(worker, out, "served", resume=True, requests=requests)
+        assert found is not None
+        (scenario,) = found.scenarios
+        return len(scenario.requests), scenario.error_vs_fp32
+
+    assert measured(2, 0.01, "c0ffee") == (2, 0.01)
+    assert measured(4, 0.02, "badcab") == (6, 0.02)
+    # The same code again: what its first call found stays.
+    assert measured(8, 0.03, "badcab") == (14, 0.02)
 
 
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> None:

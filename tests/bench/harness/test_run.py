@@ -234,8 +234,9 @@ def test_two_commits_are_timed_in_the_same_rounds(
     assert result.sides == ("base", "head")
     base, head = (result.of_side(side)["served"] for side in result.sides)
     assert [r.round for r in base.requests] == [r.round for r in head.requests] == [0, 1]
-    assert result.code_of("base").commit == result.code_of("head").commit
-    assert not result.code_of("base").dirty
+    codes = {code.side: code for code in result.code}
+    assert codes["base"].commit == codes["head"].commit
+    assert not codes["base"].dirty
     assert worktrees(clone) == 1
 
 
