@@ -40,7 +40,7 @@ COMMANDS = {
         compiles=True,
     ),
     "run": Command(
-        "harness.run",
+        "run",
         "time scenarios in interleaved rounds, of this commit or of two commits",
         compiles=True,
     ),

@@ -213,6 +213,12 @@ class Code:
     source: str | None = None
     """A digest of the measured packages' files, to identify code outside a git checkout."""
 
+    @property
+    def revision(self) -> str:
+        """The commit for people, marked if files differed from it."""
+        commit = (self.commit or "no commit")[:12]
+        return f"{commit} with changes" if self.dirty else commit
+
 
 @dataclass(frozen=True, config=_CLOSED)
 class Session:
@@ -226,6 +232,10 @@ class Session:
     ceilings: Ceilings | None = None
     code: tuple[Code, ...] = ()
     """The code of this session, if it differs from the file's `code`."""
+
+    def has(self, number: int) -> bool:
+        """Whether the round of this number was in this session."""
+        return self.first_round <= number < self.first_round + self.rounds
 
 
 @dataclass(frozen=True, config=_CLOSED)
@@ -316,8 +326,9 @@ class BenchResult:
         """The scenarios of a side by name, in the file's order."""
         return {s.name: s for s in self.scenarios if s.side == side}
 
-    def code_of(self, side: Side) -> Code:
-        return next(code for code in self.code if code.side == side)
+    def code_in(self, session: Session) -> tuple[Code, ...]:
+        """The code of each side in a session."""
+        return session.code or self.code
 
     @property
     def ceilings(self) -> Ceilings | None:

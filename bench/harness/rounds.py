@@ -78,6 +78,8 @@ class Bench:
             record.ceilings = measure_ceilings(self._work.device)
             while left and not self._postponed:
                 left = self._measure_group(left)
+            for scenario in left:
+                record.add_not_run(scenario, None, NO_TIME)
             record.end = conditions(self._work.device)
             record.write()
             status = TIME_IS_UP if self._postponed and self._resume else self._failed_status()
@@ -89,7 +91,6 @@ class Bench:
         if status <= TIME_IS_UP:
             for worker in self._workers:
                 worker.close()
-        record.print_summary()
         if not record.measured():
             if status:
                 return status
@@ -105,8 +106,12 @@ class Bench:
     # Groups
 
     def _measure_group(self, left: list[Scenario]) -> list[Scenario]:
-        """Prepare as many scenarios as fit, time and release them; returns the scenarios left."""
+        """Prepare as many scenarios as fit, time and release them.
+
+        Returns the scenarios after these, which this call has not tried.
+        """
         group: list[Scenario] = []
+        tried = 0
         largest = 0
         # These are in every group, so that the machine's state in one group or session can be held
         # against another's. They come after the group's first, which may be the only one that fits.
@@ -114,6 +119,7 @@ class Bench:
         for scenario in left:
             if group and not self._fits(largest):
                 break
+            tried += 1
             if not self._is_in_time(scenario, group):
                 self._postponed = True
                 self._record.add_not_run(scenario, None, NO_TIME)
@@ -134,14 +140,12 @@ class Bench:
                 if held is not None:
                     largest = max(largest, held)
                     group.append(companion)
-        settled = {name for _, name in self._record.not_run}
-        rest = [s for s in left if s not in group and s.name not in settled]
         if group:
             self._time(group)
             for worker in self._workers:
                 worker.release(self._in_memory)
             self._in_memory = []
-        return rest
+        return left[tried:]
 
     def _fits(self, largest: int) -> bool:
         """Whether another scenario as large as the largest so far would fit in memory."""

@@ -96,19 +96,25 @@ class ScenarioRecord:
     ready: Ready
     requests: list[RequestSample] = field(default_factory=list)
 
-    def measured(self, earlier: MeasuredScenario | None) -> MeasuredScenario | None:
-        """The entry in the result file, which starts with what an earlier call measured."""
-        if earlier is not None:
-            return replace(earlier, requests=(*earlier.requests, *self.requests))
+    def measured(
+        self, earlier: MeasuredScenario | None, *, same_code: bool
+    ) -> MeasuredScenario | None:
+        """The entry in the result file, which starts with what an earlier call measured.
+
+        Its other fields are of the code that was measured last.
+        """
         if not self.requests:
-            return None
+            return earlier
+        before = () if earlier is None else earlier.requests
+        if earlier is not None and same_code:
+            return replace(earlier, requests=(*before, *self.requests))
         scenario, ready = self.scenario, self.ready
         return MeasuredScenario(
             name=scenario.name,
             side=self.side,
             what=scenario.what,
             dtype=ready.dtype,
-            requests=tuple(self.requests),
+            requests=(*before, *self.requests),
             warmups=ready.warmups,
             images=scenario.images,
             steps=scenario.steps,
@@ -157,7 +163,7 @@ class RunRecord:
         """
         earlier = BenchResult.read(self.path)
         # The code may differ: a scenario that failed is repaired and tried again. Each session in
-        # the file names its code, and scenarios are compared within the rounds of one session.
+        # the file names its code, and `compare` leaves out the rounds of other code than the last.
         for what, then, now in (
             ("workload", earlier.workload, self._workload),
             ("machine", earlier.environment, self._environment),
@@ -204,10 +210,20 @@ class RunRecord:
             for code in self._codes:
                 key = (code.side, scenario.name)
                 record, before = self.scenarios.get(key), earlier.get(key)
-                entry = before if record is None else record.measured(before)
+                entry = before
+                if record is not None:
+                    entry = record.measured(before, same_code=self._was_of_this_code(before))
                 if entry is not None:
                     found.append(entry)
         return found
+
+    def _was_of_this_code(self, earlier: MeasuredScenario | None) -> bool:
+        """Whether a scenario's last samples in the file are of the code of this call."""
+        if self._earlier is None or earlier is None:
+            return False
+        last = max(request.round for request in earlier.requests)
+        session = next(s for s in self._earlier.sessions if s.has(last))
+        return self._earlier.code_in(session) == self._codes
 
     def write(self, partial: bool = False) -> None:
         """Replace the file, if there is any sample."""
@@ -239,26 +255,6 @@ class RunRecord:
             price_per_hour=self._price_per_hour,
         )
         result.write(self.path)
-
-    def print_summary(self) -> None:
-        """Print the figures in short; `show` and `compare` print more."""
-        scenarios = self.measured()
-        if not scenarios:
-            return
-        first = scenarios[0]
-        print(
-            f"{'scenario':20} {'step ms':>9} {'of first':>9} {'request ms':>11} {'error':>8}  what"
-        )
-        for s in scenarios:
-            name = s.name if len(self._codes) == 1 else f"{s.name} {s.side}"
-            error = "" if s.error_vs_fp32 is None else f"{s.error_vs_fp32:.4f}"
-            print(
-                f"{name:20} {s.step_ms:9.3f} {s.step_ms / first.step_ms:9.3f} "
-                f"{s.request_ms:11.2f} {error:>8}  {s.what}"
-            )
-        for n in self.not_run.values():
-            print(f"{n.name:20} {'' if n.failed else 'not run: '}{n.why}")
-        print(f"written to {self.path}")
 
 
 def _without_commit(codes: tuple[Code, ...]) -> tuple[Code, ...]:

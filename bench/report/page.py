@@ -18,6 +18,7 @@ from bench.report.rows import Line, columns, digits, facts, lines, remarks
 from bench.stats.compare import COLOURS as VERDICT_COLOURS
 from bench.stats.compare import change, compare
 from bench.stats.compared_side import ComparedSide
+from bench.stats.differences import left_out
 
 
 def as_page(result: BenchResult, title: str) -> str:
@@ -86,7 +87,8 @@ def _comparison(result: BenchResult) -> str:
     ]  # fmt: skip
     shades = [VERDICT_COLOURS.get(row.judgement.verdict, "yellow") for row in found.rows]
     header = ("scenario", "quantity", "change", "interval", "verdict", "why not more")
-    return f"<section><h2>Did it help</h2>{_table(header, rows, shades)}</section>"
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in left_out(found.head))
+    return f"<section><h2>Did it help</h2>{_table(header, rows, shades)}{notes}</section>"
 
 
 def _table(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.harness.result_file import BenchResult, Code, MeasuredScenario, Session
 from bench.stats.compare import change, machine
 from bench.stats.differences import busy
-from bench.stats.verdict import Judgement, by_round, judge
+from bench.stats.verdict import Judgement, Rounds, by_round, judge
 from bench.terminal import percent
 
 
@@ -19,11 +20,12 @@ class Line:
 
     label: str
     scenario: MeasuredScenario
+    is_baseline: bool
     ratio: float | None
-    """The median steady step over the baseline's, each divided by its images; None for the
-    baseline."""
+    """Its steady step over the baseline's, each divided by its images, in the rounds that both
+    have; None for the baseline, and for what has no round in common with it."""
     of_baseline: Judgement | None
-    """The same with its interval, from the rounds that both have; None if those are too few."""
+    """The same with its interval; None if the rounds are too few."""
     mfu: float | None
     floor_ms: float | None
     """The time of a step's nominal FLOPs at the measured rate of matrix products."""
@@ -46,24 +48,35 @@ def lines(result: BenchResult) -> list[Line]:
     rows = []
     for scenario in sorted(result.scenarios, key=lambda s: (order.index(s.name), s.side)):
         baseline = next(iter(result.of_side(scenario.side).values()))
-        judgement = None
+        ratio, judgement = None, None
         if scenario is not baseline:
-            judgement = judge(_image_steps(baseline), _image_steps(scenario))
+            ratio, judgement = _of_baseline(_image_steps(baseline), _image_steps(scenario))
         alone = len(result.sides) == 1
         rows.append(
             Line(
                 label=scenario.name if alone else f"{scenario.name} ({scenario.side})",
                 scenario=scenario,
-                ratio=None
-                if judgement is None
-                else scenario.step_ms / scenario.images / (baseline.step_ms / baseline.images),
-                of_baseline=judgement if judgement and judgement.ratio is not None else None,
+                is_baseline=scenario is baseline,
+                ratio=ratio,
+                of_baseline=judgement,
                 mfu=scenario.mfu(result.ceilings),
                 floor_ms=_floor_ms(scenario, result),
                 cost=scenario.cost_per_thousand_images(result.price_per_hour),
             )
         )
     return rows
+
+
+def _of_baseline(baseline: Rounds, other: Rounds) -> tuple[float | None, Judgement | None]:
+    """The ratio in the rounds that both have, and the judgement if these are enough for one.
+
+    A median over all rounds may be of other sessions, and so of another state of the machine.
+    """
+    judgement = judge(baseline, other)
+    if judgement.ratio is not None:
+        return judgement.ratio, judgement
+    ratios = [other[index] / baseline[index] for index in baseline.keys() & other.keys()]
+    return (statistics.median(ratios) if ratios else None), None
 
 
 def _image_steps(scenario: MeasuredScenario) -> dict[int, float]:
@@ -118,10 +131,16 @@ def cells(line: Line) -> tuple[str, ...]:
     )
 
 
-def columns(shown: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, without columns that are empty."""
+def columns(
+    shown: Sequence[Line], names: Collection[str] = COLUMNS
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the columns with these names, without columns that are empty."""
     rows = [cells(line) for line in shown]
-    kept = [index for index in range(len(COLUMNS)) if any(row[index] for row in rows)]
+    kept = [
+        index
+        for index, name in enumerate(COLUMNS)
+        if name in names and any(row[index] for row in rows)
+    ]
     return [COLUMNS[index] for index in kept], [[row[index] for index in kept] for row in rows]
 
 
@@ -169,7 +188,7 @@ def facts(result: BenchResult) -> Iterator[tuple[str, str]]:
 
 def _revision(code: Code) -> str:
     source = "" if code.source is None else f", source {code.source[:8]}"
-    return f"{(code.commit or 'no commit')[:12]}{' with changes' if code.dirty else ''}{source}"
+    return f"{code.revision}{source}"
 
 
 def _state(session: Session) -> str:

@@ -47,12 +47,22 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def as_summary(result: BenchResult) -> str:
+    """The figures in short, without the machine and the notes."""
+    names = ("scenario", "step ms", "of the first", "interval", "request ms", "error")
+    return "\n".join([table(*columns(lines(result), names)), *_not_run(result)])
+
+
 def as_text(result: BenchResult) -> str:
     shown = lines(result)
     text = [f"{name:<10} {value}" for name, value in facts(result)]
     text += ["", table(*columns(shown))]
-    if result.not_run:
-        text += ["", "not run:"]
-        text += [f"  {missing.name}: {missing.why}" for missing in result.not_run]
+    text += _not_run(result)
     text += [coloured(f"note: {remark}", "yellow") for remark in remarks(result)]
     return "\n".join(text)
+
+
+def _not_run(result: BenchResult) -> list[str]:
+    if not result.not_run:
+        return []
+    return ["", "not run:", *(f"  {missing.name}: {missing.why}" for missing in result.not_run)]

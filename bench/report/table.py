@@ -115,7 +115,7 @@ def render_run(result: BenchResult) -> str:
     ]
     for line in lines(result):
         scenario, judged = line.scenario, line.of_baseline
-        ratio = "1" if line.ratio is None else f"{line.ratio:.3f}"
+        ratio = "1" if line.is_baseline else "-" if line.ratio is None else f"{line.ratio:.3f}"
         if judged is not None:
             ratio += f" ({judged.low:.3f} to {judged.high:.3f})"
         error = "-" if scenario.error_vs_fp32 is None else f"{scenario.error_vs_fp32:.4f}"

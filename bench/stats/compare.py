@@ -14,6 +14,8 @@ different.
     not interleaved separate runs, and no calibration shows that the machine was in the same state
     not comparable  different machines, workloads or versions, which are named
 
+A file that was continued after the code changed is judged by the rounds of its last session's code.
+
 Exit status: 0 no regression, 1 something regressed, 2 wrong usage or input, 3 nothing regressed
 but something could not be decided.
 """
@@ -286,7 +288,7 @@ def _compared_names(
     base: ComparedSide, head: ComparedSide, wanted: Sequence[str] | None
 ) -> list[str]:
     """The scenarios that were selected on both sides, in head's order, without the calibration."""
-    known = {**head.scenarios, **base.scenarios}
+    known = {**head.measured, **base.measured}
     if wanted is not None:
         unknown = [name for name in wanted if name not in known]
         if unknown:
@@ -304,7 +306,7 @@ def _compared_names(
     if not names:
         raise BenchError(
             f"{base.name} and {head.name} have no scenario in common: one has "
-            f"{', '.join(base.scenarios)}, the other {', '.join(head.scenarios)}"
+            f"{', '.join(base.measured)}, the other {', '.join(head.measured)}"
         )
     return names
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from bench.errors import BenchError
-from bench.harness.result_file import BenchResult, Code, MeasuredScenario, Side
+from bench.harness.result_file import BenchResult, Code, MeasuredScenario, Session, Side
 
 
 @dataclass(frozen=True)
@@ -20,23 +21,57 @@ class ComparedSide:
 
     @property
     def code(self) -> Code:
-        return self.result.code_of(self.side)
+        """The code of the last session, which is the code that is judged."""
+        last = self.result.code_in(self.result.sessions[-1])
+        return next(code for code in last if code.side == self.side)
+
+    @cached_property
+    def sessions(self) -> tuple[Session, ...]:
+        """The sessions with the code of the last one, on every side of the file."""
+        last = _same(self.result.code_in(self.result.sessions[-1]))
+        return tuple(s for s in self.result.sessions if _same(self.result.code_in(s)) == last)
 
     @property
-    def scenarios(self) -> dict[str, MeasuredScenario]:
+    def left_out(self) -> tuple[Session, ...]:
+        """The sessions with other code, whose rounds are not judged."""
+        return tuple(s for s in self.result.sessions if s not in self.sessions)
+
+    @property
+    def measured(self) -> dict[str, MeasuredScenario]:
+        """The scenarios by name, with the samples of all sessions."""
         return self.result.of_side(self.side)
+
+    @cached_property
+    def scenarios(self) -> dict[str, MeasuredScenario]:
+        """The scenarios by name, with the samples of `sessions`; those without any are left out."""
+        found = {}
+        for name, scenario in self.measured.items():
+            kept = tuple(
+                request
+                for request in scenario.requests
+                if any(session.has(request.round) for session in self.sessions)
+            )
+            if kept:
+                found[name] = replace(scenario, requests=kept)
+        return found
 
     @property
     def revision(self) -> str:
-        commit = (self.code.commit or "no commit")[:12]
-        return f"{commit} with changes" if self.code.dirty else commit
+        return self.code.revision
 
     def why_not_run(self, scenario: str) -> str | None:
-        """The recorded reason why a scenario was not run; None if there is none."""
+        """The reason why a scenario has no samples; None if it was not selected."""
         for missing in self.result.not_run:
             if missing.name == scenario and missing.side in (None, self.side):
                 return missing.reason
+        if scenario in self.measured and scenario not in self.scenarios:
+            return f"it was measured only with other code than {self.revision}"
         return None
+
+
+def _same(codes: Sequence[Code]) -> tuple[object, ...]:
+    """What is equal for the same code: commits that differ elsewhere have one `source`."""
+    return tuple(code.source or (code.commit, code.dirty) for code in codes)
 
 
 def read_sides(files: Sequence[Path]) -> tuple[ComparedSide, ComparedSide]:

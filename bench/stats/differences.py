@@ -28,7 +28,7 @@ def differences(base: ComparedSide, head: ComparedSide) -> Iterator[tuple[str, o
 def facts(side: ComparedSide) -> dict[str, object]:
     """The workload, the machine and the versions of a side, by the names that `--allow` takes."""
     result, environment = side.result, side.result.environment
-    limits = {s.start.power_limit_watts for s in result.sessions} - {None}
+    limits = {s.start.power_limit_watts for s in side.sessions} - {None}
     return {
         **asdict(result.workload),
         **{
@@ -71,6 +71,7 @@ def notes(base: ComparedSide, head: ComparedSide, names: Sequence[str]) -> Itera
     for side in (base, head) if base.result is not head.result else (head,):
         if side.result.partial:
             yield f"{side.name} was interrupted; its samples up to then are judged"
+        yield from left_out(side)
     if base.code.commit is not None and base.code.commit == head.code.commit:
         dirty = base.code.dirty or head.code.dirty
         yield "both sides are the same commit" + (", one with changes" if dirty else "")
@@ -102,6 +103,16 @@ def notes(base: ComparedSide, head: ComparedSide, names: Sequence[str]) -> Itera
     for missing in set(base.scenarios) ^ set(head.scenarios):
         if missing not in names:
             yield f"{missing} is on one side only"
+
+
+def left_out(side: ComparedSide) -> Iterator[str]:
+    """Notes on the sessions whose rounds are not judged, because they are of other code."""
+    for session in side.left_out:
+        codes = ", ".join(f"{code.side} {code.revision}" for code in side.result.code_in(session))
+        yield (
+            f"{side.name}: {session.rounds} rounds from round {session.first_round} are of other "
+            f"code ({codes}) and are left out"
+        )
 
 
 def busy(result: BenchResult) -> Iterator[str]:

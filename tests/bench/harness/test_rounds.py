@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from bench import run
 from bench.errors import BenchError
-from bench.harness import rounds, run
+from bench.harness import rounds
 from bench.harness.result_file import BenchResult, Code, Flops, RequestSample
 from bench.harness.run_record import NO_TIME
 from bench.harness.scenarios import Scenario, chosen
@@ -33,6 +34,7 @@ class FakeWorker:
         self.fails_in_round: dict[str, int] = {}
         self.failure: BaseException = ScenarioFailed("RuntimeError: broken")
         self.request_ms = 1000.0
+        self.error = 0.01
 
     def code(self) -> Code:
         return Code("head", "c0ffee", False, {"torch": "2"})
@@ -43,7 +45,7 @@ class FakeWorker:
         self.in_memory.append(scenario.name)
         self.most_at_once = max(self.most_at_once, len(self.in_memory))
         warmup = self.sample(0)
-        return Ready("float32", 1.0, (warmup,), 0.01, Flops(1, 2, 3), None, self.held)
+        return Ready("float32", 1.0, (warmup,), self.error, Flops(1, 2, 3), None, self.held)
 
     def sample(self, number: int) -> RequestSample:
         return RequestSample(number, 1, self.request_ms, 2.0, (2.0,))
@@ -170,6 +172,26 @@ def test_a_failure_is_tried_once_more_and_again_after_the_code_changed(
         bench(other, out, *names, "served", resume=True)
 
 
+def test_a_continued_scenario_is_described_as_its_last_code_measured_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+
+    def measured(requests: int, error: float, commit: str) -> tuple[int, float | None]:
+        worker = FakeWorker()
+        worker.error = error
+        monkeypatch.setattr(worker, "code", lambda: Code("head", commit, False, {"torch": "2"}))
+        _, found = bench(worker, out, "served", resume=True, requests=requests)
+        assert found is not None
+        (scenario,) = found.scenarios
+        return len(scenario.requests), scenario.error_vs_fp32
+
+    assert measured(2, 0.01, "c0ffee") == (2, 0.01)
+    assert measured(4, 0.02, "badcab") == (6, 0.02)
+    # The same code again: what its first call found stays.
+    assert measured(8, 0.03, "badcab") == (14, 0.02)
+
+
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> None:
     worker = FakeWorker(memory=14, held=10)
     worker.unready["bf16"] = rounds.Interrupted(signal.SIGTERM)
@@ -240,6 +262,45 @@ def test_each_call_of_a_resumed_run_starts_something(tmp_path: Path) -> None:
         assert calls < 5
     result = BenchResult.read(out)
     assert set(result.of_side("head")) == set(names)
+
+
+def test_a_resumed_call_tries_what_had_no_time_also_beyond_the_first_group(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    names = ("served", "channels-last", "fused-qkv", "text-once")
+
+    def call(limit: float) -> tuple[int, set[str], set[str]]:
+        worker = FakeWorker(memory=20, held=10)
+        status, found = bench(worker, out, *names, seconds_limit=limit, resume=True)
+        assert found is not None
+        assert all(n.reason == NO_TIME for n in found.not_run)
+        return status, set(found.of_side("head")), {n.name for n in found.not_run}
+
+    assert call(1) == (rounds.TIME_IS_UP, {"served"}, set(names[1:]))
+    assert call(1) == (rounds.TIME_IS_UP, set(names[:2]), set(names[2:]))
+    assert call(600) == (0, set(names), set())
+
+
+def test_a_resumed_call_tries_what_failed_also_beyond_the_first_group(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    names = ("served", "channels-last", "fused-qkv", "text-once")
+    broken = FakeWorker(memory=20, held=10)
+    broken.unready = {name: ScenarioFailed("RuntimeError: broken") for name in names[1:]}
+    assert bench(broken, out, *names, resume=True)[0] == 1
+    status, found = bench(FakeWorker(memory=20, held=10), out, *names, resume=True)
+    assert status == 0
+    assert found is not None
+    assert set(found.of_side("head")) == set(names)
+    assert not found.not_run
+
+
+def test_all_that_the_time_did_not_suffice_for_is_listed(tmp_path: Path) -> None:
+    """Also what no longer fits in memory after a scenario that would have ended too late."""
+    worker = FakeWorker(memory=20, held=10)
+    names = ("served", "regional", "pdl", "default")
+    _, found = bench(worker, tmp_path / "out.json", *names, seconds_limit=60)
+    assert found is not None
+    assert set(found.of_side("head")) == {"served", "pdl"}
+    assert {n.name for n in found.not_run} == {"regional", "default"}
 
 
 def test_a_scenario_interrupted_twice_in_its_preparation_is_not_tried_again(tmp_path: Path) -> None:

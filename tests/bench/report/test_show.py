@@ -18,7 +18,7 @@ from bench.harness.result_file import BenchResult, NotRun
 from bench.report.page import as_page
 from bench.report.plots import PLOTS, drift
 from bench.report.rows import lines
-from tests.bench.made_up import GPU, noisy, result, scenario
+from tests.bench.made_up import GPU, noisy, request, result, scenario
 from tests.bench.stats.test_compare import pair
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -96,7 +96,43 @@ def test_a_plot_of_many_lines_begins_with_two() -> None:
 def test_too_few_rounds_show_no_interval() -> None:
     shown = lines(result(scenario("a", [25.0, 26.0]), scenario("b", [20.0, 21.0])))
     assert [line.of_baseline for line in shown] == [None, None]
-    assert shown[1].ratio == pytest.approx(20.5 / 25.5)
+    assert shown[1].ratio == pytest.approx((20 / 25 + 21 / 26) / 2)
+
+
+def two_sessions(rounds: int) -> BenchResult:
+    """The machine is slower in the second; `a` and `b` are as fast as the first scenario."""
+    first, second = noisy(20, rounds, 0.004, 1), noisy(30, rounds, 0.004, 2)
+    of_second = enumerate(noisy(30, rounds, 0.004, 4), start=rounds)
+    return result(
+        scenario("documented", first + second),
+        scenario("a", noisy(20, rounds, 0.004, 3)),
+        scenario("b", [30], requests=tuple(request(index, ms) for index, ms in of_second)),
+    )
+
+
+def test_a_ratio_is_that_of_the_rounds_of_its_interval() -> None:
+    _, *others = lines(two_sessions(6))
+    for line in others:
+        judged = line.of_baseline
+        assert judged is not None
+        assert judged.low is not None
+        assert judged.high is not None
+        assert line.ratio == judged.ratio
+        assert judged.low < line.ratio < judged.high
+        assert line.ratio == pytest.approx(1, abs=0.02)
+
+
+def test_a_ratio_without_an_interval_is_of_the_common_rounds() -> None:
+    for line in lines(two_sessions(3))[1:]:
+        assert line.of_baseline is None
+        assert line.ratio == pytest.approx(1, abs=0.02)
+
+
+def test_without_a_common_round_there_is_no_ratio() -> None:
+    alone = scenario("b", [20], requests=(request(1, 20.0),))
+    first, other = lines(result(scenario("a", [25.0]), alone))
+    assert (first.is_baseline, other.is_baseline) == (True, False)
+    assert other.ratio is None
 
 
 def test_the_page_is_one_file_that_loads_nothing() -> None:

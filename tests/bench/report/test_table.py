@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from bench.harness.result_file import NotRun
 from bench.report.table import PAGE, in_place, is_shown, render_run, tables
-from tests.bench.made_up import GPU, result, scenario
+from tests.bench.made_up import GPU, noisy, request, result, scenario
 
 
 @pytest.mark.docs
@@ -31,6 +32,24 @@ def test_a_run_is_one_table_in_the_order_of_its_stack() -> None:
         measured, workload=replace(measured.workload, model="random:sdxl-base")
     )
     assert "not accuracy-qualified" in render_run(random_weights)
+
+
+def test_the_ratio_on_the_page_is_within_its_interval() -> None:
+    """The machine is slower in the second half, which only the first scenario has."""
+    measured = result(
+        scenario("documented", [*noisy(20, 8, 0.004, 1), *noisy(30, 10, 0.004, 2)]),
+        scenario("default", noisy(20, 8, 0.004, 3)),
+    )
+    row = next(line for line in render_run(measured).splitlines() if line.startswith("| default"))
+    ratio, low, high = (float(figure) for figure in re.findall(r"\d\.\d{3}", row)[:3])
+    assert low < ratio < high
+
+
+def test_a_scenario_without_a_common_round_has_no_ratio_on_the_page() -> None:
+    alone = scenario("default", [20], requests=(request(1, 20.0),))
+    text = render_run(result(scenario("documented", [25.0]), alone))
+    assert "| documented | 25.00 | 1 |" in text
+    assert "| default | 20.00 | - |" in text
 
 
 def test_a_full_size_model_on_a_cpu_is_not_on_the_page() -> None:

@@ -179,6 +179,71 @@ def test_a_scenario_that_one_side_could_not_run_is_no_pass(tmp_path: Path, capsy
     assert printed["rows"][0]["reason"] == "head did not run it: it failed to compile"
 
 
+def continued(*, first: str, then: str, source: str | None = None) -> BenchResult:
+    """Head is as fast as base in 6 rounds, then 10% slower in 20; `bf16` is of the first only.
+
+    The two arguments are head's commits in the two sessions.
+    """
+    head = [*noisy(25, 6, 0.003, 2), *noisy(27.5, 20, 0.003, 3)]
+    both = result(
+        scenario("bf16", noisy(25, 6, 0.003, 5), "base"),
+        scenario("bf16", noisy(25, 6, 0.003, 6), "head"),
+        scenario("default", noisy(25, 26, 0.003, 1), "base"),
+        scenario("default", head, "head"),
+    )
+    base, other = both.code
+    codes = [(base, replace(other, commit=name * 40, source=source)) for name in (first, then)]
+    (session,) = both.sessions
+    sessions = (
+        replace(session, rounds=6),
+        replace(session, first_round=6, rounds=20, code=codes[1]),
+    )
+    return replace(both, code=codes[0], sessions=sessions)
+
+
+def test_the_rounds_of_the_last_code_are_judged(tmp_path: Path, capsys: Capture) -> None:
+    status, printed = compared(tmp_path, capsys, continued(first="c", then="d"))
+    assert status == 1
+    assert printed["head"]["commit"] == "d" * 40
+    rows = {row["scenario"]: row for row in printed["rows"] if row["quantity"] == "step"}
+    default = rows["default"]
+    assert (default["verdict"], default["rounds"]) == ("regressed", 20)
+    assert default["ratio"] == pytest.approx(1.1, abs=0.005)
+    assert default["head_ms"] == pytest.approx(27.5, abs=0.1)
+    # It was measured with the first code only.
+    assert rows["bf16"]["verdict"] == "not comparable"
+    assert any("c" * 12 in note for note in printed["notes"])
+
+
+def test_one_source_in_two_commits_is_one_code(tmp_path: Path, capsys: Capture) -> None:
+    measured = continued(first="c", then="d", source="0123456789abcdef")
+    _, printed = compared(tmp_path, capsys, measured)
+    assert {(row["scenario"], row["rounds"]) for row in printed["rows"]} == {
+        ("bf16", 6),
+        ("default", 26),
+    }
+    assert not any("c" * 12 in note for note in printed["notes"])
+
+
+def test_a_power_limit_counts_in_the_sessions_that_are_judged(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """Two files of one code, of which one has a session of other code under another limit."""
+    before, after = single(1.0), single(1.0)
+    (session,) = before.sessions
+    start = replace(session.start, power_limit_watts=700)
+    of_first = replace(session, first_round=20, start=replace(start, power_limit_watts=350))
+    code = (replace(before.code[0], commit="c" * 40),)
+    continued_file = replace(
+        before,
+        code=code,
+        sessions=(of_first, replace(session, start=start, code=before.code)),
+    )
+    other = replace(after, sessions=(replace(session, start=start),))
+    _, printed = compared(tmp_path, capsys, continued_file, other)
+    assert "not comparable" not in verdicts(printed)
+
+
 def test_nothing_in_common_is_an_error(tmp_path: Path, capsys: Capture) -> None:
     result(scenario("a", noisy(9, 9, 0.01, 1))).write(tmp_path / "a.json")
     result(scenario("b", noisy(9, 9, 0.01, 1))).write(tmp_path / "b.json")

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import BenchError
+from bench.harness.result_file import BenchResult
 from bench.harness.rounds import TIME_IS_UP, Bench, Interrupted
 from bench.harness.scenarios import BASELINE, SCENARIOS, chosen
 from bench.outputs import check_can_write, check_folder, output_file, output_folder
@@ -95,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
     from bench.harness.environment import machine_slug
     from bench.harness.work import choose_work
     from bench.harness.worker import LocalWorker, WorkerProcess
+    from bench.report.show import as_summary
 
     work = choose_work(options.model, options.device, options.shape, options.steps)
     out = options.out
@@ -125,6 +127,9 @@ def run(options: argparse.Namespace) -> int:
                 workers.append(WorkerProcess(root, fields, side, commit))
                 stack.callback(workers[-1].close)
         status = Bench(work, workers, out, options).measure(scenarios)
+        if out.exists():
+            print(as_summary(BenchResult.read(out)))
+            print(f"written to {out}")
         if status > TIME_IS_UP and options.base is None:
             # A normal exit would finalize the interpreter while a thread runs native code, which
             # aborts the process.
