@@ -64,7 +64,7 @@ bench: $(INSTALLED)  ## scenarios of the demo model that fit 5 minutes, into ben
 # Continues the day's files; MINUTES=9 starts nothing that would end later. ARCHIVE=FILE.tar.gz keeps
 # results and logs in that one file instead of RESULTS, and continues from it where it exists. On a
 # machine without a GPU:
-# make bench-gpu DEVICE=cpu MODEL=demo SHAPE=128x128 STEPS=2 REQUESTS=2 RESULTS=/tmp PYTHON=.venv/bin/python
+# make bench-gpu DEVICE=cpu MODEL=demo SHAPE=128x128 STEPS=2 REQUESTS=2 RESULTS=/tmp/results PYTHON=.venv/bin/python
 DEVICE ?= cuda
 MODEL ?= random:sdxl-base
 SHAPE ?= 1024x1024
@@ -72,6 +72,7 @@ STEPS ?= 30
 REQUESTS ?= 10
 RESULTS ?= bench/results
 bench-gpu:  ## everything the targets need, measured on one GPU in resumable pieces
+	@$(if $(ARCHIVE),,mkdir -p $(RESULTS))
 	$(PYTHON) -m bench session --device $(DEVICE) --model $(MODEL) --shape $(SHAPE) \
 	  --steps $(STEPS) --requests $(REQUESTS) \
 	  $(if $(ARCHIVE),--archive $(ARCHIVE),--results $(RESULTS)) \

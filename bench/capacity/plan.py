@@ -68,7 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replicas that are busier are too few: their queues grow for longer than is "
         "simulated, and a rise of the rate has no room (default: 0.9)",
     )
-    add("--replicas", type=count, nargs="+", help="show these numbers, and search for none")
+    add(
+        "--replicas",
+        type=count,
+        nargs="+",
+        help="show these numbers, and search for none; not with --cold-start",
+    )
     add("--price-per-hour", type=positive, metavar="X", help="of one replica's machine")
     add("--sample-rate", type=share, default=1.0, help="as OTEL_SAMPLE_RATE (default: 1)")
     add("--cold-start", type=positive, metavar="S", help="seconds until a new replica is ready")
@@ -88,6 +93,9 @@ class Replicas:
     """A number of replicas under the rate. Times in seconds, medians of the simulations."""
 
     replicas: int
+    overloaded: bool
+    """Whether the rate is at least what they can draw. The queues then grow until requests are
+    refused, and the figures are those of full queues."""
     busy: float
     images_a_run: float
     refused: float
@@ -98,6 +106,7 @@ class Replicas:
     mdc_p95: float | None
     """Of one queue and constant times; None if runs are shared."""
     cost_per_thousand: float | None
+    """None without a price, and if overloaded, because not all images are drawn."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,11 @@ class ColdStart:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.replicas is not None and options.cold_start is not None:
+        raise BenchError(
+            "--cold-start and --replicas: one of them is allowed, because a cold start is computed "
+            "for the number of replicas that is enough"
+        )
     times = read(options.results, options.scenario)
     if options.max_batch > times.most_images:
         raise BenchError(
@@ -173,8 +187,12 @@ def plan(times: ServiceTimes, options: argparse.Namespace) -> Plan:
                 f"within {options.p95:g} s"
             )
         enough = _fewest(times, options.rate, options, tried)
-    shown = options.replicas or sorted({max(1, enough - 1), enough, enough + 1})  # type: ignore[operator]
-    rows = tuple(tried(number) for number in shown if not _overloaded(times, number, options))
+    if enough is None:
+        shown = options.replicas
+    else:
+        around = sorted({max(1, enough - 1), enough, enough + 1})
+        shown = [n for n in around if not _overloaded(times, options.rate, n, options)]
+    rows = tuple(tried(number) for number in shown)
     cold = None
     if options.cold_start is not None and enough is not None:
         rate = options.rate * options.rise
@@ -204,8 +222,10 @@ def plan(times: ServiceTimes, options: argparse.Namespace) -> Plan:
     )
 
 
-def _overloaded(times: ServiceTimes, replicas: int, options: argparse.Namespace) -> bool:
-    return bool(options.rate >= replicas * times.images_per_second(options.max_batch))
+def _overloaded(
+    times: ServiceTimes, rate: float, replicas: int, options: argparse.Namespace
+) -> bool:
+    return bool(rate >= replicas * times.images_per_second(options.max_batch))
 
 
 def _fewest(times: ServiceTimes, rate: float, options: argparse.Namespace, tried: Any) -> int:
@@ -248,9 +268,11 @@ def _tried(
         for seed in range(SIMULATIONS)
     ]
     p95 = sorted(each.percentile(95) for each in seen)
-    price = options.price_per_hour
+    overloaded = _overloaded(times, rate, replicas, options)
+    price = None if overloaded else options.price_per_hour
     return Replicas(
         replicas,
+        overloaded,
         statistics.median(each.busy for each in seen),
         statistics.median(each.images_a_run for each in seen),
         statistics.median(each.refused for each in seen),
@@ -281,18 +303,18 @@ def as_text(report: Plan) -> str:
     )
     header = ["replicas", "busy", "p50, s", "p95, s", "5 simulations", "M/D/c p95", "images/run",
               "refused"]  # fmt: skip
-    priced = any(row.cost_per_thousand is not None for row in report.tried)
+    columns = len(header) + any(row.cost_per_thousand is not None for row in report.tried)
     rows = [
         [
             str(row.replicas),
-            f"{100 * row.busy:.0f}%",
+            "overloaded" if row.overloaded else f"{100 * row.busy:.0f}%",
             f"{row.p50:.3g}",
             f"{row.p95:.3g}",
             f"{row.p95_low:.3g} to {row.p95_high:.3g}",
             "-" if row.mdc_p95 is None else f"{row.mdc_p95:.3g}",
             f"{row.images_a_run:.2f}",
             f"{100 * row.refused:.1f}%",
-            *([f"{row.cost_per_thousand:.3g}"] if row.cost_per_thousand is not None else []),
+            "-" if row.cost_per_thousand is None else f"{row.cost_per_thousand:.3g}",
         ]
         for row in report.tried
     ]
@@ -300,7 +322,7 @@ def as_text(report: Plan) -> str:
         f"{report.results}: {report.workload}, on {report.machine}",
         f"a run by its images, mean: {run}; {report.images_per_second:.3g} images/s a replica",
         "",
-        table([*header, *(["1000 images"] if priced else [])], rows, left=0),
+        table([*header, "1000 images"][:columns], [row[:columns] for row in rows], left=0),
         "",
     ]
     if report.enough is not None:

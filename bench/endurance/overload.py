@@ -164,24 +164,26 @@ def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
     if options.seconds < 3 * RAMP_SECONDS or options.steps < 1 or min(options.batch) < 1:
         raise BenchError(f"--seconds: {3 * RAMP_SECONDS:g} and more; --steps and --batch: 1")
+    from bench.harness.device_lock import only_bench_on
     from bench.harness.environment import where
 
     described = where("cpu")  # now: the checkout may be another at the end
     results = []
-    for batch in options.batch:
-        settings = {
-            "SDXL_MODEL": "demo",
-            "SDXL_DEVICE": "cpu",
-            "SDXL_SHAPES": SHAPE,
-            "SDXL_MAX_BATCH": str(batch),
-            "SDXL_MAX_IMAGES": str(batch),
-            "SDXL_MAX_WAITING": str(WAITING),
-            "OMP_NUM_THREADS": "1",
-        }
-        module = ["bench.service.paced_server", str(STEP_MS[batch > 1]), str(UPLOAD_SECONDS)]
-        with running("the server", module, settings) as server:
-            results.append(asyncio.run(_measure(server, batch, options)))
-        print(report(results[-1]), flush=True)
+    with only_bench_on("cpu"):
+        for batch in options.batch:
+            settings = {
+                "SDXL_MODEL": "demo",
+                "SDXL_DEVICE": "cpu",
+                "SDXL_SHAPES": SHAPE,
+                "SDXL_MAX_BATCH": str(batch),
+                "SDXL_MAX_IMAGES": str(batch),
+                "SDXL_MAX_WAITING": str(WAITING),
+                "OMP_NUM_THREADS": "1",
+            }
+            module = ["bench.service.paced_server", str(STEP_MS[batch > 1]), str(UPLOAD_SECONDS)]
+            with running("the server", module, settings) as server:
+                results.append(asyncio.run(_measure(server, batch, options)))
+            print(report(results[-1]), flush=True)
     if options.out:
         write_json(options.out, described | {"servers": [asdict(each) for each in results]})
     return 1 if any(result.problems() for result in results) else 0

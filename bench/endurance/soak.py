@@ -276,10 +276,12 @@ def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
     if options.requests < 2 * BLOCKS:
         raise BenchError(f"--requests: {2 * BLOCKS} and more are allowed")
+    from bench.harness.device_lock import only_bench_on
     from bench.harness.environment import where
 
     described = where("cpu")  # now: the checkout may be another at the end
     with (
+        only_bench_on("cpu"),
         running("the OTLP receiver", ["bench.service.otlp_receiver"]) as receiver,
         running(
             "the server",

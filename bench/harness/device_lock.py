@@ -20,10 +20,17 @@ from bench.harness.own_folder import own_folder
 def only_bench_on(device: str) -> Iterator[None]:
     """Hold the device's lock until the block ends.
 
+    Args:
+        device: as torch names it.
+
     Raises:
         BenchError: another bench holds it.
     """
-    path = _folder() / f"{device.replace(':', '-')}.lock"
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        # torch takes `cuda` for its current device, which is the first in every bench.
+        kind = f"cuda-{index or 0}"
+    path = _folder() / f"{kind}.lock"
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -216,12 +216,11 @@ class Bench:
     def _time(self, group: list[Scenario]) -> None:
         from bench.harness.work import CannotRun
 
-        per_round = -(-self._requests // self._rounds)
-        for index in range(self._rounds):
+        requests, rounds = self._requests, self._rounds
+        for index in range(rounds):
             number = self._next_round
-            seeds = range(index * per_round, min(self._requests, (index + 1) * per_round))
-            if not seeds:
-                break
+            # Rounds differ by one request at most.
+            seeds = range(index * requests // rounds, (index + 1) * requests // rounds)
             # A new order each round, so that no scenario always follows the same one.
             order = random.Random(number).sample(group, len(group))
             for scenario in order:
@@ -238,7 +237,7 @@ class Bench:
                         break
             self._next_round += 1
             self._record.write(partial=True)
-            self._log(f"round {index + 1} of {self._rounds}, {len(group)} scenarios")
+            self._log(f"round {index + 1} of {rounds}, {len(group)} scenarios")
 
     def _side_of(self, worker: BenchWorker) -> str:
         return f" ({worker.side})" if len(self._workers) > 1 else ""

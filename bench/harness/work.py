@@ -32,22 +32,35 @@ class Work:
         return self.device.startswith("cuda")
 
 
+def device_named(name: str) -> str:
+    """The device that the service chooses for this SDXL_DEVICE, as torch names it.
+
+    Raises:
+        BenchError: there is no such device.
+    """
+    from serve.errors import ModelError
+    from serve.model.loading import choose_device
+
+    try:
+        return str(choose_device(name))
+    except (ModelError, RuntimeError) as error:
+        raise BenchError(str(error)) from None
+
+
 def choose_work(model: str | None, device: str, shape: str | None, steps: int) -> Work:
     """Choose the device, the model and the size where they are left open, as the service does.
 
     Raises:
         BenchError: the device, the size or the number of steps is not allowed.
     """
-    from serve.errors import ModelError
-    from serve.model.loading import choose_device
     from serve.settings import SDXL_BASE
 
     if steps < 2:
         raise BenchError(f"{steps} steps are not enough: the first is not steady; use 2 or more")
+    found = device_named(device)
     try:
-        found = str(choose_device(device))
         size = None if shape is None else CompiledShape.parse(shape)
-    except (ModelError, ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise BenchError(str(error)) from None
     if model is None:
         model = SDXL_BASE if found.startswith("cuda") else DEMO_MODEL

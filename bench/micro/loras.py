@@ -119,10 +119,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Alternate requests with the LoRA and without it."""
     from bench.harness.device_lock import only_bench_on
     from bench.harness.environment import where
+    from bench.harness.work import device_named
     from bench.stats.intervals import interval
-    from serve.model.loading import choose_device
 
-    device = str(choose_device(options.device))
+    device = device_named(options.device)
     with tempfile.TemporaryDirectory() as folder, only_bench_on(device):
         file = Path(folder) / f"{NAME}.safetensors"
         _write(file, _shapes(options.model), options.rank)

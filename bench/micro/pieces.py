@@ -13,6 +13,7 @@ import argparse
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -47,19 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
     from bench.errors import BenchError
+    from bench.harness.device_lock import only_bench_on
     from bench.harness.environment import where
-    from serve.errors import ModelError
-    from serve.model.loading import choose_device
+    from bench.harness.work import device_named
 
     if options.series < 1:
         raise BenchError("--series: 1 and more are allowed")
-    try:
-        device = str(choose_device(options.device))
-    except (ModelError, RuntimeError) as error:
-        raise BenchError(str(error)) from None
+    device = device_named(options.device)
     from bench.micro import request_overhead
 
-    costs = [*measure(device, options.series), *request_overhead.measure(options.series)]
+    with ExitStack() as held:
+        for each in dict.fromkeys((device, "cpu")):
+            held.enter_context(only_bench_on(each))
+        costs = [*measure(device, options.series), *request_overhead.measure(options.series)]
     for cost in costs:
         spread = f"({cost.low_us:.2f} to {cost.high_us:.2f})"
         print(f"{cost.name:8} {cost.median_us:10.2f} us {spread:24} {cost.what}")

@@ -23,7 +23,8 @@ import psutil
 from bench.errors import BenchError
 from bench.peers import environments
 from bench.peers.drawing import PeerSettings
-from bench.service.processes import Server, connect, free_port, running
+from bench.service.processes import SETTINGS, Server, connect, free_port, running
+from kernels_warmup.cpu_threads import INHERITED
 
 OURS, DOCUMENTED, BENTOML, LITSERVE = "ours", "documented", "bentoml", "litserve"
 UNBATCHED = "unbatched"
@@ -195,7 +196,7 @@ def serving(
     Args:
         name: OURS, or one of PEERS.
         most_clients: how many will ask at once.
-        threads: OMP_NUM_THREADS; None: as the server has it by itself.
+        threads: OMP_NUM_THREADS; None: it is not set, and the server chooses.
 
     Raises:
         BenchError: its environment is missing, or it did not become ready.
@@ -203,11 +204,20 @@ def serving(
     with tempfile.TemporaryDirectory(prefix="stepspan-peer-") as folder:
         command = _command(name, settings, most_clients, folder)
         environment = dict(command.environment)
-        if threads is not None:
+        left_out: tuple[str, ...] = SETTINGS
+        if threads is None:
+            # This process has chosen a number of threads, which a server would take for its user's.
+            left_out = (*SETTINGS, "OMP_NUM_THREADS", INHERITED)
+        else:
             environment["OMP_NUM_THREADS"] = str(threads)
         prints_address = not command.address
         with running(
-            name, command.module, environment, READY_SECONDS, wait_for_line=prints_address
+            name,
+            command.module,
+            environment,
+            READY_SECONDS,
+            wait_for_line=prints_address,
+            left_out=left_out,
         ) as server:
             compared = ComparedServer(server, command, settings.longest_wait_seconds)
             try:

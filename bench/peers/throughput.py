@@ -128,14 +128,16 @@ def _numbers(text: str) -> tuple[int, ...]:
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
     from bench.harness.device_lock import only_bench_on
+    from bench.harness.work import device_named
 
     plan, settings = _checked(options)
-    with only_bench_on("peers"), _ends_on_sigterm():
+    device = device_named("auto")
+    with only_bench_on(device), _ends_on_sigterm():
         load_average = os.getloadavg()[0]
         rates = measure(plan, settings)
     report(plan, rates, load_average)
     if options.out:
-        write_json(options.out, _result(plan, settings, rates, load_average))
+        write_json(options.out, _result(device, plan, settings, rates, load_average))
     return 0
 
 
@@ -320,16 +322,14 @@ def ratios(rates: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, Interval
 
 
 def _result(
-    plan: Plan, settings: PeerSettings, rates: Rates, load_average: float
+    device: str, plan: Plan, settings: PeerSettings, rates: Rates, load_average: float
 ) -> dict[str, Any]:
     """The measurement as JSON has it."""
-    import torch
-
     from bench.harness.environment import where
     from bench.peers.environments import PINS, version
 
     return {
-        **where("cuda" if torch.cuda.is_available() else "cpu"),
+        **where(device),
         "load_average": load_average,
         "peers": {name: version(name) if name in PINS else None for name in plan.peers},
         "model": settings.model,

@@ -17,8 +17,11 @@ from bench.errors import ResultFileError
 from bench.harness.result_file import BenchResult, MeasuredScenario
 from bench.harness.scenarios import OFFLINE_STEPS
 from bench.stats.intervals import interval
+from serve.settings import RANDOM_SDXL_BASE, SDXL_BASE
 
 SHAPE = "1024x1024"
+MODELS = (SDXL_BASE, RANDOM_SDXL_BASE)
+REQUEST_STEPS = 30
 NOT_MEASURED = "not measured"
 END = "-bench.json"
 
@@ -33,12 +36,17 @@ class SessionResults:
     def best(
         self, key: Callable[[MeasuredScenario], float], **wanted: object
     ) -> MeasuredScenario | None:
-        """The served scenario with the smallest `key`, of this quantization, images and steps."""
+        """The served scenario with the smallest `key`, of this quantization, images and steps.
+
+        Without a quantization it is lossless.
+        """
+        quantize = wanted.get("quantize", "none")
         found = [
             s
             for s in self.result.of_side("head").values()
             if not s.calibration
-            and s.settings.get("quantize", "none") == wanted.get("quantize", "none")
+            and s.settings.get("quantize", "none") == quantize
+            and (quantize != "none" or not s.lossy)
             and s.images == wanted.get("images", 1)
             and s.steps == wanted.get("steps")
         ]
@@ -86,6 +94,8 @@ def _decode(results: SessionResults) -> str | None:
 
 
 def _request(results: SessionResults) -> str | None:
+    if results.result.workload.steps != REQUEST_STEPS:
+        return None
     best = results.best(lambda s: s.request_ms)
     return (
         None
@@ -162,7 +172,7 @@ TARGETS: tuple[Target, ...] = (
         _images_per_second("fp8"),
     ),
     Target("VAE decode", "127 ms (TensorRT, H100)", _decode),
-    Target("a request of 30 steps, with its JPEG", "", _request),
+    Target(f"a request of {REQUEST_STEPS} steps, with its JPEG", "", _request),
     Target("tracing on the model's thread, a step", "", _tracing),
     Target("warm-up of one shape, cold", "", _warm_up("cold")),
     Target("warm-up of one shape, from cache", "", _warm_up("from cache")),
@@ -189,7 +199,7 @@ def latest(folder: Path) -> SessionResults | None:
         except ResultFileError:
             continue  # `bench show` reports what is wrong with the file
         work = result.workload
-        full_size = work.shape == SHAPE and "sdxl" in work.model.lower() and work.guidance
+        full_size = work.shape == SHAPE and work.model in MODELS and work.guidance
         if result.environment.device == "cuda" and full_size:
             found.append((result.sessions[-1].start.at_ns, path, result))
     if not found:

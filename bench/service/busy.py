@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     from bench.harness.device_lock import only_bench_on
     from bench.harness.environment import where
 
-    with only_bench_on("busy"):
+    with only_bench_on("cpu"):
         samples = measure(options, more)
     figures = summarise(samples)
     for line in report(samples, figures):

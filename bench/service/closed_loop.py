@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.errors import BenchError
 from bench.service.arrivals import Mix
+from bench.service.processes import holds_image
 from bench.stats.intervals import Interval, interval
 
 REQUESTS_A_CLIENT = 5
@@ -84,7 +85,7 @@ async def measure(
     """Measure one client and `clients` clients in turn.
 
     Raises:
-        BenchError: a request was not answered with 200.
+        BenchError: a request was not answered with an image.
     """
     rates: dict[int, list[float]] = {1: [], clients: []}
     bodies = _bodies(mix, seed)
@@ -162,6 +163,8 @@ async def _block(
                 ) from error
             if answer.status_code != 200:
                 raise BenchError(f"{client.base_url} answered {answer.status_code}")
+            if not holds_image(answer.content):
+                raise BenchError(f"{client.base_url} answered 200 without an image")
 
     start = time.perf_counter()
     await asyncio.gather(*(one_client() for _ in range(clients)))

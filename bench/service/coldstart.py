@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
 
     device = choose_work(options.model, options.device, options.shape, 2).device
     starts: list[Start] = []
-    with only_bench_on("coldstart"):
+    with only_bench_on(device):
         for _ in range(options.repeats):
             with tempfile.TemporaryDirectory(prefix="stepspan-cache-") as folder:
                 for case in CASES:

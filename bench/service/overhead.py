@@ -74,8 +74,9 @@ def run(options: argparse.Namespace) -> int:
     if options.pairs < 2 or options.blocks < 2:
         raise BenchError("--pairs and --blocks: 2 and more are allowed, for an interval")
     from bench.harness.device_lock import only_bench_on
+    from bench.harness.work import device_named
 
-    with only_bench_on("overhead"):
+    with only_bench_on(device_named("auto")):
         samples = measure(options)
     figures = summarise(samples)
     for line in report(samples, figures):

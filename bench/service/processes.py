@@ -154,21 +154,23 @@ def running(
     environment: Mapping[str, str] | None = None,
     ready_seconds: float = 1800,
     wait_for_line: bool = True,
+    left_out: tuple[str, ...] = SETTINGS,
 ) -> Iterator[Server]:
     """Run `python -m MODULE ...` until the block ends, once it has printed `ready at URL`.
 
-    It inherits this process's environment without the service's settings, plus `environment`.
+    It inherits this process's environment without `left_out`, plus `environment`.
 
     Args:
         name: what errors call the server.
         wait_for_line: False: do not wait; the caller sets the server's `address`.
+        left_out: how the names begin of variables that it does not inherit.
 
     Raises:
         BenchError: it ended, or was not ready in `ready_seconds`; with its last line of output.
     """
     started = time.monotonic()
     command = [sys.executable, "-m", *module]
-    with launched(command, clean_environment(environment), ROOT) as (process, output):
+    with launched(command, clean_environment(environment, left_out), ROOT) as (process, output):
         server = Server(name, process, started, output)
         try:
             if wait_for_line:

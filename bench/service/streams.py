@@ -73,18 +73,20 @@ def run(options: argparse.Namespace) -> int:
         raise BenchError("--rounds: 2 and more are allowed; --steps: 1 and more")
     from bench.harness.device_lock import only_bench_on
     from bench.harness.environment import where
+    from bench.harness.work import device_named
     from bench.service.processes import running
 
+    device = device_named(options.device)
     settings = {
         "SDXL_MODEL": options.model,
-        "SDXL_DEVICE": options.device,
+        "SDXL_DEVICE": device,
         "SDXL_DEADLINE_SECONDS": "600",
         # Else what waits would share a run with what is measured.
         "SDXL_MAX_BATCH": "1",
     }
     samples = Samples(options.steps, options.model)
     with (
-        only_bench_on("streams"),
+        only_bench_on(device),
         running("the server", ["serve", "--port", "0"], settings) as server,
     ):
         asyncio.run(_measure(server.address, options.rounds, samples))
@@ -92,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     for line in report(samples, figures):
         print(line)
     if options.out:
-        write_json(options.out, where(options.device) | asdict(samples) | {"judged": figures})
+        write_json(options.out, where(device) | asdict(samples) | {"judged": figures})
     return 0
 
 

@@ -81,10 +81,16 @@ def test_numbers_of_replicas_can_be_named(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = plan(
-        "--rate", 40, "--p95", 0.5, "--results", results, "--replicas", 2, 6, capsys=capsys
-    )
+        "--rate", 40, "--p95", 0.5, "--results", results, "--replicas", 2, 6,
+        "--price-per-hour", 3.6, capsys=capsys,
+    )  # fmt: skip
     # Two cannot draw 40 a second.
-    assert [row["replicas"] for row in found["tried"]] == [6]
+    overloaded, calm = found["tried"]
+    assert (overloaded["replicas"], calm["replicas"]) == (2, 6)
+    assert (overloaded["overloaded"], calm["overloaded"]) == (True, False)
+    assert overloaded["refused"] > 0.3
+    assert overloaded["mdc_p95"] is overloaded["cost_per_thousand"] is None
+    assert calm["refused"] == 0
     assert found["enough"] is None
 
 
@@ -108,6 +114,7 @@ def test_the_h200s_recorded_requests_are_read() -> None:
         ["--p95", "1", "--scenario", "unknown"],
         ["--p95", "1", "--scenario", "default", "eager"],  # both of one image
         ["--p95", "1", "--scenario", "batch-4"],  # none of one image
+        ["--p95", "1", "--replicas", "2", "--cold-start", "60"],  # for the number that is enough
     ],
 )
 def test_what_cannot_be_answered_is_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,18 @@ def bench(
     work = Work("demo", "cpu", CompiledShape(128, 128), 2)
     status = rounds.Bench(work, [worker], out, options).measure(chosen(names))  # type: ignore[list-item]
     return status, BenchResult.read(out) if out.exists() else None
+
+
+@pytest.mark.parametrize(("requests", "count"), [(10, 6), (7, 6), (12, 6), (3, 1), (6, 6)])
+def test_there_are_as_many_rounds_as_asked_for(requests: int, count: int, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    _, found = bench(FakeWorker(), out, "served", requests=requests, rounds=count)
+    assert found is not None
+    sizes = Counter(request.round for request in found.of_side("head")["served"].requests)
+    assert sorted(sizes) == list(range(count))
+    assert sizes.total() == requests
+    assert max(sizes.values()) - min(sizes.values()) <= 1
+    assert found.sessions[0].rounds == count
 
 
 def test_what_does_not_fit_in_memory_is_timed_in_groups_beside_the_baseline(tmp_path: Path) -> None:

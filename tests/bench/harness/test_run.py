@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench import run
-from bench.__main__ import main
+from bench.__main__ import COMMANDS, main
 from bench.errors import BenchError
 from bench.harness import environment
 from bench.harness.device_lock import only_bench_on
@@ -143,6 +143,38 @@ def test_two_benches_on_one_device_are_refused() -> None:
             pass
     with only_bench_on("cuda:0"):
         pass
+
+
+@pytest.mark.parametrize(("held", "wanted"), [("cuda", "cuda:0"), ("cuda:0", "cuda")])
+def test_a_device_has_one_lock_by_any_name(held: str, wanted: str) -> None:
+    with only_bench_on(held):
+        with pytest.raises(BenchError), only_bench_on(wanted):
+            pass
+        with only_bench_on("cuda:1"):
+            pass
+
+
+UNLOCKED = {"session", "launches", "compare", "show", "load", "capacity"}
+"""Commands that compute nothing on a device themselves, or do not know on which."""
+NEEDED = {
+    "run": ["--model", "demo"],
+    "precompile": ["--scenario", "served", "--model", "demo"],
+    "numerics": ["--scenario", "served", "--model", "demo"],
+    "kernels": ["--scenario", "served", "--model", "demo"],
+    "operators": ["--model", "demo"],
+    "bare": ["--model", "demo"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - UNLOCKED))
+def test_each_command_that_computes_on_a_device_holds_its_lock(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with only_bench_on("cpu"):
+        assert main([name, *NEEDED.get(name, [])]) == 2
+    assert f"process {os.getpid()}" in capsys.readouterr().err
 
 
 def test_the_lock_of_a_dead_process_is_released() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from bench.harness.work import PROMPT
 from bench.peers import environments, throughput
 from bench.peers.drawing import Drawing, PeerSettings, Pipeline
 from bench.peers.servers import BENTOML, DOCUMENTED, LITSERVE, OURS, PEERS, serving
+from bench.service import processes
+from kernels_warmup.cpu_threads import INHERITED, THREADS, choose_cpu_threads
 
 SETTINGS = PeerSettings("demo", "auto", "64x64", max_batch=4, longest_wait_seconds=600)
 STEPS = 2
@@ -116,6 +120,29 @@ def test_threads_are_the_same_for_all_servers_unless_each_has_its_own(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert throughput._threads(given) == threads
+
+
+@pytest.mark.parametrize("name", [OURS, DOCUMENTED])
+@pytest.mark.parametrize(("threads", "variable"), [(None, None), (2, "2")])
+def test_a_server_that_chooses_its_threads_is_started_without_a_number(
+    name: str, threads: int | None, variable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments_seen: list[Mapping[str, str]] = []
+
+    def launched(_command: object, environment: Mapping[str, str], _cwd: object) -> None:
+        environments_seen.append(environment)
+        raise BenchError("not started")
+
+    # As `python -m bench` sets it for itself.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for variable_name in (*THREADS, INHERITED):
+        os.environ.pop(variable_name, None)
+    choose_cpu_threads(os.environ)
+    monkeypatch.setattr(processes, "launched", launched)
+    with pytest.raises(BenchError), serving(name, SETTINGS, 1, threads):
+        pass
+    (environment,) = environments_seen
+    assert environment.get("OMP_NUM_THREADS") == variable
 
 
 def test_pins_are_exact() -> None:

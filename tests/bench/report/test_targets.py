@@ -11,6 +11,7 @@ import pytest
 from bench.harness.result_file import BenchResult, MeasuredScenario
 from bench.report import targets
 from bench.report.targets import NOT_MEASURED, TARGETS, render
+from serve.settings import SDXL_BASE
 from tests.bench.made_up import GPU, STEPS, result, scenario
 
 
@@ -28,12 +29,14 @@ def rows(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(targets, "OFFLINE_STEPS", STEPS)
+    monkeypatch.setattr(targets, "REQUEST_STEPS", STEPS)
     stem = tmp_path / "h200-2026-12-01-random-sdxl-base-1024x1024"
     fp8 = {"quantize": "fp8"}
     measured(
         scenario("documented", [10.0] * 4, calibration=True),
         scenario("compiled", [30.0, 30.1, 30.2, 30.3]),
         scenario("all-lossless", [26.0, 26.1, 26.2, 26.3]),
+        scenario("upsample-phases", [18.0] * 4, lossy=True),
         scenario("fp8", [20.0] * 4, lossy=True, settings=fp8),
         scenario("int8", [19.0] * 4, lossy=True, settings={"quantize": "int8"}),
         scenario("batch-8", [200.0] * 4, images=8),
@@ -67,6 +70,8 @@ def test_each_target_is_shown_with_its_best_scenario(files: Path) -> None:
     assert found["an image's step, batch 8, fp8"] == NOT_MEASURED
     assert found["images a second offline, 20 steps, lossless"] == NOT_MEASURED
     assert "`fp8-offline`" in found["images a second offline, 20 steps, fp8"]
+    for name in ("VAE decode", "a request of 30 steps, with its JPEG"):
+        assert "`all-lossless`" in found[name]
     # A mark and three polls, not the wait for the device itself.
     assert found["tracing on the model's thread, a step"].startswith(
         "11.0 (10.0 to 12.0) us, 0.04%"
@@ -83,6 +88,7 @@ def test_nothing_is_shown_of_another_machine_size_or_model(files: Path) -> None:
     for other in (
         replace(whole, workload=replace(whole.workload, shape="256x256")),
         replace(whole, workload=replace(whole.workload, model="demo")),
+        replace(whole, workload=replace(whole.workload, model="someone/sdxl-turbo")),
         replace(whole, environment=replace(whole.environment, device="cpu")),
     ):
         other.write(path)
@@ -91,3 +97,19 @@ def test_nothing_is_shown_of_another_machine_size_or_model(files: Path) -> None:
     assert len(rows(files)) == len(TARGETS)
     whole.write(path)
     assert NOT_MEASURED not in rows(files)["a step, batch 1, lossless"]
+
+
+def test_a_session_of_other_steps_has_no_request_of_thirty(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "REQUEST_STEPS", STEPS + 1)
+    found = rows(files)
+    assert found["a request of 30 steps, with its JPEG"] == NOT_MEASURED
+    assert found["a step, batch 1, lossless"] != NOT_MEASURED
+
+
+def test_the_sessions_default_model_is_sdxl_base(files: Path) -> None:
+    (path,) = files.glob("*-bench.json")
+    whole = BenchResult.read(path)
+    replace(whole, workload=replace(whole.workload, model=SDXL_BASE)).write(path)
+    assert rows(files)["a step, batch 1, lossless"] != NOT_MEASURED

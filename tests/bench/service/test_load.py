@@ -295,13 +295,14 @@ def test_a_200_without_an_image_is_not_an_answer(content: bytes) -> None:
     assert not holds_image(content)
 
 
-def test_a_server_that_is_no_stepspan_is_refused(capsys: Capture) -> None:
+@pytest.mark.parametrize("load", [["--rate", "20", "--seconds", "0.5"], ["--clients", "2"]])
+def test_a_server_that_is_no_stepspan_is_refused(load: list[str], capsys: Capture) -> None:
     class AnswersEverything(LoopbackHandler):
         def respond(self) -> None:
             self.send(b"", {})
 
     with loopback.serving(AnswersEverything) as url:
-        assert main(["load", "--url", url, "--rate", "20", "--seconds", "0.5"]) == 2
+        assert main(["load", "--url", url, *load]) == 2
     captured = capsys.readouterr()
     assert url in captured.err
     assert "without an image" in captured.err
@@ -402,7 +403,7 @@ def test_clients_at_once_are_compared_with_one(capsys: Capture) -> None:
     assert told["estimates"] is None  # this server makes none
 
 
-def test_a_comparison_of_clients_needs_images(capsys: Capture) -> None:
+def test_a_comparison_of_clients_needs_answers(capsys: Capture) -> None:
     async def full(_: dict[str, object]) -> int:
         return 429
 

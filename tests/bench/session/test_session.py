@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -331,6 +333,14 @@ def test_a_piece_that_takes_too_long_is_ended(
     assert session.start(["bench", "run"], 0.5, log) == -15
     assert began[0]() is not None
     assert log.read_text() == "begun\n"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_creates_the_folder_of_the_results(tmp_path: Path) -> None:
+    results = tmp_path / "new" / "results"
+    make = ["make", "bench-gpu", "PYTHON=true", f"RESULTS={results}"]
+    subprocess.run(make, cwd=ROOT, check=True)
+    assert results.is_dir()
 
 
 def test_the_pieces_are_commands_that_exist(
