@@ -21,7 +21,7 @@ from serve.engine.failures import clear_frames, explain_failure
 from serve.engine.gpu_thread import StepPacer
 from serve.engine.loaded_model import LoadedModel
 from serve.engine.planning import PlannedRequest
-from serve.errors import NonFiniteOutput, OutOfMemory, RequestError
+from serve.errors import DeviceLost, NonFiniteOutput, OutOfMemory, RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -133,6 +133,8 @@ class GpuRun:
         """Set at the end, unless it failed before its first stage."""
         self.completed = False
         """Whether every stage has run."""
+        self.device_lost = False
+        """Whether the run failed because the device was lost."""
 
     @property
     def trace_id(self) -> str:
@@ -156,8 +158,9 @@ class GpuRun:
     def execute(self) -> list[Outcome]:
         """Run every stage. Returns an outcome for each part, in their order.
 
-        What the run fails with is the outcome of every part; it is not raised. After OutOfMemory,
-        a run of several images is no failure of its requests yet: they may be tried again.
+        What the run fails with is not raised. It is the outcome of every part whose request was not
+        cancelled before; a cancelled one has its own reason. After OutOfMemory, a run of several
+        images is no failure of its requests yet: they may be tried again.
         """
         for call in self._calls:
             call.timeline.end()
@@ -181,7 +184,7 @@ class GpuRun:
         return self._outcomes(images, conditioning, flagged)
 
     def _begin(self) -> tuple[RunTimeline, StepPacer]:
-        """Start the run's clock. Raises the reason if every request was cancelled."""
+        """Start the run's clock. Raises a RequestError if every request was cancelled."""
         self._gpu_watch.begin()
         self._cancellations.raise_if_cancelled()
         timeline = self._timeline = RunTimeline(
@@ -307,6 +310,8 @@ class GpuRun:
     def _fail(self, error: Exception) -> list[Outcome]:
         """The whole run has failed. Its timing keeps the stages and steps that did run."""
         failure = explain_failure(error, self._model.device)
+        # A RequestError is the reason of a cancelled request, which may be a hang that is over.
+        self.device_lost = isinstance(failure, DeviceLost) and failure is not error
         again = isinstance(failure, OutOfMemory) and self._images > 1
         if self._timeline is not None:
             self._keep(
@@ -316,13 +321,18 @@ class GpuRun:
                     error_type=failure.error_type if again else None,
                 )
             )
-        if not again:
-            for call in self._calls:
-                self._fail_in_last_stage(call, failure)
         # The outcome outlives the run; the run's tensors must not.
         clear_frames(error)
         failure.__traceback__ = None
-        return [failure for _ in self._calls]
+        if again:
+            return [failure for _ in self._calls]
+        outcomes: list[Outcome] = []
+        for call in self._calls:
+            # The run stops for one of the reasons; each request has its own.
+            own = call.cancellation.reason or failure
+            self._fail_in_last_stage(call, own)
+            outcomes.append(own)
+        return outcomes
 
     def _fail_in_last_stage(self, call: Call, failure: RequestError) -> None:
         """Record the failure in the stage of the run that ended last."""

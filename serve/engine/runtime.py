@@ -460,7 +460,7 @@ class Runtime:
             outcomes = run.execute()
         finally:
             self._watchdog.run = None
-        if any(isinstance(outcome, DeviceLost) for outcome in outcomes):
+        if run.device_lost:
             self._device_lost = True
             self._show_readiness()
         if run.completed and loaded.recompiles > recompiles_before:

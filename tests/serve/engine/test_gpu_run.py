@@ -11,14 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from serve.engine.call import Call
-from serve.engine.gpu_run import GpuRun, Outcome, RunPart
+from serve.engine.gpu_run import GpuRun, OnStep, Outcome, RunPart
 from serve.engine.runtime import Runtime
 from serve.errors import (
     ClientGone,
     DeadlineExceeded,
+    DeviceLost,
+    GenerationFailed,
+    Hang,
+    RequestError,
 )
 from serve.schema import MAX_SEED, TextToImageResponse
 from tests.serve.conftest import request
@@ -97,6 +102,109 @@ def test_one_cancelled_request_does_not_stop_the_others_of_its_run(
     assert [image.pixels.shape for image in outcomes[1]] == [(128, 128, 3)]
     assert calls[0].failure is not None
     assert calls[1].failure is None
+
+
+def shared(runtime: Runtime, calls: list[Call], on_step: OnStep, steps: int = 20) -> list[object]:
+    """What each of the requests that share one run ends with. `on_step` is the last one's."""
+
+    async def story() -> list[object]:
+        gate = await asyncio.to_thread(Gate, runtime)
+        waiting = []
+        for seed, call in enumerate(calls):
+            told = on_step if call is calls[-1] else None
+            wanted = request(num_inference_steps=steps, seed=seed)
+            waiting.append(asyncio.create_task(runtime.generate(wanted, call, on_step=told)))
+        while runtime.queue.waiting < len(calls) - 1 and not waiting[-1].done():
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(gate.open)
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    return asyncio.run(story())
+
+
+def cancel_in_turn(calls: list[Call], reasons: list[RequestError]) -> OnStep:
+    """Cancels one request for each step that has ended."""
+
+    def on_step(index: int, *_: object) -> None:
+        calls[index].cancellation.cancel(reasons[index])
+
+    return on_step
+
+
+def test_each_request_of_a_run_that_was_cancelled_has_its_own_reason(
+    runtime: Runtime, new_call: NewCall
+) -> None:
+    calls = [new_call(), new_call()]
+    reasons = [ClientGone(), DeadlineExceeded(1, eta_ms=5.0)]
+    assert shared(runtime, calls, cancel_in_turn(calls, reasons)) == reasons
+    assert [call.outcome for call in calls] == ["cancelled", "deadline"]
+    failures = [call.failure for call in calls]
+    assert [each and (each.error_type, each.server_fault) for each in failures] == [
+        ("client_gone", False),
+        ("deadline_exceeded", True),
+    ]
+
+
+def test_a_request_that_was_cancelled_before_its_run_failed_has_its_own_reason(
+    runtime: Runtime, new_call: NewCall
+) -> None:
+    calls = [new_call(), new_call()]
+
+    def on_step(index: int, *_: object) -> None:
+        if index == 1:
+            raise ValueError
+        calls[0].cancellation.cancel(ClientGone())
+
+    ends = shared(runtime, calls, on_step)
+    assert [type(end) for end in ends] == [ClientGone, GenerationFailed]
+    assert [call.outcome for call in calls] == ["cancelled", "error"]
+    for call in calls:
+        assert call.failure is not None
+        assert call.run is not None
+        assert call.failure.at_ns == call.run.stages[-1].end_ns
+
+
+def test_a_device_that_is_lost_after_every_request_was_cancelled_is_noticed(
+    runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [new_call(), new_call()]
+
+    def fault(*_: object, **__: object) -> None:
+        raise RuntimeError("device-side assert")
+
+    def on_step(index: int, *_: object) -> None:
+        for call in calls:
+            call.cancellation.cancel(ClientGone())
+        monkeypatch.setattr(runtime.loaded.model, "device", torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "synchronize", fault)
+        fault()
+
+    try:
+        ends = shared(runtime, calls, on_step)
+        assert [type(end) for end in ends] == [ClientGone, ClientGone]
+        assert not runtime.healthy
+    finally:
+        runtime._device_lost = False
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_a_run_that_hung_and_went_on_leaves_the_process_healthy(
+    runtime: Runtime, new_call: NewCall, steps: int
+) -> None:
+    """A run of one step ends whole; a longer one stops when it finds its requests cancelled."""
+    calls = [new_call(), new_call()]
+
+    def on_step(*_: object) -> None:
+        runtime.queue.give_up_all(DeviceLost(Hang("denoise", 0, 120.0)))
+
+    try:
+        ends = shared(runtime, calls, on_step, steps)
+        assert [type(end) for end in ends] == [DeviceLost, DeviceLost]
+        runtime._gpu.submit(lambda: None).result(10)
+        assert runtime.healthy
+        generate(runtime, new_call())
+    finally:
+        runtime._device_lost = False
 
 
 def test_a_run_whose_requests_were_all_cancelled_stops(runtime: Runtime, new_call: NewCall) -> None:
