@@ -308,7 +308,7 @@ class Runtime:
 
         def pass_deadline() -> None:
             eta_ms = self.admission.eta_ms(planned, call)
-            call.cancellation.cancel(DeadlineExceeded(seconds, eta_ms))
+            self.queue.cancel_unless_drawn(call, DeadlineExceeded(seconds, eta_ms))
 
         timer = asyncio.get_running_loop().call_later(
             max(0.0, seconds - call.timeline.elapsed_seconds()), pass_deadline
