@@ -100,6 +100,7 @@ class GpuRun:
     Args:
         parts: of one `run_key`; at most one of each request.
         ranges: marks stages and steps for an attached profiler.
+        profile: the name of the run's profile; None: it is not profiled.
         gpu_watch: reads the GPU's conditions during the run.
         step_ended: called whenever a step has ended.
     """
@@ -111,6 +112,7 @@ class GpuRun:
         *,
         run_id: str,
         ranges: Ranges | None,
+        profile: str | None,
         gpu_watch: GpuWatch,
         step_ended: Callable[[], None],
     ) -> None:
@@ -123,6 +125,7 @@ class GpuRun:
         self._cancellations = Cancellations([call.cancellation for call in self._calls])
         self._run_id = run_id
         self._ranges = ranges
+        self._profile = profile
         self._gpu_watch = gpu_watch
         self._on_step_ended = step_ended
         self._steps_ended = 0
@@ -196,6 +199,7 @@ class GpuRun:
             guided_steps=self._planned.guided_steps,
             batch_size=self._images,
             ranges=self._ranges,
+            profile=self._profile,
         )
         report = self._step_reports.report
         return timeline, StepPacer(timeline, self._cancellations, report, self._step_ended)

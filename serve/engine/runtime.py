@@ -452,6 +452,7 @@ class Runtime:
             parts,
             run_id=run_id,
             ranges=self.profiling.ranges(parts[0].planned.steps_to_run),
+            profile=self.profiling.recording,
             gpu_watch=self._gpu_watch,
             step_ended=step_ended,
         )
