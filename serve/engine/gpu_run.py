@@ -133,7 +133,8 @@ class GpuRun:
         self._fallbacks_before = loaded.fallbacks
         self._timeline: RunTimeline | None = None
         self.timing: RunTiming | None = None
-        """Set at the end, unless it failed before its first stage."""
+        """Its times are by its first request's anchor. Set at the end, unless it failed before its
+        first stage."""
         self.completed = False
         """Whether every stage has run."""
         self.device_lost = False
@@ -282,10 +283,12 @@ class GpuRun:
         self.completed = True
 
     def _keep(self, timing: RunTiming) -> None:
-        """Put the run's timing into its calls. One that still goes on records the run's metrics."""
+        """Put the run's timing into its calls, each by its own anchor. One that still goes on
+        records the run's metrics."""
         self.timing = timing
+        first = self._calls[0].timeline.anchor
         for call in self._calls:
-            call.runs.append(timing)
+            call.runs.append(timing.moved(call.timeline.anchor.ahead_of(first)))
         observer = next((call for call in self._calls if not call.finished), self._calls[0])
         observer.observed_runs.add(self._run_id)
 
@@ -340,7 +343,8 @@ class GpuRun:
 
     def _fail_in_last_stage(self, call: Call, failure: RequestError) -> None:
         """Record the failure in the stage of the run that ended last."""
-        stages = () if self.timing is None else self.timing.stages
+        kept = self.timing is not None  # otherwise the call's last run is an earlier one
+        stages = call.runs[-1].stages if kept else ()
         call.fail(failure, at_ns=stages[-1].end_ns if stages else None)
 
 

@@ -14,6 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from metrics.clock import WallAnchor
+from metrics.spans import placed_spans, request_tree
+from metrics.timeline import RequestTimeline
 from serve.engine.call import Call
 from serve.engine.gpu_run import GpuRun, OnStep, Outcome, RunPart
 from serve.engine.runtime import Runtime
@@ -58,9 +61,9 @@ def test_requests_that_share_a_run_get_the_pictures_they_get_alone(
     for shared, single in zip(answers, alone, strict=True):
         assert shared.seed == single.seed
         assert int(np.abs(png(shared) - png(single)).max()) <= 1
-    runs = {call.run for call in calls}
-    assert len(runs) == 1
-    assert next(iter(runs)).batch_size == 3  # type: ignore[union-attr]
+    runs = [call.run for call in calls if call.run is not None]
+    assert len({run.run_id for run in runs}) == 1
+    assert [run.batch_size for run in runs] == [3, 3, 3]
     assert [len(call.finish(200).observed_runs) for call in calls] == [1, 0, 0]
 
 
@@ -216,6 +219,41 @@ def test_a_run_whose_requests_were_all_cancelled_stops(runtime: Runtime, new_cal
     assert [call.run for call in calls] == [None, None]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("seconds", [-3600, 0, 3600])
+def test_a_clock_that_steps_between_the_requests_of_a_run_moves_each_trace_as_a_whole(
+    runtime: Runtime, new_call: NewCall, seconds: int, fails: bool
+) -> None:
+    first = new_call()
+    stepped = WallAnchor(time.time_ns() + seconds * 10**9, time.perf_counter_ns())
+    timeline = RequestTimeline(first.timeline.anchor if seconds == 0 else stepped)
+    second = Call("/", "POST", runtime.tracing.identify(), timeline=timeline)
+
+    def on_step(index: int, *_: object) -> None:
+        if fails:
+            raise ValueError
+
+    ends = shared(runtime, [first, second], on_step, steps=3)
+    assert [isinstance(end, GenerationFailed) for end in ends] == [fails, fails]
+    assert first.run is not None
+    assert second.run is not None
+    assert (first.run is second.run) is (seconds == 0)
+    assert (second.run.start_ns - first.run.start_ns) / 1e9 == pytest.approx(seconds, abs=60)
+    for call in (first, second):
+        timing = call.finish(500 if fails else 200)
+        assert timing.run is not None
+        for part in (timing.run, *timing.stages):
+            assert timing.start_ns <= part.start_ns <= part.end_ns <= timing.end_ns
+        for span in placed_spans(request_tree(timing)):  # none had to be clamped
+            assert (span.start_ns, span.end_ns) == (span.node.start_ns, span.node.end_ns)
+        if timing.failure is not None:
+            assert timing.failure.at_ns == timing.run.stages[-1].end_ns
+    runs = first.run, second.run
+    for kind in ("stages", "steps"):
+        one, other = ([part.duration_ns for part in getattr(run, kind)] for run in runs)
+        assert one == other != []
+
+
 @pytest.mark.parametrize("cancelled", [1, 2])
 def test_a_cancelled_request_leaves_the_queue_at_once(
     runtime: Runtime, new_call: NewCall, cancelled: int
@@ -256,7 +294,8 @@ def test_requests_that_differ_do_not_share_a_run(
     calls = [new_call(), new_call(), new_call()]
     together(runtime, calls, {}, other, {})
     assert [call.run.batch_size for call in calls if call.run] == [2, 1, 2]
-    assert calls[0].run == calls[2].run != calls[1].run
+    runs = [call.run.run_id for call in calls if call.run]
+    assert runs[0] == runs[2] != runs[1]
 
 
 @pytest.mark.timing
