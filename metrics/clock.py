@@ -22,7 +22,7 @@ class WallAnchor:
     """One moment on both of the host's clocks.
 
     A request has one anchor for its whole life, so a stepped system clock moves the whole trace
-    instead of parts of it.
+    instead of parts of it. The times of a run that requests share are moved to each one's anchor.
     """
 
     unix_ns: int
@@ -41,6 +41,10 @@ class WallAnchor:
 
     def to_unix(self, monotonic_ns: int) -> int:
         return self.unix_ns + (monotonic_ns - self.monotonic_ns)
+
+    def ahead_of(self, other: WallAnchor) -> int:
+        """How much later a moment is by this anchor than by another, in nanoseconds."""
+        return self.to_unix(other.monotonic_ns) - other.unix_ns
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 SAFETY_CHECK = "safety_check"
 """The last stage of a run, with a safety checker."""
@@ -39,6 +39,9 @@ class StageTiming:
     def duration_ns(self) -> int:
         return self.end_ns - self.start_ns
 
+    def moved(self, by_ns: int) -> StageTiming:
+        return StageTiming(self.name, self.start_ns + by_ns, self.end_ns + by_ns)
+
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
@@ -57,6 +60,10 @@ class StepTiming:
     @property
     def duration_ns(self) -> int:
         return self.end_ns - self.start_ns
+
+    def moved(self, by_ns: int) -> StepTiming:
+        start_ns, end_ns = self.start_ns + by_ns, self.end_ns + by_ns
+        return StepTiming(self.index, start_ns, end_ns, self.gpu_queue_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +128,19 @@ class RunTiming:
     @property
     def profiled(self) -> bool:
         return self.profile is not None
+
+    def moved(self, by_ns: int) -> RunTiming:
+        """The same run with every moment later by `by_ns`."""
+        if by_ns == 0:
+            return self
+        return replace(
+            self,
+            start_ns=self.start_ns + by_ns,
+            end_ns=self.end_ns + by_ns,
+            stages=tuple(stage.moved(by_ns) for stage in self.stages),
+            steps=tuple(step.moved(by_ns) for step in self.steps),
+            between_steps=tuple(stage.moved(by_ns) for stage in self.between_steps),
+        )
 
     def stage(self, name: str) -> StageTiming | None:
         return next((stage for stage in self.stages if stage.name == name), None)

@@ -46,6 +46,7 @@ class RunTimeline:
         guided_steps: int | None = None,
         batch_size: int = 1,
         ranges: Ranges | None = None,
+        profile: str | None = None,
         monotonic: MonotonicNs = time.perf_counter_ns,
     ) -> None:
         self._clock = clock
@@ -56,6 +57,7 @@ class RunTimeline:
         self._guided_steps = guided_steps
         self._batch_size = batch_size
         self._ranges = ranges
+        self._profile = profile
         self._monotonic = monotonic
         self._stages: list[tuple[str, Mark, Mark]] = []
         self._step_starts: list[Mark] = []
@@ -182,6 +184,7 @@ class RunTimeline:
             drift_ns=resolved.drift_ns,
             eager_fallback=eager_fallback,
             conditions=tuple(conditions),
+            profile=self._profile,
             error_type=error_type,
         )
 

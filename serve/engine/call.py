@@ -46,6 +46,8 @@ class Call:
     failure: Failure | None = None
     outcome: str = "ok"
     image_bytes: tuple[int, ...] = ()
+    drawn: bool = False
+    """Whether its images are there. The queue sets it under its lock."""
     finished: bool = False
     """Whether it was frozen; a run that ends later is not in its record."""
     work: asyncio.Task[Any] | None = None

@@ -87,6 +87,7 @@ class Cancellations:
         return all(cancellation.reason is not None for cancellation in self._each)
 
     def raise_if_cancelled(self) -> None:
-        """Raise the first request's reason if every request was cancelled."""
+        """Raise one of the reasons if every request was cancelled. It only stops the run: each
+        request fails with its own reason."""
         if self.all_cancelled:
             self._each[0].raise_if_cancelled()

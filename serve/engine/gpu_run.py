@@ -21,7 +21,7 @@ from serve.engine.failures import clear_frames, explain_failure
 from serve.engine.gpu_thread import StepPacer
 from serve.engine.loaded_model import LoadedModel
 from serve.engine.planning import PlannedRequest
-from serve.errors import NonFiniteOutput, OutOfMemory, RequestError
+from serve.errors import DeviceLost, NonFiniteOutput, OutOfMemory, RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,7 @@ class GpuRun:
     Args:
         parts: of one `run_key`; at most one of each request.
         ranges: marks stages and steps for an attached profiler.
+        profile: the name of the run's profile; None: it is not profiled.
         gpu_watch: reads the GPU's conditions during the run.
         step_ended: called whenever a step has ended.
     """
@@ -111,6 +112,7 @@ class GpuRun:
         *,
         run_id: str,
         ranges: Ranges | None,
+        profile: str | None,
         gpu_watch: GpuWatch,
         step_ended: Callable[[], None],
     ) -> None:
@@ -123,6 +125,7 @@ class GpuRun:
         self._cancellations = Cancellations([call.cancellation for call in self._calls])
         self._run_id = run_id
         self._ranges = ranges
+        self._profile = profile
         self._gpu_watch = gpu_watch
         self._on_step_ended = step_ended
         self._steps_ended = 0
@@ -130,9 +133,12 @@ class GpuRun:
         self._fallbacks_before = loaded.fallbacks
         self._timeline: RunTimeline | None = None
         self.timing: RunTiming | None = None
-        """Set at the end, unless it failed before its first stage."""
+        """Its times are by its first request's anchor. Set at the end, unless it failed before its
+        first stage."""
         self.completed = False
         """Whether every stage has run."""
+        self.device_lost = False
+        """Whether the run failed because the device was lost."""
 
     @property
     def trace_id(self) -> str:
@@ -156,8 +162,9 @@ class GpuRun:
     def execute(self) -> list[Outcome]:
         """Run every stage. Returns an outcome for each part, in their order.
 
-        What the run fails with is the outcome of every part; it is not raised. After OutOfMemory,
-        a run of several images is no failure of its requests yet: they may be tried again.
+        What the run fails with is not raised. It is the outcome of every part whose request was not
+        cancelled before; a cancelled one has its own reason. After OutOfMemory, a run of several
+        images is no failure of its requests yet: they may be tried again.
         """
         for call in self._calls:
             call.timeline.end()
@@ -181,7 +188,7 @@ class GpuRun:
         return self._outcomes(images, conditioning, flagged)
 
     def _begin(self) -> tuple[RunTimeline, StepPacer]:
-        """Start the run's clock. Raises the reason if every request was cancelled."""
+        """Start the run's clock. Raises a RequestError if every request was cancelled."""
         self._gpu_watch.begin()
         self._cancellations.raise_if_cancelled()
         timeline = self._timeline = RunTimeline(
@@ -193,6 +200,7 @@ class GpuRun:
             guided_steps=self._planned.guided_steps,
             batch_size=self._images,
             ranges=self._ranges,
+            profile=self._profile,
         )
         report = self._step_reports.report
         return timeline, StepPacer(timeline, self._cancellations, report, self._step_ended)
@@ -275,10 +283,12 @@ class GpuRun:
         self.completed = True
 
     def _keep(self, timing: RunTiming) -> None:
-        """Put the run's timing into its calls. One that still goes on records the run's metrics."""
+        """Put the run's timing into its calls, each by its own anchor. One that still goes on
+        records the run's metrics."""
         self.timing = timing
+        first = self._calls[0].timeline.anchor
         for call in self._calls:
-            call.runs.append(timing)
+            call.runs.append(timing.moved(call.timeline.anchor.ahead_of(first)))
         observer = next((call for call in self._calls if not call.finished), self._calls[0])
         observer.observed_runs.add(self._run_id)
 
@@ -307,6 +317,8 @@ class GpuRun:
     def _fail(self, error: Exception) -> list[Outcome]:
         """The whole run has failed. Its timing keeps the stages and steps that did run."""
         failure = explain_failure(error, self._model.device)
+        # A RequestError is the reason of a cancelled request, which may be a hang that is over.
+        self.device_lost = isinstance(failure, DeviceLost) and failure is not error
         again = isinstance(failure, OutOfMemory) and self._images > 1
         if self._timeline is not None:
             self._keep(
@@ -316,17 +328,23 @@ class GpuRun:
                     error_type=failure.error_type if again else None,
                 )
             )
-        if not again:
-            for call in self._calls:
-                self._fail_in_last_stage(call, failure)
         # The outcome outlives the run; the run's tensors must not.
         clear_frames(error)
         failure.__traceback__ = None
-        return [failure for _ in self._calls]
+        if again:
+            return [failure for _ in self._calls]
+        outcomes: list[Outcome] = []
+        for call in self._calls:
+            # The run stops for one of the reasons; each request has its own.
+            own = call.cancellation.reason or failure
+            self._fail_in_last_stage(call, own)
+            outcomes.append(own)
+        return outcomes
 
     def _fail_in_last_stage(self, call: Call, failure: RequestError) -> None:
         """Record the failure in the stage of the run that ended last."""
-        stages = () if self.timing is None else self.timing.stages
+        kept = self.timing is not None  # otherwise the call's last run is an earlier one
+        stages = call.runs[-1].stages if kept else ()
         call.fail(failure, at_ns=stages[-1].end_ns if stages else None)
 
 

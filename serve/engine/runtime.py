@@ -308,7 +308,7 @@ class Runtime:
 
         def pass_deadline() -> None:
             eta_ms = self.admission.eta_ms(planned, call)
-            call.cancellation.cancel(DeadlineExceeded(seconds, eta_ms))
+            self.queue.cancel_unless_drawn(call, DeadlineExceeded(seconds, eta_ms))
 
         timer = asyncio.get_running_loop().call_later(
             max(0.0, seconds - call.timeline.elapsed_seconds()), pass_deadline
@@ -452,6 +452,7 @@ class Runtime:
             parts,
             run_id=run_id,
             ranges=self.profiling.ranges(parts[0].planned.steps_to_run),
+            profile=self.profiling.recording,
             gpu_watch=self._gpu_watch,
             step_ended=step_ended,
         )
@@ -460,7 +461,7 @@ class Runtime:
             outcomes = run.execute()
         finally:
             self._watchdog.run = None
-        if any(isinstance(outcome, DeviceLost) for outcome in outcomes):
+        if run.device_lost:
             self._device_lost = True
             self._show_readiness()
         if run.completed and loaded.recompiles > recompiles_before:

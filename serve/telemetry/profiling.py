@@ -13,7 +13,6 @@ prompt can be in it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import re
@@ -41,7 +40,7 @@ _PROFILE_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{8}\.json\.gz")
 
 
 class ProfiledCall(Protocol):
-    """A call whose last run may have been profiled."""
+    """A call of a run that may be profiled."""
 
     runs: list[RunTiming]
 
@@ -75,7 +74,8 @@ class Profiling:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._armed = 0
-        self._recording = False  # the run in progress; read by the model's thread only
+        self.recording: str | None = None
+        """The name of the profile of the run in progress; None: it is not profiled."""
         # Writing a profile takes seconds. A daemon thread does it, so that neither the next run nor
         # the process's end waits for it.
         self._writer: threading.Thread | None = None
@@ -103,9 +103,10 @@ class Profiling:
         return [path.name for path in _profiles_in(self._folder)]
 
     def run(self, run: Callable[[], T], run_id: str, calls: Sequence[ProfiledCall]) -> T:
-        """Run `run`, profiled if one is armed, and put the profile's name into the calls' timings.
+        """Run `run`, profiled if one is armed. `recording` is the profile's name meanwhile.
 
-        If the profiler cannot start, that is logged and the run continues.
+        If the profiler cannot start, that is logged and the run continues. A run that was cancelled
+        before it began has put no timing into the calls, and leaves no profile.
         """
         with self._lock:
             profiled = self._armed > 0
@@ -115,17 +116,13 @@ class Profiling:
             return run()
         at = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")[:-3]
         name = f"{at}Z-{run_id[:8]}.json.gz"
-        self._recording = True
+        self.recording = name
         try:
             return run()
         finally:
-            self._recording = False
+            self.recording = None
             stopped = _stopped(profiler)
-            begun = False  # stays so if the run was cancelled before it began
-            for call in calls:
-                if call.runs and call.runs[-1].run_id == run_id:
-                    call.runs[-1] = dataclasses.replace(call.runs[-1], profile=name)
-                    begun = True
+            begun = any(call.runs and call.runs[-1].run_id == run_id for call in calls)
             if begun and stopped:
                 self._writer = threading.Thread(
                     target=self._write, args=(profiler, name), name="profile", daemon=True
@@ -135,7 +132,7 @@ class Profiling:
     def ranges(self, steps: int) -> Ranges | None:
         """The ranges that mark the stages and steps of the next run; None if no profiler is on."""
         annotations: list[Callable[[str], AbstractContextManager[Any]]] = []
-        if self._recording:
+        if self.recording is not None:
             from torch.profiler import record_function
 
             annotations.append(record_function)

@@ -61,6 +61,15 @@ def test_wall_anchor_is_centred_and_converts() -> None:
     assert anchor.to_unix(150) == 4_950
 
 
+@given(*[st.integers(0, 2**61)] * 4, st.integers(0, 2**61))
+def test_a_moment_of_one_anchor_is_moved_to_another(
+    unix: int, monotonic: int, other_unix: int, other_monotonic: int, moment: int
+) -> None:
+    anchor, other = WallAnchor(unix, monotonic), WallAnchor(other_unix, other_monotonic)
+    assert other.to_unix(moment) + anchor.ahead_of(other) == anchor.to_unix(moment)
+    assert anchor.ahead_of(anchor) == 0
+
+
 def test_host_marks_happen_at_the_call() -> None:
     ticker = Ticker()
     clock = HostClock(ticker)

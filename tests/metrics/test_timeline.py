@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics.clock import CudaEventClock, HostClock, WallAnchor
-from metrics.records import Failure, RequestTiming
+from metrics.records import Failure, RequestTiming, StageTiming
 from metrics.timeline import RequestTimeline, RunTimeline
 from tests.metrics.test_clock import FakeDevice, Ticker
 from tests.metrics.test_spans import assert_nested, emitted, named
-from tests.metrics.timings import request_timing
+from tests.metrics.timings import MS, START_NS, request_timing, run_timing
 
 
 def run_timeline(clock: HostClock | CudaEventClock, ticker: Ticker) -> RunTimeline:
@@ -289,3 +289,16 @@ def test_the_sum_of_steps_is_the_loops_wall_time(clock: str) -> None:
     denoise = request.run.stage("denoise")
     assert denoise is not None
     assert total == pytest.approx(denoise.duration_ns, rel=0.01)
+
+
+def test_a_run_that_is_moved_keeps_every_duration() -> None:
+    run = replace(run_timing(START_NS), between_steps=(StageTiming("preview_decode", 5, 7),))
+    moved = run.moved(-10 * MS)
+    assert run.moved(0) is run
+    assert moved.moved(10 * MS) == run
+    for one, other in zip(
+        (run, *run.stages, *run.steps, *run.between_steps),
+        (moved, *moved.stages, *moved.steps, *moved.between_steps),
+        strict=True,
+    ):
+        assert (other.start_ns, other.end_ns) == (one.start_ns - 10 * MS, one.end_ns - 10 * MS)

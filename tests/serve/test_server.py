@@ -8,6 +8,8 @@ import gc
 import json
 import resource
 import signal
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -566,6 +568,47 @@ def test_a_stream_that_is_not_taken_stops_its_work(
     assert timing.run is not None
     assert len(timing.run.steps) < 100
     assert len(sent) == 3  # the head, `queued`, and the step that was not taken
+
+
+@pytest.mark.parametrize("path", ["/", "/stream"])
+def test_a_deadline_that_is_due_with_the_end_of_the_run_changes_nothing(
+    app: FastAPI,
+    runtime: Runtime,
+    recorded: list[RequestTiming],
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+) -> None:
+    """The event loop finds both due in one turn."""
+    deadline_seconds = 2.0
+    decode = runtime.loaded.model.decode
+
+    async def once() -> httpx.Response:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + deadline_seconds
+        held = threading.Event()
+
+        def hold() -> None:
+            held.set()
+            runtime._gpu.submit(lambda: None).result(10)  # behind the run
+            time.sleep(max(0.0, deadline + 0.5 - loop.time()))
+
+        def decode_while_the_loop_is_held(latents: Any) -> Any:
+            loop.call_soon_threadsafe(hold)
+            assert held.wait(10)
+            return decode(latents)
+
+        monkeypatch.setattr(runtime.loaded.model, "decode", decode_while_the_loop_is_held)
+        async with client(app) as http:
+            body = valid(deadline_seconds=deadline_seconds)
+            return await http.post(path, json=body)
+
+    answer = asyncio.run(once())
+    assert answer.status_code == 200
+    if path == "/stream":
+        assert events(answer.text)[-1][0] == "image"
+    (timing,) = recorded
+    assert timing.end_ns - timing.start_ns > deadline_seconds * 1e9
+    assert (timing.status_code, timing.outcome, timing.failure) == (200, "ok", None)
 
 
 def test_a_client_that_reads_slowly_gets_few_old_previews(

@@ -248,24 +248,31 @@ class RequestQueue:
         call.cancellation.when_cancelled(lambda: self._leave(queued))
         return queued
 
+    def cancel_unless_drawn(self, call: Call, reason: RequestError) -> None:
+        """Cancel a request, queued or not, unless its images are there."""
+        with self._changed:  # so that its last run does not end meanwhile
+            if not call.drawn:
+                call.cancellation.cancel(reason)
+
     def cancel_all(self) -> None:
         """Cancel every request, also those whose run has begun."""
         for each in self._every():
-            each.call.cancellation.cancel(Draining())
+            self.cancel_unless_drawn(each.call, Draining())
 
     def give_up_all(self, reason: RequestError) -> None:
         """Fail every request now, also those whose run has begun and hangs."""
         for each in self._every():
-            each.call.cancellation.cancel(reason)
+            self.cancel_unless_drawn(each.call, reason)
             self.give_up(each)
 
     def give_up(self, queued: QueuedRequest) -> None:
-        """Fail a cancelled request without the end of its run."""
+        """Fail a cancelled request without the end of its run, unless its outcome is known."""
         with self._changed:
+            if queued.future.done():
+                return
             reason = queued.call.cancellation.reason
             assert reason is not None
-            if not queued.future.done():
-                queued.future.set_result(reason.with_traceback(None))
+            queued.future.set_result(reason.with_traceback(None))
 
     def _every(self) -> list[QueuedRequest]:
         with self._changed:
@@ -395,6 +402,7 @@ class RequestQueue:
         elif queued.parts:
             queued.call.timeline.begin("queue")
         else:
+            queued.call.drawn = True
             queued.future.set_result(queued.images)
 
     # Counting

@@ -11,14 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from metrics.clock import WallAnchor
+from metrics.spans import placed_spans, request_tree
+from metrics.timeline import RequestTimeline
 from serve.engine.call import Call
-from serve.engine.gpu_run import GpuRun, Outcome, RunPart
+from serve.engine.gpu_run import GpuRun, OnStep, Outcome, RunPart
 from serve.engine.runtime import Runtime
 from serve.errors import (
     ClientGone,
     DeadlineExceeded,
+    DeviceLost,
+    GenerationFailed,
+    Hang,
+    RequestError,
 )
 from serve.schema import MAX_SEED, TextToImageResponse
 from tests.serve.conftest import request
@@ -53,9 +61,9 @@ def test_requests_that_share_a_run_get_the_pictures_they_get_alone(
     for shared, single in zip(answers, alone, strict=True):
         assert shared.seed == single.seed
         assert int(np.abs(png(shared) - png(single)).max()) <= 1
-    runs = {call.run for call in calls}
-    assert len(runs) == 1
-    assert next(iter(runs)).batch_size == 3  # type: ignore[union-attr]
+    runs = [call.run for call in calls if call.run is not None]
+    assert len({run.run_id for run in runs}) == 1
+    assert [run.batch_size for run in runs] == [3, 3, 3]
     assert [len(call.finish(200).observed_runs) for call in calls] == [1, 0, 0]
 
 
@@ -99,6 +107,109 @@ def test_one_cancelled_request_does_not_stop_the_others_of_its_run(
     assert calls[1].failure is None
 
 
+def shared(runtime: Runtime, calls: list[Call], on_step: OnStep, steps: int = 20) -> list[object]:
+    """What each of the requests that share one run ends with. `on_step` is the last one's."""
+
+    async def story() -> list[object]:
+        gate = await asyncio.to_thread(Gate, runtime)
+        waiting = []
+        for seed, call in enumerate(calls):
+            told = on_step if call is calls[-1] else None
+            wanted = request(num_inference_steps=steps, seed=seed)
+            waiting.append(asyncio.create_task(runtime.generate(wanted, call, on_step=told)))
+        while runtime.queue.waiting < len(calls) - 1 and not waiting[-1].done():
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(gate.open)
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    return asyncio.run(story())
+
+
+def cancel_in_turn(calls: list[Call], reasons: list[RequestError]) -> OnStep:
+    """Cancels one request for each step that has ended."""
+
+    def on_step(index: int, *_: object) -> None:
+        calls[index].cancellation.cancel(reasons[index])
+
+    return on_step
+
+
+def test_each_request_of_a_run_that_was_cancelled_has_its_own_reason(
+    runtime: Runtime, new_call: NewCall
+) -> None:
+    calls = [new_call(), new_call()]
+    reasons = [ClientGone(), DeadlineExceeded(1, eta_ms=5.0)]
+    assert shared(runtime, calls, cancel_in_turn(calls, reasons)) == reasons
+    assert [call.outcome for call in calls] == ["cancelled", "deadline"]
+    failures = [call.failure for call in calls]
+    assert [each and (each.error_type, each.server_fault) for each in failures] == [
+        ("client_gone", False),
+        ("deadline_exceeded", True),
+    ]
+
+
+def test_a_request_that_was_cancelled_before_its_run_failed_has_its_own_reason(
+    runtime: Runtime, new_call: NewCall
+) -> None:
+    calls = [new_call(), new_call()]
+
+    def on_step(index: int, *_: object) -> None:
+        if index == 1:
+            raise ValueError
+        calls[0].cancellation.cancel(ClientGone())
+
+    ends = shared(runtime, calls, on_step)
+    assert [type(end) for end in ends] == [ClientGone, GenerationFailed]
+    assert [call.outcome for call in calls] == ["cancelled", "error"]
+    for call in calls:
+        assert call.failure is not None
+        assert call.run is not None
+        assert call.failure.at_ns == call.run.stages[-1].end_ns
+
+
+def test_a_device_that_is_lost_after_every_request_was_cancelled_is_noticed(
+    runtime: Runtime, new_call: NewCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [new_call(), new_call()]
+
+    def fault(*_: object, **__: object) -> None:
+        raise RuntimeError("device-side assert")
+
+    def on_step(index: int, *_: object) -> None:
+        for call in calls:
+            call.cancellation.cancel(ClientGone())
+        monkeypatch.setattr(runtime.loaded.model, "device", torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "synchronize", fault)
+        fault()
+
+    try:
+        ends = shared(runtime, calls, on_step)
+        assert [type(end) for end in ends] == [ClientGone, ClientGone]
+        assert not runtime.healthy
+    finally:
+        runtime._device_lost = False
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_a_run_that_hung_and_went_on_leaves_the_process_healthy(
+    runtime: Runtime, new_call: NewCall, steps: int
+) -> None:
+    """A run of one step ends whole; a longer one stops when it finds its requests cancelled."""
+    calls = [new_call(), new_call()]
+
+    def on_step(*_: object) -> None:
+        runtime.queue.give_up_all(DeviceLost(Hang("denoise", 0, 120.0)))
+
+    try:
+        ends = shared(runtime, calls, on_step, steps)
+        assert [type(end) for end in ends] == [DeviceLost, DeviceLost]
+        runtime._gpu.submit(lambda: None).result(10)
+        assert runtime.healthy
+        generate(runtime, new_call())
+    finally:
+        runtime._device_lost = False
+
+
 def test_a_run_whose_requests_were_all_cancelled_stops(runtime: Runtime, new_call: NewCall) -> None:
     calls = [new_call(), new_call()]
     for call in calls:
@@ -106,6 +217,41 @@ def test_a_run_whose_requests_were_all_cancelled_stops(runtime: Runtime, new_cal
     with pytest.raises(ClientGone):
         together(runtime, calls, {"seed": 1}, {"seed": 2})
     assert [call.run for call in calls] == [None, None]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("seconds", [-3600, 0, 3600])
+def test_a_clock_that_steps_between_the_requests_of_a_run_moves_each_trace_as_a_whole(
+    runtime: Runtime, new_call: NewCall, seconds: int, fails: bool
+) -> None:
+    first = new_call()
+    stepped = WallAnchor(time.time_ns() + seconds * 10**9, time.perf_counter_ns())
+    timeline = RequestTimeline(first.timeline.anchor if seconds == 0 else stepped)
+    second = Call("/", "POST", runtime.tracing.identify(), timeline=timeline)
+
+    def on_step(index: int, *_: object) -> None:
+        if fails:
+            raise ValueError
+
+    ends = shared(runtime, [first, second], on_step, steps=3)
+    assert [isinstance(end, GenerationFailed) for end in ends] == [fails, fails]
+    assert first.run is not None
+    assert second.run is not None
+    assert (first.run is second.run) is (seconds == 0)
+    assert (second.run.start_ns - first.run.start_ns) / 1e9 == pytest.approx(seconds, abs=60)
+    for call in (first, second):
+        timing = call.finish(500 if fails else 200)
+        assert timing.run is not None
+        for part in (timing.run, *timing.stages):
+            assert timing.start_ns <= part.start_ns <= part.end_ns <= timing.end_ns
+        for span in placed_spans(request_tree(timing)):  # none had to be clamped
+            assert (span.start_ns, span.end_ns) == (span.node.start_ns, span.node.end_ns)
+        if timing.failure is not None:
+            assert timing.failure.at_ns == timing.run.stages[-1].end_ns
+    runs = first.run, second.run
+    for kind in ("stages", "steps"):
+        one, other = ([part.duration_ns for part in getattr(run, kind)] for run in runs)
+        assert one == other != []
 
 
 @pytest.mark.parametrize("cancelled", [1, 2])
@@ -148,7 +294,8 @@ def test_requests_that_differ_do_not_share_a_run(
     calls = [new_call(), new_call(), new_call()]
     together(runtime, calls, {}, other, {})
     assert [call.run.batch_size for call in calls if call.run] == [2, 1, 2]
-    assert calls[0].run == calls[2].run != calls[1].run
+    runs = [call.run.run_id for call in calls if call.run]
+    assert runs[0] == runs[2] != runs[1]
 
 
 @pytest.mark.timing

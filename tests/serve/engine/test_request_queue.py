@@ -208,6 +208,20 @@ def test_a_cancelled_request_of_a_run_is_answered_when_the_run_has_ended() -> No
     assert second.future.result(0) == [PIXELS]
 
 
+def test_a_request_whose_images_are_there_is_cancelled_by_its_client_only() -> None:
+    line = Queue()
+    drawn_one, running = line.join(), line.join(steps=9)
+    batch = line.take()
+    line.queue.end(batch, drawn(batch))
+    line.take()
+    for queued in (drawn_one, running):
+        line.queue.cancel_unless_drawn(queued.call, DeadlineExceeded(1))
+    assert drawn_one.call.cancellation.reason is None
+    assert isinstance(running.call.cancellation.reason, DeadlineExceeded)
+    drawn_one.call.cancellation.cancel(ClientGone())
+    assert isinstance(drawn_one.call.cancellation.reason, ClientGone)
+
+
 def test_a_request_that_is_cancelled_between_its_runs_leaves() -> None:
     line = Queue()
     queued = line.join(images=9)

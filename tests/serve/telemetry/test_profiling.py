@@ -10,6 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
 
+from kernels_warmup.shapes import CompiledShape
 from serve.engine.build import build_runtime
 from serve.engine.call import Call
+from serve.engine.planning import plan_request
 from serve.engine.runtime import Runtime
 from serve.errors import ConfigurationError
+from serve.schema import TextToImageRequest
 from serve.server import create_app
 from serve.settings import ServeSettings, load_settings
 from serve.telemetry.profiling import MAX_PROFILES, Profiling, Ranges
@@ -146,6 +150,25 @@ def test_armed_requests_are_profiled_and_the_next_is_not(
     assert any(
         e["tid"] == step["tid"] and step["ts"] <= e["ts"] < ends[steps[1]] for e in convolutions
     )
+
+
+def test_the_estimates_learn_nothing_from_a_profiled_run(
+    profiled_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(profiled_runtime)
+    body = {"prompt": PROMPT, "num_inference_steps": STEPS}
+    wanted = TextToImageRequest.model_validate(body)
+    planned = plan_request(wanted, profiled_runtime.settings, [CompiledShape(128, 128)], [])
+    estimate = partial(profiled_runtime.estimates.run_estimate, planned, 1)
+    assert ask(app, "/", body).status_code == 200
+    before = estimate()
+    assert before is not None
+    ask(app, "/debug/profile", {"requests": 1})
+    assert ask(app, "/", body).status_code == 200
+    assert profiled_runtime.profiling.armed == 0
+    assert estimate() == before
+    assert ask(app, "/", body).status_code == 200
+    assert estimate() != before
 
 
 def test_a_profiled_run_that_fails_has_its_profile(
@@ -379,14 +402,13 @@ def test_neither_the_next_run_nor_the_shutdown_waits_for_a_write(tmp_path: Path)
         profiling = Profiling(tmp_path)
         profiling.arm(1)
         call = _call_with_a_run()
-        assert profiling.run(lambda: "pixels", "0123abcd", [call]) == "pixels"
-        assert call.run is not None
-        assert call.run.profile is not None
+        profile = profiling.run(lambda: profiling.recording, "0123abcd", [call])
+        assert profile is not None
         assert not profiling.close(0.01)
-        assert profiling.run(lambda: "more", "0123abcd", [call]) == "more"
+        assert profiling.run(lambda: profiling.recording, "0123abcd", [call]) is None
         release.set()
         assert profiling.close(10)
-    assert profiling.profiles() == [call.run.profile]
+    assert profiling.profiles() == [profile]
 
 
 def test_a_run_cancelled_before_it_began_leaves_no_profile(tmp_path: Path) -> None:
