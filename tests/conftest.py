@@ -28,6 +28,7 @@ TOGETHER = {
     "tests/e2e/test_image_responses.py": "servers",
     "tests/e2e/test_load.py": "servers",
     "tests/e2e/test_openai.py": "servers",
+    "tests/e2e/test_openapi.py": "servers",
 }
 """Files whose tests share the servers of tests/e2e: one worker starts them and runs all."""
 
