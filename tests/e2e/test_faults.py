@@ -321,6 +321,7 @@ def test_sigterm_with_both_backends_dead(fault: Fault) -> None:
         while not pushes.search(httpx.get(process.metrics_url, timeout=60).text):
             assert time.monotonic() < deadline
             time.sleep(0.2)
+        served.request()  # the spans of those before may have been given up, as the push was
         seconds = process.terminate()
         print(f"{fault.backend}: gone after {seconds:.2f} s")
         assert seconds < EXIT_SECONDS
