@@ -306,7 +306,7 @@ class BenchResult:
             if scenario.side not in sides:
                 raise ValueError(f"the scenario {scenario.name} is of a side without code")
             for request in scenario.requests:
-                if not any(start <= request.round < end for start, end in rounds):
+                if not any(session.has(request.round) for session in self.sessions):
                     raise ValueError(
                         f"a request of {scenario.name} is of round {request.round}, which no "
                         f"session had"

@@ -194,22 +194,18 @@ def _trusted_parent() -> Path:
         OSError: the first cannot be trusted, and the user's cache folder cannot be made.
     """
     temporary = Path(tempfile.gettempdir())
-    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     try:
         require_trusted_parent(temporary)
-    except UntrustedFolder:
+    except UntrustedFolder as untrusted:
         # As where a container's /tmp is a volume without the sticky bit.
-        own.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            require_trusted_parent(own)
+            return _own_cache_folder()
         except UntrustedFolder:
-            require_trusted_parent(temporary)  # its reason is the one to act on
-        return own
+            raise untrusted from None  # its reason is the one to act on
     if _may_load_code(temporary):
         return temporary
     with suppress(OSError, UntrustedFolder):
-        own.mkdir(mode=0o700, parents=True, exist_ok=True)
-        require_trusted_parent(own)
+        own = _own_cache_folder()
         if _may_load_code(own):
             return own
     logger.warning(
@@ -218,6 +214,19 @@ def _trusted_parent() -> Path:
         temporary,
     )
     return temporary
+
+
+def _own_cache_folder() -> Path:
+    """The user's own cache folder, which is made if it is missing.
+
+    Raises:
+        UntrustedFolder: another user could replace what is made in it.
+        OSError: it cannot be made.
+    """
+    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    own.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_trusted_parent(own)
+    return own
 
 
 def _may_load_code(folder: Path) -> bool:

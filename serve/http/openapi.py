@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from kernels_warmup.shapes import LARGEST_SIDE, PIXELS_PER_LATENT, SMALLEST_SIDE
@@ -67,6 +68,10 @@ of this service's own errors, and without `x-request-id`."""
 _REF = "#/components/schemas/{model}"
 _TEXT: Schema = {"schema": {"type": "string"}}
 _BYTES: Schema = {"type": "string", "format": "binary"}
+
+
+def _ref(model: type[BaseModel]) -> Schema:
+    return {"$ref": _REF.format(model=model.__name__)}
 
 
 def _header(description: str, required: bool = False, **schema: Any) -> Schema:
@@ -272,10 +277,10 @@ def _error_response(
     if openai:
         headers["x-should-retry"] = _header("For OpenAI's clients.", True, enum=["true", "false"])
     if openai:
-        schema: Schema = {"$ref": _REF.format(model=OpenAIErrorBody.__name__)}
+        schema: Schema = _ref(OpenAIErrorBody)
     else:
         this = {"properties": {"error_type": {"enum": list(error_types)}}}
-        schema = {"allOf": [{"$ref": _REF.format(model=ErrorBody.__name__)}, this]}
+        schema = {"allOf": [_ref(ErrorBody), this]}
     return {
         "description": " or ".join(f"`{error_type}`" for error_type in error_types),
         "headers": headers,
@@ -289,8 +294,8 @@ def _stream(operation: Schema) -> None:
         "step": _object(
             index={"type": "integer"}, total={"type": "integer"}, gpu_ms={"type": "number"}
         ),
-        "image": {"$ref": _REF.format(model=TextToImageResponse.__name__)},
-        "error": {"$ref": _REF.format(model=ErrorBody.__name__)},
+        "image": _ref(TextToImageResponse),
+        "error": _ref(ErrorBody),
     }
     operation["responses"]["200"]["headers"] |= _UNBUFFERED
     operation["responses"]["200"] |= {
@@ -324,9 +329,9 @@ def _image(operation: Schema) -> None:
 def _openai_images(operation: Schema) -> None:
     operation["responses"]["200"]["headers"] |= _UNBUFFERED
     events = {
-        "image_generation.partial_image": {"$ref": _REF.format(model=PartialImage.__name__)},
-        "image_generation.completed": {"$ref": _REF.format(model=CompletedImage.__name__)},
-        "error": {"$ref": _REF.format(model=OpenAIErrorBody.__name__)},
+        "image_generation.partial_image": _ref(PartialImage),
+        "image_generation.completed": _ref(CompletedImage),
+        "error": _ref(OpenAIErrorBody),
     }
     operation["responses"]["200"]["content"]["text/event-stream"] = _events(events)
 
@@ -367,7 +372,7 @@ def _state(operation: Schema, name: str, values: dict[str, list[str]]) -> None:
 
 
 def _profile(operation: Schema) -> None:
-    body = {"schema": {"$ref": _REF.format(model=ProfileRequest.__name__)}}
+    body = {"schema": _ref(ProfileRequest)}
     operation["requestBody"] = {"required": True, "content": {"application/json": body}}
     operation["responses"]["200"]["content"]["application/json"]["schema"] = _object(
         armed={"type": "integer"}, profiles={"type": "array", "items": {"type": "string"}}
@@ -395,7 +400,7 @@ def _of_any_path(error: type[RequestError]) -> Schema:
     """The response to what is no operation: an unknown path, or another method."""
     response = _error_response(error.status, [error.error_type], openai=False, generates=False)
     schema = response["content"]["application/json"]["schema"]
-    openais = {"$ref": _REF.format(model=OpenAIErrorBody.__name__)}
+    openais = _ref(OpenAIErrorBody)
     response["content"]["application/json"]["schema"] = {"anyOf": [schema, openais]}
     response["headers"]["x-should-retry"] = _header(f"Below {OPENAI_PREFIX}.")
     return response

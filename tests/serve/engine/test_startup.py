@@ -68,21 +68,25 @@ def test_where_no_size_can_be_warmed_the_start_fails() -> None:
     runtime.close(1)
 
 
+def hold_the_second_size(runtime: Runtime) -> asyncio.Event:
+    """Hold the warm-up before 160x96 until the event is set. Called on the event loop."""
+    real, loop, may_begin = runtime._warm_once, asyncio.get_running_loop(), asyncio.Event()
+
+    def run_once(shape: CompiledShape, kind: RunKind) -> None:
+        if shape.width == 160 and kind.guided:
+            asyncio.run_coroutine_threadsafe(may_begin.wait(), loop).result(60)
+        real(shape, kind)
+
+    runtime._warm_once = run_once
+    return may_begin
+
+
 def test_ready_early_serves_between_the_sizes() -> None:
     runtime = build(ready_early=True)
-    real = runtime._warm_once
-    second_may_begin = asyncio.Event()
     served_early: list[str] = []
 
     async def story() -> None:
-        loop = asyncio.get_running_loop()
-
-        def run_once(shape: CompiledShape, kind: RunKind) -> None:
-            if shape.width == 160 and kind.guided:
-                asyncio.run_coroutine_threadsafe(second_may_begin.wait(), loop).result(60)
-            real(shape, kind)
-
-        runtime._warm_once = run_once
+        second_may_begin = hold_the_second_size(runtime)
         await runtime.start()
         assert runtime.readiness.as_json()["state"] == "ready"
         assert runtime.readiness.as_json()["shapes"] == ["128x128"]
@@ -106,18 +110,9 @@ def test_ready_early_serves_between_the_sizes() -> None:
 
 def test_a_batch_size_without_memory_stays_away_while_other_sizes_warm() -> None:
     runtime = build(ready_early=True, max_batch=3)
-    real = runtime._warm_once
 
     async def story() -> None:
-        loop = asyncio.get_running_loop()
-        second_may_begin = asyncio.Event()
-
-        def run_once(shape: CompiledShape, kind: RunKind) -> None:
-            if shape.width == 160 and kind.guided:
-                asyncio.run_coroutine_threadsafe(second_may_begin.wait(), loop).result(60)
-            real(shape, kind)
-
-        runtime._warm_once = run_once
+        second_may_begin = hold_the_second_size(runtime)
         await runtime.start()
         denoise = runtime.loaded.model.denoise
 
