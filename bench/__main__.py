@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Before a command loads torch, and for the processes that it starts.
     choose_cpu_threads()
     try:
-        status = _run(COMMANDS[options.command], options)
+        with _ended_by_sigterm():
+            status = _run(COMMANDS[options.command], options)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -136,6 +140,20 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return status
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit, so that every server and worker that was started is ended too."""
+
+    def end(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(command: Command, options: argparse.Namespace) -> int:

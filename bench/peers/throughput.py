@@ -20,12 +20,11 @@ import argparse
 import http.client
 import os
 import queue
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
 
     plan, settings = _checked(options)
     device = device_named("auto")
-    with only_bench_on(device), _ends_on_sigterm():
+    with only_bench_on(device):
         load_average = os.getloadavg()[0]
         rates = measure(plan, settings)
     report(plan, rates, load_average)
@@ -187,16 +186,6 @@ def _threads(given: str | None) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise BenchError(f"--threads: a number from 1 and `{OWN_THREADS}` are allowed")
     return int(text)
-
-
-@contextmanager
-def _ends_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends this process as Ctrl-C does, so that no paused server is left behind."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # Measuring ---------------------------------------------------------------------------------------

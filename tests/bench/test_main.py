@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from bench.__main__ import COMMANDS, main
+from bench.service.processes import ROOT, clean_environment
 from bench.stats.error_rates import NO_CHANGE
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "plotly"}
@@ -83,3 +86,19 @@ def test_a_closed_pipe_is_not_a_failure() -> None:
         shell=True, capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_no_server_behind(number: int) -> None:
+    """`timeout` and CI send SIGTERM, whose default would end the bench alone."""
+    command = [sys.executable, "-m", "bench", "soak"]
+    with subprocess.Popen(command, cwd=ROOT, env=clean_environment()) as bench:
+        process = psutil.Process(bench.pid)
+        until = time.monotonic() + 60
+        while len(servers := process.children()) < 2:  # the receiver of spans and the server
+            assert bench.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        bench.send_signal(number)
+        assert bench.wait(60) == 128 + number
+        assert psutil.wait_procs(servers, timeout=1)[1] == []
