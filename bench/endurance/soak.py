@@ -1,7 +1,7 @@
 """Thousands of requests of every kind, and whether the server's process grows with them.
 
     python -m bench soak
-    python -m bench soak --requests 5000 --out soak.json
+    python -m bench soak --requests 30000 --out soak.json
 
 A self-hosted server of the demo model on the CPU, with batches, serves several clients at once.
 Each request is of a random kind (seeded): text to image in several sizes, steps and guidances,
@@ -271,7 +271,7 @@ class Soak:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=int, default=5000, help="how many (default: 5000)")
+    parser.add_argument("--requests", type=int, default=9000, help="how many (default: 9000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the kinds (default: 0)")
     parser.add_argument("--out", type=output_file, help="also write it here, as JSON")
 
