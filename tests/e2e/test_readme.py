@@ -8,11 +8,14 @@ from random import Random
 import pytest
 from prometheus_client import CollectorRegistry
 
+from metrics.tracing import HONEYCOMB_SAMPLE_RATE, PROBABILITY
 from serve.errors import OTHER_ERRORS, REQUEST_ERRORS, RequestError
 from serve.schema import ImageToImageRequest, TextToImageRequest, TextToImageResponse
 from serve.settings import ServeSettings, environment_name
 from tests.e2e.transcript import README, in_readme, record, shape
 from tests.metrics.recorded import declared_service, observe_some
+from tests.metrics.test_spans import emitted
+from tests.metrics.timings import requests_with_every_attribute
 from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.docs
@@ -55,6 +58,27 @@ def test_every_metric_is_documented_with_its_labels_and_no_other() -> None:
         for name, labels in re.findall(r"`(sdxl_[a-z_]+)(?:\{([a-z_,]+)\})?`", table)
     }
     assert documented == exposed
+
+
+def test_every_attribute_of_a_span_is_documented_and_no_other() -> None:
+    found: dict[str, set[str]] = {}
+    for request in requests_with_every_attribute():
+        for span in emitted(request):
+            found.setdefault(span.name, set()).update(span.attributes or {})
+    of_stages = {"inference.clock"}
+    for name in ("text_encode", "vae_decode"):
+        assert found[name] == of_stages
+    found["denoise"] -= of_stages
+    section = (DOCS / "tracing.md").read_text().split("\n## Attributes\n")[1].split("\n## ")[0]
+    documented: dict[str, set[str]] = {}
+    for spans, attributes in re.findall(r"^\|([^|]*)\|([^|]*)\|", section, re.MULTILINE):
+        for span in re.findall(r"`([\w-]+)`", spans) or ["every span"]:
+            names = re.findall(r"`([\w.]+)`", attributes)
+            documented.setdefault(span, set()).update(names)
+    assert documented.pop("every span") == {PROBABILITY, HONEYCOMB_SAMPLE_RATE}
+    documented.pop("warmup")  # the start-up gives them
+    assert documented == {span: found[span] for span in documented}
+    assert set(documented) == {span for span in found if found[span] - of_stages}
 
 
 def test_every_field_of_a_request_and_a_response_is_documented_and_no_other() -> None:
