@@ -108,11 +108,29 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in (
         ("--replicas", int, "how many replicas, or the fewest (default: 1)"),
         ("--max-replicas", int, "the most replicas, by load (default: as many as --replicas)"),
-        ("--run-seconds", float, "how long a run takes, as measured"),
-        ("--wait-seconds", float, "how long requests may wait before a replica is added"),
-        ("--upscale-seconds", float, "how long there must be too many requests to add a replica"),
-        ("--downscale-seconds", float, "how long there must be too few to remove one"),
-        ("--metrics-targets", str, "a folder for the files that tell Prometheus of the replicas"),
+        ("--run-seconds", float, "how long a run takes, as measured (default: 1)"),
+        (
+            "--wait-seconds",
+            float,
+            "how long requests may wait on average before a replica is added (default: as long as "
+            "a run takes)",
+        ),
+        (
+            "--upscale-seconds",
+            float,
+            "how long there must be too many requests to add a replica (default: 10)",
+        ),
+        (
+            "--downscale-seconds",
+            float,
+            "how long there must be too few to remove one (default: 300)",
+        ),
+        (
+            "--metrics-targets",
+            str,
+            "write the address of each replica's metrics to this folder, for Prometheus' "
+            "file_sd_configs (default: none)",
+        ),
     ):
         parser.add_argument(name, type=kind, default=argparse.SUPPRESS, help=text)
 
