@@ -74,7 +74,7 @@ def _doctor(settings: ServeSettings, options: argparse.Namespace) -> int:
         backend = known.get(_plain(options.backend))
         if backend is None:
             names = ", ".join(backend.name for backend in BACKENDS)
-            raise ConfigurationError(f"--backend {options.backend!r} is not known: {names} are.")
+            raise ConfigurationError(f"--backend {options.backend!r} is not known. Known: {names}.")
     width = min(100, shutil.get_terminal_size().columns)
     return run(settings, print, sends=not options.no_send, treat_as=backend, width=width)
 

@@ -121,8 +121,8 @@ def _refuse_proxies() -> None:
             continue
         if os.environ[name] and not is_proxy(os.environ[name]):
             raise ConfigurationError(
-                f"{name} is not allowed as it is (its value is not shown): the URL of a proxy is, "
-                "as http://HOST:PORT."
+                f"{name} is not allowed as it is (its value is not shown). Allowed: the URL of a "
+                "proxy, as http://HOST:PORT."
             )
 
 
@@ -134,8 +134,8 @@ def _refuse_keys() -> None:
         # The hub's client strips its token, which may come from a file.
         if not re.fullmatch(r"[!-~]*", key if name == "FAL_KEY" else key.strip()):
             raise ConfigurationError(
-                f"{name} is not allowed as it is (its value is not shown): visible ASCII "
-                "characters without spaces and line breaks are."
+                f"{name} is not allowed as it is (its value is not shown). Allowed: visible ASCII "
+                "characters without spaces and line breaks."
             )
 
 
@@ -148,8 +148,8 @@ def _sentence(error: ValidationError) -> str:
     name, value = _as_given(environment_name(field))
     allowed = ServeSettings.model_fields[field].description
     if field in _SECRET_FIELDS or (field in _URL_FIELDS and _may_hold_a_secret(value)):
-        return f"{name} is not allowed as it is (its value is not shown): {allowed} is."
-    return f"{name}={value!r} is not allowed: {allowed} is."
+        return f"{name} is not allowed as it is (its value is not shown). Allowed: {allowed}."
+    return f"{name}={value!r} is not allowed. Allowed: {allowed}."
 
 
 def _as_given(name: str) -> tuple[str, str]:
@@ -175,8 +175,8 @@ def _keys_of_file(path: Path, settings: ServeSettings) -> ApiKeys:
         ) from None
     except ValueError:
         raise ConfigurationError(
-            f"SDXL_API_KEYS_FILE={str(path)!r} has something else in it (it is not shown): "
-            f"{ALLOWED} is allowed."
+            f"SDXL_API_KEYS_FILE={str(path)!r} has something else in it (it is not shown). "
+            f"Allowed: {ALLOWED}."
         ) from None
     return keys
 

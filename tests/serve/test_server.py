@@ -674,7 +674,7 @@ def test_the_number_of_connections_follows_from_the_open_files(
     room = connection_limit(None)
     assert 800 < room < 1000
     assert connection_limit(room) == room
-    with pytest.raises(ConfigurationError, match=f"SDXL_MAX_CONNECTIONS={room + 1} .* {room} is"):
+    with pytest.raises(ConfigurationError, match=f"SDXL_MAX_CONNECTIONS={room + 1} .* {room}\\."):
         connection_limit(room + 1)
     limited_to(64)
     with pytest.raises(ConfigurationError, match="64 files"):
