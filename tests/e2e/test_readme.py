@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+import serve.errors
 from metrics.records import Estimate
 from metrics.tracing import HONEYCOMB_SAMPLE_RATE, PROBABILITY, drawn_identity
 from serve.engine.call import Call
 from serve.engine.readiness import Readiness
-from serve.errors import OTHER_ERRORS, REQUEST_ERRORS, RequestError
+from serve.errors import (
+    OTHER_ERRORS,
+    REQUEST_ERRORS,
+    InternalError,
+    RequestError,
+    UnusablePicture,
+)
 from serve.http.openai.schema import ImageGenerationRequest
 from serve.http.server_sent_events import StreamEvents
 from serve.schema import ImageToImageRequest, TextToImageRequest, TextToImageResponse
@@ -141,6 +148,12 @@ def test_every_failure_is_documented_with_its_status_and_no_other() -> None:
     documented = re.findall(r"^\|[^|]+\| (\d{3}) \| `(\w+)` \|$", section, re.MULTILINE)
     errors = (*REQUEST_ERRORS, RequestError, *OTHER_ERRORS)
     assert documented == [(str(error.status), error.error_type) for error in errors]
+
+
+def test_the_tree_of_errors_has_every_error_with_its_status() -> None:
+    in_tree = dict(re.findall(r"── (\w+) +(\d{3})", serve.errors.__doc__ or ""))
+    errors = (*REQUEST_ERRORS, *OTHER_ERRORS, InternalError, UnusablePicture)
+    assert in_tree == {error.__name__: str(error.status) for error in errors}
 
 
 def test_the_figures_in_the_readme_are_rows_of_the_generated_tables() -> None:
