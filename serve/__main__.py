@@ -112,8 +112,7 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
         (
             "--wait-seconds",
             float,
-            "how long requests may wait on average before a replica is added (default: as long as "
-            "a run takes)",
+            "how long requests may wait on average (default: as long as a run takes)",
         ),
         (
             "--upscale-seconds",
@@ -128,8 +127,7 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
         (
             "--metrics-targets",
             str,
-            "write the address of each replica's metrics to this folder, for Prometheus' "
-            "file_sd_configs (default: none)",
+            "folder for the addresses of the replicas' metrics, for Prometheus' file_sd_configs",
         ),
     ):
         parser.add_argument(name, type=kind, default=argparse.SUPPRESS, help=text)

@@ -163,7 +163,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
     if options.seconds < 3 * RAMP_SECONDS or options.steps < 1 or min(options.batch) < 1:
-        raise BenchError(f"--seconds: {3 * RAMP_SECONDS:g} and more; --steps and --batch: 1")
+        raise BenchError(
+            f"--seconds must be at least {3 * RAMP_SECONDS:g}, --steps and --batch at least 1"
+        )
     from bench.harness.device_lock import only_bench_on
     from bench.harness.environment import where
 

@@ -124,7 +124,7 @@ def refuse_unusable_certificates(files: Mapping[str, str | None]) -> None:
             context.load_cert_chain(own, key, password="")
         except (OSError, ValueError):
             raise ConfigurationError(
-                f"{start}CLIENT_CERTIFICATE={own!r} is not allowed as it is. Allowed: a PEM file with "
-                "this client's certificate, with its unencrypted key there or in the file of "
+                f"{start}CLIENT_CERTIFICATE={own!r} is not allowed as it is. Allowed: a PEM file "
+                "with this client's certificate, with its unencrypted key there or in the file of "
                 f"{start}CLIENT_KEY."
             ) from None
