@@ -182,6 +182,29 @@ def _keys_of_file(path: Path, settings: ServeSettings) -> ApiKeys:
 
 
 def _refuse_contradictions(settings: ServeSettings) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        ConfigurationError: names the first pair.
+    """
+    _refuse_a_caller_as_operator(settings)
+    _refuse_contradicting_steps(settings)
+    if settings.loras and settings.quantize != "none":
+        raise ConfigurationError(
+            f"SDXL_LORAS and SDXL_QUANTIZE={settings.quantize} contradict each other: a LoRA is "
+            "added to weights that are not quantised."
+        )
+    _refuse_contradicting_exporters(settings)
+    _refuse_contradicting_sampling(settings)
+    batch, queue = settings.bsp_max_export_batch_size, settings.bsp_max_queue_size
+    if batch is not None and batch > (queue or MAX_QUEUE_SIZE):
+        raise ConfigurationError(
+            f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE={batch} is larger than the queue "
+            f"(OTEL_BSP_MAX_QUEUE_SIZE, {queue or MAX_QUEUE_SIZE}): at most as large is allowed."
+        )
+
+
+def _refuse_a_caller_as_operator(settings: ServeSettings) -> None:
     token = settings.admin_token
     if token is not None and any(
         is_same(token.get_secret_value(), key.digest) for key in settings.api_keys
@@ -189,23 +212,25 @@ def _refuse_contradictions(settings: ServeSettings) -> None:
         raise ConfigurationError(
             "SDXL_ADMIN_TOKEN is one of the API keys as well: a caller would be an operator."
         )
-    if settings.timesteps is not None:
-        given = f"SDXL_TIMESTEPS={','.join(map(str, settings.timesteps))}"
-        if "steps" in settings.model_fields_set and settings.steps != settings.default_steps:
-            raise ConfigurationError(
-                f"{given} and SDXL_STEPS={settings.steps} contradict each other: every run has "
-                f"{settings.default_steps} steps then; leave SDXL_STEPS unset."
-            )
-        if settings.scheduler not in (None, "euler", "euler-trailing", "lcm"):
-            raise ConfigurationError(
-                f"{given} and SDXL_SCHEDULER={settings.scheduler} contradict each other: of the "
-                "schedulers, euler and lcm take timesteps."
-            )
-    if settings.loras and settings.quantize != "none":
+
+
+def _refuse_contradicting_steps(settings: ServeSettings) -> None:
+    if settings.timesteps is None:
+        return
+    given = f"SDXL_TIMESTEPS={','.join(map(str, settings.timesteps))}"
+    if "steps" in settings.model_fields_set and settings.steps != settings.default_steps:
         raise ConfigurationError(
-            f"SDXL_LORAS and SDXL_QUANTIZE={settings.quantize} contradict each other: a LoRA is "
-            "added to weights that are not quantised."
+            f"{given} and SDXL_STEPS={settings.steps} contradict each other: every run has "
+            f"{settings.default_steps} steps then; leave SDXL_STEPS unset."
         )
+    if settings.scheduler not in (None, "euler", "euler-trailing", "lcm"):
+        raise ConfigurationError(
+            f"{given} and SDXL_SCHEDULER={settings.scheduler} contradict each other: of the "
+            "schedulers, euler, euler-trailing and lcm take timesteps."
+        )
+
+
+def _refuse_contradicting_exporters(settings: ServeSettings) -> None:
     exporters = settings.metrics_exporter
     stated = "otlp_metrics" in settings.model_fields_set and exporters is not None
     if stated and settings.otlp_metrics != ("otlp" in (exporters or ())):
@@ -225,6 +250,9 @@ def _refuse_contradictions(settings: ServeSettings) -> None:
             "OTEL_TRACES_EXPORTER=otlp needs an endpoint to export to: set "
             "OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT."
         )
+
+
+def _refuse_contradicting_sampling(settings: ServeSettings) -> None:
     rate, argument = settings.sample_rate, settings.traces_sampler_arg
     if rate is not None and argument is not None and rate != argument:
         raise ConfigurationError(
@@ -249,9 +277,3 @@ def _refuse_contradictions(settings: ServeSettings) -> None:
                     f"OTEL_TRACES_SAMPLER={fixed} and {environment_name(field)} contradict each "
                     "other: that sampler exports nothing; a ratio of 0 keeps slow and failed ones."
                 )
-    batch, queue = settings.bsp_max_export_batch_size, settings.bsp_max_queue_size
-    if batch is not None and batch > (queue or MAX_QUEUE_SIZE):
-        raise ConfigurationError(
-            f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE={batch} is larger than the queue "
-            f"(OTEL_BSP_MAX_QUEUE_SIZE, {queue or MAX_QUEUE_SIZE}): at most as large is allowed."
-        )
