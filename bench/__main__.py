@@ -125,9 +125,11 @@ def main(arguments: list[str] | None = None) -> int:
             module.add_arguments(subparser)
     options = parser.parse_args(arguments)
     from kernels_warmup.cpu_threads import choose_cpu_threads
+    from serve.telemetry.logs import quiet_model_libraries
 
     # Before a command loads torch, and for the processes that it starts.
     choose_cpu_threads()
+    quiet_model_libraries()
     try:
         with _ended_by_sigterm():
             status = _run(COMMANDS[options.command], options)

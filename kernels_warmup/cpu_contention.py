@@ -205,7 +205,7 @@ class CpuContention:
                 interval = max(INTERVAL_SECONDS, (time.thread_time() - began) / SHARE_OF_TIME)
         except (OSError, AttributeError) as error:
             # Images are generated without it, slowly on a busy machine.
-            logger.warning("the waiting of CPU threads stays as it is: %s", type(error).__name__)
+            logger.warning("how CPU threads wait cannot be changed: %s", type(error).__name__)
         finally:
             self._spin()
 

@@ -101,7 +101,7 @@ class PerShape:
         except RecompileError as error:
             if not self.fallbacks.recompiles:
                 # Logged once: every step would repeat it. The text names sizes and modules only.
-                logger.warning("not compiled again, run eagerly: %s", error)
+                logger.warning("a call does not fit the compiled code and runs eagerly: %s", error)
             self.fallbacks.recompiles += 1
             return self._eagerly(inputs)
 

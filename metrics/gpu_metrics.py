@@ -98,7 +98,7 @@ class GpuMetrics:
             except Exception as error:  # noqa: BLE001 - a binding may raise anything
                 if first:
                     del self._queries[name]
-                    logger.info("this GPU has no figure %s (%s)", name, type(error).__name__)
+                    logger.info("this GPU does not report %s (%s)", name, type(error).__name__)
                 else:
                     self._failed()
         self._reading = reading

@@ -74,7 +74,7 @@ def _doctor(settings: ServeSettings, options: argparse.Namespace) -> int:
         backend = known.get(_plain(options.backend))
         if backend is None:
             names = ", ".join(backend.name for backend in BACKENDS)
-            raise ConfigurationError(f"--backend {options.backend!r} is not known: {names} are.")
+            raise ConfigurationError(f"--backend {options.backend!r} is not known. Known: {names}.")
     width = min(100, shutil.get_terminal_size().columns)
     return run(settings, print, sends=not options.no_send, treat_as=backend, width=width)
 
@@ -108,11 +108,27 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in (
         ("--replicas", int, "how many replicas, or the fewest (default: 1)"),
         ("--max-replicas", int, "the most replicas, by load (default: as many as --replicas)"),
-        ("--run-seconds", float, "how long a run takes, as measured"),
-        ("--wait-seconds", float, "how long requests may wait before a replica is added"),
-        ("--upscale-seconds", float, "how long there must be too many requests to add a replica"),
-        ("--downscale-seconds", float, "how long there must be too few to remove one"),
-        ("--metrics-targets", str, "a folder for the files that tell Prometheus of the replicas"),
+        ("--run-seconds", float, "how long a run takes, as measured (default: 1)"),
+        (
+            "--wait-seconds",
+            float,
+            "how long requests may wait on average (default: as long as a run takes)",
+        ),
+        (
+            "--upscale-seconds",
+            float,
+            "how long there must be too many requests to add a replica (default: 10)",
+        ),
+        (
+            "--downscale-seconds",
+            float,
+            "how long there must be too few to remove one (default: 300)",
+        ),
+        (
+            "--metrics-targets",
+            str,
+            "folder for the addresses of the replicas' metrics, for Prometheus' file_sd_configs",
+        ),
     ):
         parser.add_argument(name, type=kind, default=argparse.SUPPRESS, help=text)
 

@@ -9,6 +9,7 @@
         ├── ModelNotFound       404, only on OpenAI's endpoints
         ├── BodyTooLarge        413
         ├── BodyTooSlow         408
+        ├── NotAcceptable       406
         ├── UnsupportedMediaType 415
         ├── TooManyConnections  503
         ├── Unauthorized        401
@@ -168,7 +169,7 @@ class TooManyConnections(RequestError):
 
     def __init__(self) -> None:
         super().__init__(
-            "As many connections are open as this server allows; the few beyond that may read "
+            "As many connections are open as this server allows. A few more are accepted, for "
             "/health, /ready and /metrics only.",
             {"Retry-After": "1"},
         )
@@ -215,7 +216,7 @@ class KeyLimitReached(RequestError):
 
     def __init__(self, limit: int) -> None:
         super().__init__(
-            f"{limit} requests with this key's name are in progress, which is all that may be; "
+            f"{limit} requests with this key's name are in progress, the most that are allowed; "
             "try again when one has ended.",
             {"Retry-After": "1"},
         )
@@ -229,7 +230,7 @@ class QueueFull(RequestError):
 
     def __init__(self, waiting: int, retry_after_seconds: int, eta_ms: float | None = None) -> None:
         super().__init__(
-            f"{waiting} requests are waiting already, which is all that may; "
+            f"{waiting} requests are waiting already, the most that are allowed; "
             f"try again in about {retry_after_seconds} s.",
             {"Retry-After": str(retry_after_seconds)},
         )
@@ -244,7 +245,7 @@ class DeadlineExceeded(RequestError):
     def __init__(
         self, deadline_seconds: float, eta_ms: float | None = None, refused: bool = False
     ) -> None:
-        verb = "cannot be done" if refused else "was not done"
+        verb = "cannot be finished" if refused else "was not finished"
         super().__init__(
             f"The request {verb} within its deadline of {deadline_seconds:g} s.", NO_RETRY
         )

@@ -111,8 +111,8 @@ def read_options(arguments: dict[str, Any]) -> RayOptions:
         ) from None
     if options.max_replicas is not None and options.max_replicas < options.replicas:
         raise ConfigurationError(
-            f"max_replicas={options.max_replicas} is not allowed: a number from {options.replicas} "
-            "(replicas) is."
+            f"max_replicas={options.max_replicas} is not allowed. Allowed: a number from "
+            f"{options.replicas} (replicas)."
         )
     return options
 

@@ -260,7 +260,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def reachable_by(address: str) -> str | None:
-    """Who else than this machine reaches a bound address; None: nobody.
+    """Who may reach a bound address besides this machine, as a part of a sentence; None: nobody.
 
     Args:
         address: a numeric IPv4 or IPv6 address, as a socket names its own.

@@ -1,8 +1,7 @@
-"""Closed forms of queues with Poisson arrivals and c servers: M/M/c and M/D/c.
+"""The closed form of M/D/c: Poisson arrivals, constant service times, c servers.
 
-Times are in units of the caller's choice; `rate` is arrivals per unit. M/M/c has exponential
-service times, M/D/c constant ones, as a denoising run of one size nearly has. Both have one queue
-in front of all servers.
+A denoising run of one size nearly has a constant time. There is one queue in front of all servers.
+Times are in units of the caller's choice; `rate` is arrivals per unit.
 """
 
 from __future__ import annotations
@@ -16,23 +15,6 @@ from numpy.typing import NDArray
 
 SMALLEST_TAIL = 1e-12
 """Probability of longer queues, which are left out."""
-
-
-def erlang_c(servers: int, load: float) -> float:
-    """The probability that an arrival waits in M/M/c.
-
-    Args:
-        load: rate times mean service time, below `servers`.
-    """
-    blocked = 1.0  # Erlang B by its recursion, which does not overflow
-    for count in range(1, servers + 1):
-        blocked = load * blocked / (count + load * blocked)
-    return servers * blocked / (servers - load * (1 - blocked))
-
-
-def mmc_mean_wait(rate: float, service: float, servers: int) -> float:
-    load = rate * service
-    return erlang_c(servers, load) * service / (servers - load)
 
 
 @dataclass(frozen=True)

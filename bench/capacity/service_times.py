@@ -103,7 +103,9 @@ def _of_result(path: Path, result: BenchResult, names: Sequence[str]) -> Service
     for name in wanted:
         scenario = known[name]
         if scenario.steps not in (None, result.workload.steps):
-            raise BenchError(f"the scenario {name} has other steps than the file's workload")
+            raise BenchError(
+                f"the scenario {name} has another number of steps than the file's workload"
+            )
         if scenario.images in chosen:
             raise BenchError(
                 f"{chosen[scenario.images].name} and {name} both have {scenario.images} images a "
@@ -119,7 +121,7 @@ def _of_result(path: Path, result: BenchResult, names: Sequence[str]) -> Service
             stages = request.stages_ms
             run = sum(ms for stage, ms in stages.items() if stage in MODEL_STAGES)
             if not run:
-                raise BenchError(f"the scenario {scenario.name} has no stages: it is no service's")
+                raise BenchError(f"the scenario {scenario.name} has no times of the model's stages")
             seconds.append(run / 1000)
             if images == 1:
                 outside.append(max(0.0, request.total_ms - run - stages.get("queue", 0.0)) / 1000)

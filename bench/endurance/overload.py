@@ -3,30 +3,31 @@
     python -m bench overload
     python -m bench overload --batch 1 8 --seconds 30 --out overload.json
 
-A self-hosted server of the demo model on the CPU is started for each largest batch, as on a device
-whose steps always take 50 ms, with batches 150 ms (`paced_server`). It takes 0.3 s to upload an
-image, to nowhere. It first draws runs of each number of images, to fill its buffers.
-Its capacity is measured with enough clients that the queue is never empty. Then requests arrive at
-random (open loop, Poisson, seeded) at 4, 0.5, 0.9, 1.5 and again 4 times that capacity. One request
-in four carries a deadline of half the time that a full queue takes.
+For each largest batch a self-hosted server of the demo model is started on the CPU. It behaves as
+on a device whose steps always take 50 ms, with batches 150 ms (`paced_server`), and it takes 0.3 s
+to upload an image, which is stored nowhere. Runs of each number of images come first, because each
+fills buffers of its own. The capacity is measured with enough clients that the queue is never
+empty. Then requests arrive at random (open loop, Poisson, seeded) at 4, 0.5, 0.9, 1.5 and again 4
+times that capacity. One request in four has a deadline of half the time that a full queue takes.
 
 What is checked:
-- every answer is 200, 429 with Retry-After, or 504;
-- the 99th percentile of the latency of those with an image is at most the time of a full queue:
-  the run in progress, of the largest batch, and all that wait, the request itself among them. That
-  is the longest GPU time that so many images in a row took in that phase, divided by 97%, and then
-  comes what encoding and upload took (their 99th percentile);
-- goodput at 4 times the capacity is at least 95% of the highest goodput of any phase. It is the
-  images of the runs that end after the phase's first 2 s, to the first that ends after its last
-  arrival, over the time that these runs took, gaps and all;
-- at 4 times the capacity the GPU thread is busy for at least 97% of the time: image encoding and
-  upload overlap the next run. Busy is the sum of the runs' stages, as the answers' `timings` have
-  them (answers of one run have the same), over the time from the end of the first run to the end of
-  the last. So what is lost between runs counts, and a stage that encoding slows down does not;
-- memory and threads after each phase are at most those after the first: within 2%, and no thread
-  more. (`bench soak` measures growth over thousands of requests.)
-- the device kept its pace: the mean step of each phase is within 2% of that of every other. Else
-  the machine was too slow for the pace, and nothing said above of goodput can be trusted.
+- Answers: each is 200, 429 with Retry-After, or 504.
+- Latency: the 99th percentile of requests with an image is at most the time of a full queue. That
+  is the run in progress, of the largest batch, and all that wait, the request itself among them.
+  Its time is the longest GPU time that so many images in a row took in that phase, divided by 97%.
+  The 99th percentile of encoding and upload comes on top.
+- Goodput: at 4 times the capacity it is at least 95% of the highest of any phase. Goodput is the
+  images of whole runs over the time that these runs took, gaps between them included. The runs are
+  those that end after the phase's first 2 s, up to the first that ends after its last arrival.
+- Busy: at 4 times the capacity the GPU thread is busy for at least 97% of the time, because image
+  encoding and upload overlap the next run. Busy time is the sum of the runs' stages, as the
+  answers' `timings` have them; answers of one run have the same. It is compared with the time from
+  the end of the first run to the end of the last. So time lost between runs counts, and a stage
+  that encoding slows down does not.
+- Memory and threads: after each phase memory is at most 2% above that after the first, and there is
+  no thread more. (`bench soak` measures growth over thousands of requests.)
+- Pace: the mean step of each phase is within 2% of that of every other. Otherwise the machine was
+  too slow for the device's pace, and nothing said above of goodput can be trusted.
 
 Exit status: 0 all of it holds; 1 not; 2 wrong usage.
 """
@@ -163,7 +164,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
     if options.seconds < 3 * RAMP_SECONDS or options.steps < 1 or min(options.batch) < 1:
-        raise BenchError(f"--seconds: {3 * RAMP_SECONDS:g} and more; --steps and --batch: 1")
+        raise BenchError(
+            f"--seconds must be at least {3 * RAMP_SECONDS:g}, --steps and --batch at least 1"
+        )
     from bench.harness.device_lock import only_bench_on
     from bench.harness.environment import where
 
@@ -317,9 +320,10 @@ def _phase(
 
 
 def full_queue_seconds(answered: Sequence[Answered], batch: int) -> float:
-    """How long the last of a full queue's requests may wait for its images to be drawn: the longest
-    time of runs in a row with as many images as a full queue has, over the share of the time that
-    the GPU thread must be busy.
+    """How long the last request of a full queue may wait for its images to be drawn.
+
+    It is the longest time that runs in a row with as many images took, divided by the share of the
+    time that the GPU thread must be busy.
 
     Args:
         answered: those with images.

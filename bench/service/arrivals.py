@@ -26,10 +26,10 @@ class Mix:
     def of(cls, shapes: Sequence[tuple[str, float]], steps: Sequence[tuple[str, float]]) -> Mix:
         for shape, _ in shapes:
             if not re.fullmatch("[0-9]{1,6}x[0-9]{1,6}", shape):
-                raise BenchError(f"--shape {shape} is not allowed; WIDTHxHEIGHT is")
+                raise BenchError(f"--shape {shape} is not allowed. Allowed: WIDTHxHEIGHT")
         for count, _ in steps:
             if not re.fullmatch("[0-9]{1,6}", count) or int(count) < 1:
-                raise BenchError(f"--steps {count} is not allowed; a whole number above 0 is")
+                raise BenchError(f"--steps {count} is not allowed. Allowed: a whole number above 0")
         return cls(tuple(shapes), tuple((int(count), share) for count, share in steps))
 
     def bodies(self) -> list[tuple[dict[str, Any], float]]:

@@ -83,7 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
     if options.rounds < 2 or options.baseline_rounds < 0 or options.steps < 1:
-        raise BenchError("--rounds: 2 and more are allowed; --steps: 1; --baseline-rounds: 0")
+        raise BenchError(
+            "--rounds must be at least 2, --steps at least 1, --baseline-rounds at least 0"
+        )
     more = {}
     for pair in options.set:
         name, equals, value = pair.partition("=")

@@ -167,11 +167,11 @@ def checked_url(url: str, *, anywhere: bool) -> str:
         host = parts.hostname or ""
         _ = parts.port
     except ValueError as error:
-        raise BenchError(f"--url {url!r} is not allowed; http://HOST:PORT is") from error
+        raise BenchError(f"--url {url!r} is not allowed. Allowed: http://HOST:PORT") from error
     # `urlsplit` drops spaces and line breaks, which whoever opens the URL does not.
     visible = all("!" <= character <= "~" for character in url)
     if parts.scheme not in ("http", "https") or not host or not visible:
-        raise BenchError(f"--url {url!r} is not allowed; http://HOST:PORT is")
+        raise BenchError(f"--url {url!r} is not allowed. Allowed: http://HOST:PORT")
     if not anywhere and not _is_this_machine(host):
         raise BenchError(
             f"{host} is not this machine, and a load test overloads its server on purpose; "

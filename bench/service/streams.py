@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BenchError."""
     if options.rounds < 2 or options.steps < 1:
-        raise BenchError("--rounds: 2 and more are allowed; --steps: 1 and more")
+        raise BenchError("--rounds must be at least 2, --steps at least 1")
     from bench.harness.device_lock import only_bench_on
     from bench.harness.environment import where
     from bench.harness.work import device_named

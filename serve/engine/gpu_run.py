@@ -411,7 +411,7 @@ class _StepReports:
                 self._pending[index + 1, image] = decoded.pixels[0]
 
     def report(self, index: int, duration_ns: int) -> None:
-        """Step `index` has ended on the device. A request that was cancelled is not told."""
+        """Step `index` has ended on the device. Cancelled requests get no report."""
         for image, part in self._parts:
             if part.on_step is not None and part.call.cancellation.reason is None:
                 pending = self._pending.pop((index, image), None)

@@ -162,7 +162,8 @@ def _require_a_step(planned: PlannedRequest) -> None:
     if planned.steps_to_run < 1:
         message = (
             f"must be at least {1 / planned.num_inference_steps:.3g} with "
-            f"{planned.num_inference_steps} steps: it is the share of them that runs, and one must"
+            f"{planned.num_inference_steps} steps: it is the share of the steps that run, and at "
+            "least one must run"
         )
         raise InvalidRequest([FieldProblem(("body", "strength"), message, "strength")])
 

@@ -172,8 +172,35 @@ class Startup:
         return await asyncio.wrap_future(self._gpu.submit(piece, may_be_silent=True))
 
     def _load(self) -> LoadedModel:
+        readiness = self._readiness
         self._progress("load_model")
         started_ns = self._now_ns()
+        model = self._load_model()
+        loras = self._read_loras(model)
+        self._end_phase("load_model", started_ns, dict(self._attributes))
+
+        started_ns = self._now_ns()
+        restored = self._restore(model)
+        compiled = self._prepare(model)
+        model.text = None if compiled is None else compiled.text
+        in_place = self._put_in_place(loras, model)
+        self._report_preparation(compiled, restored)
+        self._end_phase("prepare", started_ns, dict(readiness.compile))
+
+        kinds, sizes = self._runs_to_warm(model, compiled)
+        readiness.planned_shapes = self._settings.shapes or _default_shapes(model)
+        return LoadedModel(
+            model,
+            make_clock(str(model.device)),
+            compiled,
+            shapes=readiness.planned_shapes,
+            kinds=kinds,
+            batch_sizes=sizes,
+            loras=in_place,
+        )
+
+    def _load_model(self) -> SdxlModel:
+        """Load the model and what is checked or configured with it, and report which it is."""
         from serve.model.loading import load_model
         from serve.model.prompt_tokens import PromptRules
         from serve.model.safety_checker import load_safety_checker
@@ -192,50 +219,13 @@ class Startup:
         )
         if settings.safety_checker is not None:
             model.safety_checker = load_safety_checker(settings.safety_checker, model.device)
-        clock = make_clock(str(model.device))
         readiness.model, readiness.device = model.name, str(model.device)
         self._attributes |= {"model.name": model.name, "device": str(model.device)}
         if model.commit is not None:
             readiness.model_commit = self._attributes["model.commit"] = model.commit
         self._check_scheduler(model)
         model.fit_preview()
-        loras = self._read_loras(model)
-        self._end_phase("load_model", started_ns, dict(self._attributes))
-
-        started_ns = self._now_ns()
-        restored = self._restore(model)
-        compiled = self._prepare(model)
-        model.text = None if compiled is None else compiled.text
-        in_place = self._put_in_place(loras, model)
-        self._report_preparation(compiled, restored)
-        self._end_phase("prepare", started_ns, dict(readiness.compile))
-        has_graphs = compiled is not None and compiled.has_graphs
-        kinds, sizes = self._kinds, self._batch_sizes(model, has_graphs)
-        if kinds is None:
-            kinds = self._kinds_to_warm(compiled)
-            if has_graphs:
-                # One chunk last: an estimate begins with the last runs of the warm-up, and most
-                # prompts have one chunk.
-                chunks = range(settings.prompt_chunks, 0, -1)
-                kinds = [
-                    replace(kind, images=size, chunks=count)
-                    for size in sizes
-                    for count in chunks
-                    for kind in kinds
-                ]
-            kinds = [*kinds, FROM_PICTURE]
-        else:
-            sizes = tuple(sorted({kind.images for kind in kinds}))
-        readiness.planned_shapes = settings.shapes or _default_shapes(model)
-        return LoadedModel(
-            model,
-            clock,
-            compiled,
-            shapes=readiness.planned_shapes,
-            kinds=tuple(kinds),
-            batch_sizes=sizes,
-            loras=in_place,
-        )
+        return model
 
     def _check_scheduler(self, model: SdxlModel) -> None:
         from serve.model.schedulers import describe, misfit
@@ -272,6 +262,28 @@ class Startup:
         self._readiness.loras = in_place.names
         self._readiness.lora_bytes = in_place.bytes_kept
         return in_place
+
+    def _runs_to_warm(
+        self, model: SdxlModel, compiled: CompiledModel | None
+    ) -> tuple[tuple[RunKind, ...], tuple[int, ...]]:
+        """The kinds of run that each shape is warmed with, and the numbers of images that a run may
+        have."""
+        if self._kinds is not None:
+            return tuple(self._kinds), tuple(sorted({kind.images for kind in self._kinds}))
+        has_graphs = compiled is not None and compiled.has_graphs
+        sizes = self._batch_sizes(model, has_graphs)
+        kinds = self._kinds_to_warm(compiled)
+        if has_graphs:
+            # One chunk last: an estimate begins with the last runs of the warm-up, and most prompts
+            # have one chunk.
+            chunks = range(self._settings.prompt_chunks, 0, -1)
+            kinds = [
+                replace(kind, images=size, chunks=count)
+                for size in sizes
+                for count in chunks
+                for kind in kinds
+            ]
+        return (*kinds, FROM_PICTURE), sizes
 
     def _batch_sizes(self, model: SdxlModel, has_graphs: bool) -> tuple[int, ...]:
         """The numbers of images that a run may have. Each costs graphs of its own, where there are

@@ -96,13 +96,15 @@ class Watchdog:
             if hang is not None and not hung:
                 run = self.run
                 logger.error(
-                    "a run hangs %s: the process is unhealthy, its requests fail",
+                    "a run hangs %s: the process is unhealthy, and all its requests fail",
                     hang,
                     extra=None if run is None else {"trace_id": run.trace_id},
                 )
                 self._queue.give_up_all(DeviceLost(hang))
             elif hang is None and hung:
-                logger.warning("the run that hung goes on, or has ended")
+                logger.warning(
+                    "the run that hung continues or has ended; requests are served again"
+                )
             if hung != (hang is not None):
                 hung = hang is not None
                 self._on_change()

@@ -87,7 +87,8 @@ class Authentication:
         if call.endpoint == METRICS:
             if not is_operator(scope, service.settings.admin_token):
                 raise Unauthorized(
-                    "The metrics are for operators: with SDXL_ADMIN_TOKEN, as a key."
+                    "Only an operator may read the metrics: with SDXL_ADMIN_TOKEN as the key, or "
+                    "from this machine."
                 )
             return None
         for given in given_keys(Headers(scope=scope)):

@@ -1,9 +1,13 @@
 """The middleware around every endpoint.
 
-For a request that generates it draws the trace identity, times the request from its first byte to
-its last, reads the body within limits, cancels the work when the client disconnects, and hands the
-finished request to the recorder and to the log. For any other request it only sees to it that an
-error has a trace id that the log has too.
+For a request for an image it
+
+- draws the trace identity, and times the request from its first byte to its last;
+- checks the caller's key, and reads the body within limits;
+- cancels the work when the client disconnects;
+- hands the finished request to the recorder, and logs one line about it.
+
+For any other request it checks the key, and gives an error the trace id that its log line has.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ async def arm_profiling(runtime: Runtime, request: Request) -> Response:
     """
     if not is_operator(request.scope, runtime.settings.admin_token):
         raise Forbidden(
-            "Profiling is for this machine itself, or with SDXL_ADMIN_TOKEN as bearer token."
+            "Only an operator may profile: from this machine, or with SDXL_ADMIN_TOKEN as bearer "
+            "token."
         )
     body = await read_body(request.receive, request.headers, runtime.readiness, MAX_BODY_BYTES)
     fields = json_object(request.headers, body)

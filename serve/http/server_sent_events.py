@@ -61,7 +61,7 @@ MAX_WAITING_PREVIEWS = 8
 async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) -> Response:
     """The handler of `POST /stream` and `POST /image-to-image/stream`."""
     call = received_call(runtime, request)
-    return await stream(runtime, request, call, _Events(call))
+    return await stream(runtime, request, call, StreamEvents(call))
 
 
 async def stream(
@@ -149,7 +149,7 @@ async def _send(
         yield events.done(response)
 
 
-class _Events:
+class StreamEvents:
     """The events of `POST /stream`."""
 
     def __init__(self, call: Call) -> None:

@@ -22,9 +22,9 @@ MOST_AT_ONCE = 9999
 ALLOWED = (
     "NAME=KEY or NAME:LIMIT=KEY, separated by commas or line breaks, with names of up to 64 "
     f"letters, digits and ._-, different keys of {SHORTEST_KEY} to {LONGEST_KEY} visible ASCII "
-    f"characters without commas, and for each name at most one limit, from 1 to {MOST_AT_ONCE},"
+    f"characters without commas, and for each name at most one limit, from 1 to {MOST_AT_ONCE}"
 )
-"""Begins the sentence "... is allowed"."""
+"""What the variable and the file may hold, for error messages."""
 
 _ENTRY = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(:(?P<limit>[1-9][0-9]{0,3}))?="

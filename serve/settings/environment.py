@@ -121,8 +121,8 @@ def _refuse_proxies() -> None:
             continue
         if os.environ[name] and not is_proxy(os.environ[name]):
             raise ConfigurationError(
-                f"{name} is not allowed as it is (its value is not shown): the URL of a proxy is, "
-                "as http://HOST:PORT."
+                f"{name} is not allowed as it is (its value is not shown). Allowed: the URL of a "
+                "proxy, as http://HOST:PORT."
             )
 
 
@@ -134,8 +134,8 @@ def _refuse_keys() -> None:
         # The hub's client strips its token, which may come from a file.
         if not re.fullmatch(r"[!-~]*", key if name == "FAL_KEY" else key.strip()):
             raise ConfigurationError(
-                f"{name} is not allowed as it is (its value is not shown): visible ASCII "
-                "characters without spaces and line breaks are."
+                f"{name} is not allowed as it is (its value is not shown). Allowed: visible ASCII "
+                "characters without spaces and line breaks."
             )
 
 
@@ -148,8 +148,8 @@ def _sentence(error: ValidationError) -> str:
     name, value = _as_given(environment_name(field))
     allowed = ServeSettings.model_fields[field].description
     if field in _SECRET_FIELDS or (field in _URL_FIELDS and _may_hold_a_secret(value)):
-        return f"{name} is not allowed as it is (its value is not shown): {allowed} is."
-    return f"{name}={value!r} is not allowed: {allowed} is."
+        return f"{name} is not allowed as it is (its value is not shown). Allowed: {allowed}."
+    return f"{name}={value!r} is not allowed. Allowed: {allowed}."
 
 
 def _as_given(name: str) -> tuple[str, str]:
@@ -175,13 +175,36 @@ def _keys_of_file(path: Path, settings: ServeSettings) -> ApiKeys:
         ) from None
     except ValueError:
         raise ConfigurationError(
-            f"SDXL_API_KEYS_FILE={str(path)!r} has something else in it (it is not shown): "
-            f"{ALLOWED} is allowed."
+            f"SDXL_API_KEYS_FILE={str(path)!r} has something else in it (it is not shown). "
+            f"Allowed: {ALLOWED}."
         ) from None
     return keys
 
 
 def _refuse_contradictions(settings: ServeSettings) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        ConfigurationError: names the first pair.
+    """
+    _refuse_a_caller_as_operator(settings)
+    _refuse_contradicting_steps(settings)
+    if settings.loras and settings.quantize != "none":
+        raise ConfigurationError(
+            f"SDXL_LORAS and SDXL_QUANTIZE={settings.quantize} contradict each other: a LoRA is "
+            "added to weights that are not quantised."
+        )
+    _refuse_contradicting_exporters(settings)
+    _refuse_contradicting_sampling(settings)
+    batch, queue = settings.bsp_max_export_batch_size, settings.bsp_max_queue_size
+    if batch is not None and batch > (queue or MAX_QUEUE_SIZE):
+        raise ConfigurationError(
+            f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE={batch} is larger than the queue "
+            f"(OTEL_BSP_MAX_QUEUE_SIZE, {queue or MAX_QUEUE_SIZE}): at most as large is allowed."
+        )
+
+
+def _refuse_a_caller_as_operator(settings: ServeSettings) -> None:
     token = settings.admin_token
     if token is not None and any(
         is_same(token.get_secret_value(), key.digest) for key in settings.api_keys
@@ -189,23 +212,25 @@ def _refuse_contradictions(settings: ServeSettings) -> None:
         raise ConfigurationError(
             "SDXL_ADMIN_TOKEN is one of the API keys as well: a caller would be an operator."
         )
-    if settings.timesteps is not None:
-        given = f"SDXL_TIMESTEPS={','.join(map(str, settings.timesteps))}"
-        if "steps" in settings.model_fields_set and settings.steps != settings.default_steps:
-            raise ConfigurationError(
-                f"{given} and SDXL_STEPS={settings.steps} contradict each other: every run has "
-                f"{settings.default_steps} steps then; leave SDXL_STEPS unset."
-            )
-        if settings.scheduler not in (None, "euler", "euler-trailing", "lcm"):
-            raise ConfigurationError(
-                f"{given} and SDXL_SCHEDULER={settings.scheduler} contradict each other: of the "
-                "schedulers, euler and lcm take timesteps."
-            )
-    if settings.loras and settings.quantize != "none":
+
+
+def _refuse_contradicting_steps(settings: ServeSettings) -> None:
+    if settings.timesteps is None:
+        return
+    given = f"SDXL_TIMESTEPS={','.join(map(str, settings.timesteps))}"
+    if "steps" in settings.model_fields_set and settings.steps != settings.default_steps:
         raise ConfigurationError(
-            f"SDXL_LORAS and SDXL_QUANTIZE={settings.quantize} contradict each other: a LoRA is "
-            "added to weights that are not quantised."
+            f"{given} and SDXL_STEPS={settings.steps} contradict each other: every run has "
+            f"{settings.default_steps} steps then; leave SDXL_STEPS unset."
         )
+    if settings.scheduler not in (None, "euler", "euler-trailing", "lcm"):
+        raise ConfigurationError(
+            f"{given} and SDXL_SCHEDULER={settings.scheduler} contradict each other: of the "
+            "schedulers, euler, euler-trailing and lcm take timesteps."
+        )
+
+
+def _refuse_contradicting_exporters(settings: ServeSettings) -> None:
     exporters = settings.metrics_exporter
     stated = "otlp_metrics" in settings.model_fields_set and exporters is not None
     if stated and settings.otlp_metrics != ("otlp" in (exporters or ())):
@@ -225,6 +250,9 @@ def _refuse_contradictions(settings: ServeSettings) -> None:
             "OTEL_TRACES_EXPORTER=otlp needs an endpoint to export to: set "
             "OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT."
         )
+
+
+def _refuse_contradicting_sampling(settings: ServeSettings) -> None:
     rate, argument = settings.sample_rate, settings.traces_sampler_arg
     if rate is not None and argument is not None and rate != argument:
         raise ConfigurationError(
@@ -249,9 +277,3 @@ def _refuse_contradictions(settings: ServeSettings) -> None:
                     f"OTEL_TRACES_SAMPLER={fixed} and {environment_name(field)} contradict each "
                     "other: that sampler exports nothing; a ratio of 0 keeps slow and failed ones."
                 )
-    batch, queue = settings.bsp_max_export_batch_size, settings.bsp_max_queue_size
-    if batch is not None and batch > (queue or MAX_QUEUE_SIZE):
-        raise ConfigurationError(
-            f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE={batch} is larger than the queue "
-            f"(OTEL_BSP_MAX_QUEUE_SIZE, {queue or MAX_QUEUE_SIZE}): at most as large is allowed."
-        )

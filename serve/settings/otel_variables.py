@@ -144,7 +144,7 @@ def refuse(environment: Mapping[str, str], honoured: Iterable[str]) -> None:
         separator = ", with or without " if restriction.is_list else " or "
         allowed = separator.join(restriction.values)
         raise ConfigurationError(
-            f"{name}={value!r} is not allowed: {allowed} is, because {restriction.reason}."
+            f"{name}={value!r} is not allowed. Allowed: {allowed}, because {restriction.reason}."
         )
 
 

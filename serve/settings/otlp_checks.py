@@ -105,8 +105,8 @@ def refuse_unusable_certificates(files: Mapping[str, str | None]) -> None:
                 context.load_verify_locations(authority)
         except (OSError, ValueError):
             raise ConfigurationError(
-                f"{start}CERTIFICATE={authority!r} is not allowed: a PEM file with the endpoint's "
-                "certificate authority is."
+                f"{start}CERTIFICATE={authority!r} is not allowed. Allowed: a PEM file with the "
+                "endpoint's certificate authority."
             ) from None
         own, key = files[f"{start}CLIENT_CERTIFICATE"], files[f"{start}CLIENT_KEY"]
         if own is None and key is None:
@@ -124,7 +124,7 @@ def refuse_unusable_certificates(files: Mapping[str, str | None]) -> None:
             context.load_cert_chain(own, key, password="")
         except (OSError, ValueError):
             raise ConfigurationError(
-                f"{start}CLIENT_CERTIFICATE={own!r} is not allowed as it is: a PEM file with this "
-                f"client's certificate is, with its unencrypted key there or in the file of "
+                f"{start}CLIENT_CERTIFICATE={own!r} is not allowed as it is. Allowed: a PEM file "
+                "with this client's certificate, with its unencrypted key there or in the file of "
                 f"{start}CLIENT_KEY."
             ) from None

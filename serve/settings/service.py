@@ -62,7 +62,7 @@ _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[1-9][0-9]{0,4})?")
 
 
 class ServeSettings(TelemetrySettings):
-    """Every setting with its default. Each description ends the sentence "... is allowed"."""
+    """Every setting with its default. Each description says what is allowed, for error messages."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True
@@ -100,7 +100,7 @@ class ServeSettings(TelemetrySettings):
         default=(),
         description=(
             "a comma-separated list of NAME=SOURCE, each name once and a source a .safetensors "
-            "file, a directory, OWNER/REPO@REVISION on the hub or demo:NAME,"
+            "file, a directory, OWNER/REPO@REVISION on the hub or demo:NAME"
         ),
     )
 
@@ -169,7 +169,7 @@ class ServeSettings(TelemetrySettings):
     )
     image_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
-        description="a comma-separated list of HOST or HOST:PORT, without https:// and paths,",
+        description="a comma-separated list of HOST or HOST:PORT, without https:// and paths",
     )
     deadline_seconds: float = Field(
         default=60, gt=0, le=3600, allow_inf_nan=False, description="a number up to 3600, above 0"
@@ -220,7 +220,7 @@ class ServeSettings(TelemetrySettings):
     admin_token: SecretStr | None = Field(
         default=None,
         min_length=16,
-        description="a token of at least 16 characters, printable and without spaces,",
+        description="a token of at least 16 characters, printable and without spaces",
     )
     api_keys: ApiKeys = Field(default=(), description=ALLOWED)
     api_keys_file: Path | None = Field(default=None, description="a file with callers' keys")
@@ -231,7 +231,7 @@ class ServeSettings(TelemetrySettings):
         default=None,
         repr=False,
         pattern=r"^(https?://[^\s]+|[\w.-]+(/[\w.-]+)+)$",
-        description="an http:// or https:// URL, or OWNER/APP on fal,",
+        description="an http:// or https:// URL, or OWNER/APP on fal",
     )
     fal_billing: bool = Field(default=False, description=TRUE_OR_FALSE)
 

@@ -37,7 +37,7 @@ DEFAULT_TIMEOUT_SECONDS = 10.0
 
 
 class TelemetrySettings(BaseSettings):
-    """The fields of telemetry. Each description ends the sentence "... is allowed"."""
+    """The fields of telemetry. Each description says what is allowed, for error messages."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
@@ -96,7 +96,7 @@ class TelemetrySettings(BaseSettings):
     resource_detectors: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         validation_alias="OTEL_EXPERIMENTAL_RESOURCE_DETECTORS",
-        description="a comma-separated list of installed resource detectors, as process,os,host,",
+        description="a comma-separated list of installed resource detectors, as process,os,host",
     )
     fal_runner_id: str | None = Field(
         default=None, validation_alias="FAL_JOB_ID", description="any text"
@@ -162,13 +162,13 @@ class TelemetrySettings(BaseSettings):
     # The OTLP endpoint, for spans and for pushed metrics
 
     otlp_endpoint: str | None = otlp_url_field(
-        "OTEL_EXPORTER_OTLP_ENDPOINT", ", without /v1/traces and without a query,"
+        "OTEL_EXPORTER_OTLP_ENDPOINT", ", without /v1/traces and without a query"
     )
     otlp_traces_endpoint: str | None = otlp_url_field(
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", ", used unchanged,"
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", ", used unchanged"
     )
     otlp_metrics_endpoint: str | None = otlp_url_field(
-        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", ", used unchanged,"
+        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", ", used unchanged"
     )
     otlp_headers: str | None = otlp_headers_field("OTEL_EXPORTER_OTLP_HEADERS")
     otlp_traces_headers: str | None = otlp_headers_field("OTEL_EXPORTER_OTLP_TRACES_HEADERS")

@@ -12,12 +12,14 @@ import os
 import sys
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import structlog
 
-from metrics.sampling import TraceIdentity
 from serve.telemetry import library_text
+
+if TYPE_CHECKING:
+    from metrics.sampling import TraceIdentity
 
 
 class LoggedCall(Protocol):
@@ -59,8 +61,6 @@ def configure_logging(
             event["request_id"] = call.request_id
         return event
 
-    # Without it transformers logs advice about optional packages, as torchvision.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if log_format == "auto":
         log_format = "text" if sys.stderr.isatty() else "json"
     renderer: structlog.types.Processor
@@ -101,11 +101,19 @@ def configure_logging(
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     # Whatever a caller sends as tracestate is its own affair.
     logging.getLogger("opentelemetry.trace.span").setLevel(logging.CRITICAL)
-    # torchao, which SDXL_QUANTIZE uses, logs at import that kernels for other machines are missing.
-    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_model_libraries()
     # These log every connection.
     for name in ("httpx", "httpx2", "urllib3", "asyncio", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.setLogRecordFactory(library_text.record_factory)
     library_text.hide_texts_of_uncaught_exceptions()
+
+
+def quiet_model_libraries() -> None:
+    """Leave out what model libraries log about packages and kernels that are not needed here. Call
+    it before they are imported."""
+    # transformers advises to install optional packages, as torchvision.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # torchao, which SDXL_QUANTIZE uses, logs at import that kernels for other machines are missing.
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -222,7 +222,8 @@ def _writable(folder: Path) -> Path:
         allowed = False
     if not allowed:
         raise ConfigurationError(
-            f"SDXL_PROFILE_DIR={str(folder)!r} is not allowed: a folder that can be written is."
+            f"SDXL_PROFILE_DIR={str(folder)!r} is not allowed. Allowed: a folder that can be "
+            "written."
         )
     return folder
 

@@ -202,8 +202,7 @@ def _is_local(host: str) -> bool:
 def _check_headers(
     endpoint: TraceEndpoint, backend: Backend | None, region: Region | None
 ) -> Iterator[Finding]:
-    headers, variable = endpoint.headers, endpoint.headers_variable
-    for name, value in headers.items():
+    for name, value in endpoint.headers.items():
         shown = shown_header_name(name, value)
         yield Finding(Severity.OK, "header", f"{shown}, {len(value)} characters")
         if not value.strip("="):
@@ -211,36 +210,49 @@ def _check_headers(
                 Severity.PROBLEM,
                 "header",
                 f"{shown} has no value",
-                f"Write NAME=VALUE into {variable}, the key as the value.",
+                f"Write NAME=VALUE into {endpoint.headers_variable}, the key as the value.",
             )
     yield from _check_encoding(endpoint)
-    for name, value in headers.items():
-        if _line_break_in_credentials(value):
-            yield Finding(
-                Severity.PROBLEM,
-                "header",
-                f"the credentials inside the base64 of {shown_header_name(name, value)} have a "
-                "line break",
-                "Encode them without it: printf writes none at the end, echo writes one.",
-            )
-        if re.search(r"<.*>|\$\{?\w+\}?$|^your[-_ ]", value, re.IGNORECASE):
-            yield Finding(
-                Severity.PROBLEM,
-                "header",
-                f"{shown_header_name(name, value)} contains a placeholder",
-                "Put the key in its place.",
-            )
-        owner = key_owner(name)
-        if owner is not None and backend is not None and owner is not backend:
-            yield Finding(
-                Severity.PROBLEM,
-                "header",
-                f"{name} is the header of {owner.name}'s key, not of {backend.name}'s",
-                endpoint.change_of_key(backend),
-            )
-    if backend is None:
-        return
-    key = headers.get(backend.header)
+    for name, value in endpoint.headers.items():
+        yield from _check_value(name, value, endpoint, backend)
+    if backend is not None:
+        yield from _check_headers_of_backend(endpoint, backend, region)
+
+
+def _check_value(
+    name: str, value: str, endpoint: TraceEndpoint, backend: Backend | None
+) -> Iterator[Finding]:
+    """Check one header: a damaged value, a placeholder, another backend's key."""
+    shown = shown_header_name(name, value)
+    if _line_break_in_credentials(value):
+        yield Finding(
+            Severity.PROBLEM,
+            "header",
+            f"the credentials inside the base64 of {shown} have a line break",
+            "Encode them without it: printf writes none at the end, echo writes one.",
+        )
+    if re.search(r"<.*>|\$\{?\w+\}?$|^your[-_ ]", value, re.IGNORECASE):
+        yield Finding(
+            Severity.PROBLEM,
+            "header",
+            f"{shown} contains a placeholder",
+            "Put the key in its place.",
+        )
+    owner = key_owner(name)
+    if owner is not None and backend is not None and owner is not backend:
+        yield Finding(
+            Severity.PROBLEM,
+            "header",
+            f"{name} is the header of {owner.name}'s key, not of {backend.name}'s",
+            endpoint.change_of_key(backend),
+        )
+
+
+def _check_headers_of_backend(
+    endpoint: TraceEndpoint, backend: Backend, region: Region | None
+) -> Iterator[Finding]:
+    """Check the key that the backend needs, and the headers that it wants beside the key."""
+    key = endpoint.headers.get(backend.header)
     if not key:
         yield Finding(
             Severity.PROBLEM,
@@ -249,11 +261,11 @@ def _check_headers(
             endpoint.change_of_key(backend),
         )
         return
-    remark = backend.remark(key, region.name if region else "", frozenset(headers))
+    remark = backend.remark(key, region.name if region else "", frozenset(endpoint.headers))
     if remark is not None:
         advice = endpoint.change_of_key(backend) if remark.certain else ""
         if remark.missing:
-            advice = f"Append ,{remark.missing} to {variable}."
+            advice = f"Append ,{remark.missing} to {endpoint.headers_variable}."
         yield Finding(
             Severity.PROBLEM if remark.certain else Severity.NOTE,
             "header",
@@ -261,12 +273,12 @@ def _check_headers(
             advice,
         )
     for name, (value, missing) in backend.wanted.items():
-        if headers.get(name) != value:
+        if endpoint.headers.get(name) != value:
             yield Finding(
                 Severity.NOTE,
                 "header",
                 f"without {name}={value} {missing}",
-                f"Append ,{name}={value} to {variable}.",
+                f"Append ,{name}={value} to {endpoint.headers_variable}.",
             )
 
 

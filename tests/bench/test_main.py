@@ -79,6 +79,17 @@ def test_an_unknown_command_is_wrong_usage(
     assert "usage: python -m bench" in capsys.readouterr().err
 
 
+def test_what_libraries_advise_is_not_shown() -> None:
+    """transformers would advise to install torchvision, torchao lists kernels that it lacks."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "bench", "session", "--list", "--model", "demo", "--device", "cpu"],
+        capture_output=True, text=True, timeout=100, check=True, env=clean_environment(),
+    )  # fmt: skip
+    assert "python -m bench run" in ended.stdout
+    assert "torchvision" not in ended.stderr
+    assert "torchao" not in ended.stderr
+
+
 def test_a_closed_pipe_is_not_a_failure() -> None:
     """As in `bench show RESULT | head -1`."""
     ended = subprocess.run(

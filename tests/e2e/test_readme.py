@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 from random import Random
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from serve.errors import OTHER_ERRORS, REQUEST_ERRORS, RequestError
+import serve.errors
+from metrics.records import Estimate
+from metrics.tracing import HONEYCOMB_SAMPLE_RATE, PROBABILITY, drawn_identity
+from serve.engine.call import Call
+from serve.engine.readiness import Readiness
+from serve.errors import (
+    OTHER_ERRORS,
+    REQUEST_ERRORS,
+    InternalError,
+    RequestError,
+    UnusablePicture,
+)
+from serve.http.openai.schema import ImageGenerationRequest
+from serve.http.server_sent_events import StreamEvents
 from serve.schema import ImageToImageRequest, TextToImageRequest, TextToImageResponse
 from serve.settings import ServeSettings, environment_name
 from tests.e2e.transcript import README, in_readme, record, shape
 from tests.metrics.recorded import declared_service, observe_some
+from tests.metrics.test_spans import emitted
+from tests.metrics.timings import requests_with_every_attribute
 from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.docs
@@ -57,6 +75,27 @@ def test_every_metric_is_documented_with_its_labels_and_no_other() -> None:
     assert documented == exposed
 
 
+def test_every_attribute_of_a_span_is_documented_and_no_other() -> None:
+    found: dict[str, set[str]] = {}
+    for request in requests_with_every_attribute():
+        for span in emitted(request):
+            found.setdefault(span.name, set()).update(span.attributes or {})
+    of_stages = {"inference.clock"}
+    for name in ("text_encode", "vae_decode"):
+        assert found[name] == of_stages
+    found["denoise"] -= of_stages
+    section = (DOCS / "tracing.md").read_text().split("\n## Attributes\n")[1].split("\n## ")[0]
+    documented: dict[str, set[str]] = {}
+    for spans, attributes in re.findall(r"^\|([^|]*)\|([^|]*)\|", section, re.MULTILINE):
+        for span in re.findall(r"`([\w-]+)`", spans) or ["every span"]:
+            names = re.findall(r"`([\w.]+)`", attributes)
+            documented.setdefault(span, set()).update(names)
+    assert documented.pop("every span") == {PROBABILITY, HONEYCOMB_SAMPLE_RATE}
+    documented.pop("warmup")  # the start-up gives them
+    assert documented == {span: found[span] for span in documented}
+    assert set(documented) == {span for span in found if found[span] - of_stages}
+
+
 def test_every_field_of_a_request_and_a_response_is_documented_and_no_other() -> None:
     page = (DOCS / "http.md").read_text()
     of_text = set(TextToImageRequest.model_fields)
@@ -70,11 +109,51 @@ def test_every_field_of_a_request_and_a_response_is_documented_and_no_other() ->
         assert set(re.findall(r"`(\w+)`", first_cells)) == fields
 
 
+def test_every_field_of_readiness_is_documented_and_no_other() -> None:
+    section = (DOCS / "http.md").read_text().split("\n## Readiness\n")[1].split("\n## ")[0]
+    first_cells = "".join(re.findall(r"^\|([^|]*)\|", section, re.MULTILINE))
+    assert re.findall(r"`(\w+)`", first_cells) == list(Readiness().as_json())
+
+
+def test_every_event_is_documented_with_its_data_and_no_other() -> None:
+    call = Call("/stream", "POST", drawn_identity(), estimate=Estimate(0, 1.0))
+    events = StreamEvents(call)
+    white = np.full((8, 8, 3), 255, np.uint8)
+    sent = [events.queued(0), asyncio.run(events.step(0, 1.0, white))]
+    data = [json.loads(line.removeprefix("data: ")) for line in map(_second_line, sent)]
+    fields = {each.pop("type"): set(each) for each in data}
+    section = (DOCS / "http.md").read_text().split("\n## Events\n")[1].split("\n## ")[0]
+    documented = {
+        name: set(re.findall(r"`(\w+)`", text))
+        for name, text in re.findall(r"^\| `(\w+)` \|(.*)\|$", section, re.MULTILINE)
+    }
+    assert documented == {**fields, "image": set(), "error": set()}
+
+
+def _second_line(event: bytes) -> str:
+    return event.decode().split("\n")[1]
+
+
+def test_every_field_of_openais_request_is_documented_and_no_other() -> None:
+    page = (DOCS / "clients.md").read_text()
+    section = page.split("\n## OpenAI's client\n")[1].split("\n## ")[0]
+    openais = "".join(re.findall(r"^\|([^|]*)\|", section, re.MULTILINE))
+    ours = section.split("These fields are this service's own")[1].split(".\n")[0]
+    documented = set(re.findall(r"`(\w+)`", openais + ours)) - {"extra_body"}
+    assert documented == set(ImageGenerationRequest.model_fields)
+
+
 def test_every_failure_is_documented_with_its_status_and_no_other() -> None:
     section = (DOCS / "http.md").read_text().split("\n## Failures\n")[1]
     documented = re.findall(r"^\|[^|]+\| (\d{3}) \| `(\w+)` \|$", section, re.MULTILINE)
     errors = (*REQUEST_ERRORS, RequestError, *OTHER_ERRORS)
     assert documented == [(str(error.status), error.error_type) for error in errors]
+
+
+def test_the_tree_of_errors_has_every_error_with_its_status() -> None:
+    in_tree = dict(re.findall(r"── (\w+) +(\d{3})", serve.errors.__doc__ or ""))
+    errors = (*REQUEST_ERRORS, *OTHER_ERRORS, InternalError, UnusablePicture)
+    assert in_tree == {error.__name__: str(error.status) for error in errors}
 
 
 def test_the_figures_in_the_readme_are_rows_of_the_generated_tables() -> None:
@@ -99,6 +178,24 @@ def test_every_internal_link_leads_to_a_file_and_a_heading() -> None:
                 broken.append(f"{page.name}: {link}")
     assert links > 50
     assert not broken
+
+
+def test_every_path_of_the_code_exists() -> None:
+    """Paths are from the root, or in a page about them from one of the packages."""
+    packages = (ROOT, *(ROOT / name for name in ("metrics", "kernels_warmup", "serve", "bench")))
+    folders = {path.name for package in packages for path in package.iterdir() if path.is_dir()}
+    missing = []
+    paths = 0
+    for page in PAGES:
+        for path in re.findall(r"`([a-z_]+/[a-z_/]*(?:\.\w+)?)`", page.read_text()):
+            if path.split("/")[0] not in folders or path == "http/protobuf":  # a protocol
+                continue
+            paths += 1
+            files = (package / f"{path}{suffix}" for package in packages for suffix in ("", ".py"))
+            if not any(file.exists() for file in files):
+                missing.append(f"{page.name}: {path}")
+    assert paths > 30
+    assert not missing
 
 
 def anchors(markdown: str) -> set[str]:

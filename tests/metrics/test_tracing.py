@@ -236,7 +236,9 @@ def test_every_span_has_its_probability(rate: float) -> None:
     while not emit_two(pipeline):
         pass
     pipeline.shutdown(5)
-    for span in exporter.get_finished_spans():
+    spans = exporter.get_finished_spans()
+    assert len(spans) == 2
+    for span in spans:
         assert span.attributes is not None
         assert span.attributes[PROBABILITY] == rate
         assert span.attributes[HONEYCOMB_SAMPLE_RATE] == round(1 / rate)
@@ -264,8 +266,8 @@ def test_only_honeycomb_gets_its_sample_rate() -> None:
     pipeline, _ = tracing(exporter)
     emit_two(pipeline)
     pipeline.shutdown(5)
-    for span in exporter.get_finished_spans():
-        assert set(span.attributes or {}) == {PROBABILITY}
+    spans = exporter.get_finished_spans()
+    assert [set(span.attributes or {}) for span in spans] == [{PROBABILITY}, {PROBABILITY}]
 
 
 def test_a_full_queue_drops_whole_trees_and_counts_them() -> None:

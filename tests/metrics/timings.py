@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from metrics.records import (
+    Estimate,
     Failure,
     GenerationFacts,
+    GpuConditions,
     RequestTiming,
     RunTiming,
     StageTiming,
@@ -73,3 +77,28 @@ def request_timing(
         failure=failure,
         image_bytes=(40_000,),
     )
+
+
+def requests_with_every_attribute() -> list[RequestTiming]:
+    """Requests whose spans have every attribute: one that failed, one that did not, one without a
+    run that waited long."""
+    facts = dataclasses.replace(FACTS, strength=0.5, prompt="a circle", loras=(("ink", 1.0),))
+    run = dataclasses.replace(
+        run_timing(START_NS + 3 * MS),
+        eager_fallback=True,
+        conditions=(GpuConditions(frozenset({"thermal"}), 1200, 1980),),
+        profile="file.json.gz",
+        error_type="out_of_memory",
+    )
+    drawn = dataclasses.replace(
+        request_timing(run=run, facts=facts), api_key="alice", estimate=Estimate(START_NS, 1.0)
+    )
+    # Its last stage sticks out of it.
+    drawn = dataclasses.replace(drawn, end_ns=drawn.end_ns - MS // 2)
+    at_ns = run.start_ns + MS
+    failed = dataclasses.replace(drawn, failure=Failure("out_of_memory", "X", "x", at_ns))
+    long_wait = StageTiming("queue", START_NS, START_NS + 1000 * MS)
+    refused = dataclasses.replace(
+        drawn, runs=(), observed_runs=(), stages=(long_wait,), end_ns=long_wait.end_ns
+    )
+    return [drawn, failed, refused]

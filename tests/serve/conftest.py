@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from metrics.records import RequestTiming
 from serve.engine.build import build_runtime
 from serve.engine.call import Call
 from serve.engine.runtime import Runtime
 from serve.schema import TextToImageRequest
+from serve.server import create_app
 from serve.settings import ServeSettings
 
 
@@ -60,3 +63,17 @@ def request(**changes: object) -> TextToImageRequest:
         "seed": 1,
     }
     return TextToImageRequest.model_validate(fields | changes)
+
+
+@pytest.fixture(scope="session")
+def app(runtime: Runtime) -> FastAPI:
+    """The app around the shared runtime; its lifespan, which would start another, is not run."""
+    return create_app(runtime)
+
+
+@pytest.fixture
+def recorded(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[RequestTiming]:
+    """What was handed to the recorder."""
+    timings: list[RequestTiming] = []
+    monkeypatch.setattr(runtime.recorder, "record", lambda timing, _: timings.append(timing))
+    return timings

@@ -401,6 +401,7 @@ def test_settings_are_frozen() -> None:
 def test_every_setting_says_what_is_allowed() -> None:
     for name, field in ServeSettings.model_fields.items():
         assert field.description, environment_name(name)
+        assert not field.description.endswith((",", ".")), environment_name(name)
 
 
 def test_a_push_needs_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,8 +113,8 @@ class _Durations:
 
 
 class _Newest:
-    """The newest runs of one kind. A run whose guidance ends early shows, of the kind without
-    guidance, how long a step takes."""
+    """The newest runs of one kind. A run whose guidance ends early counts as a run with guidance,
+    and its later steps as steps of the kind without."""
 
     def __init__(self) -> None:
         self.before = _Durations()
@@ -127,7 +127,7 @@ class _Newest:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """The newest runs of one kind, as what is asked of them.
+    """The newest runs of one kind, summarised for estimates.
 
     Attributes:
         whole: whether there were runs of this kind, and not only some steps of other runs.
@@ -340,9 +340,10 @@ class Estimates:
     def least_seconds_until_drawn(
         self, target: QueuedRuns, queue: QueueState, sizes: BatchSizes
     ) -> float:
-        """The shortest time that is possible until a request's last run has ended: every run at the
-        pace of the fastest, and no request joins a run that has not begun. A run that there is no
-        evidence of counts as no time.
+        """The shortest possible time until a request's last run has ended.
+
+        Every run is as fast as the fastest one, and no request joins a run that has not begun. A
+        run that there is no evidence of counts as no time.
         """
         return self._seconds_until_drawn(target, queue, sizes, fastest=True) or 0.0
 

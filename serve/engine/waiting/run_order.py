@@ -1,7 +1,7 @@
 """Which waiting requests the next run takes, and in which order the runs come.
 
-The queue asks it for the next run, the estimates for all that are coming. So a forecast has the
-order that the queue will have.
+The queue takes its next run by these rules, and the estimates simulate all coming runs by them. So
+a forecast has the order that the queue will have.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from metrics.records import LoraSet
 
 
 def split(images: int, sizes: Sequence[int]) -> list[int]:
-    """The runs of one request: one if its number of images is a size, else the largest first."""
+    """The images of each run of one request: as many as a run may have, the largest run first."""
     runs = []
     while images > 0:
         runs.append(max((size for size in sizes if size <= images), default=1))
@@ -48,10 +48,10 @@ B = TypeVar("B", bound=Batchable)
 MOST_PASSED_OVER = 2
 """How many runs may go before a request that came earlier, so that the weights need not change.
 
-A change costs less than a few steps, a run that goes first costs the waiting request its whole
-time: the bound is small. It is worth most where it costs least, with few-step models. When requests
-of two sets alternate and a run takes one of them, the weights change after every third run instead
-of after every one."""
+The bound is small, because a change of the weights takes less time than a few steps, and each run
+that goes first makes the earlier request wait for a whole run. Grouping gains most with few-step
+models, whose runs are short. If requests of two sets alternate and a run takes one of them, the
+weights change after every third run instead of after every one."""
 
 
 def first_of(waiting: Sequence[B], loras: LoraSet) -> int:
@@ -64,7 +64,7 @@ def first_of(waiting: Sequence[B], loras: LoraSet) -> int:
 
 
 def begun_with(waiting: Sequence[B], place: int) -> list[B]:
-    """The waiting requests in the order in which a run takes them that begins with this one."""
+    """The waiting requests as the next run takes them, if it begins with the one at this place."""
     return [waiting[place], *waiting[:place], *waiting[place + 1 :]]
 
 

@@ -74,8 +74,8 @@ def _install_debug(app: FastAPI, runtime: Runtime, recent: RecentRequests) -> No
         """The timelines of the last requests, the newest first. For an operator only."""
         if not is_operator(request.scope, runtime.settings.admin_token):
             raise Forbidden(
-                "The requests of others are for this machine itself, or with SDXL_ADMIN_TOKEN as "
-                "bearer token."
+                "Only an operator may read the requests of all callers: from this machine, or with "
+                "SDXL_ADMIN_TOKEN as bearer token."
             )
         return JSONResponse({"requests": recent.timelines()})
 

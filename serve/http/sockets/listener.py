@@ -46,7 +46,7 @@ def connection_limit(wanted: int | None) -> int:
     if wanted is not None and wanted > room:
         raise ConfigurationError(
             f"SDXL_MAX_CONNECTIONS={wanted} needs {files - room + wanted} open files, and this "
-            f"process may open {files} (`ulimit -n`): up to {max(0, room)} is allowed."
+            f"process may open {files} (`ulimit -n`). Allowed: up to {max(0, room)}."
         )
     if room < 1:
         raise ConfigurationError(

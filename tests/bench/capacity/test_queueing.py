@@ -6,7 +6,25 @@ import math
 
 import pytest
 
-from bench.capacity.queueing import MDc, erlang_c, mmc_mean_wait
+from bench.capacity.queueing import MDc
+
+
+def erlang_c(servers: int, load: float) -> float:
+    """The probability that an arrival waits in M/M/c.
+
+    Args:
+        load: rate times mean service time, below `servers`.
+    """
+    blocked = 1.0  # Erlang B by its recursion, which does not overflow
+    for count in range(1, servers + 1):
+        blocked = load * blocked / (count + load * blocked)
+    return servers * blocked / (servers - load * (1 - blocked))
+
+
+def mmc_mean_wait(rate: float, service: float, servers: int) -> float:
+    """The mean wait if service times are exponential: M/M/c."""
+    load = rate * service
+    return erlang_c(servers, load) * service / (servers - load)
 
 
 def poisson_tail(mean: float, count: int) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench.capacity.queueing import MDc, mmc_mean_wait
+from bench.capacity.queueing import MDc
 from bench.capacity.service_times import ServiceTimes
 from bench.capacity.simulation import replay, simulate
+from tests.bench.capacity.test_queueing import mmc_mean_wait
 
 REQUESTS = 30_000
 

@@ -279,7 +279,7 @@ def test_a_recompile_is_counted_and_the_run_is_eager(
     assert slow_reason(call.finish(200)) == "eager_fallback"
     # Once a run, however many of its steps needed a new compile.
     assert counted(compiled, "sdxl_recompiles_total") == 1
-    assert caplog.text.count("not compiled again, run eagerly") == 1
+    assert caplog.text.count("does not fit the compiled code and runs eagerly") == 1
     assert np.abs(pixels(again).astype(int) - pixels(plain).astype(int)).max() <= 2
     call = new_call(compiled)
     generate(compiled, call)

@@ -23,8 +23,8 @@ from serve.errors import GenerationFailed, InvalidRequest
 from serve.server import create_app
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, counted, generate, new_call, pixels, settings
-from tests.serve.test_server import events, post
 from tests.support import tiny_checker
+from tests.support.app_client import events, post
 
 SHAPE = CompiledShape(128, 128)
 UNSAFE: dict[str, Any] = {"prompt": "a red circle on a white background", "seed": 1}

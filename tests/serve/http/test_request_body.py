@@ -1,4 +1,4 @@
-"""What is refused of a body, where and as what; the answers are in tests/serve/test_server.py."""
+"""What is refused of a body, where and as what; the answers are in test_endpoints.py."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ def test_the_exit_status_is_ok_problem_or_wrong_settings() -> None:
     assert "not milliseconds" in wrong.stderr
     unknown = doctor({}, "--backend", "nagios")
     assert unknown.returncode == 2
-    assert "New Relic, Datadog, Grafana Cloud, Honeycomb are." in unknown.stderr
+    assert "Known: New Relic, Datadog, Grafana Cloud, Honeycomb." in unknown.stderr
     for result in (ok, refused, unsent):
         assert result.stderr == ""
         assert all(len(line) <= 100 for line in result.stdout.splitlines())
