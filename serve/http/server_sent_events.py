@@ -60,7 +60,7 @@ MAX_WAITING_PREVIEWS = 8
 
 async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) -> Response:
     """The handler of `POST /stream` and `POST /image-to-image/stream`."""
-    call = received_call(runtime, request)
+    call = received_call()
     return await stream(runtime, request, call, _Events(call))
 
 
