@@ -173,9 +173,7 @@ class Warmup:
             "cache_hits": done.cache_hits,
             "cache_misses": done.cache_misses,
         }
-        if error is not None:
-            attributes["error.type"] = type(error).__name__
-        self._end_phase(name, start, attributes)
+        self._end_phase(name, start, attributes, None if error is None else type(error).__name__)
         return error is None
 
     def verify(self) -> None:
@@ -226,8 +224,12 @@ class Warmup:
         return ran
 
     def _end_phase(
-        self, name: str, start: int, attributes: Mapping[str, str | int | float | bool]
+        self,
+        name: str,
+        start: int,
+        attributes: Mapping[str, str | int | float | bool],
+        error_type: str | None = None,
     ) -> None:
         end = time.perf_counter_ns()
         to_unix = self._anchor.to_unix
-        self._phases.append(PhaseTiming(name, to_unix(start), to_unix(end), attributes))
+        self._phases.append(PhaseTiming(name, to_unix(start), to_unix(end), attributes, error_type))

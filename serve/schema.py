@@ -67,7 +67,7 @@ class TraceContext(BaseModel):
         return {"traceparent": self.traceparent, "tracestate": self.tracestate}
 
 
-def _well_formed_or_none(value: Any) -> Any:
+def well_formed_context(value: Any) -> TraceContext | None:
     """A well-formed trace context, else None: a wrong one is no reason to refuse a request."""
     if isinstance(value, TraceContext):
         return value
@@ -78,10 +78,10 @@ def _well_formed_or_none(value: Any) -> Any:
         return None
     if isinstance(tracestate, list) and all(isinstance(part, str) for part in tracestate):
         tracestate = ",".join(tracestate)  # as several headers are combined
-    return {
-        "traceparent": traceparent.strip(),
-        "tracestate": tracestate if isinstance(tracestate, str) else "",
-    }
+    return TraceContext(
+        traceparent=traceparent.strip(),
+        tracestate=tracestate if isinstance(tracestate, str) else "",
+    )
 
 
 _NOT_BLANK: dict[str, Any] = {"pattern": r"\S"}
@@ -213,7 +213,7 @@ class TextToImageRequest(BaseModel):
         allow_inf_nan=False,
         description="Give up after this long; null, or more than the server's own: the server's.",
     )
-    trace_context: Annotated[TraceContext | None, BeforeValidator(_well_formed_or_none)] = Field(
+    trace_context: Annotated[TraceContext | None, BeforeValidator(well_formed_context)] = Field(
         default=None,
         description=(
             "The caller's W3C trace context; preferred to the headers. A malformed one is ignored."

@@ -60,7 +60,7 @@ MAX_WAITING_PREVIEWS = 8
 
 async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) -> Response:
     """The handler of `POST /stream` and `POST /image-to-image/stream`."""
-    call = received_call(runtime, request)
+    call = received_call()
     return await stream(runtime, request, call, StreamEvents(call))
 
 
@@ -138,11 +138,13 @@ async def _send(
         response = generation.result()
     except RequestError as error:
         call.fail(error)
+        call.timeline.begin("respond")
         yield events.failed(error)
     except Exception as error:  # noqa: BLE001 - the status is sent: the last event reports it
         failure = GenerationFailed(type(error).__name__)
         call.fail(failure)
         logger.error("a streamed request failed with %s", type(error).__name__)
+        call.timeline.begin("respond")
         yield events.failed(failure)
     else:
         call.timeline.begin("respond")

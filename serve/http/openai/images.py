@@ -65,7 +65,7 @@ async def create_images(runtime: Runtime, request: ImageGenerationRequest) -> Re
     wanted = request.text_to_image(
         settings.default_steps, fixed_steps=settings.timesteps is not None
     )
-    call = received_call(runtime, wanted)
+    call = received_call()
     if request.stream:
         steps = wanted.num_inference_steps or settings.default_steps
         previews = _previews(request, steps)

@@ -21,6 +21,8 @@ from kernels_warmup.cuda_graphs import Fallbacks
 from kernels_warmup.recipes import Recipe
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import FROM_PICTURE, UNGUIDED, RunKind
+from metrics.records import WarmupTiming
+from metrics.spans import Attributes, warmup_tree
 from serve.demo_model import checkpoint_path
 from serve.engine.build import build_runtime
 from serve.engine.readiness import State
@@ -55,8 +57,21 @@ def test_a_size_that_fails_is_left_out_and_the_others_serve(
     runtime.close(1)
 
 
+def phases_recorded(runtime: Runtime) -> list[tuple[str, bool]]:
+    """The phases of the start's trace, each with whether it is an error; filled at its end."""
+    phases: list[tuple[str, bool]] = []
+
+    def record(warmup: WarmupTiming, attributes: Attributes) -> None:
+        tree = warmup_tree(warmup, attributes)
+        phases.extend((node.name, node.error is not None) for node in tree.children)
+
+    runtime.recorder.record_warmup = record  # type: ignore[method-assign]
+    return phases
+
+
 def test_where_no_size_can_be_warmed_the_start_fails() -> None:
     runtime = build()
+    phases = phases_recorded(runtime)
 
     def run_once(shape: CompiledShape, kind: RunKind) -> None:
         raise NotImplementedError("no kernel")
@@ -65,7 +80,45 @@ def test_where_no_size_can_be_warmed_the_start_fails() -> None:
     with pytest.raises(NotImplementedError):
         asyncio.run(runtime.start())
     assert runtime.readiness.state is State.FAILED
+    assert phases == [
+        ("load_model", False),
+        ("prepare", False),
+        ("compile 128x128", True),
+        ("compile 160x96", True),
+        ("verify", True),
+    ]
     runtime.close(1)
+
+
+def test_the_trace_of_a_start_that_fails_has_the_phase_that_failed(tmp_path: Path) -> None:
+    runtime = build(model=str(tmp_path))
+    phases = phases_recorded(runtime)
+    with pytest.raises(ModelError):
+        asyncio.run(runtime.start())
+    assert phases == [("load_model", True)]
+    runtime.close(1)
+
+
+def test_the_trace_of_a_start_that_is_cut_off_has_the_phase_in_progress() -> None:
+    runtime = build(ready_early=True)
+    phases = phases_recorded(runtime)
+    begun: list[str] = []
+
+    async def story() -> None:
+        second_may_begin = hold_the_second_size(runtime)
+        await runtime.start(on_progress=begun.append)
+        while "compile 160x96" not in begun:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(runtime.close, 1)
+        second_may_begin.set()
+
+    asyncio.run(story())
+    assert phases == [
+        ("load_model", False),
+        ("prepare", False),
+        ("compile 128x128", False),
+        ("compile 160x96", True),
+    ]
 
 
 def hold_the_second_size(runtime: Runtime) -> asyncio.Event:

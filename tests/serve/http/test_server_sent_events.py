@@ -40,6 +40,8 @@ def test_a_stream_that_fails_ends_with_an_error_event(
     def broken(*_: object) -> None:
         raise KeyError(PROMPT)
 
+    timings: list[RequestTiming] = []
+    monkeypatch.setattr(runtime.recorder, "record", lambda timing, _: timings.append(timing))
     monkeypatch.setattr(runtime.loaded.model, "decode", broken)
     response = post(app, valid(), "/stream")
     assert response.status_code == 200
@@ -47,6 +49,8 @@ def test_a_stream_that_fails_ends_with_an_error_event(
     assert name == "error"
     assert data["error_type"] == "generation_failed"
     assert "zebra" not in response.text
+    [timing] = timings
+    assert timing.stage("respond") is not None
 
 
 def test_a_stream_that_is_not_taken_stops_its_work(
