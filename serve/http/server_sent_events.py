@@ -96,7 +96,14 @@ async def stream(
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not queued.done():
         await generation  # raises the error that ended it before it was queued
-    generation.add_done_callback(lambda _: steps.put_nowait(None))
+
+    def generated(done: asyncio.Task[TextToImageResponse]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            # Not with the last event: a client that reads slowly is still taking the steps.
+            call.timeline.begin("respond")
+        steps.put_nowait(None)
+
+    generation.add_done_callback(generated)
     return _EventStream(
         _send(call, generation, queued.result(), steps, events),
         media_type="text/event-stream",
@@ -145,7 +152,6 @@ async def _send(
         logger.error("a streamed request failed with %s", type(error).__name__)
         yield events.failed(failure)
     else:
-        call.timeline.begin("respond")
         yield events.done(response)
 
 

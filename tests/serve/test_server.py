@@ -631,6 +631,29 @@ def test_a_client_that_reads_slowly_gets_few_old_previews(
     assert with_preview[0] == 0
 
 
+def test_the_time_of_a_client_that_reads_slowly_is_in_respond(
+    app: FastAPI, recorded: list[RequestTiming]
+) -> None:
+    held_seconds = 0.3
+    sent = 0
+
+    async def send(_message: Any) -> None:
+        nonlocal sent
+        sent += 1
+        if sent == 3:  # the first step
+            while the_call().timeline.stage_ms("upload") is None:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(held_seconds)
+
+    asyncio.run(call_app(app, send, steps=4))
+    [timing] = recorded
+    upload, respond = timing.stage("upload"), timing.stage("respond")
+    assert upload is not None
+    assert respond is not None
+    assert respond.duration_ns > held_seconds * 1e9
+    assert respond.start_ns - upload.end_ns < held_seconds * 1e9 / 3
+
+
 def test_a_request_that_the_server_gives_up_at_its_end_is_draining(
     runtime: Runtime, recorded: list[RequestTiming], monkeypatch: pytest.MonkeyPatch
 ) -> None:
