@@ -256,7 +256,8 @@ class GenerationMetrics:
     def observe_request(self, request: RequestTiming, exemplar: Exemplar) -> None:
         """Observe one request, and those of its runs that no other request observes.
 
-        A profiled request is counted, but its times are not observed: the profiler slows it down.
+        A profiled request is counted, but neither its times nor those of its profiled runs are
+        observed: the profiler slows them down.
 
         Args:
             exemplar: `trace_id` and `span_id` if the trace was handed to the exporter, else None:
@@ -266,14 +267,14 @@ class GenerationMetrics:
             self.fault("exemplar_too_long")
             exemplar = None
         self._requests.count(request)
-        if any(run.profiled for run in request.runs):
-            return
-        self._requests.observe(request, exemplar)
-        for stage in request.stages:
-            if stage.name != "queue":
-                self._runs.observe_stage(stage.name, stage.duration_ns, exemplar)
+        if not any(run.profiled for run in request.runs):
+            self._requests.observe(request, exemplar)
+            for stage in request.stages:
+                if stage.name != "queue":
+                    self._runs.observe_stage(stage.name, stage.duration_ns, exemplar)
         for run in request.observed_runs:
-            self._runs.observe(run, exemplar)
+            if not run.profiled:  # each run by itself: others may share it
+                self._runs.observe(run, exemplar)
 
 
 class _OwnRegistry(CollectorRegistry):

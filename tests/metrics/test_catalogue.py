@@ -457,6 +457,17 @@ def test_a_profiled_request_is_counted_and_its_times_are_not_observed(
     assert value(metrics, "sdxl_run_seconds_total") == 0
 
 
+def test_the_other_runs_of_a_profiled_request_are_observed(metrics: GenerationMetrics) -> None:
+    profiled = dataclasses.replace(run_timing(START_NS), profile="a.json")
+    other = dataclasses.replace(profiled, run_id="other", profile=None)
+    both = (profiled, other)
+    request = dataclasses.replace(request_timing(), runs=both, observed_runs=both)
+    metrics.observe_request(request, EXEMPLAR)
+    assert value(metrics, "sdxl_stage_duration_seconds_count", stage="denoise") == 1
+    assert value(metrics, "sdxl_run_batch_size_count") == 1
+    assert value(metrics, "sdxl_stage_duration_seconds_count", stage="receive") == 0
+
+
 def test_the_slow_reason_of_a_request_is_counted_as_in_its_trace(
     metrics: GenerationMetrics,
 ) -> None:
