@@ -119,7 +119,7 @@ class Startup:
                 `SDXL_READY_EARLY` after the first shape.
         """
         with self._failure_recorded():
-            warmup = Warmup(run_once, loaded.kinds, self._progress)
+            warmup = Warmup(run_once, loaded.kinds, self._progress, self._anchor)
             for shape in loaded.shapes:
                 await self._on_gpu_thread(partial(self._warm, loaded, warmup, shape))
                 if self._settings.ready_early and warmup.warm_shapes:
