@@ -122,6 +122,8 @@ class Warmup:
         run_once: runs one request at a shape.
         kinds: the kinds of run to warm each shape with.
         on_progress: called with the name of each phase as it begins.
+        anchor: that of the whole start, so that a stepped system clock, as on a machine that has
+            just booted, moves no phase against the others. None: one of its own.
     """
 
     def __init__(
@@ -129,11 +131,12 @@ class Warmup:
         run_once: RunOnce,
         kinds: Sequence[RunKind] = (GUIDED, UNGUIDED),
         on_progress: Callable[[str], None] = lambda _: None,
+        anchor: WallAnchor | None = None,
     ) -> None:
         self._run_once = run_once
         self._kinds = kinds
         self._on_progress = on_progress
-        self._anchor = WallAnchor.now()
+        self._anchor = anchor or WallAnchor.now()
         self._before = compiler_counts()
         self._phases: list[PhaseTiming] = []
         self._warm: dict[CompiledShape, list[RunKind]] = {}

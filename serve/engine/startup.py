@@ -121,7 +121,7 @@ class Startup:
                 `SDXL_READY_EARLY` after the first shape.
         """
         with self._failure_recorded():
-            warmup = Warmup(run_once, loaded.kinds, self._progress)
+            warmup = Warmup(run_once, loaded.kinds, self._progress, self._anchor)
             for shape in loaded.shapes:
                 await self._on_gpu_thread(partial(self._warm, loaded, warmup, shape))
                 if self._settings.ready_early and warmup.warm_shapes:
@@ -445,8 +445,11 @@ class Startup:
             logger.warning("the FLOPs at %s are not counted: %s", shape, type(error).__name__)
             self._open_phase = None
         else:
+            # A scheduler of second order evaluates the UNet twice a step, and once in the last: a
+            # small part of a run, which is not subtracted.
+            step = flops.step * pipeline.scheduler.order
             self._metrics.set_flops(
-                str(shape), RunFlops(flops.text_encode, flops.step, flops.vae_decode, vae_encode)
+                str(shape), RunFlops(flops.text_encode, step, flops.vae_decode, vae_encode)
             )
             self._end_phase({"shape": str(shape)})
 

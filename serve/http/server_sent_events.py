@@ -96,9 +96,18 @@ async def stream(
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not queued.done():
         await generation  # raises the error that ended it before it was queued
-    generation.add_done_callback(lambda _: steps.put_nowait(None))
+
+    def generated(done: asyncio.Task[TextToImageResponse]) -> None:
+        if not done.cancelled():
+            if (error := done.exception()) is not None:
+                call.fail(_as_request_error(error))
+            # Not with the last event: a client that reads slowly is still taking the steps.
+            call.timeline.begin("respond")
+        steps.put_nowait(None)
+
+    generation.add_done_callback(generated)
     return _EventStream(
-        _send(call, generation, queued.result(), steps, events),
+        _send(generation, queued.result(), steps, events),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
@@ -116,8 +125,11 @@ class _EventStream(StreamingResponse):
         await self.stream_response(send)
 
 
+def _as_request_error(error: BaseException) -> RequestError:
+    return error if isinstance(error, RequestError) else GenerationFailed(type(error).__name__)
+
+
 async def _send(
-    call: Call,
     generation: asyncio.Task[TextToImageResponse],
     waiting: int,
     steps: asyncio.Queue[_Step | None],
@@ -136,18 +148,11 @@ async def _send(
         yield await events.step(*step)
     try:
         response = generation.result()
-    except RequestError as error:
-        call.fail(error)
-        call.timeline.begin("respond")
-        yield events.failed(error)
     except Exception as error:  # noqa: BLE001 - the status is sent: the last event reports it
-        failure = GenerationFailed(type(error).__name__)
-        call.fail(failure)
-        logger.error("a streamed request failed with %s", type(error).__name__)
-        call.timeline.begin("respond")
-        yield events.failed(failure)
+        if not isinstance(error, RequestError):
+            logger.error("a streamed request failed with %s", type(error).__name__)
+        yield events.failed(_as_request_error(error))
     else:
-        call.timeline.begin("respond")
         yield events.done(response)
 
 

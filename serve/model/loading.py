@@ -56,7 +56,7 @@ def load_model(
     dtype_name: str = "auto",
     schedule: Schedule = OWN_SCHEDULE,
 ) -> SdxlModel:
-    """Load a model onto its device.
+    """Load a model onto its device. Call it on the thread that will run the model.
 
     Args:
         name: `demo`, `random:sdxl-base`, a hub repository or a local directory; None: SDXL base
@@ -70,6 +70,10 @@ def load_model(
             these timesteps.
     """
     device = choose_device(device_name)
+    if device.index is not None:
+        # Of this thread, which runs the model. Events, streams and graphs are made on the current
+        # GPU: on another than the model's they would time, wait for and capture nothing.
+        torch.cuda.set_device(device)
     dtype = _DTYPES[dtype_name] if dtype_name != "auto" else _default_dtype(device)
     if name is None:
         name = SDXL_BASE if device.type == "cuda" else DEMO_MODEL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import uuid
+from functools import partial
 
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import SpanLimits
@@ -174,7 +175,8 @@ def build_gpu_metrics(
     settings: ServeSettings, metrics: GenerationMetrics, gpu: Gpu | None
 ) -> GpuMetrics:
     """Export the GPU's metrics beside the others; without a GPU there are none."""
-    gpu_metrics = GpuMetrics(gpu, torch_memory, lambda: metrics.fault("nvml"))
+    device = settings.device if settings.device.startswith("cuda") else "cuda"
+    gpu_metrics = GpuMetrics(gpu, partial(torch_memory, device), lambda: metrics.fault("nvml"))
     metrics.show(gpu_metrics)
     peak = peak_flops("" if gpu is None else gpu.identity["hw.name"], settings.peak_tflops)
     if peak is not None:
@@ -182,8 +184,8 @@ def build_gpu_metrics(
     return gpu_metrics
 
 
-def torch_memory() -> MemoryUse | None:
-    """The memory of torch's CUDA allocator on the current device; None before CUDA is used."""
+def torch_memory(device: str = "cuda") -> MemoryUse | None:
+    """The memory of torch's CUDA allocator on a device; None before CUDA is used."""
     torch = sys.modules.get("torch")
     # While torch is being imported it is there without its parts.
     if torch is None or not hasattr(torch, "cuda") or not hasattr(torch.cuda, "is_initialized"):
@@ -191,9 +193,9 @@ def torch_memory() -> MemoryUse | None:
     if not torch.cuda.is_initialized():
         return None
     return MemoryUse(
-        allocated=torch.cuda.memory_allocated(),
-        reserved=torch.cuda.memory_reserved(),
-        peak=torch.cuda.max_memory_allocated(),
+        allocated=torch.cuda.memory_allocated(device),
+        reserved=torch.cuda.memory_reserved(device),
+        peak=torch.cuda.max_memory_allocated(device),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import json
 import shutil
@@ -21,10 +22,12 @@ from kernels_warmup.cuda_graphs import Fallbacks
 from kernels_warmup.recipes import Recipe
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import FROM_PICTURE, UNGUIDED, RunKind
+from metrics.clock import WallAnchor
 from metrics.records import WarmupTiming
-from metrics.spans import Attributes, warmup_tree
+from metrics.spans import Attributes, placed_spans, warmup_tree
 from serve.demo_model import checkpoint_path
 from serve.engine.build import build_runtime
+from serve.engine.loaded_model import LoadedModel
 from serve.engine.readiness import State
 from serve.engine.runtime import Runtime
 from serve.errors import InvalidRequest, ModelError
@@ -119,6 +122,34 @@ def test_the_trace_of_a_start_that_is_cut_off_has_the_phase_in_progress() -> Non
         ("compile 128x128", False),
         ("compile 160x96", True),
     ]
+
+
+def test_a_clock_that_steps_while_the_model_loads_moves_no_phase(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded: list[WarmupTiming] = []
+    runtime = build(shapes="128x128")
+    monkeypatch.setattr(
+        runtime.recorder, "record_warmup", lambda timing, _: recorded.append(timing)
+    )
+    load, now = runtime._startup._load, WallAnchor.now
+
+    def an_hour_earlier(**clocks: Any) -> WallAnchor:
+        anchor = now(**clocks)
+        return dataclasses.replace(anchor, unix_ns=anchor.unix_ns - 3600 * 10**9)
+
+    def load_and_step() -> LoadedModel:
+        loaded = load()
+        monkeypatch.setattr(WallAnchor, "now", an_hour_earlier)
+        return loaded
+
+    monkeypatch.setattr(runtime._startup, "_load", load_and_step)
+    asyncio.run(runtime.start())
+    runtime.close(1)
+    [timing] = recorded
+    assert {"load_model", "compile 128x128", "verify"} <= {phase.name for phase in timing.phases}
+    for placed in placed_spans(warmup_tree(timing, {})):
+        assert (placed.start_ns, placed.end_ns) == (placed.node.start_ns, placed.node.end_ns)
 
 
 def hold_the_second_size(runtime: Runtime) -> asyncio.Event:

@@ -35,13 +35,14 @@ def test_a_stream(app: FastAPI) -> None:
 
 
 def test_a_stream_that_fails_ends_with_an_error_event(
-    app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    app: FastAPI,
+    runtime: Runtime,
+    recorded: list[RequestTiming],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> None:
         raise KeyError(PROMPT)
 
-    timings: list[RequestTiming] = []
-    monkeypatch.setattr(runtime.recorder, "record", lambda timing, _: timings.append(timing))
     monkeypatch.setattr(runtime.loaded.model, "decode", broken)
     response = post(app, valid(), "/stream")
     assert response.status_code == 200
@@ -49,7 +50,7 @@ def test_a_stream_that_fails_ends_with_an_error_event(
     assert name == "error"
     assert data["error_type"] == "generation_failed"
     assert "zebra" not in response.text
-    [timing] = timings
+    [timing] = recorded
     assert timing.stage("respond") is not None
 
 
@@ -93,3 +94,26 @@ def test_a_client_that_reads_slowly_gets_few_old_previews(
     with_preview = [step["index"] for step in steps if "preview" in step]
     assert len(with_preview) <= MAX_WAITING_PREVIEWS + 2  # one on its way, one in a race
     assert with_preview[0] == 0
+
+
+def test_the_time_of_a_client_that_reads_slowly_is_in_respond(
+    app: FastAPI, recorded: list[RequestTiming]
+) -> None:
+    held_seconds = 0.3
+    sent = 0
+
+    async def send(_message: Any) -> None:
+        nonlocal sent
+        sent += 1
+        if sent == 3:  # the first step
+            while the_call().timeline.stage_ms("upload") is None:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(held_seconds)
+
+    asyncio.run(call_app(app, send, num_inference_steps=4))
+    [timing] = recorded
+    upload, respond = timing.stage("upload"), timing.stage("respond")
+    assert upload is not None
+    assert respond is not None
+    assert respond.duration_ns > held_seconds * 1e9
+    assert respond.start_ns - upload.end_ns < held_seconds * 1e9 / 3

@@ -224,6 +224,19 @@ def test_an_absent_device_is_refused() -> None:
         load_model("demo", device_name="cuda:1")
 
 
+@pytest.mark.parametrize("name", ["cuda:1", "cuda", "cpu"])
+def test_the_models_gpu_is_the_current_one_of_its_thread(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Events and graphs are made on the current one, and a thread begins with the first."""
+    made_current: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: made_current.append(str(device)))
+    with pytest.raises(ModelError, match="neither a directory here nor"):
+        load_model("no such model", device_name=name)
+    assert made_current == (["cuda:1"] if name == "cuda:1" else [])
+
+
 def test_a_prompt_is_never_logged(demo: SdxlModel, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(0)
     conditioning = demo.encode_prompts(["quagga " * 300], ["okapi " * 300], guided=True)

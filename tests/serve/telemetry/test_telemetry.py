@@ -192,6 +192,20 @@ def test_the_operators_buckets_replace_one_family_and_no_other() -> None:
     assert families.queue == buckets.QUEUE
 
 
+@pytest.mark.parametrize(("chosen", "read"), [("cuda:1", "cuda:1"), ("auto", "cuda")])
+def test_memory_is_that_of_the_chosen_gpu(
+    monkeypatch: pytest.MonkeyPatch, chosen: str, read: str
+) -> None:
+    """A thread that scrapes has another current one."""
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    by_device = {read: 7}
+    for figure in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(f"torch.cuda.{figure}", by_device.__getitem__)
+    metrics = declared(CollectorRegistry())
+    build_gpu_metrics(ServeSettings(device=chosen), metrics, None)
+    assert metrics.registry.get_sample_value("sdxl_gpu_memory_allocated_bytes") == 7
+
+
 def test_a_peak_is_the_gpus_or_the_operators() -> None:
     fake = FakeGpu(name="NVIDIA H200")
     peaks = []
