@@ -56,7 +56,7 @@ def load_model(
     dtype_name: str = "auto",
     schedule: Schedule = OWN_SCHEDULE,
 ) -> SdxlModel:
-    """Load a model onto its device. Call it on the thread that will run the model.
+    """Load a model onto its device, and make a GPU with a number the calling thread's current one.
 
     Args:
         name: `demo`, `random:sdxl-base`, a hub repository or a local directory; None: SDXL base
@@ -71,8 +71,9 @@ def load_model(
     """
     device = choose_device(device_name)
     if device.index is not None:
-        # Of this thread, which runs the model. Events, streams and graphs are made on the current
-        # GPU: on another than the model's they would time, wait for and capture nothing.
+        # Streams, events, captured graphs and Triton's launches are the current device's, and a
+        # thread begins with number 0. A graph captured there would be empty: each replay would
+        # return the same image.
         torch.cuda.set_device(device)
     dtype = _DTYPES[dtype_name] if dtype_name != "auto" else _default_dtype(device)
     if name is None:
