@@ -303,13 +303,22 @@ def test_two_images_and_their_seeds(page: Page) -> None:
 
 def test_a_lora_and_its_scale(page: Page, server: ServerProcess) -> None:
     page.find("[data-lora=night]").click()
-    page.enter(**{"lora-scale-0": 9})
     page.enter(num_inference_steps=1)
-    page.find("#generate").click()
-    page.until(lambda: page.text("#loras-error"))
-    page.until(page.find("#generate").is_enabled)
+    for wrong in (9, "strong"):
+        page.enter(**{"lora-scale-0": wrong})
+        page.find("#generate").click()
+        page.until(lambda: page.text("#loras-error").startswith("night: "))
+        page.until(page.find("#generate").is_enabled)
+        invalid = [field.get_attribute("id") for field in page.all("[aria-invalid=true]")]
+        assert invalid == ["lora-scale-0"]
+        assert page.run("return document.activeElement.id") == "lora-scale-0"
+        page.run("document.getElementById('loras-error').textContent = ''")
+    page.enter(**{"lora-scale-0": " "})  # left to the server, as every empty field
+    page.generate()
+    assert '"loras":[{"path":"night"}]' in page.text("#code-text")
     page.enter(**{"lora-scale-0": 0.5})
     page.generate(num_inference_steps=1)
+    assert page.all("[aria-invalid]") == []
     timeline = httpx.get(f"{server.url}/timeline/{page.text('#trace-id')}").json()
     assert timeline["request"]["loras"] == ["night"]
     assert '"loras":[{"path":"night","scale":0.5}]' in page.text("#code-text")
