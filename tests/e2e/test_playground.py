@@ -324,6 +324,19 @@ def test_a_lora_and_its_scale(page: Page, server: ServerProcess) -> None:
     assert '"loras":[{"path":"night","scale":0.5}]' in page.text("#code-text")
 
 
+def test_a_flagged_picture_says_why_it_is_black(page: Page, server: ServerProcess) -> None:
+    page.generate(num_inference_steps=1)
+    assert page.all("#pictures .flagged") == []
+    body = {"prompt": "a red circle", "num_inference_steps": 1}
+    events = httpx.post(server.url + "/stream", json=body, timeout=60).text
+    flagged = events.replace(
+        '"prompt_truncated":', '"has_nsfw_concepts":[true],"prompt_truncated":'
+    )
+    page.run(ANSWER_STREAMS_WITH, 200, flagged)
+    page.generate()
+    assert "safety checker" in page.text("#pictures .flagged")
+
+
 def test_text_is_never_read_as_html(page: Page) -> None:
     prompt = "<img src=x onerror=\"document.title='taken'\"> '; rm"
     page.generate(num_inference_steps=1, prompt=prompt)

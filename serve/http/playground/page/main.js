@@ -170,6 +170,7 @@ async function showImages(asked, answer) {
   const figures = answer.images.map((/** @type {any} */ image, /** @type {number} */ number) => {
     const url = objectUrl(image.url);
     const kind = image.content_type.split("/")[1];
+    const flagged = answer.has_nsfw_concepts?.[number] === true;
     return element(
       "figure",
       {},
@@ -182,6 +183,7 @@ async function showImages(asked, answer) {
         {},
         element("span", { class: "seed" }, `seed ${image.seed}`),
         element("span", {}, `${image.width} × ${image.height}`),
+        ...(flagged ? [element("span", { class: "flagged" }, "black: the safety checker flagged it")] : []),
         element("a", { href: url, download: `stepspan-${image.seed}.${kind}` }, "Download"),
       ),
     );
