@@ -337,6 +337,26 @@ def test_a_flagged_picture_says_why_it_is_black(page: Page, server: ServerProces
     assert "safety checker" in page.text("#pictures .flagged")
 
 
+NO_STORAGE = """
+Object.defineProperty(window, 'sessionStorage', {
+  get() { throw new DOMException('Access is denied for this document.', 'SecurityError'); },
+});
+"""
+
+
+def test_a_browser_that_keeps_nothing_draws_too(page: Page) -> None:
+    """As with all cookies blocked."""
+    driver = page.driver
+    added = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": NO_STORAGE})
+    try:
+        driver.get(page.url)
+        page.wait_ready()
+        page.generate(num_inference_steps=1)
+        assert len(page.all("#pictures img")) == 1
+    finally:
+        driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
 def test_text_is_never_read_as_html(page: Page) -> None:
     prompt = "<img src=x onerror=\"document.title='taken'\"> '; rm"
     page.generate(num_inference_steps=1, prompt=prompt)

@@ -78,15 +78,26 @@ export function canBeSent(key) {
   return /^[!-~]+$/.test(key);
 }
 
+/** The key, where the browser keeps nothing for this page: its user has forbidden it. */
+let unkeptKey = "";
+
 /** The key that requests are sent with; "": none. This tab's session keeps it, nothing else. */
 export function keptKey() {
-  return sessionStorage.getItem(KEY) ?? "";
+  try {
+    return sessionStorage.getItem(KEY) ?? "";
+  } catch {
+    return unkeptKey;
+  }
 }
 
 /** @param {string} key "": forget it */
 export function keepKey(key) {
-  if (key === "") sessionStorage.removeItem(KEY);
-  else sessionStorage.setItem(KEY, key);
+  try {
+    if (key === "") sessionStorage.removeItem(KEY);
+    else sessionStorage.setItem(KEY, key);
+  } catch {
+    unkeptKey = key;
+  }
 }
 
 /**
