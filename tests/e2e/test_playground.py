@@ -357,6 +357,26 @@ def test_a_browser_that_keeps_nothing_draws_too(page: Page) -> None:
         driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
 
+LONG_NAMES = """
+const real = window.fetch;
+window.fetch = async (path, options) => {
+  const answer = await real(path, options);
+  if (path !== '/stats') return answer;
+  const stats = await answer.json();
+  stats.model = '/models/' + 'a_long_name_of_a_folder'.repeat(5);
+  stats.request.loras = ['x'.repeat(64)];
+  return Response.json(stats);
+};
+"""
+
+
+def test_long_names_fit_a_phone(page: Page) -> None:
+    page.emulate(390, 900)
+    page.run(LONG_NAMES)
+    page.until(lambda: page.text("#model").startswith("/models/") and page.all("[data-lora^=xxx]"))
+    assert page.run("return document.documentElement.scrollWidth") <= 390
+
+
 def test_text_is_never_read_as_html(page: Page) -> None:
     prompt = "<img src=x onerror=\"document.title='taken'\"> '; rm"
     page.generate(num_inference_steps=1, prompt=prompt)
