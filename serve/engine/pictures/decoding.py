@@ -117,8 +117,11 @@ def _pixels(image: Image.Image, width: int, height: int) -> Any:
     turn = _turn(image)
     picture = image if turn is None else image.transpose(turn)
     if picture.mode.startswith("I"):  # grey of 16 bits; Pillow's own conversion would clip it
-        grey = np.asarray(picture).astype(np.uint32) >> 8
-        picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        grey = np.asarray(picture).astype(np.uint32)
+        transparent_grey = picture.info.get("transparency")
+        picture = Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8))
+        if transparent_grey is not None:
+            picture.putalpha(Image.fromarray(np.uint8(255) * (grey != transparent_grey)))
     transparent = "A" in picture.getbands() or "transparency" in picture.info
     picture = picture.convert("RGBA" if transparent else "RGB")
     picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)

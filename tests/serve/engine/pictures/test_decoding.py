@@ -91,6 +91,16 @@ def test_transparent_parts_become_white() -> None:
     assert (decode(encoded(Image.new("LA", (64, 32), (0, 0)))) == 255).all()
 
 
+def test_the_transparent_grey_of_sixteen_bits_becomes_white() -> None:
+    grey = np.full((32, 64), 0x1000, np.uint16)
+    grey[:, 32:] = 0x1001  # the same in eight bits
+    png = encoded(Image.fromarray(grey))
+    assert np.all(decode(png) == 0x10)
+    pixels = decode(with_chunk(png, chunk(b"tRNS", b"\x10\x00")))
+    assert np.all(pixels[:, :28] == 255)
+    assert np.all(pixels[:, 36:] == 0x10)
+
+
 def test_a_photograph_is_turned_as_its_camera_says() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
