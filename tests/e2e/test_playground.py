@@ -337,6 +337,46 @@ def test_a_flagged_picture_says_why_it_is_black(page: Page, server: ServerProces
     assert "safety checker" in page.text("#pictures .flagged")
 
 
+READ_IN_PARTS = """
+const [text, length, done] = arguments;
+const bytes = new TextEncoder().encode(text);
+let at = 0;
+const body = new ReadableStream({pull(parts) {
+  parts.enqueue(bytes.slice(at, at + length));
+  at += length;
+  if (at >= bytes.length) parts.close();
+}});
+const real = window.fetch;
+window.fetch = () => Promise.resolve(new Response(body));
+import('/playground/server.js').then(async ({drawEvents}) => {
+  const began = performance.now();
+  const read = [];
+  for await (const event of drawEvents('{}', new AbortController().signal)) read.push(event);
+  window.fetch = real;
+  done([read.map((event) => [event.type, event.images?.length]), performance.now() - began]);
+}).catch((error) => done(String(error)));
+"""
+
+
+def stream_of(images: int, letters: int) -> str:
+    last = {"type": "image", "images": [{"url": "A" * letters}] * images}
+    events = [{"type": "queued"}, {"type": "step"}, {"type": "step"}, last]
+    return ": a comment\n\n" + "".join(f"event: x\ndata: {json.dumps(e)}\n\n" for e in events)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 10_000])
+def test_events_are_read_however_they_are_parted(page: Page, length: int) -> None:
+    read, _ = page.driver.execute_async_script(READ_IN_PARTS, stream_of(2, 5), length)  # type: ignore[no-untyped-call]
+    assert read == [["queued", None], ["step", None], ["step", None], ["image", 2]]
+
+
+def test_many_large_pictures_do_not_stop_the_page(page: Page) -> None:
+    """Searching all that has arrived anew with each part took half a minute."""
+    read, ms = page.driver.execute_async_script(READ_IN_PARTS, stream_of(24, 2_000_000), 65536)  # type: ignore[no-untyped-call]
+    assert read[-1] == ["image", 24]
+    assert ms < 10_000
+
+
 NO_STORAGE = """
 Object.defineProperty(window, 'sessionStorage', {
   get() { throw new DOMException('Access is denied for this document.', 'SecurityError'); },

@@ -215,7 +215,9 @@ async function showImages(asked, answer) {
 function objectUrl(url) {
   const [head, data] = url.split(",", 2);
   if (!head?.startsWith("data:") || data === undefined) return url;
-  const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+  const letters = atob(data);
+  const bytes = new Uint8Array(letters.length); // `Uint8Array.from` takes twenty times as long
+  for (let at = 0; at < letters.length; at += 1) bytes[at] = letters.charCodeAt(at);
   const type = head.slice("data:".length).split(";")[0] ?? "";
   const made = URL.createObjectURL(new Blob([bytes], { type }));
   objectUrls.push(made);
