@@ -20,6 +20,9 @@ MAX_UNTIDY_CHARACTERS = 10_000
 """The longest prompt that the gateway accepts. It cuts the prompt to `MAX_PROMPT_CHARACTERS`."""
 
 MAX_SEED = 2**63 - 1
+MAX_DRAWN_SEED = 2**53 - 1
+"""The largest seed that the service draws. JavaScript reads a larger one from JSON rounded, so that
+it would draw another image."""
 
 MAX_LORAS = 64
 """How many LoRAs one request may name. Each wrong one is an error of its own, so the list ends."""
@@ -180,7 +183,10 @@ class TextToImageRequest(BaseModel):
         description="`{width, height}`, or the name of a size, instead of `width` and `height`.",
     )
     seed: int | None = Field(
-        default=None, ge=0, le=MAX_SEED, description="null: drawn; the response says which."
+        default=None,
+        ge=0,
+        le=MAX_SEED,
+        description="null: drawn, below 2^53; the response says which.",
     )
     num_images: int = Field(
         default=1,

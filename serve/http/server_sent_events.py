@@ -176,8 +176,11 @@ class StreamEvents:
         return event("step", data)
 
     def done(self, response: TextToImageResponse) -> bytes:
-        # The body is a JSON object: the type goes in front of its first field.
-        return b'event: image\ndata: {"type":"image",' + response_body(response)[1:] + b"\n\n"
+        # The body is a JSON object: the type goes in front of its first field. It is ASCII, as all
+        # other events are: httpx, requests and `str.splitlines` also end a line at the separators
+        # of Unicode (U+0085, U+2028, U+2029), which a prompt may have.
+        body = response_body(response, ascii_only=True)
+        return b'event: image\ndata: {"type":"image",' + body[1:] + b"\n\n"
 
     def failed(self, error: RequestError) -> bytes:
         return event("error", error_body(error, self._call))

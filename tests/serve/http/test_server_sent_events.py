@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -32,6 +33,18 @@ def test_a_stream(app: FastAPI) -> None:
     assert received[-1][1]["seed"] == 1
     direct = post(app, valid(num_inference_steps=4))
     assert received[-1][1]["image"] == direct.json()["image"]
+
+
+@pytest.mark.parametrize("path", ["/stream", "/v1/images/generations"])
+def test_no_prompt_ends_a_line_of_a_stream(app: FastAPI, path: str) -> None:
+    body = {"prompt": "a\u2028b\u2029c\u0085d \x0b\x0c\x1c ü", "num_inference_steps": 1}
+    response = post(app, body | ({"stream": True} if path != "/stream" else {}), path)
+    assert response.content.isascii()
+    # As httpx, requests and many others split lines.
+    lines = response.text.splitlines()
+    data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert data[-1]["type"] in ("image", "image_generation.completed")
+    assert data[-1].get("prompt", body["prompt"]) == body["prompt"]
 
 
 def test_a_stream_that_fails_ends_with_an_error_event(
