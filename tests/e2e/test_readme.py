@@ -12,12 +12,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 import serve.errors
+from kernels_warmup.cache.compile_cache import RESULTS
+from metrics.families.process import PUSH_RESULTS, SPAN_RESULTS
+from metrics.families.requests import BUDGET_RESULTS, CANCELLED_DURING
 from metrics.records import Estimate
 from metrics.tracing import HONEYCOMB_SAMPLE_RATE, PROBABILITY, drawn_identity
 from serve.engine.call import Call
 from serve.engine.readiness import Readiness
 from serve.errors import (
     OTHER_ERRORS,
+    OUTCOMES,
     REQUEST_ERRORS,
     InternalError,
     RequestError,
@@ -73,6 +77,20 @@ def test_every_metric_is_documented_with_its_labels_and_no_other() -> None:
         for name, labels in re.findall(r"`(sdxl_[a-z_]+)(?:\{([a-z_,]+)\})?`", table)
     }
     assert documented == exposed
+
+
+def test_label_values_are_documented() -> None:
+    page = (DOCS / "metrics.md").read_text()
+    for metric, values in (
+        ("sdxl_request_duration_seconds", OUTCOMES),
+        ("sdxl_cancelled_total", CANCELLED_DURING),
+        ("sdxl_request_budget_total", BUDGET_RESULTS),
+        ("sdxl_compile_cache_total", RESULTS),
+        ("sdxl_spans_total", SPAN_RESULTS),
+        ("sdxl_otlp_pushes_total", PUSH_RESULTS),
+    ):
+        [meaning] = re.findall(rf"^\|[^|]*`{metric}{{[^|]*\|(.*)\|$", page, re.MULTILINE)
+        assert set(values) <= set(re.findall(r"`(\w+)`", meaning)), metric
 
 
 def test_every_attribute_of_a_span_is_documented_and_no_other() -> None:
