@@ -63,6 +63,24 @@ def test_every_setting_is_documented_and_no_other() -> None:
     assert {name for name in named if name.startswith("SDXL_")} <= ours
 
 
+def test_every_default_is_documented() -> None:
+    """Where there is one. What `auto` means is in words, and so is when tracing is on."""
+    page = (DOCS / "settings.md").read_text()
+    defaults = dict(re.findall(r"^\| (`[A-Z].*?) \| .* \| (.*) \|$", page, re.MULTILINE))
+    checked = 0
+    for field, info in ServeSettings.model_fields.items():
+        name, default = environment_name(field), info.default
+        if default in (None, (), {}, "auto") or name in ("ENABLE_TRACING", "OTEL_SDK_DISABLED"):
+            continue
+        text = f"{default:g}" if isinstance(default, int | float) else str(default)
+        if isinstance(default, bool):
+            text = str(default).lower()
+        [documented] = [cell for names, cell in defaults.items() if f"`{name}`" in names]
+        assert text in re.findall(r"[\w.]+", documented), (name, default, documented)
+        checked += 1
+    assert checked > 20
+
+
 def test_every_metric_is_documented_with_its_labels_and_no_other() -> None:
     registry = CollectorRegistry()
     observe_some(declared_service(registry), Random(0))
