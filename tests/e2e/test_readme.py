@@ -12,12 +12,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 import serve.errors
+from kernels_warmup.cache.compile_cache import RESULTS
+from metrics.families.process import PUSH_RESULTS, SPAN_RESULTS
+from metrics.families.requests import BUDGET_RESULTS, CANCELLED_DURING
 from metrics.records import Estimate
 from metrics.tracing import HONEYCOMB_SAMPLE_RATE, PROBABILITY, drawn_identity
 from serve.engine.call import Call
 from serve.engine.readiness import Readiness
 from serve.errors import (
     OTHER_ERRORS,
+    OUTCOMES,
     REQUEST_ERRORS,
     InternalError,
     RequestError,
@@ -59,6 +63,24 @@ def test_every_setting_is_documented_and_no_other() -> None:
     assert {name for name in named if name.startswith("SDXL_")} <= ours
 
 
+def test_every_default_is_documented() -> None:
+    """Where there is one. What `auto` means is in words, and so is when tracing is on."""
+    page = (DOCS / "settings.md").read_text()
+    defaults = dict(re.findall(r"^\| (`[A-Z].*?) \| .* \| (.*) \|$", page, re.MULTILINE))
+    checked = 0
+    for field, info in ServeSettings.model_fields.items():
+        name, default = environment_name(field), info.default
+        if default in (None, (), {}, "auto") or name in ("ENABLE_TRACING", "OTEL_SDK_DISABLED"):
+            continue
+        text = f"{default:g}" if isinstance(default, int | float) else str(default)
+        if isinstance(default, bool):
+            text = str(default).lower()
+        [documented] = [cell for names, cell in defaults.items() if f"`{name}`" in names]
+        assert text in re.findall(r"[\w.]+", documented), (name, default, documented)
+        checked += 1
+    assert checked > 20
+
+
 def test_every_metric_is_documented_with_its_labels_and_no_other() -> None:
     registry = CollectorRegistry()
     observe_some(declared_service(registry), Random(0))
@@ -73,6 +95,20 @@ def test_every_metric_is_documented_with_its_labels_and_no_other() -> None:
         for name, labels in re.findall(r"`(sdxl_[a-z_]+)(?:\{([a-z_,]+)\})?`", table)
     }
     assert documented == exposed
+
+
+def test_label_values_are_documented() -> None:
+    page = (DOCS / "metrics.md").read_text()
+    for metric, values in (
+        ("sdxl_request_duration_seconds", OUTCOMES),
+        ("sdxl_cancelled_total", CANCELLED_DURING),
+        ("sdxl_request_budget_total", BUDGET_RESULTS),
+        ("sdxl_compile_cache_total", RESULTS),
+        ("sdxl_spans_total", SPAN_RESULTS),
+        ("sdxl_otlp_pushes_total", PUSH_RESULTS),
+    ):
+        [meaning] = re.findall(rf"^\|[^|]*`{metric}{{[^|]*\|(.*)\|$", page, re.MULTILINE)
+        assert set(values) <= set(re.findall(r"`(\w+)`", meaning)), metric
 
 
 def test_every_attribute_of_a_span_is_documented_and_no_other() -> None:
