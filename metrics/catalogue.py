@@ -317,7 +317,8 @@ def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     the event loop.
     """
     if _prefers_openmetrics(accept):
-        return openmetrics.generate_latest(registry), openmetrics.CONTENT_TYPE_LATEST
+        text = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
+        return text, openmetrics.CONTENT_TYPE_LATEST
     return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
