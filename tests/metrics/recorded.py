@@ -71,6 +71,7 @@ def declared_service(registry: CollectorRegistry) -> GenerationMetrics:
             lambda: metrics.fault("nvml"),
         )
     collector.read()
+    collector.read()  # activity is that between two readings
     metrics.show(collector)
     peak = peak_flops(gpu.name)
     assert peak is not None
