@@ -233,7 +233,7 @@ class _Activity:
 
     def tensor(self) -> Mapping[str, float]:
         """The tensor cores' activity since the last call; empty at the first."""
-        nvml = self._nvml
+        nvml, self._sm = self._nvml, None
         now = self._sample()
         if self._before is None:
             self._before = now

@@ -127,6 +127,7 @@ def plan_request(
     warm_shapes: Sequence[CompiledShape],
     trained_shapes: Sequence[CompiledShape],
     count_chunks: CountChunks = lambda *_: 1,
+    most_steps: int | None = None,
 ) -> PlannedRequest:
     """Fill in what a request left open.
 
@@ -135,6 +136,7 @@ def plan_request(
         trained_shapes: the sizes that the model was trained for. With `SDXL_SERVE_COLD_SHAPES` the
             largest shape of both bounds the image's size.
         count_chunks: called where prompts may have several chunks.
+        most_steps: the most that the model's scheduler has; None: it has no limit.
 
     Raises:
         InvalidRequest: the size, the steps, the guidance, a LoRA, the number of images or an image
@@ -144,7 +146,7 @@ def plan_request(
     planned = PlannedRequest(
         request,
         _choose_shape(request, settings, warm_shapes, trained_shapes),
-        _choose_steps(request, settings),
+        _choose_steps(request, settings, most_steps),
         _choose_guidance_scale(request, settings),
         _choose_seed(request),
         loras=_choose_loras(request, settings),
@@ -184,10 +186,17 @@ def _choose_check(request: TextToImageRequest, settings: ServeSettings) -> bool:
     return request.enable_safety_checker
 
 
-def _choose_steps(request: TextToImageRequest, settings: ServeSettings) -> int:
+def _choose_steps(
+    request: TextToImageRequest, settings: ServeSettings, most_steps: int | None
+) -> int:
     steps = request.num_inference_steps or settings.default_steps
-    if settings.timesteps is not None and steps != settings.default_steps:
-        message = f"must be {settings.default_steps}: this model runs at fixed timesteps"
+    message = None
+    if settings.timesteps is not None:
+        if steps != settings.default_steps:
+            message = f"must be {settings.default_steps}: this model runs at fixed timesteps"
+    elif most_steps is not None and steps > most_steps:
+        message = f"must be at most {most_steps}: this model's scheduler has no more"
+    if message is not None:
         raise InvalidRequest([FieldProblem(("body", "num_inference_steps"), message, "steps")])
     return steps
 

@@ -270,7 +270,12 @@ class Runtime:
         readiness = self.readiness
         model = self.loaded.model
         planned = plan_request(
-            request, self.settings, readiness.shapes, model.trained_shapes, model.chunks_of
+            request,
+            self.settings,
+            readiness.shapes,
+            model.trained_shapes,
+            model.chunks_of,
+            model.most_steps,
         )
         call.facts = planned.facts(readiness.model, with_prompt=self.settings.trace_prompts)
         return planned

@@ -76,6 +76,16 @@ class Schedule:
 OWN_SCHEDULE = Schedule()
 
 
+def most_steps(scheduler: Any) -> int | None:
+    """The most steps of a run; None: as many as a request may have.
+
+    LCM and TCD choose theirs among those that the model was distilled with, and raise for more.
+    """
+    if "original_inference_steps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        return None
+    return int(scheduler.config.original_inference_steps)
+
+
 def _require_timesteps(scheduler: Any, timesteps: tuple[int, ...]) -> None:
     given = ",".join(map(str, timesteps))
     kind = type(scheduler).__name__

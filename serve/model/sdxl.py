@@ -27,7 +27,7 @@ from serve.model.prompt_tokens import PromptRules, count_chunks, tokenise
 from serve.model.prompt_weights import weigh
 from serve.model.safety_checker import SafetyChecker
 from serve.model.scheduler_watch import watch_scheduler
-from serve.model.schedulers import OWN_SCHEDULE, Schedule
+from serve.model.schedulers import OWN_SCHEDULE, Schedule, most_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,8 @@ class SdxlModel:
     ) -> None:
         schedule.apply(pipeline)
         self.timesteps = schedule.timesteps
+        self.most_steps = most_steps(pipeline.scheduler)
+        """The most steps of a run; None: the scheduler has no limit."""
         self.name = name
         self.device = device
         self.dtype: torch.dtype = pipeline.unet.dtype

@@ -130,6 +130,16 @@ def test_a_driver_that_fails_midway_is_counted_and_leaves_the_rest(shown: Shown)
     assert shown.nvml.samples_held == 1
 
 
+@pytest.mark.parametrize("function", ["nvmlGpmMetricsGet", "nvmlGpmSampleGet"])
+def test_activity_that_cannot_be_read_is_not_shown(shown: Shown, function: str) -> None:
+    shown.collector.read()
+    shown.collector.read()
+    assert {"tensor_activity_ratio", "sm_activity_ratio"} <= shown.names()
+    shown.gpu.silent.add(function)
+    shown.collector.read()
+    assert {"tensor_activity_ratio", "sm_activity_ratio"}.isdisjoint(shown.names())
+
+
 def test_activity_is_that_between_two_readings(shown: Shown) -> None:
     """NVML has no figures for two samples that are less than 100 ms apart, as in one reading."""
     shown.gpu.silent.add("nvmlGpmMetricsGet")

@@ -114,7 +114,9 @@ def sampling_threshold(probability: float) -> str:
     """A sampling probability as OpenTelemetry's tracestate carries it: `th:` and up to 14
     hexadecimal digits, without the zeros at the end. With it the image app's spans are weighted
     like the gateway's."""
-    return "th:" + (format(round((1 - probability) * 16**14), "014x").rstrip("0") or "0")
+    # Subtracted as integers: 1 minus a very small probability, as floats, would be 1.
+    threshold = 16**14 - round(probability * 16**14)
+    return "th:" + (format(threshold, "014x").rstrip("0") or "0")
 
 
 def sampling_randomness(trace_id: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from opentelemetry.context import Context
 from opentelemetry.trace import SpanContext, get_current_span
@@ -244,12 +244,13 @@ def _span_context(carrier: dict[str, str]) -> SpanContext:
 
 
 @pytest.mark.parser
-@given(st.floats(1e-9, 1))
+@given(st.floats(2**-56, 1))
+@example(2**-56)
 def test_a_probability_survives_its_encoding_in_tracestate(probability: float) -> None:
     state = {"traceparent": "00-" + "1" * 32 + "-" + "2" * 16 + "-01"}
     state["tracestate"] = "ot=" + sampling_threshold(probability)
     decoded = TraceSampling(1.0).decide_at_start(0, 0, _span_context(state)).probability
-    assert decoded == pytest.approx(probability, abs=1e-15)
+    assert decoded == pytest.approx(probability, abs=2**-56, rel=0)
 
 
 def test_a_caller_that_is_not_trusted_becomes_a_link_and_no_parent(

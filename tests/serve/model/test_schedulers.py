@@ -206,6 +206,44 @@ def test_a_model_at_fixed_timesteps_serves_their_number_of_steps() -> None:
     runtime.close(1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [
+        (diffusers.LCMScheduler, 50),
+        (diffusers.TCDScheduler, 50),
+        (diffusers.EulerDiscreteScheduler, None),
+    ],
+)
+def test_more_steps_than_the_scheduler_has_are_refused(
+    loaded: SdxlModel, kind: Any, most: int | None
+) -> None:
+    """It would raise, and the caller's mistake be answered as the service's fault."""
+    pipeline = copy.copy(loaded.pipeline)
+    pipeline.scheduler = kind.from_config(SCHEDULER_CONFIG)
+    model = SdxlModel(pipeline, "demo", torch.device("cpu"), (SHAPE,))
+    assert model.most_steps == most
+    pipeline.scheduler.set_timesteps(most or 100)
+
+    def steps_of(wanted: int) -> int:
+        planned = plan_request(
+            request(num_inference_steps=wanted),
+            settings(),
+            [SHAPE],
+            [SHAPE],
+            most_steps=model.most_steps,
+        )
+        return planned.num_inference_steps
+
+    assert steps_of(50) == 50
+    if most is None:
+        assert steps_of(100) == 100
+        return
+    with pytest.raises(ValueError, match="original_steps"):
+        pipeline.scheduler.set_timesteps(most + 1)
+    with pytest.raises(InvalidRequest, match="num_inference_steps: must be at most 50"):
+        steps_of(51)
+
+
 def test_quality_does_not_change_a_fixed_number_of_steps() -> None:
     wanted = ImageGenerationRequest(prompt="a red circle", quality="low")
     assert wanted.text_to_image(20).num_inference_steps == 10
