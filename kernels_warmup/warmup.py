@@ -122,6 +122,8 @@ class Warmup:
         run_once: runs one request at a shape.
         kinds: the kinds of run to warm each shape with.
         on_progress: called with the name of each phase as it begins.
+        anchor: that of the whole start, so that a stepped system clock, as on a machine that has
+            just booted, moves no phase against the others. None: one of its own.
     """
 
     def __init__(
@@ -129,11 +131,12 @@ class Warmup:
         run_once: RunOnce,
         kinds: Sequence[RunKind] = (GUIDED, UNGUIDED),
         on_progress: Callable[[str], None] = lambda _: None,
+        anchor: WallAnchor | None = None,
     ) -> None:
         self._run_once = run_once
         self._kinds = kinds
         self._on_progress = on_progress
-        self._anchor = WallAnchor.now()
+        self._anchor = anchor or WallAnchor.now()
         self._before = compiler_counts()
         self._phases: list[PhaseTiming] = []
         self._warm: dict[CompiledShape, list[RunKind]] = {}
@@ -173,9 +176,7 @@ class Warmup:
             "cache_hits": done.cache_hits,
             "cache_misses": done.cache_misses,
         }
-        if error is not None:
-            attributes["error.type"] = type(error).__name__
-        self._end_phase(name, start, attributes)
+        self._end_phase(name, start, attributes, None if error is None else type(error).__name__)
         return error is None
 
     def verify(self) -> None:
@@ -226,8 +227,12 @@ class Warmup:
         return ran
 
     def _end_phase(
-        self, name: str, start: int, attributes: Mapping[str, str | int | float | bool]
+        self,
+        name: str,
+        start: int,
+        attributes: Mapping[str, str | int | float | bool],
+        error_type: str | None = None,
     ) -> None:
         end = time.perf_counter_ns()
         to_unix = self._anchor.to_unix
-        self._phases.append(PhaseTiming(name, to_unix(start), to_unix(end), attributes))
+        self._phases.append(PhaseTiming(name, to_unix(start), to_unix(end), attributes, error_type))

@@ -14,11 +14,13 @@ and counted by `sdxl_telemetry_faults_total{fault}`.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from metrics.buckets import BucketFamilies
@@ -60,6 +62,9 @@ FAULTS = (
 # OpenMetrics' limit for the names and values of an exemplar's labels together. Above it,
 # prometheus_client raises, but only after it has counted the bucket.
 _EXEMPLAR_CHARACTERS = 128
+
+_OPENMETRICS = "application/openmetrics-text"
+_QUALITY = re.compile(r"0(\.[0-9]*)?|1(\.0*)?")
 
 
 class GenerationMetrics:
@@ -256,7 +261,8 @@ class GenerationMetrics:
     def observe_request(self, request: RequestTiming, exemplar: Exemplar) -> None:
         """Observe one request, and those of its runs that no other request observes.
 
-        A profiled request is counted, but its times are not observed: the profiler slows it down.
+        A profiled request is counted, but neither its times nor those of its profiled runs are
+        observed: the profiler slows them down.
 
         Args:
             exemplar: `trace_id` and `span_id` if the trace was handed to the exporter, else None:
@@ -266,14 +272,14 @@ class GenerationMetrics:
             self.fault("exemplar_too_long")
             exemplar = None
         self._requests.count(request)
-        if any(run.profiled for run in request.runs):
-            return
-        self._requests.observe(request, exemplar)
-        for stage in request.stages:
-            if stage.name != "queue":
-                self._runs.observe_stage(stage.name, stage.duration_ns, exemplar)
+        if not any(run.profiled for run in request.runs):
+            self._requests.observe(request, exemplar)
+            for stage in request.stages:
+                if stage.name != "queue":
+                    self._runs.observe_stage(stage.name, stage.duration_ns, exemplar)
         for run in request.observed_runs:
-            self._runs.observe(run, exemplar)
+            if not run.profiled:  # each run by itself: others may share it
+                self._runs.observe(run, exemplar)
 
 
 class _OwnRegistry(CollectorRegistry):
@@ -306,11 +312,36 @@ class _Guarded:
 def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     """Render the registry; returns the text and its content type.
 
-    The format is OpenMetrics if the Accept header allows it, else Prometheus text. Only OpenMetrics
-    carries exemplars. Rendering takes milliseconds: call it off the event loop.
+    The format is OpenMetrics 1.0 if the Accept header likes it at least as well as text, else
+    Prometheus text. Only OpenMetrics carries exemplars. Rendering takes milliseconds: call it off
+    the event loop.
     """
-    encoder, content_type = choose_encoder(accept)
-    return encoder(registry), content_type
+    if _prefers_openmetrics(accept):
+        text = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
+        return text, openmetrics.CONTENT_TYPE_LATEST
+    return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+
+
+def _prefers_openmetrics(accept: str) -> bool:
+    """Whether an Accept header asks for OpenMetrics rather than text.
+
+    prometheus_client's own reading raises for a version that is quoted or no number, answers in a
+    version that it does not write, and passes over the qualities.
+    """
+    qualities = {_OPENMETRICS: 0.0, "text/plain": 0.0}
+    for part in accept.lower().split(","):
+        media_type, *rest = (each.strip() for each in part.split(";"))
+        parameters = {
+            name.strip(): value.strip().strip('"')
+            for name, _, value in (each.partition("=") for each in rest)
+        }
+        if media_type == _OPENMETRICS and parameters.get("version", "1.0.0") != "1.0.0":
+            continue
+        if media_type in qualities:
+            quality = parameters.get("q", "")
+            given = float(quality) if _QUALITY.fullmatch(quality) else 1.0
+            qualities[media_type] = max(qualities[media_type], given)
+    return 0 < qualities[_OPENMETRICS] >= qualities["text/plain"]
 
 
 def _characters(exemplar: Mapping[str, str]) -> int:

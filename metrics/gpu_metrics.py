@@ -209,12 +209,16 @@ def _figure_queries(
 
 class _Activity:
     """Activity of tensor cores and multiprocessors between two readings, by NVML's GPM (Hopper and
-    later)."""
+    later).
+
+    The first reading has none. NVML's counters are refreshed about every 100 ms, and it asks for
+    more than that between two samples.
+    """
 
     def __init__(self, gpu: Gpu) -> None:
         self._nvml = gpu.nvml
         self._handle = gpu.handle
-        self._before = self._sample()
+        self._before: Any = None
         self._sm: float | None = None
 
     @classmethod
@@ -228,9 +232,12 @@ class _Activity:
             return None
 
     def tensor(self) -> Mapping[str, float]:
-        """The tensor cores' activity since the last call."""
+        """The tensor cores' activity since the last call; empty at the first."""
         nvml = self._nvml
         now = self._sample()
+        if self._before is None:
+            self._before = now
+            return {}
         wanted = (nvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL, nvml.NVML_GPM_METRIC_SM_UTIL)
         request = nvml.c_nvmlGpmMetricsGet_t()
         request.version = nvml.NVML_GPM_METRICS_GET_VERSION
@@ -251,6 +258,8 @@ class _Activity:
         return {} if self._sm is None else {"": self._sm}
 
     def close(self) -> None:
+        if self._before is None:
+            return
         try:
             self._nvml.nvmlGpmSampleFree(self._before)
         except Exception:  # noqa: BLE001 - the process ends

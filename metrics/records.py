@@ -230,6 +230,8 @@ class PhaseTiming:
     start_ns: int
     end_ns: int
     attributes: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    error_type: str | None = None
+    """Why it failed, if the start went on without it: a shape that is left out."""
 
     @property
     def duration_ns(self) -> int:

@@ -192,7 +192,7 @@ def warmup_tree(warmup: WarmupTiming, attributes: Attributes) -> SpanNode:
         warmup.start_ns,
         warmup.end_ns,
         {**attributes, **_error_type(warmup.failure)},
-        tuple(_stage_node(phase, warmup.failure, phase.attributes) for phase in warmup.phases),
+        tuple(_phase_node(phase, warmup.failure) for phase in warmup.phases),
         error=_server_error(warmup.failure),
         exception=_server_fault(warmup.failure),
     )
@@ -234,6 +234,19 @@ def _stage_node(
     )
 
 
+def _phase_node(phase: PhaseTiming, failure: Failure | None) -> SpanNode:
+    """A phase of the start-up. One that failed has status ERROR, also if the start went on."""
+    if phase.error_type is None:
+        return _stage_node(phase, failure, phase.attributes)
+    return SpanNode(
+        phase.name,
+        phase.start_ns,
+        phase.end_ns,
+        {**phase.attributes, "error.type": phase.error_type},
+        error=f"It failed with {phase.error_type}.",
+    )
+
+
 def _run_node(run: RunTiming, request: RequestTiming, steps: bool) -> SpanNode:
     stages = []
     for stage in run.stages:
@@ -250,7 +263,7 @@ def _run_node(run: RunTiming, request: RequestTiming, steps: bool) -> SpanNode:
         run.end_ns,
         {**_run_attributes(run, request), **_error_type(failure)},
         tuple(stages),
-        error=_server_error(failure),
+        error=_server_error(failure) if run.error_type is None else _failed_run(run.error_type),
         exception=_server_fault(failure),
         clamped_attribute="inference.clamped_us",
         reports_zero_clamping=True,
@@ -412,6 +425,10 @@ def _error_type(failure: Failure | None) -> Attributes:
 def _server_fault(failure: Failure | None) -> Failure | None:
     """The failure if the service is at fault; a caller's mistake is not an error of the span."""
     return failure if failure is not None and failure.server_fault else None
+
+
+def _failed_run(error_type: str) -> str:
+    return f"The run failed with {error_type}; its images are drawn one by one."
 
 
 def _server_error(failure: Failure | None) -> str | None:

@@ -20,6 +20,9 @@ MAX_UNTIDY_CHARACTERS = 10_000
 """The longest prompt that the gateway accepts. It cuts the prompt to `MAX_PROMPT_CHARACTERS`."""
 
 MAX_SEED = 2**63 - 1
+MAX_DRAWN_SEED = 2**53 - 1
+"""The largest seed that the service draws. JavaScript reads a larger one from JSON rounded, so that
+it would draw another image."""
 
 MAX_LORAS = 64
 """How many LoRAs one request may name. Each wrong one is an error of its own, so the list ends."""
@@ -67,7 +70,7 @@ class TraceContext(BaseModel):
         return {"traceparent": self.traceparent, "tracestate": self.tracestate}
 
 
-def _well_formed_or_none(value: Any) -> Any:
+def well_formed_context(value: Any) -> TraceContext | None:
     """A well-formed trace context, else None: a wrong one is no reason to refuse a request."""
     if isinstance(value, TraceContext):
         return value
@@ -78,10 +81,10 @@ def _well_formed_or_none(value: Any) -> Any:
         return None
     if isinstance(tracestate, list) and all(isinstance(part, str) for part in tracestate):
         tracestate = ",".join(tracestate)  # as several headers are combined
-    return {
-        "traceparent": traceparent.strip(),
-        "tracestate": tracestate if isinstance(tracestate, str) else "",
-    }
+    return TraceContext(
+        traceparent=traceparent.strip(),
+        tracestate=tracestate if isinstance(tracestate, str) else "",
+    )
 
 
 _NOT_BLANK: dict[str, Any] = {"pattern": r"\S"}
@@ -180,7 +183,10 @@ class TextToImageRequest(BaseModel):
         description="`{width, height}`, or the name of a size, instead of `width` and `height`.",
     )
     seed: int | None = Field(
-        default=None, ge=0, le=MAX_SEED, description="null: drawn; the response says which."
+        default=None,
+        ge=0,
+        le=MAX_SEED,
+        description="null: drawn, below 2^53; the response says which.",
     )
     num_images: int = Field(
         default=1,
@@ -213,7 +219,7 @@ class TextToImageRequest(BaseModel):
         allow_inf_nan=False,
         description="Give up after this long; null, or more than the server's own: the server's.",
     )
-    trace_context: Annotated[TraceContext | None, BeforeValidator(_well_formed_or_none)] = Field(
+    trace_context: Annotated[TraceContext | None, BeforeValidator(well_formed_context)] = Field(
         default=None,
         description=(
             "The caller's W3C trace context; preferred to the headers. A malformed one is ignored."

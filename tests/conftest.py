@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from collections.abc import Generator
 from typing import Any
 
@@ -31,6 +32,11 @@ TOGETHER = {
     "tests/e2e/test_openapi.py": "servers",
 }
 """Files whose tests share the servers of tests/e2e: one worker starts them and runs all."""
+
+
+# A shell starts its background jobs with SIGINT ignored, and so is it then in all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

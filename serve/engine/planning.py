@@ -11,7 +11,7 @@ from typing import Any
 from kernels_warmup.shapes import ALLOWED_SIDES, CompiledShape
 from metrics.records import GenerationFacts, LoraSet
 from serve.errors import FieldProblem, InvalidRequest
-from serve.schema import MAX_SEED, ImageToImageRequest, TextToImageRequest
+from serve.schema import MAX_DRAWN_SEED, MAX_SEED, ImageToImageRequest, TextToImageRequest
 from serve.settings import ServeSettings
 
 CountChunks = Callable[[str, str, bool], int]
@@ -194,9 +194,10 @@ def _choose_steps(request: TextToImageRequest, settings: ServeSettings) -> int:
 
 def _choose_seed(request: TextToImageRequest) -> int:
     """The seed of the first image. Each further image has the next one, which must exist too."""
-    largest = MAX_SEED + 1 - request.num_images
+    further = request.num_images - 1
     if request.seed is None:
-        return secrets.randbelow(largest + 1)
+        return secrets.randbelow(MAX_DRAWN_SEED - further + 1)
+    largest = MAX_SEED - further
     if request.seed > largest:
         message = (
             f"must be at most {largest} with {request.num_images} images: each has the next seed"

@@ -92,6 +92,8 @@ class Startup:
         self._on_progress: Callable[[str], None] = lambda _: None
         self._anchor = WallAnchor.now()
         self._phases: list[PhaseTiming] = []
+        self._open_phase: tuple[str, int] | None = None
+        """The phase in progress, and its start."""
         self._attributes: dict[str, str | int | float | bool] = {}
         self._recorded = True  # there is nothing to record before `load`
         self._recording = threading.Lock()
@@ -119,7 +121,7 @@ class Startup:
                 `SDXL_READY_EARLY` after the first shape.
         """
         with self._failure_recorded():
-            warmup = Warmup(run_once, loaded.kinds, self._progress)
+            warmup = Warmup(run_once, loaded.kinds, self._progress, self._anchor)
             for shape in loaded.shapes:
                 await self._on_gpu_thread(partial(self._warm, loaded, warmup, shape))
                 if self._settings.ready_early and warmup.warm_shapes:
@@ -174,18 +176,18 @@ class Startup:
     def _load(self) -> LoadedModel:
         readiness = self._readiness
         self._progress("load_model")
-        started_ns = self._now_ns()
+        self._begin_phase("load_model")
         model = self._load_model()
         loras = self._read_loras(model)
-        self._end_phase("load_model", started_ns, dict(self._attributes))
+        self._end_phase(dict(self._attributes))
 
-        started_ns = self._now_ns()
+        self._begin_phase("prepare")
         restored = self._restore(model)
         compiled = self._prepare(model)
         model.text = None if compiled is None else compiled.text
         in_place = self._put_in_place(loras, model)
         self._report_preparation(compiled, restored)
-        self._end_phase("prepare", started_ns, dict(readiness.compile))
+        self._end_phase(dict(readiness.compile))
 
         kinds, sizes = self._runs_to_warm(model, compiled)
         readiness.planned_shapes = self._settings.shapes or _default_shapes(model)
@@ -384,6 +386,7 @@ class Startup:
             report["cache_bytes"] = restored.bytes
 
     def _warm(self, loaded: LoadedModel, warmup: Warmup, shape: CompiledShape) -> None:
+        self._begin_phase(f"compile {shape}")
         with loaded.compiling_allowed():
             warmup.warm(shape)
         self._add_batch_sizes(loaded, warmup)
@@ -404,6 +407,7 @@ class Startup:
         self._readiness.batch_sizes = {**known, **added}
 
     def _verify(self, loaded: LoadedModel, warmup: Warmup) -> None:
+        self._begin_phase("verify")
         try:
             with loaded.compiling_allowed():
                 warmup.verify()
@@ -430,7 +434,7 @@ class Startup:
         meanwhile.
         """
         self._progress(f"count_flops {shape}")
-        started_ns = self._now_ns()
+        self._begin_phase(f"count_flops {shape}")
         try:
             from kernels_warmup.flops import count_encode, count_run
 
@@ -439,11 +443,15 @@ class Startup:
             vae_encode = count_encode(pipeline.vae.config, shape)
         except Exception as error:  # noqa: BLE001 - images are generated without it
             logger.warning("the FLOPs at %s are not counted: %s", shape, type(error).__name__)
+            self._open_phase = None
         else:
+            # A scheduler of second order evaluates the UNet twice a step, and once in the last: a
+            # small part of a run, which is not subtracted.
+            step = flops.step * pipeline.scheduler.order
             self._metrics.set_flops(
-                str(shape), RunFlops(flops.text_encode, flops.step, flops.vae_decode, vae_encode)
+                str(shape), RunFlops(flops.text_encode, step, flops.vae_decode, vae_encode)
             )
-            self._end_phase(f"count_flops {shape}", started_ns, {"shape": str(shape)})
+            self._end_phase({"shape": str(shape)})
 
     # Reporting
 
@@ -455,15 +463,20 @@ class Startup:
     def _now_ns(self) -> int:
         return self._anchor.to_unix(WallAnchor.now().monotonic_ns)
 
-    def _end_phase(
-        self, name: str, started_ns: int, attributes: dict[str, str | int | float | bool]
-    ) -> None:
+    def _begin_phase(self, name: str) -> None:
+        self._open_phase = name, self._now_ns()
+
+    def _end_phase(self, attributes: dict[str, str | int | float | bool]) -> None:
+        assert self._open_phase is not None
+        name, started_ns = self._open_phase
         self._phases.append(PhaseTiming(name, started_ns, self._now_ns(), attributes))
+        self._open_phase = None
         self._report_phases()
 
     def _report_warmup(self, report: WarmupReport) -> None:
         before = [p for p in self._phases if p.name in ("load_model", "prepare", "collect_garbage")]
         self._phases = [*before, *report.phases]
+        self._open_phase = None
         compile_report = self._readiness.compile
         compile_report["graphs"] = report.compiled.graphs
         compile_report["graphs_from_cache"] = report.compiled.cache_hits
@@ -500,10 +513,10 @@ class Startup:
         requests, and several at the interpreter's end. Once, before the first request: what later
         shapes of `SDXL_READY_EARLY` add is left to the collector.
         """
-        started_ns = self._now_ns()
+        self._begin_phase("collect_garbage")
         gc.collect()  # what is frozen is never collected
         gc.freeze()
-        self._end_phase("collect_garbage", started_ns, {"objects": gc.get_freeze_count()})
+        self._end_phase({"objects": gc.get_freeze_count()})
 
     def _record(self, failure: Failure | None) -> None:
         """Record the start's trace once: at the end of the start, or of the process if that comes
@@ -511,9 +524,10 @@ class Startup:
         with self._recording:
             recorded, self._recorded = self._recorded, True
         if not recorded:
-            timing = WarmupTiming(
-                self._anchor.unix_ns, self._now_ns(), tuple(self._phases), failure
-            )
+            phases = list(self._phases)
+            if failure is not None and (in_progress := self._open_phase) is not None:
+                phases.append(PhaseTiming(*in_progress, self._now_ns()))
+            timing = WarmupTiming(self._anchor.unix_ns, self._now_ns(), tuple(phases), failure)
             self._recorder.record_warmup(timing, self._attributes)
 
     def _keep_in_background(self) -> None:

@@ -89,7 +89,7 @@ async def text_to_image(runtime: Runtime, request: TextToImageRequest) -> Respon
     as_image = wants_image(accept)
     if as_image:
         request = as_image_request(request, accept)
-    call = received_call(runtime, request)
+    call = received_call()
     response = await runtime.generate(request, call)
     call.timeline.begin("respond")
     return image_response(response) if as_image else json_response(response)

@@ -16,8 +16,9 @@ import asyncio
 import logging
 import re
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import anyio
 from starlette.datastructures import Headers
@@ -48,7 +49,7 @@ from serve.http.request_body import (
 )
 from serve.http.service import Service
 from serve.http.sockets.early_answers import OVER_THE_LIMIT
-from serve.schema import REQUEST_ID
+from serve.schema import REQUEST_ID, well_formed_context
 from serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
@@ -226,15 +227,17 @@ class RequestMiddleware:
             _check_connection(scope)
             body = await read_body(receive, headers, service.readiness, limit_bytes)
             if len(body) > MAX_BODY_BYTES:
-                await asyncio.to_thread(json_object, headers, body)  # it takes milliseconds
+                # It takes milliseconds.
+                fields = await asyncio.to_thread(json_object, headers, body)
             else:
-                json_object(headers, body)
+                fields = json_object(headers, body)
         except ClientGone as gone:
             call.fail(gone)
             return
         except RequestError as error:
             await error_response(error, call)(scope, receive, send)
             return
+        _name_by_body(service, call, fields)
 
         disconnect = asyncio.create_task(_cancel_on_disconnect(receive, call))
         body_sent = False
@@ -312,6 +315,22 @@ def _new_call(service: Service | None, path: str, scope: Scope) -> Call:
             break
     call.timeline.begin_at_arrival("receive")
     return call
+
+
+def _name_by_body(service: Service, call: Call, fields: Mapping[str, Any]) -> None:
+    """Let the body name its caller's trace and the request, in place of the headers.
+
+    Before the fields are checked, so that a request that is refused for one of them is in its
+    caller's trace too.
+    """
+    context = well_formed_context(fields.get("trace_context"))
+    if context is not None:
+        identity = service.tracing.identify(context.carrier())
+        if identity.parent is not None or identity.caller is not None:
+            call.identity = identity
+    request_id = fields.get("request_id")
+    if isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id):
+        call.request_id = request_id
 
 
 def _check_connection(scope: Scope) -> None:

@@ -60,7 +60,7 @@ MAX_WAITING_PREVIEWS = 8
 
 async def text_to_image_stream(runtime: Runtime, request: TextToImageRequest) -> Response:
     """The handler of `POST /stream` and `POST /image-to-image/stream`."""
-    call = received_call(runtime, request)
+    call = received_call()
     return await stream(runtime, request, call, StreamEvents(call))
 
 
@@ -96,9 +96,18 @@ async def stream(
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not queued.done():
         await generation  # raises the error that ended it before it was queued
-    generation.add_done_callback(lambda _: steps.put_nowait(None))
+
+    def generated(done: asyncio.Task[TextToImageResponse]) -> None:
+        if not done.cancelled():
+            if (error := done.exception()) is not None:
+                call.fail(_as_request_error(error))
+            # Not with the last event: a client that reads slowly is still taking the steps.
+            call.timeline.begin("respond")
+        steps.put_nowait(None)
+
+    generation.add_done_callback(generated)
     return _EventStream(
-        _send(call, generation, queued.result(), steps, events),
+        _send(generation, queued.result(), steps, events),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
@@ -116,8 +125,11 @@ class _EventStream(StreamingResponse):
         await self.stream_response(send)
 
 
+def _as_request_error(error: BaseException) -> RequestError:
+    return error if isinstance(error, RequestError) else GenerationFailed(type(error).__name__)
+
+
 async def _send(
-    call: Call,
     generation: asyncio.Task[TextToImageResponse],
     waiting: int,
     steps: asyncio.Queue[_Step | None],
@@ -136,16 +148,11 @@ async def _send(
         yield await events.step(*step)
     try:
         response = generation.result()
-    except RequestError as error:
-        call.fail(error)
-        yield events.failed(error)
     except Exception as error:  # noqa: BLE001 - the status is sent: the last event reports it
-        failure = GenerationFailed(type(error).__name__)
-        call.fail(failure)
-        logger.error("a streamed request failed with %s", type(error).__name__)
-        yield events.failed(failure)
+        if not isinstance(error, RequestError):
+            logger.error("a streamed request failed with %s", type(error).__name__)
+        yield events.failed(_as_request_error(error))
     else:
-        call.timeline.begin("respond")
         yield events.done(response)
 
 
@@ -169,8 +176,11 @@ class StreamEvents:
         return event("step", data)
 
     def done(self, response: TextToImageResponse) -> bytes:
-        # The body is a JSON object: the type goes in front of its first field.
-        return b'event: image\ndata: {"type":"image",' + response_body(response)[1:] + b"\n\n"
+        # The body is a JSON object: the type goes in front of its first field. It is ASCII, as all
+        # other events are: httpx, requests and `str.splitlines` also end a line at the separators
+        # of Unicode (U+0085, U+2028, U+2029), which a prompt may have.
+        body = response_body(response, ascii_only=True)
+        return b'event: image\ndata: {"type":"image",' + body[1:] + b"\n\n"
 
     def failed(self, error: RequestError) -> bytes:
         return event("error", error_body(error, self._call))

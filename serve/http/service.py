@@ -11,7 +11,6 @@ from metrics.tracing import Tracing
 from serve.engine.call import Call, the_call
 from serve.engine.readiness import Readiness
 from serve.errors import RequestError
-from serve.schema import TextToImageRequest
 from serve.settings import ServeSettings
 
 
@@ -41,18 +40,11 @@ class Service(Protocol):
         """The error that every request gets now, or None if requests are served."""
 
 
-def received_call(service: Service, request: TextToImageRequest) -> Call:
+def received_call() -> Call:
     """End the `receive` stage of the current call and return the call.
 
-    The request has been read and validated by now. A valid trace context in its body replaces the
-    one in its headers.
+    The request has been read and validated by now.
     """
     call = the_call()
-    if request.trace_context is not None:
-        identity = service.tracing.identify(request.trace_context.carrier())
-        if identity.parent is not None or identity.caller is not None:
-            call.identity = identity
-    if request.request_id:
-        call.request_id = request.request_id
     call.timeline.end()
     return call

@@ -56,7 +56,7 @@ def load_model(
     dtype_name: str = "auto",
     schedule: Schedule = OWN_SCHEDULE,
 ) -> SdxlModel:
-    """Load a model onto its device.
+    """Load a model onto its device, and make a GPU with a number the calling thread's current one.
 
     Args:
         name: `demo`, `random:sdxl-base`, a hub repository or a local directory; None: SDXL base
@@ -70,6 +70,11 @@ def load_model(
             these timesteps.
     """
     device = choose_device(device_name)
+    if device.index is not None:
+        # Streams, events, captured graphs and Triton's launches are the current device's, and a
+        # thread begins with number 0. A graph captured there would be empty: each replay would
+        # return the same image.
+        torch.cuda.set_device(device)
     dtype = _DTYPES[dtype_name] if dtype_name != "auto" else _default_dtype(device)
     if name is None:
         name = SDXL_BASE if device.type == "cuda" else DEMO_MODEL

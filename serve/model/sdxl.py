@@ -281,12 +281,19 @@ class SdxlModel:
         elif guided_steps is not None and guided_steps < steps_to_run:
             unguided = self._unguided_steps(conditioning.without_guidance(), shape)
 
+        steps_ended = 0
+
         def on_step_end(
-            _pipeline: Any, index: int, _timestep: Any, tensors: dict[str, torch.Tensor]
+            pipeline: Any, evaluation: int, _timestep: Any, tensors: dict[str, torch.Tensor]
         ) -> dict[str, torch.Tensor]:
+            nonlocal steps_ended
+            order = pipeline.scheduler.order
+            if not _ends_a_step(evaluation, pipeline.num_timesteps, steps_to_run, order):
+                return {}
             # The timestep is a scalar on the device: reading it would stall the loop.
-            on_step_enqueued(index, tensors.get("latents"))
-            if index + 1 != guided_steps or unguided is None:
+            on_step_enqueued(steps_ended, tensors.get("latents"))
+            steps_ended += 1
+            if steps_ended != guided_steps or unguided is None:
                 return {}
             self._loop.end_guidance(unguided.options)
             return dict(unguided.tensors)
@@ -432,6 +439,17 @@ class SdxlModel:
         if takes_zero_text(self.pipeline.unet) and conditioning.zero_negative:
             options[ZERO_TEXT] = True
         return options or None
+
+
+def _ends_a_step(evaluation: int, evaluations: int, steps: int, order: int) -> bool:
+    """Whether a step ends with this evaluation of the UNet, as diffusers' progress bar counts.
+
+    diffusers calls back after each. Usually that is a step. A scheduler of second order (Heun's,
+    DPM2's) evaluates twice in every step but the last, and PNDM once more before its first.
+    """
+    done = evaluation + 1
+    before_the_first = max(0, evaluations - steps * order)
+    return done == evaluations or (done > before_the_first and done % order == 0)
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

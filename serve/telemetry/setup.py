@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import uuid
+from functools import partial
 
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import SpanLimits
@@ -174,7 +175,8 @@ def build_gpu_metrics(
     settings: ServeSettings, metrics: GenerationMetrics, gpu: Gpu | None
 ) -> GpuMetrics:
     """Export the GPU's metrics beside the others; without a GPU there are none."""
-    gpu_metrics = GpuMetrics(gpu, torch_memory, lambda: metrics.fault("nvml"))
+    memory = partial(torch_memory, settings.device)
+    gpu_metrics = GpuMetrics(gpu, memory, lambda: metrics.fault("nvml"))
     metrics.show(gpu_metrics)
     peak = peak_flops("" if gpu is None else gpu.identity["hw.name"], settings.peak_tflops)
     if peak is not None:
@@ -182,18 +184,24 @@ def build_gpu_metrics(
     return gpu_metrics
 
 
-def torch_memory() -> MemoryUse | None:
-    """The memory of torch's CUDA allocator on the current device; None before CUDA is used."""
+def torch_memory(device: str = "auto") -> MemoryUse | None:
+    """The memory of torch's CUDA allocator; None before CUDA is used.
+
+    Args:
+        device: as SDXL_DEVICE. Without a number it is the first GPU: a scrape's thread has another
+            current device than the model's thread.
+    """
     torch = sys.modules.get("torch")
     # While torch is being imported it is there without its parts.
     if torch is None or not hasattr(torch, "cuda") or not hasattr(torch.cuda, "is_initialized"):
         return None
     if not torch.cuda.is_initialized():
         return None
+    index = int(device.split(":")[1]) if ":" in device else 0
     return MemoryUse(
-        allocated=torch.cuda.memory_allocated(),
-        reserved=torch.cuda.memory_reserved(),
-        peak=torch.cuda.max_memory_allocated(),
+        allocated=torch.cuda.memory_allocated(index),
+        reserved=torch.cuda.memory_reserved(index),
+        peak=torch.cuda.max_memory_allocated(index),
     )
 
 

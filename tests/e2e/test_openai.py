@@ -6,13 +6,15 @@ import asyncio
 import base64
 import io
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import openai
 import pytest
+from openai.types.image_generate_params import ImageGenerateParamsNonStreaming
 from PIL import Image
 
+from serve.http.openai.schema import ImageGenerationRequest
 from tests.e2e.conftest import ANSWER_SECONDS, Server, body
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -73,6 +75,11 @@ def test_every_accepted_field(client: openai.OpenAI) -> None:
     assert not np.array_equal(first, second)
     assert response.quality == "low"
     assert response.output_format == "jpeg"
+
+
+def test_every_field_of_the_client_is_declared_and_may_be_null() -> None:
+    names = get_type_hints(ImageGenerateParamsNonStreaming).keys() - {"prompt"}
+    ImageGenerationRequest.model_validate({"prompt": PROMPT, **dict.fromkeys(names)})
 
 
 @pytest.mark.parametrize(("quality", "steps"), [("low", 10), ("hd", 30)])
@@ -168,6 +175,7 @@ def test_the_models(client: openai.OpenAI) -> None:
         ({"output_compression": 101, "output_format": "jpeg"}, "output_compression"),
         ({"frame_count": 2}, "frame_count"),
         ({"complexity": "high"}, "complexity"),
+        ({"svg": {"model": "gpt-5"}}, "svg"),
         ({"seed": 2**63 - 2, "n": 4}, "seed"),
         ({"guidance_scale": 21}, "guidance_scale"),
         ({"num_inference_steps": 0}, "num_inference_steps"),

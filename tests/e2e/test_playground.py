@@ -303,16 +303,118 @@ def test_two_images_and_their_seeds(page: Page) -> None:
 
 def test_a_lora_and_its_scale(page: Page, server: ServerProcess) -> None:
     page.find("[data-lora=night]").click()
-    page.enter(**{"lora-scale-0": 9})
     page.enter(num_inference_steps=1)
-    page.find("#generate").click()
-    page.until(lambda: page.text("#loras-error"))
-    page.until(page.find("#generate").is_enabled)
+    for wrong in (9, "strong"):
+        page.enter(**{"lora-scale-0": wrong})
+        page.find("#generate").click()
+        page.until(lambda: page.text("#loras-error").startswith("night: "))
+        page.until(page.find("#generate").is_enabled)
+        invalid = [field.get_attribute("id") for field in page.all("[aria-invalid=true]")]
+        assert invalid == ["lora-scale-0"]
+        assert page.run("return document.activeElement.id") == "lora-scale-0"
+        page.run("document.getElementById('loras-error').textContent = ''")
+    page.enter(**{"lora-scale-0": " "})  # left to the server, as every empty field
+    page.generate()
+    assert '"loras":[{"path":"night"}]' in page.text("#code-text")
     page.enter(**{"lora-scale-0": 0.5})
     page.generate(num_inference_steps=1)
+    assert page.all("[aria-invalid]") == []
     timeline = httpx.get(f"{server.url}/timeline/{page.text('#trace-id')}").json()
     assert timeline["request"]["loras"] == ["night"]
     assert '"loras":[{"path":"night","scale":0.5}]' in page.text("#code-text")
+
+
+def test_a_flagged_picture_says_why_it_is_black(page: Page, server: ServerProcess) -> None:
+    page.generate(num_inference_steps=1)
+    assert page.all("#pictures .flagged") == []
+    body = {"prompt": "a red circle", "num_inference_steps": 1}
+    events = httpx.post(server.url + "/stream", json=body, timeout=60).text
+    flagged = events.replace(
+        '"prompt_truncated":', '"has_nsfw_concepts":[true],"prompt_truncated":'
+    )
+    page.run(ANSWER_STREAMS_WITH, 200, flagged)
+    page.generate()
+    assert "safety checker" in page.text("#pictures .flagged")
+
+
+READ_IN_PARTS = """
+const [text, length, done] = arguments;
+const bytes = new TextEncoder().encode(text);
+let at = 0;
+const body = new ReadableStream({pull(parts) {
+  parts.enqueue(bytes.slice(at, at + length));
+  at += length;
+  if (at >= bytes.length) parts.close();
+}});
+const real = window.fetch;
+window.fetch = () => Promise.resolve(new Response(body));
+import('/playground/server.js').then(async ({drawEvents}) => {
+  const began = performance.now();
+  const read = [];
+  for await (const event of drawEvents('{}', new AbortController().signal)) read.push(event);
+  window.fetch = real;
+  done([read.map((event) => [event.type, event.images?.length]), performance.now() - began]);
+}).catch((error) => done(String(error)));
+"""
+
+
+def stream_of(images: int, letters: int) -> str:
+    last = {"type": "image", "images": [{"url": "A" * letters}] * images}
+    events = [{"type": "queued"}, {"type": "step"}, {"type": "step"}, last]
+    return ": a comment\n\n" + "".join(f"event: x\ndata: {json.dumps(e)}\n\n" for e in events)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 10_000])
+def test_events_are_read_however_they_are_parted(page: Page, length: int) -> None:
+    read, _ = page.driver.execute_async_script(READ_IN_PARTS, stream_of(2, 5), length)  # type: ignore[no-untyped-call]
+    assert read == [["queued", None], ["step", None], ["step", None], ["image", 2]]
+
+
+def test_many_large_pictures_do_not_stop_the_page(page: Page) -> None:
+    """Searching all that has arrived anew with each part took half a minute."""
+    read, ms = page.driver.execute_async_script(READ_IN_PARTS, stream_of(24, 2_000_000), 65536)  # type: ignore[no-untyped-call]
+    assert read[-1] == ["image", 24]
+    assert ms < 10_000
+
+
+NO_STORAGE = """
+Object.defineProperty(window, 'sessionStorage', {
+  get() { throw new DOMException('Access is denied for this document.', 'SecurityError'); },
+});
+"""
+
+
+def test_a_browser_that_keeps_nothing_draws_too(page: Page) -> None:
+    """As with all cookies blocked."""
+    driver = page.driver
+    added = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": NO_STORAGE})
+    try:
+        driver.get(page.url)
+        page.wait_ready()
+        page.generate(num_inference_steps=1)
+        assert len(page.all("#pictures img")) == 1
+    finally:
+        driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+LONG_NAMES = """
+const real = window.fetch;
+window.fetch = async (path, options) => {
+  const answer = await real(path, options);
+  if (path !== '/stats') return answer;
+  const stats = await answer.json();
+  stats.model = '/models/' + 'a_long_name_of_a_folder'.repeat(5);
+  stats.request.loras = ['x'.repeat(64)];
+  return Response.json(stats);
+};
+"""
+
+
+def test_long_names_fit_a_phone(page: Page) -> None:
+    page.emulate(390, 900)
+    page.run(LONG_NAMES)
+    page.until(lambda: page.text("#model").startswith("/models/") and page.all("[data-lora^=xxx]"))
+    assert page.run("return document.documentElement.scrollWidth") <= 390
 
 
 def test_text_is_never_read_as_html(page: Page) -> None:

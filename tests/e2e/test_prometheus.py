@@ -210,7 +210,7 @@ def test_rules_are_valid_and_each_alert_fires_and_does_not() -> None:
     promtool("check", "rules", "rules.yml")
     promtool("test", "rules", "rules_test.yml")
     tests = yaml.safe_load((MONITORING / "rules_test.yml").read_text())["tests"]
-    cases = [case for test in tests for case in test["alert_rule_test"]]
+    cases = [case for test in tests for case in test.get("alert_rule_test", ())]
     for alert in rules("alert"):
         fired = {bool(case["exp_alerts"]) for case in cases if case["alertname"] == alert}
         assert fired == {True, False}, alert

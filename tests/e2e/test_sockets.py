@@ -538,7 +538,8 @@ def test_no_client_delays_the_end() -> None:
 def test_sighup_drains_like_sigterm(limited: ServerProcess) -> None:
     server = limited
     with client(server) as asking:
-        asking.send(generate("/", num_inference_steps=30, width=64, height=64))
+        # uvicorn acts on a signal within 0.1 s: the image takes longer.
+        asking.send(generate("/", num_inference_steps=100, width=64, height=64))
         wait_until(lambda: value(server, "sdxl_requests_in_flight") == 1, PATIENCE)
         server.process.send_signal(signal.SIGHUP)
         answer = asking.answer(ANSWER_SECONDS)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from serve.schema import MAX_SEED
+
+pytestmark = pytest.mark.gpu
 
 
 def test_cudas_generator_takes_all_bits_of_a_seed() -> None:

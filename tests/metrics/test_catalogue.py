@@ -19,6 +19,16 @@ from tests.metrics.timings import FACTS, START_NS, request_timing, run_timing
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
+PROMETHEUS_2 = (
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+PROMETHEUS_3 = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "application/openmetrics-text;version=0.0.1;q=0.5,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
+
 EXEMPLAR = {"trace_id": "a" * 32, "span_id": "b" * 16}
 
 
@@ -134,9 +144,42 @@ def test_openmetrics_carries_the_exemplar(metrics: GenerationMetrics) -> None:
     assert exemplars["sdxl_request_budget_total"] == EXEMPLAR
 
 
-def test_plain_text_is_the_default(metrics: GenerationMetrics) -> None:
-    _, content_type = render(metrics.registry, "")
-    assert content_type.startswith("text/plain")
+@pytest.mark.parametrize(
+    ("accept", "openmetrics"),
+    [
+        ("", False),
+        ("*/*", False),
+        ("application/json", False),
+        ("text/plain;version=0.0.4", False),
+        ("application/openmetrics-text", True),
+        ("Application/OpenMetrics-Text; Version=1.0.0", True),
+        ('application/openmetrics-text; version="1.0.0"; charset=utf-8', True),
+        ('text/plain; version="0.0.4"', False),
+        ("text/plain; version=1.x", False),
+        # a version that is not written here
+        ("application/openmetrics-text;version=abc", False),
+        ("application/openmetrics-text;version=9.0.0", False),
+        ("application/openmetrics-text;version=0.0.1", False),
+        ("application/openmetrics-text;version=9.0.0,application/openmetrics-text;q=0.5", True),
+        # qualities
+        ("application/openmetrics-text;q=0,text/plain", False),
+        ("application/openmetrics-text;q=0", False),
+        ("text/plain;version=0.0.4;q=0.6,application/openmetrics-text;version=1.0.0;q=0.5", False),
+        ("application/openmetrics-text;q=high", True),
+        (PROMETHEUS_2, True),
+        (PROMETHEUS_3, True),
+    ],
+)
+def test_the_accept_header_chooses_the_format(
+    metrics: GenerationMetrics, accept: str, openmetrics: bool
+) -> None:
+    body, content_type = render(metrics.registry, accept)
+    assert body.endswith(b"# EOF\n") is openmetrics
+    assert content_type == (
+        "application/openmetrics-text; version=1.0.0; charset=utf-8"
+        if openmetrics
+        else "text/plain; version=0.0.4; charset=utf-8"
+    )
 
 
 def test_a_trace_that_is_not_exported_leaves_no_exemplar(metrics: GenerationMetrics) -> None:
@@ -455,6 +498,17 @@ def test_a_profiled_request_is_counted_and_its_times_are_not_observed(
     assert value(metrics, "sdxl_stage_duration_seconds_count", stage="denoise") == 0
     assert value(metrics, "sdxl_request_budget_total", result="within") == 0
     assert value(metrics, "sdxl_run_seconds_total") == 0
+
+
+def test_the_other_runs_of_a_profiled_request_are_observed(metrics: GenerationMetrics) -> None:
+    profiled = dataclasses.replace(run_timing(START_NS), profile="a.json")
+    other = dataclasses.replace(profiled, run_id="other", profile=None)
+    both = (profiled, other)
+    request = dataclasses.replace(request_timing(), runs=both, observed_runs=both)
+    metrics.observe_request(request, EXEMPLAR)
+    assert value(metrics, "sdxl_stage_duration_seconds_count", stage="denoise") == 1
+    assert value(metrics, "sdxl_run_batch_size_count") == 1
+    assert value(metrics, "sdxl_stage_duration_seconds_count", stage="receive") == 0
 
 
 def test_the_slow_reason_of_a_request_is_counted_as_in_its_trace(

@@ -63,6 +63,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
 
 def test_every_figure_of_a_gpu(shown: Shown) -> None:
     shown.collector.read()
+    shown.collector.read()
     assert shown.value("info", name="NVIDIA H100", uuid=shown.gpu.uuid) == 1
     assert shown.value("memory_allocated_bytes") == MEMORY.allocated
     assert shown.value("memory_reserved_bytes") == MEMORY.reserved
@@ -127,6 +128,18 @@ def test_a_driver_that_fails_midway_is_counted_and_leaves_the_rest(shown: Shown)
     assert shown.value("power_watts") == 650
     assert shown.value("tensor_activity_ratio") == pytest.approx(0.6)
     assert shown.nvml.samples_held == 1
+
+
+def test_activity_is_that_between_two_readings(shown: Shown) -> None:
+    """NVML has no figures for two samples that are less than 100 ms apart, as in one reading."""
+    shown.gpu.silent.add("nvmlGpmMetricsGet")
+    shown.collector.read()
+    assert {"tensor_activity_ratio", "sm_activity_ratio"}.isdisjoint(shown.names())
+    shown.gpu.silent.clear()
+    shown.collector.read()
+    assert shown.value("tensor_activity_ratio") == pytest.approx(0.6)
+    assert shown.value("sm_activity_ratio") == pytest.approx(0.9)
+    assert shown.faults == 0
 
 
 def test_samples_of_activity_are_freed(shown: Shown) -> None:

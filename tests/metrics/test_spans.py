@@ -265,6 +265,27 @@ def test_a_warm_up_is_a_trace_of_its_own() -> None:
     assert spans[-1].status.status_code is StatusCode.ERROR
 
 
+def test_a_shape_that_is_left_out_is_an_error_in_a_start_that_goes_on() -> None:
+    phases = (
+        PhaseTiming("compile 1x1", START_NS, START_NS + MS, {"graphs": 2}, "OutOfMemoryError"),
+        PhaseTiming("compile 2x2", START_NS + MS, START_NS + 2 * MS, {"graphs": 2}),
+    )
+    tree = warmup_tree(WarmupTiming(START_NS, START_NS + 2 * MS, phases), {})
+    assert tree.error is None
+    failed, warm = tree.children
+    assert failed.error is not None
+    assert failed.attributes == {"graphs": 2, "error.type": "OutOfMemoryError"}
+    assert warm.error is None
+
+
+def test_a_run_that_failed_is_an_error_though_its_images_were_drawn_after_all() -> None:
+    run = dataclasses.replace(run_timing(START_NS + 3 * MS), error_type="out_of_memory")
+    spans = emitted(request_timing(run=run))
+    marked = [span.name for span in spans if span.status.status_code is StatusCode.ERROR]
+    assert marked == ["inference"]
+    assert dict(named(spans, "inference").attributes or {})["error.type"] == "out_of_memory"
+
+
 moments = st.integers(START_NS - 100 * MS, START_NS + 200 * MS)
 
 

@@ -37,7 +37,16 @@ has, works on a scan of no bytes as if it had as many as it needs."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112
-_TURNED = range(2, 9)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What each orientation of EXIF asks for."""
 
 # Pillow warns of a size that is far above ours. The warning becomes an error, which is caught.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -105,11 +114,14 @@ def _pixels(image: Image.Image, width: int, height: int) -> Any:
     import numpy as np  # the gateway has neither numpy nor a model
 
     image.load()
-    turned = image.getexif().get(_ORIENTATION) in _TURNED
-    picture = ImageOps.exif_transpose(image) if turned else image
+    turn = _turn(image)
+    picture = image if turn is None else image.transpose(turn)
     if picture.mode.startswith("I"):  # grey of 16 bits; Pillow's own conversion would clip it
-        grey = np.asarray(picture).astype(np.uint32) >> 8
-        picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        grey = np.asarray(picture).astype(np.uint32)
+        transparent_grey = picture.info.get("transparency")
+        picture = Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8))
+        if transparent_grey is not None:
+            picture.putalpha(Image.fromarray(np.uint8(255) * (grey != transparent_grey)))
     transparent = "A" in picture.getbands() or "transparency" in picture.info
     picture = picture.convert("RGBA" if transparent else "RGB")
     picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
@@ -117,6 +129,18 @@ def _pixels(image: Image.Image, width: int, height: int) -> Any:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")
     return np.array(picture)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How the EXIF of a picture says that it is turned; None: not at all, or the EXIF is damaged.
+
+    Pillow's own `exif_transpose` also writes the rest of the EXIF anew, and fails where that is
+    damaged.
+    """
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 - Pillow raises many types; the pixels are whole
+        return None
 
 
 def _too_many_pixels() -> UnusablePicture:

@@ -193,7 +193,7 @@ class GatewayClient:
         Raises:
             RequestError: the request failed, and not by an error response of the image app.
         """
-        call = received_call(self, request)
+        call = received_call()
         if (refusal := self.refusal()) is not None:
             raise refusal
         client_span = self.recorder.begin_client_span(call.identity, self._image_app.url)

@@ -79,7 +79,8 @@ def propagated_context(
         flags = TraceFlags(TraceFlags.SAMPLED if identity.exported else TraceFlags.DEFAULT)
         state = identity.parent.trace_state if identity.parent else TraceState()
         if identity.exported:
-            state = with_probability(state, identity.probability)
+            randomness = None if identity.parent else sampling_randomness(identity.trace_id)
+            state = with_probability(state, identity.probability, randomness)
         span = SpanContext(client.identity.trace_id, client.identity.span_id, False, flags, state)
     carrier: dict[str, str] = {}
     if span is not None:
@@ -87,18 +88,24 @@ def propagated_context(
     return carrier
 
 
-def with_probability(state: TraceState, probability: float) -> TraceState:
+def with_probability(
+    state: TraceState, probability: float, randomness: str | None = None
+) -> TraceState:
     """The trace state with our sampling probability in its `ot` entry.
 
     As W3C requires, the changed entry moves to the front and the others keep their order. The
     entry's other fields stay. A full list loses its last entry. Probability 1 is only written where
     the caller's threshold has to be replaced.
+
+    Args:
+        randomness: the field that goes with our own decision; None: a caller decided.
     """
     fields = [field for field in (state.get("ot") or "").split(";") if field]
     others = [field for field in fields if not field.startswith("th:")]
     if probability == 1 and others == fields:
         return state
-    value = ";".join((sampling_threshold(probability), *others))
+    own = () if randomness is None else (randomness,)
+    value = ";".join((sampling_threshold(probability), *own, *others))
     rest = [(key, value) for key, value in state.items() if key != "ot"]
     return TraceState([("ot", value), *rest[: MAX_TRACE_STATE_ENTRIES - 1]])
 
@@ -108,6 +115,17 @@ def sampling_threshold(probability: float) -> str:
     hexadecimal digits, without the zeros at the end. With it the image app's spans are weighted
     like the gateway's."""
     return "th:" + (format(round((1 - probability) * 16**14), "014x").rstrip("0") or "0")
+
+
+def sampling_randomness(trace_id: int) -> str:
+    """The `rv:` with which every participant decides on a trace as our ratio did.
+
+    With a threshold alone they would compare the trace id's last 56 bits, and keep the highest. Our
+    ratio (`TraceIdRatioBased`) keeps the lowest of 64, so most of our traces would look as if they
+    had not been sampled, and OpenTelemetry's collector drops spans of which that is so.
+    """
+    lowest_first = trace_id & (2**64 - 1)
+    return f"rv:{(2**64 - 1 - lowest_first) >> 8:014x}"
 
 
 class GatewayRecorder:

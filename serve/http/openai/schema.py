@@ -95,6 +95,7 @@ class ImageGenerationRequest(BaseModel):
     complexity: str | None = Field(default=None, description="Refused.")
     frame_count: int | None = Field(default=None, description="Refused.")
     frame_duration_ms: int | None = Field(default=None, description="Refused.")
+    svg: dict[str, Any] | None = Field(default=None, description="Refused.")
 
     # Ours
     negative_prompt: str = Field(default="", description="What to keep out.")
@@ -108,7 +109,7 @@ class ImageGenerationRequest(BaseModel):
         description="Partial images by the model's decoder; otherwise a linear map, enlarged.",
     )
 
-    @field_validator("style", "complexity", "frame_count", "frame_duration_ms")
+    @field_validator("style", "complexity", "frame_count", "frame_duration_ms", "svg")
     @classmethod
     def _refuse(cls, value: Any) -> Any:
         if value is not None:

@@ -74,8 +74,8 @@ class RecentRequests:
     def steps(self, budget: Budget | None) -> dict[str, Any] | None:
         """Median and 95th percentile of the steps in the window, in milliseconds; None: no run.
 
-        Only runs with the newest run's shape and number of images count, because other steps take
-        another time.
+        Only steps with the newest run's shape, number of images and guidance count, because others
+        take another time.
 
         Args:
             budget: gives the time that a step at this shape may take.
@@ -85,7 +85,11 @@ class RecentRequests:
             return None
         newest = runs[-1]
         like = [r for r in runs if (r.shape, r.batch_size) == (newest.shape, newest.batch_size)]
-        steps_ms = sorted(step.duration_ns / 1e6 for run in like for step in run.steps)
+        steps_ms = sorted(
+            step.duration_ns / 1e6
+            for run in like
+            for step in run.steps_by_guidance.get(newest.guidance, ())
+        )
         budget_ms = None
         if budget is not None:
             width, height = map(int, newest.shape.split("x"))

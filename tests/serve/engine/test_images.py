@@ -64,4 +64,6 @@ def test_the_response_is_the_json_of_pydantics_own_encoder(url: str) -> None:
         prompt_tokens=5,
     )
     assert response_body(response) == response.model_dump_json().encode()
+    in_ascii = response.model_dump_json(ensure_ascii=True).encode()
+    assert response_body(response, ascii_only=True) == in_ascii
     assert response.image.url == url

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import secrets
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from kernels_warmup.shapes import CompiledShape
 from serve.engine.build import build_runtime
 from serve.engine.call import Call
-from serve.engine.planning import PlannedRequest
+from serve.engine.planning import PlannedRequest, plan_request
 from serve.engine.readiness import State
 from serve.engine.runtime import Runtime
 from serve.errors import (
@@ -62,6 +63,15 @@ def test_a_seed_is_drawn_and_can_be_used_again(runtime: Runtime, new_call: NewCa
     drawn = generate(runtime, new_call(), seed=None, format="png")
     again = generate(runtime, new_call(), seed=drawn.seed, format="png")
     assert drawn.image.url == again.image.url
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_a_drawn_seed_is_exact_in_javascript(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "randbelow", lambda below: below - 1)  # the largest
+    shapes = [CompiledShape(128, 128)]
+    wanted = request(seed=None, num_images=images)
+    planned = plan_request(wanted, ServeSettings(device="cpu"), shapes, shapes)
+    assert planned.seed_of(images - 1) == 2**53 - 1
 
 
 @pytest.mark.parametrize("changes", [{"guidance_scale": 1.0}, {"negative_prompt": "blue"}])

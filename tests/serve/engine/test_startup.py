@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import json
 import shutil
@@ -21,8 +22,12 @@ from kernels_warmup.cuda_graphs import Fallbacks
 from kernels_warmup.recipes import Recipe
 from kernels_warmup.shapes import CompiledShape
 from kernels_warmup.warmup import FROM_PICTURE, UNGUIDED, RunKind
+from metrics.clock import WallAnchor
+from metrics.records import WarmupTiming
+from metrics.spans import Attributes, placed_spans, warmup_tree
 from serve.demo_model import checkpoint_path
 from serve.engine.build import build_runtime
+from serve.engine.loaded_model import LoadedModel
 from serve.engine.readiness import State
 from serve.engine.runtime import Runtime
 from serve.errors import InvalidRequest, ModelError
@@ -55,8 +60,21 @@ def test_a_size_that_fails_is_left_out_and_the_others_serve(
     runtime.close(1)
 
 
+def phases_recorded(runtime: Runtime) -> list[tuple[str, bool]]:
+    """The phases of the start's trace, each with whether it is an error; filled at its end."""
+    phases: list[tuple[str, bool]] = []
+
+    def record(warmup: WarmupTiming, attributes: Attributes) -> None:
+        tree = warmup_tree(warmup, attributes)
+        phases.extend((node.name, node.error is not None) for node in tree.children)
+
+    runtime.recorder.record_warmup = record  # type: ignore[method-assign]
+    return phases
+
+
 def test_where_no_size_can_be_warmed_the_start_fails() -> None:
     runtime = build()
+    phases = phases_recorded(runtime)
 
     def run_once(shape: CompiledShape, kind: RunKind) -> None:
         raise NotImplementedError("no kernel")
@@ -65,7 +83,73 @@ def test_where_no_size_can_be_warmed_the_start_fails() -> None:
     with pytest.raises(NotImplementedError):
         asyncio.run(runtime.start())
     assert runtime.readiness.state is State.FAILED
+    assert phases == [
+        ("load_model", False),
+        ("prepare", False),
+        ("compile 128x128", True),
+        ("compile 160x96", True),
+        ("verify", True),
+    ]
     runtime.close(1)
+
+
+def test_the_trace_of_a_start_that_fails_has_the_phase_that_failed(tmp_path: Path) -> None:
+    runtime = build(model=str(tmp_path))
+    phases = phases_recorded(runtime)
+    with pytest.raises(ModelError):
+        asyncio.run(runtime.start())
+    assert phases == [("load_model", True)]
+    runtime.close(1)
+
+
+def test_the_trace_of_a_start_that_is_cut_off_has_the_phase_in_progress() -> None:
+    runtime = build(ready_early=True)
+    phases = phases_recorded(runtime)
+    begun: list[str] = []
+
+    async def story() -> None:
+        second_may_begin = hold_the_second_size(runtime)
+        await runtime.start(on_progress=begun.append)
+        while "compile 160x96" not in begun:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(runtime.close, 1)
+        second_may_begin.set()
+
+    asyncio.run(story())
+    assert phases == [
+        ("load_model", False),
+        ("prepare", False),
+        ("compile 128x128", False),
+        ("compile 160x96", True),
+    ]
+
+
+def test_a_clock_that_steps_while_the_model_loads_moves_no_phase(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded: list[WarmupTiming] = []
+    runtime = build(shapes="128x128")
+    monkeypatch.setattr(
+        runtime.recorder, "record_warmup", lambda timing, _: recorded.append(timing)
+    )
+    load, now = runtime._startup._load, WallAnchor.now
+
+    def an_hour_earlier(**clocks: Any) -> WallAnchor:
+        anchor = now(**clocks)
+        return dataclasses.replace(anchor, unix_ns=anchor.unix_ns - 3600 * 10**9)
+
+    def load_and_step() -> LoadedModel:
+        loaded = load()
+        monkeypatch.setattr(WallAnchor, "now", an_hour_earlier)
+        return loaded
+
+    monkeypatch.setattr(runtime._startup, "_load", load_and_step)
+    asyncio.run(runtime.start())
+    runtime.close(1)
+    [timing] = recorded
+    assert {"load_model", "compile 128x128", "verify"} <= {phase.name for phase in timing.phases}
+    for placed in placed_spans(warmup_tree(timing, {})):
+        assert (placed.start_ns, placed.end_ns) == (placed.node.start_ns, placed.node.end_ns)
 
 
 def hold_the_second_size(runtime: Runtime) -> asyncio.Event:

@@ -231,7 +231,7 @@ def test_the_sampling_probability_is_propagated(
             break
         ask(image_app)
         propagated = image_app.requests[-1][1]["trace_context"]
-    assert propagated["tracestate"] == "ot=th:4"
+    assert re.fullmatch(r"ot=th:4;rv:[0-9a-f]{14}", propagated["tracestate"])
     caller = TraceSampling(1.0).decide_at_start(0, 0, _span_context(propagated))
     assert caller.probability == 0.75
     probabilities = {span.attributes["sampling.probability"] for span in otlp.spans}

@@ -103,6 +103,25 @@ def test_a_callers_trace_by_header_and_by_body(
 
 
 @pytest.mark.parametrize(
+    ("body", "accept", "status"),
+    [
+        ({"colour": "red"}, "", 422),
+        ({"prompt": 7}, "", 422),
+        ({"width": 72, "height": 72}, "", 422),
+        ({"format": "png"}, "image/jpeg", 406),
+    ],
+)
+def test_a_refused_request_is_in_its_callers_trace_and_has_its_name(
+    app: FastAPI, body: dict[str, Any], accept: str, status: int
+) -> None:
+    named = {"trace_context": {"traceparent": BODY_PARENT}, "request_id": "theirs"}
+    response = post(app, valid() | body | named, traceparent=PARENT, accept=accept)
+    assert response.status_code == status
+    assert response.headers["x-trace-id"] == BODY_PARENT[3:35]
+    assert response.headers["x-request-id"] == "theirs"
+
+
+@pytest.mark.parametrize(
     ("body", "header", "linked"),
     [
         ({}, PARENT, PARENT[3:35]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -324,6 +325,18 @@ def test_the_latency_of_steps_is_that_of_the_last_minute() -> None:
     assert (found["count"], found["median_ms"], found["p95_ms"]) == (20, 10.5, 20.0)
     now += WINDOW_SECONDS + 1
     assert recent.steps(None) is None
+
+
+def test_the_latency_of_steps_is_that_of_the_newest_runs_guidance() -> None:
+    recent = RecentRequests()
+    for guidance, steps_ms in ((True, (40.0, 42.0)), (False, (20.0, 21.0, 22.0))):
+        request = a_request(steps_ms=steps_ms)
+        assert request.run is not None
+        run = replace(request.run, guidance=guidance)
+        recent.add(replace(request, runs=(run,), observed_runs=(run,)), drawn_identity())
+    found = recent.steps(None)
+    assert found is not None
+    assert (found["count"], found["median_ms"]) == (3, 21.0)
 
 
 def test_the_progress_of_the_warm_up() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -34,8 +35,23 @@ def test_a_stream(app: FastAPI) -> None:
     assert received[-1][1]["image"] == direct.json()["image"]
 
 
+@pytest.mark.parametrize("path", ["/stream", "/v1/images/generations"])
+def test_no_prompt_ends_a_line_of_a_stream(app: FastAPI, path: str) -> None:
+    body = {"prompt": "a\u2028b\u2029c\u0085d \x0b\x0c\x1c ü", "num_inference_steps": 1}
+    response = post(app, body | ({"stream": True} if path != "/stream" else {}), path)
+    assert response.content.isascii()
+    # As httpx, requests and many others split lines.
+    lines = response.text.splitlines()
+    data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert data[-1]["type"] in ("image", "image_generation.completed")
+    assert data[-1].get("prompt", body["prompt"]) == body["prompt"]
+
+
 def test_a_stream_that_fails_ends_with_an_error_event(
-    app: FastAPI, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    app: FastAPI,
+    runtime: Runtime,
+    recorded: list[RequestTiming],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> None:
         raise KeyError(PROMPT)
@@ -47,6 +63,8 @@ def test_a_stream_that_fails_ends_with_an_error_event(
     assert name == "error"
     assert data["error_type"] == "generation_failed"
     assert "zebra" not in response.text
+    [timing] = recorded
+    assert timing.stage("respond") is not None
 
 
 def test_a_stream_that_is_not_taken_stops_its_work(
@@ -89,3 +107,26 @@ def test_a_client_that_reads_slowly_gets_few_old_previews(
     with_preview = [step["index"] for step in steps if "preview" in step]
     assert len(with_preview) <= MAX_WAITING_PREVIEWS + 2  # one on its way, one in a race
     assert with_preview[0] == 0
+
+
+def test_the_time_of_a_client_that_reads_slowly_is_in_respond(
+    app: FastAPI, recorded: list[RequestTiming]
+) -> None:
+    held_seconds = 0.3
+    sent = 0
+
+    async def send(_message: Any) -> None:
+        nonlocal sent
+        sent += 1
+        if sent == 3:  # the first step
+            while the_call().timeline.stage_ms("upload") is None:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(held_seconds)
+
+    asyncio.run(call_app(app, send, num_inference_steps=4))
+    [timing] = recorded
+    upload, respond = timing.stage("upload"), timing.stage("respond")
+    assert upload is not None
+    assert respond is not None
+    assert respond.duration_ns > held_seconds * 1e9
+    assert respond.start_ns - upload.end_ns < held_seconds * 1e9 / 3

@@ -6,16 +6,20 @@ The cases are those of W3C's own test suite for implementations of Trace Context
 from __future__ import annotations
 
 import asyncio
+import re
+from random import getrandbits
 from typing import Any
 
 import httpx
 import pytest
 from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import TraceState, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from metrics.tracing import MAX_TRACE_STATE_CHARACTERS, shortened
-from serve.http.gateway.trace import with_probability
+from metrics.sampling import TraceSampling
+from metrics.tracing import MAX_TRACE_STATE_CHARACTERS, Tracing, shortened
+from serve.http.gateway.trace import client_span, propagated_context, with_probability
 from tests.serve.http.test_gateway_client import PROMPT, ImageApp, gateway, image_app, otlp, served
 
 __all__ = ["image_app", "otlp"]  # fixtures
@@ -181,6 +185,27 @@ def test_our_probability_takes_the_first_place_of_the_state(
     carrier = {"traceparent": PARENT, "tracestate": told}
     read = TraceContextTextMapPropagator().extract(carrier, context=Context())
     assert get_current_span(read).get_span_context().trace_state.to_header() == expected
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.999])
+def test_what_we_sampled_is_sampled_by_the_threshold_that_we_pass_on(rate: float) -> None:
+    """As OpenTelemetry defines it: a trace is sampled if its randomness reaches the threshold."""
+    sampling = TraceSampling(rate)
+    chosen = 0
+    while chosen < 50:
+        identity = sampling.decide_at_start(getrandbits(128), getrandbits(64), None)
+        if not identity.exported:
+            continue
+        chosen += 1
+        client = client_span(identity, "http://image-app")
+        passed_on = propagated_context(identity, client, exporting=True)
+        [ours] = re.findall(r"^ot=th:([0-9a-f]{1,14});rv:([0-9a-f]{14})$", passed_on["tracestate"])
+        threshold, randomness = int(ours[0].ljust(14, "0"), 16), int(ours[1], 16)
+        assert randomness >= threshold
+        read = Tracing(
+            TraceSampling(), None, Resource({}), on_ended=print, on_result=print
+        ).identify(passed_on)
+        assert read.probability == pytest.approx(rate)
 
 
 def test_a_gateway_that_exports_nothing_answers_with_the_image_apps_trace(

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,6 +223,27 @@ def test_another_kind_of_pipeline_is_refused(tmp_path: Path) -> None:
 def test_an_absent_device_is_refused() -> None:
     with pytest.raises(ModelError, match="0 CUDA devices"):
         load_model("demo", device_name="cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("name", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])]
+)
+def test_a_gpu_with_a_number_is_the_threads_current_one_before_anything_is_on_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, current: list[torch.device]
+) -> None:
+    """Streams, events and graphs belong to the current device, not to that of the tensors."""
+    made_current: list[torch.device] = []
+    moved: list[list[torch.device]] = []
+
+    def on_device(_: str, pipeline: Any, device: torch.device) -> Any:
+        moved.append([*made_current])
+        return pipeline
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    monkeypatch.setattr(loading, "_on_device", on_device)
+    assert load_model("demo", device_name=name, dtype_name="float32").device == torch.device(name)
+    assert moved == [current]
 
 
 def test_a_prompt_is_never_logged(demo: SdxlModel, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import shutil
 from pathlib import Path
@@ -31,6 +32,11 @@ SHAPE = CompiledShape(128, 128)
 DMD2 = (999, 749, 499, 249)
 
 
+@pytest.fixture(scope="module")
+def loaded() -> SdxlModel:
+    return load_model("demo", device_name="cpu")
+
+
 def scheduler_of(name: SchedulerName, **config: Any) -> Any:
     kind, changes = KINDS[name]
     return kind.from_config({**SCHEDULER_CONFIG, **config, **changes})  # type: ignore[attr-defined]
@@ -55,6 +61,52 @@ def draw(model: SdxlModel, steps: int) -> torch.Tensor:
 def test_every_scheduler_costs_no_wait_in_the_loop() -> None:
     assert set(KINDS) == set(get_args(SchedulerName))
     assert {kind for kind, _ in KINDS.values()} == set(SCHEDULERS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out", "evaluations"),
+    [
+        (diffusers.DPMSolverMultistepScheduler, 0, 4),
+        (diffusers.HeunDiscreteScheduler, 0, 7),
+        (diffusers.HeunDiscreteScheduler, 1, 5),
+        (diffusers.KDPM2AncestralDiscreteScheduler, 0, 7),
+        (diffusers.PNDMScheduler, 0, 5),
+        (diffusers.PNDMScheduler, 1, 4),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of NumPy, in diffusers
+def test_a_step_may_evaluate_the_unet_twice(
+    loaded: SdxlModel, kind: Any, left_out: int, evaluations: int
+) -> None:
+    """As a checkpoint may bring these. Progress, metrics and the end of guidance count steps."""
+    pipeline = copy.copy(loaded.pipeline)
+    pipeline.scheduler = kind.from_config({**SCHEDULER_CONFIG, "skip_prk_steps": True})
+    model = SdxlModel(pipeline, "demo", torch.device("cpu"), (SHAPE,))
+    initial = None
+    if left_out:
+        picture = torch.zeros(SHAPE.height, SHAPE.width, 3, dtype=torch.uint8).numpy()
+        initial = model.initial_latents([picture], [1], left_out)
+    batches: list[int] = []
+    ends: list[tuple[int, int]] = []
+    watched = pipeline.unet.register_forward_pre_hook(
+        lambda _, arguments: batches.append(len(arguments[0]))
+    )
+    model.denoise(
+        model.encode_prompts(["a red circle"], ["blue"], True, guidance_ends=True),
+        shape=SHAPE,
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        guided_steps=2,
+        seeds=[3],
+        on_loop_begins=lambda: None,
+        on_step_enqueued=lambda index, _: ends.append((index, len(batches))),
+        initial=initial,
+    )
+    watched.remove()
+    assert [index for index, _ in ends] == list(range(4 - left_out))
+    assert len(batches) == ends[-1][1] == evaluations
+    guided = ends[1][1]
+    assert batches == [2] * guided + [1] * (evaluations - guided)
 
 
 @pytest.mark.parametrize("name", KINDS)

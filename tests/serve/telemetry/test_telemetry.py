@@ -4,6 +4,7 @@ import importlib.metadata
 from unittest.mock import Mock
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
@@ -200,6 +201,24 @@ def test_a_peak_is_the_gpus_or_the_operators() -> None:
         build_gpu_metrics(settings, metrics, Gpu(FakeNvml(fake), fake))
         peaks.append(metrics.registry.get_sample_value("sdxl_peak_flops_per_second"))
     assert peaks == [989e12, 2e12]
+
+
+@pytest.mark.parametrize(("device", "shown"), [("auto", 100), ("cuda", 100), ("cuda:1", 101)])
+def test_the_memory_shown_is_that_of_the_gpu_that_serves(
+    monkeypatch: pytest.MonkeyPatch, device: str, shown: int
+) -> None:
+    """A scrape's thread has the first GPU as its current one, whatever the model's thread has."""
+
+    def held(index: int | None = None) -> int:
+        return 100 + (index or 0)
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, held)
+    metrics = declared(CollectorRegistry())
+    build_gpu_metrics(ServeSettings(device=device), metrics, None)
+    for kind in ("allocated", "reserved", "peak"):
+        assert metrics.registry.get_sample_value(f"sdxl_gpu_memory_{kind}_bytes") == shown
 
 
 def test_nothing_is_pushed_unless_the_setting_is_on() -> None:

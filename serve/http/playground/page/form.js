@@ -116,19 +116,30 @@ export function readForm() {
   if (/^-?\d+$/.test(seed)) fields.seed = seed;
   else if (seed !== "") problems.push({ loc: ["body", "seed"], msg: "must be a whole number" });
   fields.format = byId("format").value || "jpeg";
-  /** @type {{path: string, scale: number}[]} */
+  /** @type {{path: string, scale?: number}[]} */
   const loras = [];
-  document.querySelectorAll("[data-lora]").forEach((box, number) => {
-    const { checked, dataset } = /** @type {HTMLInputElement} */ (box);
-    if (!checked) return;
-    const scale = Number(byId(`lora-scale-${number}`).value);
-    if (!Number.isFinite(scale)) problems.push({ loc: ["body", "loras"], msg: "a scale is no number" });
-    loras.push({ path: dataset.lora ?? "", scale });
-  });
+  for (const { name, scale } of chosenLoras()) {
+    const text = scale.value.trim();
+    if (!Number.isFinite(Number(text))) {
+      problems.push({ loc: ["body", "loras", loras.length], msg: "the scale must be a number" });
+    }
+    loras.push(text === "" ? { path: name } : { path: name, scale: Number(text) });
+  }
   if (loras.length > 0) fields.loras = loras;
   if (byId("preview").checked && !byId("preview-row").hidden) fields.preview = true;
   if (problems.length > 0) throw new NotANumber(problems);
   return fields;
+}
+
+/** The LoRAs that are chosen, in the order in which a request names them. */
+function chosenLoras() {
+  /** @type {HTMLInputElement[]} */
+  const boxes = [...document.querySelectorAll(/** @type {"input"} */ ("[data-lora]"))];
+  return boxes.map((box, number) => ({
+    chosen: box.checked,
+    name: box.dataset.lora ?? "",
+    scale: byId(`lora-scale-${number}`),
+  })).filter((each) => each.chosen);
 }
 
 /**
@@ -154,6 +165,9 @@ export function clearErrors() {
     byId(`${name}-error`).textContent = "";
     byId(name).removeAttribute("aria-invalid");
   }
+  for (const each of byId("loras").querySelectorAll("[aria-invalid]")) {
+    each.removeAttribute("aria-invalid");
+  }
   byId("form-error").textContent = "";
 }
 
@@ -173,9 +187,11 @@ export function showErrors(message, problems) {
       general.push(`${loc.slice(1).join(" ")} ${msg}`);
       continue;
     }
-    byId(`${name}-error`).textContent = msg;
-    byId(name).setAttribute("aria-invalid", "true");
-    first ??= byId(name);
+    const lora = name === "loras" ? chosenLoras()[Number(loc[2])] : undefined;
+    const field = lora === undefined ? byId(name) : lora.scale;
+    byId(`${name}-error`).textContent = lora === undefined ? msg : `${lora.name}: ${msg}`;
+    field.setAttribute("aria-invalid", "true");
+    first ??= field;
   }
   byId("form-error").textContent = general.join(" ");
   first?.focus();

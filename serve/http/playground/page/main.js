@@ -170,6 +170,7 @@ async function showImages(asked, answer) {
   const figures = answer.images.map((/** @type {any} */ image, /** @type {number} */ number) => {
     const url = objectUrl(image.url);
     const kind = image.content_type.split("/")[1];
+    const flagged = answer.has_nsfw_concepts?.[number] === true;
     return element(
       "figure",
       {},
@@ -182,6 +183,7 @@ async function showImages(asked, answer) {
         {},
         element("span", { class: "seed" }, `seed ${image.seed}`),
         element("span", {}, `${image.width} × ${image.height}`),
+        ...(flagged ? [element("span", { class: "flagged" }, "black: the safety checker flagged it")] : []),
         element("a", { href: url, download: `stepspan-${image.seed}.${kind}` }, "Download"),
       ),
     );
@@ -213,7 +215,9 @@ async function showImages(asked, answer) {
 function objectUrl(url) {
   const [head, data] = url.split(",", 2);
   if (!head?.startsWith("data:") || data === undefined) return url;
-  const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+  const letters = atob(data);
+  const bytes = new Uint8Array(letters.length); // `Uint8Array.from` takes twenty times as long
+  for (let at = 0; at < letters.length; at += 1) bytes[at] = letters.charCodeAt(at);
   const type = head.slice("data:".length).split(";")[0] ?? "";
   const made = URL.createObjectURL(new Blob([bytes], { type }));
   objectUrls.push(made);

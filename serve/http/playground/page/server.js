@@ -78,15 +78,26 @@ export function canBeSent(key) {
   return /^[!-~]+$/.test(key);
 }
 
+/** The key, where the browser keeps nothing for this page: its user has forbidden it. */
+let unkeptKey = "";
+
 /** The key that requests are sent with; "": none. This tab's session keeps it, nothing else. */
 export function keptKey() {
-  return sessionStorage.getItem(KEY) ?? "";
+  try {
+    return sessionStorage.getItem(KEY) ?? "";
+  } catch {
+    return unkeptKey;
+  }
 }
 
 /** @param {string} key "": forget it */
 export function keepKey(key) {
-  if (key === "") sessionStorage.removeItem(KEY);
-  else sessionStorage.setItem(KEY, key);
+  try {
+    if (key === "") sessionStorage.removeItem(KEY);
+    else sessionStorage.setItem(KEY, key);
+  } catch {
+    unkeptKey = key;
+  }
 }
 
 /**
@@ -153,7 +164,7 @@ export async function* drawEvents(body, signal) {
   });
   if (!answer.ok || answer.body === null) throw await failure(answer);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  const split = blocks();
   let ended = false;
   while (!ended) {
     let part;
@@ -164,10 +175,7 @@ export async function* drawEvents(body, signal) {
       throw new ServerGone();
     }
     ended = part.done;
-    rest += part.value ?? "";
-    const blocks = rest.split("\n\n");
-    rest = blocks.pop() ?? "";
-    for (const block of blocks) {
+    for (const block of split(part.value ?? "")) {
       const data = block.split("\n").find((line) => line.startsWith("data: "));
       if (data === undefined) continue; // a comment that keeps the connection open
       const event = parseExact(data.slice(6));
@@ -177,6 +185,29 @@ export async function* drawEvents(body, signal) {
     }
   }
   throw new ServerGone(); // the stream ended without a picture
+}
+
+/**
+ * Splits arriving text at empty lines. Each part of it is read once, because an event of several
+ * images is many megabytes in hundreds of parts.
+ * @returns {(text: string) => string[]} gets the next part, and gives the blocks that it completes
+ */
+function blocks() {
+  /** @type {string[]} */
+  let parts = [];
+  let held = ""; // a line break, if what follows may begin with the second one
+  return (text) => {
+    const joined = held + text;
+    held = /(?:^|[^\n])\n$/.test(joined) ? "\n" : "";
+    const [first = "", ...others] = joined.slice(0, joined.length - held.length).split("\n\n");
+    parts.push(first);
+    const complete = [];
+    for (const next of others) {
+      complete.push(parts.join(""));
+      parts = [next];
+    }
+    return complete;
+  };
 }
 
 /** @param {Response} answer of the server, or of a proxy before it, whose body may be anything */

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from serve.engine.pictures.decoding import MAX_JPEG_SCANS, MAX_PIXELS, decode_picture
 from serve.errors import UnusablePicture
@@ -91,12 +91,66 @@ def test_transparent_parts_become_white() -> None:
     assert (decode(encoded(Image.new("LA", (64, 32), (0, 0)))) == 255).all()
 
 
+def test_the_transparent_grey_of_sixteen_bits_becomes_white() -> None:
+    grey = np.full((32, 64), 0x1000, np.uint16)
+    grey[:, 32:] = 0x1001  # the same in eight bits
+    png = encoded(Image.fromarray(grey))
+    assert np.all(decode(png) == 0x10)
+    pixels = decode(with_chunk(png, chunk(b"tRNS", b"\x10\x00")))
+    assert np.all(pixels[:, :28] == 255)
+    assert np.all(pixels[:, 36:] == 0x10)
+
+
 def test_a_photograph_is_turned_as_its_camera_says() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
     pixels = decode(encoded(halves(), "jpeg", exif=exif, quality=95), width=32, height=64)
     assert pixels[2, 16, 0] > 240  # the left half is on top
     assert pixels[61, 16, 2] > 240
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    whole = name + content
+    return struct.pack(">I", len(content)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+
+def with_chunk(png: bytes, added: bytes) -> bytes:
+    """A PNG with a chunk before its pixels."""
+    at = png.index(b"IDAT") - 4
+    return png[:at] + added + png[at:]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        chunk(b"eXIf", b"nonsense"),
+        chunk(b"eXIf", b"MM"),
+        chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 8\nnonsense\n"),
+    ],
+    ids=["nonsense", "cut-off", "no-hexadecimal"],
+)
+def test_damaged_exif_is_passed_over(damaged: bytes) -> None:
+    png = encoded(halves())
+    assert np.array_equal(decode(with_chunk(png, damaged)), decode(png))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_beside_a_damaged_field(orientation: int) -> None:
+    # A compression of -1, which no reader can write again.
+    fields = ((0x0112, 3, 1, orientation << 16), (0x0103, 6, 1, 0xFF << 24))
+    entries = b"".join(struct.pack(">HHII", *field) for field in fields)
+    exif = b"Exif\0\0MM\0\x2a\0\0\0\x08" + struct.pack(">H", 2) + entries + bytes(4)
+    jpeg = encoded(halves(), "jpeg", quality=95)
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    size = (64, 32) if orientation < 5 else (32, 64)
+    pixels = decode(jpeg[:2] + segment + jpeg[2:], *size).astype(int)
+
+    of_camera = Image.Exif()
+    of_camera[0x0112] = orientation
+    whole = encoded(halves(), "jpeg", exif=of_camera, quality=95)
+    with Image.open(io.BytesIO(whole)) as opened:
+        turned = ImageOps.exif_transpose(opened)
+    assert np.array_equal(pixels, np.asarray(turned, int))
 
 
 def test_the_picture_covers_the_size_and_is_cropped_about_its_centre() -> None:
