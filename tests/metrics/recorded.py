@@ -71,6 +71,7 @@ def declared_service(registry: CollectorRegistry) -> GenerationMetrics:
             lambda: metrics.fault("nvml"),
         )
     collector.read()
+    collector.read()  # the first reading has no activity: it is a difference of two samples
     metrics.show(collector)
     peak = peak_flops(gpu.name)
     assert peak is not None
