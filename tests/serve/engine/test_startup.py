@@ -26,6 +26,7 @@ from serve.engine.build import build_runtime
 from serve.engine.readiness import State
 from serve.engine.runtime import Runtime
 from serve.errors import InvalidRequest, ModelError
+from serve.model.sdxl import SdxlModel
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, generate, new_call, settings
 
@@ -65,6 +66,25 @@ def test_where_no_size_can_be_warmed_the_start_fails() -> None:
     with pytest.raises(NotImplementedError):
         asyncio.run(runtime.start())
     assert runtime.readiness.state is State.FAILED
+    runtime.close(1)
+
+
+def test_the_log_says_what_is_missing_where_the_warm_up_cannot_compile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing else names it: the start's error has the exception's type only."""
+
+    lines = ["Failed to find C compiler.", "It was looked for in many places."]
+
+    def compiled(*_: object, **__: object) -> None:
+        raise RuntimeError("\n".join(lines))
+
+    monkeypatch.setattr(SdxlModel, "denoise", compiled)
+    runtime = build(shapes=(CompiledShape(128, 128),))
+    with pytest.raises(ModelError, match="RuntimeError"):
+        asyncio.run(runtime.start())
+    assert f"a run failed with RuntimeError: {lines[0]}\n" in caplog.text
+    assert lines[1] not in caplog.text
     runtime.close(1)
 
 
