@@ -7,6 +7,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from serve.errors import DeviceLost, GenerationFailed, OutOfMemory, RequestError
+from serve.model.hub import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,9 @@ _OUT_OF_MEMORY = (
 allocator does not allocate: tensors on the CPU, the driver's and the libraries' own memory."""
 
 
-def explain_failure(error: Exception, device: torch.device) -> RequestError:
+def explain_failure(
+    error: Exception, device: torch.device, own_prompt: bool = False
+) -> RequestError:
     """Map an exception of a run to a row of the failure table. Call it on the GPU thread.
 
     The exception's own text is neither kept nor logged: the message of a tokenizer or of another
@@ -33,12 +36,15 @@ def explain_failure(error: Exception, device: torch.device) -> RequestError:
 
     Args:
         device: the model's device. On CUDA it is synchronised, to find out whether it still works.
+        own_prompt: the prompt is none of a user's, so the first line of the text is logged. In the
+            warm-up only that line names a compiler that is missing, or how much memory is.
     """
     if isinstance(error, RequestError):
         return error
     logger.error(
-        "a run failed with %s\n%s",
+        "a run failed with %s%s\n%s",
         type(error).__name__,
+        f": {first_line(error)}" if own_prompt else "",
         "".join(traceback.format_tb(error.__traceback__)),
     )
     failure: RequestError

@@ -103,6 +103,7 @@ class GpuRun:
         profile: the name of the run's profile; None: it is not profiled.
         gpu_watch: reads the GPU's conditions during the run.
         step_ended: called whenever a step has ended.
+        own_prompt: the prompt is the warm-up's, not a user's.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class GpuRun:
         profile: str | None,
         gpu_watch: GpuWatch,
         step_ended: Callable[[], None],
+        own_prompt: bool = False,
     ) -> None:
         self._loaded = loaded
         self._model = loaded.model
@@ -128,6 +130,7 @@ class GpuRun:
         self._profile = profile
         self._gpu_watch = gpu_watch
         self._on_step_ended = step_ended
+        self._own_prompt = own_prompt
         self._steps_ended = 0
         self._step_reports = _StepReports(loaded.model, parts)
         self._fallbacks_before = loaded.fallbacks
@@ -316,7 +319,7 @@ class GpuRun:
 
     def _fail(self, error: Exception) -> list[Outcome]:
         """The whole run has failed. Its timing keeps the stages and steps that did run."""
-        failure = explain_failure(error, self._model.device)
+        failure = explain_failure(error, self._model.device, self._own_prompt)
         # A RequestError is the reason of a cancelled request, which may be a hang that is over.
         self.device_lost = isinstance(failure, DeviceLost) and failure is not error
         again = isinstance(failure, OutOfMemory) and self._images > 1

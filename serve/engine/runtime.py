@@ -460,6 +460,7 @@ class Runtime:
             profile=self.profiling.recording,
             gpu_watch=self._gpu_watch,
             step_ended=step_ended,
+            own_prompt=batch is None,
         )
         self._watchdog.run = run
         try:

@@ -115,7 +115,7 @@ def sampling_threshold(probability: float) -> str:
     hexadecimal digits, without the zeros at the end. With it the image app's spans are weighted
     like the gateway's."""
     # Subtracted as integers: 1 minus a very small probability, as floats, would be 1.
-    threshold = 16**14 - round(probability * 16**14)
+    threshold = 16**14 - (round(probability * 16**14) or 1)
     return "th:" + (format(threshold, "014x").rstrip("0") or "0")
 
 

@@ -226,7 +226,8 @@ def test_log_lines_of_the_gpu_thread_belong_to_the_request(
 ) -> None:
     seen: list[Call | None] = []
 
-    def explain(error: Exception, device: torch.device) -> Any:
+    def explain(error: Exception, device: torch.device, own_prompt: bool) -> Any:
+        assert not own_prompt
         seen.append(current_call.get())
         return explain_failure(error, device)
 

@@ -31,6 +31,7 @@ from serve.engine.loaded_model import LoadedModel
 from serve.engine.readiness import State
 from serve.engine.runtime import Runtime
 from serve.errors import InvalidRequest, ModelError
+from serve.model.sdxl import SdxlModel
 from tests.serve.conftest import request
 from tests.serve.engine.demo_runtime import build, generate, new_call, settings
 
@@ -150,6 +151,25 @@ def test_a_clock_that_steps_while_the_model_loads_moves_no_phase(
     assert {"load_model", "compile 128x128", "verify"} <= {phase.name for phase in timing.phases}
     for placed in placed_spans(warmup_tree(timing, {})):
         assert (placed.start_ns, placed.end_ns) == (placed.node.start_ns, placed.node.end_ns)
+
+
+def test_the_log_says_what_is_missing_where_the_warm_up_cannot_compile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing else names it: the start's error has the exception's type only."""
+
+    lines = ["Failed to find C compiler.", "It was looked for in many places."]
+
+    def compiled(*_: object, **__: object) -> None:
+        raise RuntimeError("\n".join(lines))
+
+    monkeypatch.setattr(SdxlModel, "denoise", compiled)
+    runtime = build(shapes=(CompiledShape(128, 128),))
+    with pytest.raises(ModelError, match="RuntimeError"):
+        asyncio.run(runtime.start())
+    assert f"a run failed with RuntimeError: {lines[0]}\n" in caplog.text
+    assert lines[1] not in caplog.text
+    runtime.close(1)
 
 
 def hold_the_second_size(runtime: Runtime) -> asyncio.Event:
