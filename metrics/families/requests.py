@@ -130,7 +130,7 @@ class RequestMetrics:
         )
         self._non_finite_outputs = Counter(
             "sdxl_non_finite_outputs",
-            "Runs whose pixels were not finite.",
+            "Requests that failed because their pixels were not finite.",
             registry=registry,
         )
         self.upload_fallbacks = Counter(
