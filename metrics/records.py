@@ -250,7 +250,7 @@ class WarmupTiming:
 
 @dataclass(frozen=True, slots=True)
 class RequestTiming:
-    """One request from its first byte read to its last byte written, Unix nanoseconds.
+    """One request from the moment its head was read to its last byte written, Unix nanoseconds.
 
     A request of several images may have several runs. A run that several requests share is in
     `observed_runs` of one of them: a run's metrics are observed once.

@@ -69,7 +69,7 @@ class KeepRules:
     """Which requests tail sampling keeps: all that failed, and those slower than these limits.
 
     Args:
-        slow_seconds: limit for a request, from its first byte to its last.
+        slow_seconds: limit for a request, from when its head was read to its last byte.
         slow_step_ms: limit for a denoising step; one slower step is enough.
     """
 

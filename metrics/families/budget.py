@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The latency budget of an answered request, counted from its first byte.
+    """The latency budget of an answered request, counted from when its head was read.
 
     Attributes:
         base_seconds: for everything but the steps: waiting, text, decoding, encoding, the response.

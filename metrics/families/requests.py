@@ -43,7 +43,7 @@ class RequestMetrics:
 
         duration = Histogram(
             "sdxl_request_duration_seconds",
-            "Time from a request's first byte read to its response's last byte written.",
+            "Time from when a request's head was read to its response's last byte written.",
             ("endpoint", "outcome"),
             registry=registry,
             buckets=families.request,

@@ -2,7 +2,7 @@
 
 For a request for an image it
 
-- draws the trace identity, and times the request from its first byte to its last;
+- draws the trace identity, and times the request from when its head was read to its last byte;
 - checks the caller's key, and reads the body within limits;
 - cancels the work when the client disconnects;
 - hands the finished request to the recorder, and logs one line about it.

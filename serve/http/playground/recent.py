@@ -111,7 +111,7 @@ class RecentRequests:
 
 def timeline(request: RequestTiming, identity: TraceIdentity) -> dict[str, Any]:
     """One request as JSON: what it was, how it ended, and every span with its start after the
-    request's first byte.
+    request's own.
 
     Seeds are strings, because a browser's numbers end at 2^53.
     """
