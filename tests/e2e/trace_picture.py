@@ -52,7 +52,7 @@ def draw(spans: list[ReceivedSpan]) -> str:
     rows = _rows(spans, root)
     height = HEAD + ROW * len(rows) + 8
     axis = Axis(root.start_ns, total_ns)
-    title = f"The trace of one request, {total_ns / 1e6:.0f} ms from its first byte to its last"
+    title = f"The trace of one request, {total_ns / 1e6:.0f} ms from its arrival to its last byte"
     font = 'font-family="ui-monospace, monospace" font-size="12" fill="#808080"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {font}>',

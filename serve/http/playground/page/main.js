@@ -286,7 +286,7 @@ function drawTimeline() {
   if (shown !== null) {
     const slow = shown.slow_reason === null ? "" : ` Slow because of: ${shown.slow_reason.replaceAll("_", " ")}.`;
     const ended = shown.outcome === "ok" ? "" : `Ended as ${shown.outcome.replaceAll("_", " ")}. `;
-    const text = `${ended}${time(shown.duration_ms)} from the first byte to the last; ` +
+    const text = `${ended}${time(shown.duration_ms)} from its arrival to the last byte; ` +
       `${time(shown.unattributed_ms)} of them in no stage.${slow}`;
     byId("time-text").textContent = compared === null ? text : `${text} ${comparison(shown, compared)}`;
     byId("trace").hidden = false;
