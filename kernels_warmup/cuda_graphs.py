@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ class Captured:
         with torch.inference_mode(False), torch.no_grad():
             device = inputs[0].device
             self._inputs = tuple(torch.empty_like(t, device=device).copy_(t) for t in inputs)
-            side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side_stream = _side_stream(device)
             side_stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side_stream):
                 # Twice: the first call may still tune or load something, which a graph cannot hold.
@@ -163,6 +164,16 @@ class Captured:
             own.copy_(given)
         self._graph.replay()
         return _cloned(self._output)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which functions run before they are captured.
+
+    It is one for all of them, because PyTorch keeps a workspace for cuBLAS, 32 MiB on Hopper, for
+    each stream that has ever run a product.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _cloned(result: Any) -> Any:

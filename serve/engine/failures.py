@@ -17,13 +17,16 @@ logger = logging.getLogger(__name__)
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
 )
-"""What torch says in a plain RuntimeError if memory is lacking for something that its own GPU
-allocator does not allocate: tensors on the CPU, the driver's and the libraries' own memory."""
+"""What torch and Triton say in a plain RuntimeError if memory is lacking for something that torch's
+GPU allocator does not allocate: tensors on the CPU, the driver's and the libraries' own memory,
+kernels that are loaded."""
 
 
 def explain_failure(

@@ -89,7 +89,8 @@ class ServeSettings(TelemetrySettings):
     )
     device: str = Field(
         default="auto",
-        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        # torch takes no leading zeros, and keeps a number in one byte.
+        pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$",
         description="auto, cpu, cuda or cuda:N",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(

@@ -1,4 +1,6 @@
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -7,6 +9,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from kernels_warmup import cuda_graphs
 from kernels_warmup.compile import capture_text_encoders
 from kernels_warmup.cuda_graphs import Captured, Fallbacks, PerShape
 from kernels_warmup.recipes import MODES, RECIPES, Recipe
@@ -169,6 +172,47 @@ def test_a_graph_of_several_outputs_is_captured_once_a_shape(recorded: type[Reco
     assert (first == 4).all()
     assert per_shape.fallbacks == Fallbacks(cold=1)
     assert recorded.made == [(1, 7), (2, 7)]
+
+
+def test_all_functions_run_on_one_stream_before_they_are_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch keeps a workspace for each stream that has run a product."""
+    made: list[Any] = []
+    ran_on: list[Any] = []
+    current: list[Any] = [SimpleNamespace(wait_stream=lambda _: None)]
+
+    @contextmanager
+    def on(stream: Any, *_: Any, **__: Any) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    def new_stream(*_: Any) -> Any:
+        made.append(SimpleNamespace(wait_stream=lambda _: None))
+        return made[-1]
+
+    def function(tensor: torch.Tensor) -> torch.Tensor:
+        ran_on.append(current[-1])
+        return tensor + 1
+
+    replaced = {
+        "Stream": new_stream,
+        "CUDAGraph": object,
+        "current_stream": lambda: current[-1],
+        "synchronize": lambda: None,
+        "stream": on,
+        "graph": on,
+    }
+    for name, stand_in in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    cuda_graphs._side_stream.cache_clear()
+    for size in (2, 3, 4):
+        captured = Captured(function, (torch.zeros(size),), None)
+        assert ran_on == [made[0], made[0], captured._graph]
+        ran_on.clear()
+    assert len(made) == 1
+    cuda_graphs._side_stream.cache_clear()
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -75,6 +75,7 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
         ("SDXL_DEADLINE_SECONDS", "nan", "above 0"),
         ("SDXL_DEADLINE_SECONDS", "inf", "above 0"),
         ("SDXL_DEVICE", "tpu", "auto, cpu, cuda or cuda:N"),
+        ("SDXL_DEVICE", "cuda:01", "auto, cpu, cuda or cuda:N"),
         ("SDXL_DTYPE", "fp8", "bfloat16"),
         ("SDXL_SHAPES", "128", "WIDTHxHEIGHT"),
         ("SDXL_SHAPES", "130x128", "multiple of 8"),

@@ -78,6 +78,8 @@ def of_the_cpu() -> RuntimeError:
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemory", 2),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
     ids=lambda error: str(error)[:60],
 )
