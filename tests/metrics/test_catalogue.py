@@ -7,6 +7,8 @@ from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -180,6 +182,33 @@ def test_the_accept_header_chooses_the_format(
         if openmetrics
         else "text/plain; version=0.0.4; charset=utf-8"
     )
+
+
+FORMATS = ("application/openmetrics-text", "text/plain")
+HUNDREDTHS = st.dictionaries(st.sampled_from(FORMATS), st.integers(0, 100), min_size=1)
+OTHERS = st.sampled_from(
+    ["application/json;q=0.9", "image/png", "application/openmetrics-text;q=0"]
+)
+
+
+@pytest.mark.parser
+@given(st.text() | st.text(alphabet='applicationtext/plain openmetrics-;,=*."q0123456789'))
+def test_any_accept_header_means_one_of_two_formats(accept: str) -> None:
+    body, content_type = render(CollectorRegistry(), accept)
+    assert content_type.startswith(FORMATS)
+    assert content_type.startswith(FORMATS[0]) is body.endswith(b"# EOF\n")
+
+
+@pytest.mark.parser
+@given(HUNDREDTHS, st.lists(OTHERS, max_size=3), st.randoms(use_true_random=False))
+def test_the_format_that_is_liked_at_least_as_well_as_text(
+    liked: dict[str, int], others: list[str], shuffle: Random
+) -> None:
+    parts = [f"{name};q={hundredths / 100}" for name, hundredths in liked.items()] + others
+    shuffle.shuffle(parts)
+    openmetrics, text = (liked.get(name, 0) for name in FORMATS)
+    content_type = render(CollectorRegistry(), ",".join(parts))[1]
+    assert content_type.startswith(FORMATS[0]) is (0 < openmetrics >= text)
 
 
 def test_a_trace_that_is_not_exported_leaves_no_exemplar(metrics: GenerationMetrics) -> None:
