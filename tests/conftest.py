@@ -34,9 +34,14 @@ TOGETHER = {
 """Files whose tests share the servers of tests/e2e: one worker starts them and runs all."""
 
 
-# A shell starts its background jobs with SIGINT ignored, and so is it then in all that they start.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell starts its background jobs with SIGINT ignored, and nohup its command with SIGHUP. So they
+# would be in all that the tests start.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -538,9 +538,7 @@ def test_no_client_delays_the_end() -> None:
 def test_sighup_drains_like_sigterm(limited: ServerProcess) -> None:
     server = limited
     with client(server) as asking:
-        # The answer takes longer than it takes to see the request in flight, and uvicorn to act on
-        # the signal: 0.1 s, and more on a busy machine.
-        asking.send(generate("/", num_inference_steps=100, num_images=4, width=64, height=64))
+        asking.send(generate("/", num_inference_steps=100, width=64, height=64))
         wait_until(lambda: value(server, "sdxl_requests_in_flight") == 1, PATIENCE)
         server.process.send_signal(signal.SIGHUP)
         answer = asking.answer(ANSWER_SECONDS)
