@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from serve.demo_model import checkpoint_path
 from tests.support import forked, processes
 from tests.support.otlp_endpoint import otlp_endpoint
-from tests.support.processes import ServerProcess, free_port
+from tests.support.processes import ServerProcess, refusing_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -92,9 +92,9 @@ def test_a_model_that_cannot_draw(
 @pytest.mark.slow  # tests/serve/model/test_model_hub.py has each reason in process
 @pytest.mark.parametrize("why", ["refuses", "its name does not resolve", "its certificate"])
 def test_a_hub_that_cannot_be_reached(why: str, tmp_path: Path) -> None:
-    with otlp_endpoint(tls=True) as untrusted:
+    with otlp_endpoint(tls=True) as untrusted, refusing_port() as port:
         addresses = {
-            "refuses": f"http://user:{PASSWORD}@127.0.0.1:{free_port()}",
+            "refuses": f"http://user:{PASSWORD}@127.0.0.1:{port}",
             "its name does not resolve": f"http://user:{PASSWORD}@hub.invalid",
             "its certificate": untrusted.url,
         }

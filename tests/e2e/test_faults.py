@@ -18,7 +18,7 @@ import pytest
 from tests.e2e.conftest import ANSWER_SECONDS, START_SECONDS, environment
 from tests.support.forked import fal_local, forked_servers
 from tests.support.otlp_endpoint import Answer, OtlpEndpoint, otlp_endpoint
-from tests.support.processes import ROOT, ServerProcess, free_port, read
+from tests.support.processes import ROOT, ServerProcess, read, refusing_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -181,7 +181,7 @@ def spans_of_the_start(served: Served) -> int:
 def backend(stack: ExitStack, fault: Fault) -> tuple[OtlpEndpoint, str]:
     """An endpoint with the fault, and the URL that the server exports to."""
     if fault.url:
-        return OtlpEndpoint(url=""), fault.url.format(port=free_port())
+        return OtlpEndpoint(url=""), fault.url.format(port=stack.enter_context(refusing_port()))
     otlp = stack.enter_context(otlp_endpoint(fault.answer, fault.tls))
     return otlp, otlp.url
 

@@ -18,7 +18,7 @@ from metrics.push import MetricsPush
 from tests.metrics.test_catalogue import declared
 from tests.metrics.timings import request_timing
 from tests.support.otlp_endpoint import Answer, OtlpEndpoint, ReceivedPoint, otlp_endpoint
-from tests.support.processes import free_port
+from tests.support.processes import refusing_port
 
 EXEMPLAR = {"trace_id": "a1" * 16, "span_id": "b2" * 8}
 STEP = {"shape": "128x96", "guidance": "on", "batch": "1"}
@@ -95,9 +95,10 @@ def test_a_delta_is_since_the_last_push_that_arrived(
     metrics.observe_request(request_timing(), None)
     metrics.observe_request(request_timing(), None)
     exporter = working._exporter
-    nowhere = f"http://127.0.0.1:{free_port()}/v1/metrics"
-    working._exporter, _ = otlp_metric_exporter(endpoint=nowhere, timeout=0.2)
-    assert not working.push()
+    with refusing_port() as port:
+        nowhere = f"http://127.0.0.1:{port}/v1/metrics"
+        working._exporter, _ = otlp_metric_exporter(endpoint=nowhere, timeout=0.2)
+        assert not working.push()
     working._exporter = exporter
     metrics.observe_request(request_timing(), None)
     assert working.push()
@@ -145,16 +146,17 @@ def test_it_pushes_by_itself_and_once_more_at_the_end(endpoint: OtlpEndpoint) ->
 
 def test_pushes_to_a_dead_backend_are_counted_and_the_end_is_bounded() -> None:
     metrics = metrics_of_one_request()
-    push = pushing(metrics, f"http://127.0.0.1:{free_port()}", period_seconds=0.01)
-    push.start()
-    deadline = time.monotonic() + 20
-    failed = {"result": "failed"}
-    while not metrics.registry.get_sample_value("sdxl_otlp_pushes_total", failed):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    start = time.monotonic()
-    push.end(0.3)
-    assert time.monotonic() - start < 5
+    with refusing_port() as port:
+        push = pushing(metrics, f"http://127.0.0.1:{port}", period_seconds=0.01)
+        push.start()
+        deadline = time.monotonic() + 20
+        failed = {"result": "failed"}
+        while not metrics.registry.get_sample_value("sdxl_otlp_pushes_total", failed):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        start = time.monotonic()
+        push.end(0.3)
+        assert time.monotonic() - start < 5
 
 
 def test_an_end_without_a_start_does_nothing() -> None:

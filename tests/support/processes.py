@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -96,6 +97,14 @@ def running(
     """Run a server until the block ends; killed if SIGTERM does not end it."""
     with launched(command, clean_environment(environment), cwd) as (process, output):
         yield ServerProcess(url, process, output, metrics_url or url + "/metrics")
+
+
+@contextmanager
+def refusing_port() -> Iterator[int]:
+    """A port of 127.0.0.1 that refuses connections, and that nothing else can take meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # without listening
+        yield bound.getsockname()[1]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from bench.service.loopback import LoopbackHandler, serving
 from serve.demo_model import checkpoint_path
 from serve.model.hub import HubUnavailable, commit_of, first_line, hub_failure, variant_on_hub
 from tests.support.hub_endpoint import HubEndpoint, hub_endpoint
-from tests.support.processes import clean_environment, free_port
+from tests.support.processes import clean_environment, refusing_port
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -174,15 +174,10 @@ def answering(status: int, code: str) -> Iterator[int]:
         yield int(url.rpartition(":")[2])
 
 
-@contextmanager
-def closed() -> Iterator[int]:
-    yield free_port()
-
-
 @pytest.mark.parametrize(
     ("hub", "said"),
     [
-        (closed(), "cannot be reached"),
+        (refusing_port(), "cannot be reached"),
         (silent(), "cannot be reached"),
         (answering(503, ""), "503"),
         (answering(429, ""), "429"),
