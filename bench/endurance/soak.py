@@ -10,7 +10,7 @@ deadlines that pass, bodies, keys and pictures that are refused, and the pages t
 reads. All but the pages and wrong keys have a caller's key. Spans go to a receiver on loopback.
 Each kind has the answers that it may get; any other fails the soak.
 
-A hundred times in a run the clients wait for their answers, and the process is measured at rest:
+A hundred times in a run the clients wait for their answers and leave, and the process is measured:
 resident memory without the pages of files, threads, open files, and the series in its metrics. Its
 malloc returns what is freed to the kernel, so that resident memory is what the process holds. The
 growth of each is a slope in 1,000 requests with its 95% interval, over the second half of the run
@@ -30,6 +30,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -309,33 +310,57 @@ async def measure(server: Server, requests: int, seed: int) -> Soak:
     names = draw.choices(list(KINDS), [kind.weight for kind in KINDS.values()], k=requests)
     numbered = list(enumerate(names))
     started = time.monotonic()
-    async with httpx.AsyncClient(
+    for first in range(0, requests, every):
+        async with _client(server) as client:
+            if first == 0:
+                await _fill_pools(client)
+            waiting = iter(numbered[first : first + every])
+            await asyncio.gather(
+                *(_one_client(client, soak, waiting, seed) for _ in range(CLIENTS))
+            )
+            # At rest, because what runs holds now one image and now eight.
+            soak.in_flight = await _in_flight(client)
+            metrics = await client.get("/metrics")
+        await _without_connections(server)
+        soak.samples.append(held(server.process.pid, first + every, metrics.text))
+        if first % (20 * every) == 0:
+            print(f"{first} of {requests} requests", file=sys.stderr, flush=True)
+    soak.seconds = time.monotonic() - started
+    soak.tracebacks = server.output.read_text(errors="replace").count("Traceback")
+    return soak
+
+
+def _client(server: Server) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
         base_url=server.address,
         headers={"authorization": f"Key {KEY}"},
         timeout=120,
         trust_env=False,
         limits=httpx.Limits(max_keepalive_connections=CLIENTS),
-    ) as client:
+    )
 
-        async def one_client(waiting: Iterator[tuple[int, str]]) -> None:
-            for number, name in waiting:
-                outcome = await _outcome(KINDS[name], client, random.Random(f"{seed} {number}"))
-                counts = soak.outcomes.setdefault(name, {})
-                counts[outcome] = counts.get(outcome, 0) + 1
 
-        await _fill_pools(client)
-        for first in range(0, requests, every):
-            waiting = iter(numbered[first : first + every])
-            await asyncio.gather(*(one_client(waiting) for _ in range(CLIENTS)))
-            # At rest, because what runs holds now one image and now eight.
-            soak.in_flight = await _in_flight(client)
-            metrics = await client.get("/metrics")
-            soak.samples.append(held(server.process.pid, first + every, metrics.text))
-            if first % (20 * every) == 0:
-                print(f"{first} of {requests} requests", file=sys.stderr, flush=True)
-        soak.seconds = time.monotonic() - started
-    soak.tracebacks = server.output.read_text(errors="replace").count("Traceback")
-    return soak
+async def _one_client(
+    client: httpx.AsyncClient, soak: Soak, waiting: Iterator[tuple[int, str]], seed: int
+) -> None:
+    for number, name in waiting:
+        outcome = await _outcome(KINDS[name], client, random.Random(f"{seed} {number}"))
+        counts = soak.outcomes.setdefault(name, {})
+        counts[outcome] = counts.get(outcome, 0) + 1
+
+
+async def _without_connections(server: Server) -> None:
+    """Wait until the server has no client's connection, or five seconds have passed: those that are
+    open are among its open files, now more and now fewer."""
+    import psutil
+
+    process = psutil.Process(server.process.pid)
+    port = urlsplit(server.address).port
+    for _ in range(50):
+        connections = process.net_connections("tcp")
+        if not any(each.laddr.port == port and each.raddr for each in connections):
+            break
+        await asyncio.sleep(0.1)
 
 
 async def _fill_pools(client: httpx.AsyncClient) -> None:
