@@ -180,7 +180,7 @@ class StreamEvents:
         # other events are: httpx, requests and `str.splitlines` also end a line at the separators
         # of Unicode (U+0085, U+2028, U+2029), which a prompt may have.
         body = response_body(response, ascii_only=True)
-        return b'event: image\ndata: {"type":"image",' + body[1:] + b"\n\n"
+        return encoded_event("image", b'{"type":"image",' + body[1:])
 
     def failed(self, error: RequestError) -> bytes:
         return event("error", error_body(error, self._call))
@@ -188,4 +188,9 @@ class StreamEvents:
 
 def event(name: str, data: Mapping[str, Any]) -> bytes:
     """One server-sent event. Its name is in its data too, as `type`."""
-    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()
+    return encoded_event(name, json.dumps({"type": name, **data}).encode())
+
+
+def encoded_event(name: str, data: bytes) -> bytes:
+    """One server-sent event, of data that is JSON in ASCII already."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), data)

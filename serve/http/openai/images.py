@@ -27,7 +27,7 @@ from serve.http.openai.schema import (
     Usage,
 )
 from serve.http.routes import add_get_route
-from serve.http.server_sent_events import event, stream
+from serve.http.server_sent_events import encoded_event, event, stream
 from serve.http.service import received_call
 from serve.schema import GeneratedImage, TextToImageResponse
 
@@ -161,7 +161,7 @@ class _Events:
 
 
 def _event(content: PartialImage | CompletedImage) -> bytes:
-    return f"event: {content.type}\ndata: {content.model_dump_json(exclude_none=True)}\n\n".encode()
+    return encoded_event(content.type, content.model_dump_json(exclude_none=True).encode())
 
 
 def _images(request: ImageGenerationRequest, response: TextToImageResponse) -> Images:
